@@ -1,0 +1,26 @@
+"""One family of exceptions. Messages name the file, the tensor, what was expected and found, and the way out."""
+
+
+class AtdError(Exception):
+    """Base of all errors meant for people. The CLI prints the message alone and exits with `exit_code`."""
+
+    exit_code = 1
+
+
+class BadInput(AtdError):
+    """Something the user gave cannot be used: a file, an option, a recipe (exit code 2)."""
+
+    exit_code = 2
+
+
+class RunFailed(AtdError):
+    """The input was fine, the run was not: disk full, verification failed (exit code 1)."""
+
+
+def nearest(word: str, known) -> str:
+    """`; did you mean 'x'?` for the closest known word, else the list of what is known."""
+    import difflib
+
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(names)}"

@@ -1,0 +1,24 @@
+"""Real weights and text for tests: at $ATD_SHARED_DATA or ../shared/data; tests that need them skip where they are absent."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    root = Path(os.environ.get("ATD_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not root.is_dir():
+        pytest.skip(f"needs the real models and texts of {root}; set ATD_SHARED_DATA to where they are")
+    return root
+
+
+@pytest.fixture(scope="session")
+def stories260k(shared_data: Path) -> Path:
+    return shared_data / "models" / "stories260K"
+
+
+@pytest.fixture(scope="session")
+def stories15m(shared_data: Path) -> Path:
+    return shared_data / "models" / "stories15M"
