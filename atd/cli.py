@@ -1,0 +1,278 @@
+"""The command line: `atd COMMAND`. Each command is a thin function over the library; `atd COMMAND --help` teaches its options.
+
+Exit codes: 0 done, 1 the run failed, 2 bad input, 130 interrupted. `--debug` anywhere shows the traceback behind an error.
+"""
+
+# Heavy imports stay inside the commands, so that `atd --help` answers at once.
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from tyro.conf import Positional, UseAppendAction
+
+from atd.errors import AtdError, BadInput
+
+DESCRIPTION = """A JAX compiler for the weights of language models: every matrix becomes a sum of N ternary bases, packed, and runs under jit.
+
+Start with `atd demo` (a real model, under 5 minutes), then `atd convert MODEL OUT`, `atd eval OUT --against MODEL --data TEXT`, `atd generate OUT`.
+MODEL is a Hugging Face folder (safetensors), a .gguf file, or a folder that atd made. `--debug` shows the traceback of an error."""
+
+Backend = Literal["auto", "xla", "xla-unpacked"]
+Model = Annotated[Positional[Path], tyro.conf.arg(metavar="MODEL")]
+app = tyro.extras.SubcommandApp()
+
+
+@app.command
+def demo(*, out: Path = Path("demo"), recipe: str = "ternary3", data: Path | None = None, tokens: int = 6144, context: int = 512) -> None:
+    """Convert SmolLM2-135M, compare it with the original, draw a picture, let both write.
+
+    Args:
+        out: folder for the converted model and the picture; a former demo there is replaced.
+        recipe: recipe to convert with (ternary2, ternary3, greedy3, or a .toml file).
+        data: UTF-8 text to evaluate on; by default the English of Python's own help topics, which is on every machine.
+        tokens: how many tokens of it to score.
+        context: window length in tokens.
+    """
+    from atd.demo import run
+
+    run(out, recipe=recipe, data=data, tokens=tokens, context=context)
+
+
+@app.command
+def convert(
+    model: Model,
+    out: Annotated[Positional[Path], tyro.conf.arg(metavar="OUT")],
+    *,
+    recipe: str = "ternary2",
+    overrides: Annotated[UseAppendAction[tuple[str, ...]], tyro.conf.arg(name="set", metavar="PASS.OPTION=VALUE")] = (),
+    nonfinite: Literal["refuse", "zero"] | None = None,
+    overwrite: bool = False,
+    calib: Path | None = None,
+    bits: float | None = None,
+    budget: str | None = None,
+) -> None:
+    """Turn a checkpoint into an N-base ternary checkpoint.
+
+    The output folder appears whole or not at all. A run that was interrupted goes on where it stopped when the same command is given again.
+
+    Args:
+        model: Hugging Face folder or .gguf file.
+        out: folder to write.
+        recipe: ternary2 (3.45 bits), ternary3 (5.18 bits), greedy3 (historic), or the path of a .toml file.
+        overrides: change one option of a pass, e.g. --set decompose.bases=3 --set decompose.group=row.
+        nonfinite: what NaN and Inf weights get: refused (default), or zero.
+        overwrite: replace OUT if atd made it.
+        calib: calibration text; not available before the calibrated passes are (data-free recipes need none).
+        bits: average bits a weight to reach; not available before the allocate pass is.
+        budget: bytes to reach, e.g. 3.9GB; not available before the allocate pass is.
+    """
+    from dataclasses import replace
+
+    from atd.convert_adaptive import convert as run
+    from atd.recipe import read_recipe
+    from atd.report import conversion_progress, sizes
+
+    for option, value, missing in (("--calib", calib, "calibrated"), ("--bits", bits, "allocate"), ("--budget", budget, "allocate")):
+        if value is not None:
+            raise BadInput(
+                f"{option} needs the {missing} pass, which this version does not have; choose N per layer with rules in a recipe (see configs/ternary2.toml)"
+            )
+    chosen = read_recipe(recipe, overrides)
+    chosen = replace(chosen, nonfinite=nonfinite) if nonfinite else chosen
+    with conversion_progress() as (say, progress):
+        folder = run(model, out, chosen, overwrite=overwrite, say=say, progress=progress)
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    print(f"{out}: {sizes(size)} of weights. Next: atd eval {out} --against {model} --data TEXT, atd generate {out}, atd inspect {out}")
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Model,
+    *,
+    data: Path,
+    against: Path | None = None,
+    context: int = 512,
+    tokens: int | None = None,
+    bos: bool = False,
+    convention: Literal["standard", "llama.cpp"] = "standard",
+    backend: Backend = "auto",
+    batch: int = 8,
+    tokenizer: Path | None = None,
+    json: Path | None = None,
+) -> None:
+    """Perplexity, and against a dense model KL divergence and top-1 agreement.
+
+    Non-overlapping windows, all shifted tokens scored, perplexity = exp(mean negative log-likelihood); KL(dense || model) in nats on the same positions.
+
+    Args:
+        model: the model to evaluate.
+        data: UTF-8 text.
+        against: the dense model to compare with.
+        context: window length in tokens.
+        tokens: use the first so many tokens of the text alone.
+        bos: put the begin-of-sequence token in front of each window (counted in its length).
+        convention: "llama.cpp" leaves the first half of each window unscored and puts BOS in front, as its perplexity tool does.
+        backend: xla keeps weights packed in memory, xla-unpacked unpacks them once at load (faster on CPUs); auto takes the latter.
+        batch: windows a step.
+        tokenizer: folder or .gguf file to take the tokenizer from, where MODEL has none.
+        json: also write the figures to this file.
+    """
+    from atd.demo import evaluate_text
+    from atd.models.model import load
+    from atd.report import console, evaluation_table, model_row, progress_bar
+
+    if json and not json.absolute().parent.is_dir():
+        raise BadInput(f"--json {json}: the folder {json.absolute().parent} does not exist")
+    converted = load(model, backend=backend)
+    dense = load(against, backend=backend) if against else None
+    with progress_bar() as bar:
+        result = evaluate_text(
+            converted, data, tokenizer or model, context=context, tokens=tokens, bos=bos, against=dense, convention=convention, batch=batch, bar=bar
+        )
+    console.print(evaluation_table([model_row(model, converted, result)]))
+    console.print(result.conditions())
+    if json:
+        import json as json_module
+
+        json.write_text(json_module.dumps({"model": str(model), "against": against and str(against), "data": str(data)} | result.to_json(), indent=1) + "\n")
+
+
+@app.command
+def generate(
+    model: Model,
+    *,
+    prompt: str = "Once upon a time",
+    chat: bool = False,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    backend: Backend = "auto",
+    tokenizer: Path | None = None,
+) -> None:
+    """Let a model write.
+
+    Args:
+        model: the model that writes.
+        prompt: text to go on from, or what the user says with --chat.
+        chat: put the prompt into the tokenizer's chat template.
+        max_new_tokens: stop after so many tokens, or at the end-of-sequence token.
+        temperature: 0 takes the likeliest token each time; higher is more varied.
+        top_k: sample among the k likeliest tokens (0: all).
+        top_p: sample among the likeliest tokens that hold this much probability.
+        seed: same seed, same text.
+        backend: xla keeps weights packed in memory, xla-unpacked unpacks them once at load (faster on CPUs); auto takes the latter.
+        tokenizer: folder or .gguf file to take the tokenizer from, where MODEL has none.
+    """
+    from atd.demo import write_text
+    from atd.models.model import load
+    from atd.tokenizer import open_tokenizer
+
+    words = open_tokenizer(tokenizer or model)
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    rate = write_text(load(model, backend=backend), words, prompt, chat=chat, **options)
+    print(f"\n[{rate}]", file=sys.stderr)
+
+
+@app.command
+def inspect(model: Model, *, nodes: bool = False) -> None:
+    """Type, bits and size of the weights by layer, from the headers alone.
+
+    Args:
+        model: Hugging Face folder, .gguf file or converted folder.
+        nodes: a row for each weight matrix rather than each layer.
+    """
+    from atd.models import frontend
+    from atd.report import console, graph_table
+
+    console.print(graph_table(frontend.open(model), nodes=nodes))
+
+
+@app.command
+def verify(model: Annotated[Positional[Path], tyro.conf.arg(metavar="FOLDER")]) -> None:
+    """Compare a converted folder with its manifest and look at every weight for invalid codes.
+
+    Args:
+        model: folder that atd made.
+    """
+    from atd.convert_adaptive import verify_checkpoint
+
+    print(f"{model}: {verify_checkpoint(model)} weights are as they were written")
+
+
+@app.command
+def export(
+    model: Model,
+    out: Annotated[Positional[Path], tyro.conf.arg(metavar="DIR")],
+    *,
+    to: Literal["hf"],
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+    overwrite: bool = False,
+) -> None:
+    """Write the dequantized weights as a dense checkpoint that any other tool can judge.
+
+    Args:
+        model: a folder that atd made (any other model works as well).
+        out: folder to write.
+        to: format; hf is a Hugging Face folder (config.json, safetensors, tokenizer).
+        dtype: of the written weights; float32 holds every ternary sum exactly.
+        overwrite: replace DIR if atd made it.
+    """
+    from atd.export import export_hf
+    from atd.report import conversion_progress
+
+    with conversion_progress() as (say, progress):
+        export_hf(model, out, dtype=dtype, overwrite=overwrite, say=say, progress=progress)
+    print(f"{out}: dense {dtype} weights in Hugging Face form")
+
+
+@app.command
+def experiment(
+    name: Annotated[Positional[Literal["gaussian"]], tyro.conf.arg(metavar="gaussian")],
+    *,
+    size: int = 4096,
+    seed: int = 0,
+    plot: Path = Path("gaussian.png"),
+) -> None:
+    """The experiment that started it: bytes against error for a random matrix, N = 1..4.
+
+    Args:
+        name: gaussian: a size x size matrix of independent normal numbers.
+        size: rows and columns.
+        seed: of the random matrix.
+        plot: where to draw it.
+    """
+    from atd import experiments
+    from atd.report import console, progress_bar
+
+    with progress_bar() as bar:
+        rows = experiments.gaussian(size=size, seed=seed, progress=experiments.bar_progress(bar))
+    console.print(experiments.table(rows))
+    experiments.plot(rows, plot)
+    console.print(f"picture: {plot}")
+
+
+def main(prefix: tuple[str, ...] = ()) -> None:
+    """Entry point. `prefix` puts words in front of the arguments (`python -m atd.convert_adaptive` is `atd convert`)."""
+    arguments = [*prefix, *(a for a in sys.argv[1:] if a != "--debug")]
+    debug = "--debug" in sys.argv[1:]
+    try:
+        app.cli(prog="atd", description=DESCRIPTION, args=arguments, config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
+    except AtdError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("\ninterrupted; a conversion goes on where it stopped when the same command is given again", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has gone, e.g. `atd inspect M | head`
+        sys.stderr.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""Evaluation: perplexity, and the distance of a converted model from the dense one on the same positions.
+
+The tokens are cut into floor(n / context) windows that do not overlap; a remainder is left out. Each window is run by
+itself, and over all scored positions
+
+    perplexity  = exp(mean of -log p(token t | tokens before it in its window))
+    KL          = sum_v p_dense(v) (log p_dense(v) - log p(v)) in nats: mean, median and 99 % quantile
+    top-1       = the share of positions at which both models like the same token best
+
+Conventions (`Evaluation` names the one used, for their figures cannot be compared):
+
+    standard    that of papers: all context - 1 shifted tokens of a window are scored. With BOS, a window is BOS and
+                context - 1 tokens of text.
+    llama.cpp   that of `llama-perplexity`: BOS in front of the text and again in place of each window's first token
+                (if the model has one); of a window only the tokens context/2 + 1 ... context - 1 are scored, so that
+                each has at least half a window before it.
+
+Logits never exist for more than a few positions: the hidden states [B, T, D] of a batch of windows are computed, then
+the head and the log-softmax run over chunks of `positions` of them, for both models at once. So the peak is a few times
+2 models x positions x vocabulary x 4 bytes, whatever B and T.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from atd.errors import BadInput
+
+CONVENTIONS = ("standard", "llama.cpp")
+
+
+class Model(Protocol):
+    """What is evaluated: a pytree with these two methods (an `atd.load`ed model is one)."""
+
+    def hidden(self, tokens, /) -> Any:
+        """int32 [B, T] -> float32 [B, T, D], the state in front of the head."""
+
+    def logits(self, hidden, /) -> Any:
+        """float32 [P, D] -> float32 [P, V]."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures and all that is needed to compare them. Those against another model are None when there was none."""
+
+    perplexity: float
+    against_perplexity: float | None
+    kl_mean: float | None  # nats
+    kl_median: float | None
+    kl_99: float | None  # 99 % quantile
+    top1_agreement: float | None  # 0..1
+    windows: int
+    positions: int  # scored
+    context: int  # tokens a window, BOS included
+    bos: bool
+    convention: str
+    tokens: int  # given, before the cut into windows
+    seconds: float  # all of it, compilation included
+    tokens_per_second: (
+        float  # through the model, or both at once; without the first batch, which compiles, if there are more
+    )
+
+    def conditions(self) -> str:
+        """What must be said beside the figures: "30 windows of 256 tokens, no BOS, 7,650 positions scored"."""
+        bos = "BOS in front" if self.bos else "no BOS"
+        convention = "" if self.convention == "standard" else f", {self.convention}'s convention"
+        return (
+            f"{self.windows} windows of {self.context} tokens, {bos}, {self.positions:,} positions scored{convention}"
+        )
+
+    def to_json(self) -> dict:
+        return dataclasses.asdict(self)
+
+
+def evaluate(
+    model: Model,
+    tokens: np.ndarray,
+    *,
+    context: int,
+    against: Model | None = None,
+    bos_id: int | None = None,
+    batch: int = 8,
+    positions: int = 256,
+    convention: str = "standard",
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Evaluates `model` on the ids of one text, and with `against` (the dense model) the distance between the two.
+
+    Args:
+      tokens: int [n], without BOS.
+      context: tokens a window, BOS included.
+      bos_id: puts BOS in front of each window; None: no BOS.
+      batch: windows that run together. The last batch is padded, so that nothing compiles twice.
+      positions: positions whose logits exist at a time.
+      progress: called with (tokens done, tokens in all) after each batch.
+
+    Raises BadInput for a text that is shorter than a window, ids outside the vocabulary, models of different
+    vocabularies, and a context under 2 or beyond the positions that the model was made for: past them the figures would
+    say more about the rope than about the weights.
+    """
+    begin = time.perf_counter()
+    tokens = np.asarray(tokens)
+    windows, first = cut(tokens, context, bos_id, convention)
+    batch = min(batch, len(windows))
+    _check(model, against, windows, context)
+
+    batches = []
+    laps = [time.perf_counter()]
+    for start in range(0, len(windows), batch):
+        part = windows[start : start + batch]
+        padded = np.pad(part, ((0, batch - len(part)), (0, 0)))
+        scores = _score(model, against, padded, first=first, positions=positions)  # each [batch, scored]
+        batches.append([np.asarray(score)[: len(part)].ravel() for score in scores])
+        laps.append(time.perf_counter())
+        if progress:
+            progress((start + len(part)) * context, windows.size)
+
+    nll, *compared = (np.concatenate(column).astype(np.float64) for column in zip(*batches, strict=True))
+    compiling = min(1, len(laps) - 2)  # batches to leave out of the rate
+    return Evaluation(
+        perplexity=_perplexity(nll),
+        **_distance(*compared),
+        windows=len(windows),
+        positions=len(nll),
+        context=context,
+        bos=bos_id is not None,
+        convention=convention,
+        tokens=len(tokens),
+        seconds=laps[-1] - begin,
+        tokens_per_second=(len(windows) - compiling * batch) * context / (laps[-1] - laps[compiling]),
+    )
+
+
+def _perplexity(nll: np.ndarray) -> float:
+    with np.errstate(over="ignore"):
+        return float(np.exp(nll.mean()))
+
+
+def _distance(against_nll=None, kl=None, same=None) -> dict[str, float | None]:
+    """The fields of an Evaluation that compare two models, of float64 [positions] each."""
+    if against_nll is None or kl is None or same is None:
+        return dict.fromkeys(("against_perplexity", "kl_mean", "kl_median", "kl_99", "top1_agreement"))
+    return {
+        "against_perplexity": _perplexity(against_nll),
+        "kl_mean": float(kl.mean()),
+        "kl_median": float(np.median(kl)),
+        "kl_99": float(np.quantile(kl, 0.99)),
+        "top1_agreement": float(same.mean()),
+    }
+
+
+def cut(tokens: np.ndarray, context: int, bos_id: int | None, convention: str = "standard") -> tuple[np.ndarray, int]:
+    """(windows int32 [W, context], first): positions first ... context - 2 of each are scored, t on the token t + 1."""
+    if convention not in CONVENTIONS:
+        raise BadInput(f"unknown convention {convention!r}; known: {', '.join(CONVENTIONS)}")
+    if context < 2:
+        raise BadInput(f"a context of {context} tokens scores nothing; at least 2 are needed")
+    if convention == "llama.cpp":
+        tokens = tokens if bos_id is None else np.concatenate([[bos_id], tokens])
+        fresh, first = context, context // 2
+        if first == context - 1:
+            raise BadInput("a context of 2 tokens scores nothing under llama.cpp's convention; at least 3 are needed")
+    else:
+        fresh, first = context - (bos_id is not None), 0
+    count = len(tokens) // fresh
+    if count == 0:
+        what = f"{len(tokens)} tokens are too few for one window of {context}: at least {fresh} are needed"
+        raise BadInput(f"{what}; give a longer text or a smaller --context")
+    windows = tokens[: count * fresh].reshape(count, fresh).astype(np.int32)
+    if bos_id is None:
+        return windows, first
+    if convention == "llama.cpp":
+        windows[:, 0] = bos_id
+        return windows, first
+    return np.concatenate([np.full((count, 1), bos_id, np.int32), windows], axis=1), first
+
+
+def _check(model: Model, against: Model | None, windows: np.ndarray, context: int) -> None:
+    sizes = [_vocabulary(m) for m in (model, against) if m is not None]
+    if len(set(sizes)) > 1:
+        raise BadInput(
+            f"the models' vocabularies differ: {sizes[0]} and {sizes[1]} tokens; compare conversions of one model"
+        )
+    low, high = int(windows.min()), int(windows.max())
+    if low < 0 or high >= sizes[0]:
+        wrong = high if high >= sizes[0] else low
+        raise BadInput(
+            f"token id {wrong} lies outside the model's vocabulary of {sizes[0]}: the tokenizer is another model's"
+        )
+    for m in (model, against):
+        limit = (getattr(m, "config", None) or {}).get("max_position_embeddings")
+        if limit is not None and context > limit:
+            raise BadInput(
+                f"a context of {context} is beyond the {limit} positions the model was made for; give --context {limit}"
+            )
+
+
+def _vocabulary(model: Model) -> int:
+    """V, from shapes alone."""
+
+    def logits(model):
+        hidden = model.hidden(jnp.zeros((1, 1), jnp.int32))
+        return model.logits(hidden[0])
+
+    return jax.eval_shape(logits, model).shape[-1]
+
+
+@partial(jax.jit, static_argnames=("first", "positions"))
+def _score(model, against, tokens, first: int, positions: int):
+    """int32 [B, T] -> float32s [B, T-1-first]: nll; with `against` also its nll, KL(against||model), same top-1."""
+    targets = tokens[:, first + 1 :]
+    shape, count = targets.shape, math.prod(targets.shape)
+    positions = min(positions, count)
+    chunks = -(-count // positions)
+
+    def chunked(values):
+        """[B, scored, ...] -> [chunks, positions, ...], zeros at the end."""
+        flat = values.reshape(count, *values.shape[2:])
+        flat = jnp.pad(flat, ((0, chunks * positions - count), *((0, 0),) * (flat.ndim - 1)))
+        return flat.reshape(chunks, positions, *flat.shape[1:])
+
+    def score(inputs):
+        target, hidden, against_hidden = inputs
+        log_p = jax.nn.log_softmax(model.logits(hidden).astype(jnp.float32))  # [P, V]
+        nll = -jnp.take_along_axis(log_p, target[:, None], axis=1)[:, 0]
+        if against is None:
+            return (nll,)
+        log_q = jax.nn.log_softmax(against.logits(against_hidden).astype(jnp.float32))
+        against_nll = -jnp.take_along_axis(log_q, target[:, None], axis=1)[:, 0]
+        kl = jnp.sum(jnp.exp(log_q) * (log_q - log_p), axis=1)
+        same = jnp.argmax(log_p, axis=1) == jnp.argmax(log_q, axis=1)
+        return nll, against_nll, kl, same.astype(jnp.float32)
+
+    hidden = chunked(model.hidden(tokens)[:, first:-1])
+    against_hidden = None if against is None else chunked(against.hidden(tokens)[:, first:-1])
+    scores = jax.lax.map(score, (chunked(targets), hidden, against_hidden))  # each [chunks, positions]
+    return tuple(s.reshape(-1)[:count].reshape(shape) for s in scores)

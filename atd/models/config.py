@@ -1,0 +1,166 @@
+"""What a Hugging Face config.json says about a model of the llama family, validated, with transformers' defaults filled in.
+
+    llama      biases by attention_bias (q, k, v, o) and mlp_bias
+    mistral    one sliding window for all layers
+    qwen2      biases on q, k, v; sliding windows by layer
+    qwen3      RMS norms on q and k, over each head; biases by attention_bias; sliding windows by layer
+
+Read from the sources of transformers 5.23 (`models/*/configuration_*.py`, `modeling_rope_utils.py`).
+"""
+
+import math
+from dataclasses import dataclass
+
+from atd.errors import BadInput
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}  # transformers' default where the key is absent; llama: all heads
+_ROPE_TYPES = ("default", "linear", "llama3")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A model of the llama family. Names are those of config.json where it has the same thing."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    rope_theta: float
+    rope_scaling: tuple  # the attr `scaling` of the op rope: (), ("linear", factor) or ("llama3", factor, low, high, original context)
+    windows: tuple[int, ...]  # positions that each layer attends to, its own included; 0: all of the past
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+
+
+def check_architecture(config: dict, origin) -> str:
+    """The model_type, if it is supported. Raises BadInput, naming it and the supported ones, so that nothing else is read in vain."""
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        architectures = config.get("architectures")
+        named = f" ({', '.join(map(str, architectures))})" if isinstance(architectures, list) and architectures else ""
+        raise BadInput(f"{origin}: the architecture {family!r}{named} is not supported; supported: {', '.join(FAMILIES)}")
+    return family
+
+
+def parse_config(config: dict, origin) -> ModelConfig:
+    """config.json -> ModelConfig; `origin` is what messages name. Raises BadInput for a key that is missing, wrong, or not supported."""
+    family = check_architecture(config, origin)
+    read = _Reader(config, str(origin))
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise BadInput(f"{origin}: config.json: hidden_act {config['hidden_act']!r} is not supported; supported: silu")
+    hidden, heads, layers = (read.count(key) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
+    kv_heads = read.count("num_key_value_heads", heads if config.get("num_key_value_heads", 0) is None else _KV_HEADS.get(family, heads))
+    head_dim = read.count("head_dim", 128 if family == "qwen3" else hidden // heads or None)
+    if heads % kv_heads:
+        raise BadInput(f"{origin}: config.json: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
+    if head_dim % 2:
+        raise BadInput(f"{origin}: config.json: head_dim {head_dim} is odd; rotary embeddings need an even one")
+    if family == "llama" and hidden % heads:
+        raise BadInput(f"{origin}: config.json: hidden_size {hidden} is no multiple of num_attention_heads {heads}")
+    theta, scaling = _rope(config, read)
+    attention_bias = family in ("llama", "qwen3") and read.flag("attention_bias")
+    return ModelConfig(
+        model_type=family,
+        vocab_size=read.count("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=read.count("intermediate_size"),
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=read.number("rms_norm_eps", 1e-6),
+        tie_word_embeddings=read.flag("tie_word_embeddings"),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        windows=_windows(family, layers, read),
+        qkv_bias=family == "qwen2" or attention_bias,
+        o_bias=attention_bias,
+        mlp_bias=family == "llama" and read.flag("mlp_bias"),
+        qk_norm=family == "qwen3",
+    )
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Typed values of a JSON object; `default` stands for a key that is absent or null, and a key without one is required."""
+
+    values: dict
+    origin: str
+    place: str = "config.json"
+
+    def _value(self, key: str, default, kind: str, valid):
+        value = self.values.get(key)
+        if value is None:
+            value = default
+        if value is None:
+            raise BadInput(f"{self.origin}: {self.place}: {key} is missing; expected {kind}")
+        if not valid(value):
+            raise BadInput(f"{self.origin}: {self.place}: {key} is {value!r}; expected {kind}")
+        return value
+
+    def count(self, key: str, default: int | None = None) -> int:
+        return self._value(key, default, "a positive integer", lambda v: type(v) is int and v > 0)
+
+    def number(self, key: str, default: float | None = None) -> float:
+        return float(self._value(key, default, "a positive number", lambda v: type(v) in (int, float) and 0 < v < math.inf))
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        return self._value(key, default, "true or false", lambda v: type(v) is bool)
+
+
+def _rope(config: dict, read: _Reader) -> tuple[float, tuple]:
+    """(theta, scaling) from `rope_theta` and `rope_scaling`, or from transformers 5's `rope_parameters`."""
+    place = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    rope = config.get(place) or {}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise BadInput(f"{read.origin}: config.json: {place} is {rope!r}; expected one object for all layers")
+    inner = _Reader(rope, read.origin, f"config.json: {place}")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in _ROPE_TYPES:
+        raise BadInput(f"{inner.origin}: {inner.place}: rope type {kind!r} is not supported; supported: {', '.join(_ROPE_TYPES)}")
+    for values in (rope, config):
+        if values.get("partial_rotary_factor", 1.0) not in (1, None):
+            raise BadInput(f"{read.origin}: config.json: partial_rotary_factor {values['partial_rotary_factor']!r} is not supported; supported: 1.0")
+    theta = inner.number("rope_theta", read.number("rope_theta", 10000.0))
+    if kind == "default":
+        return theta, ()
+    if kind == "linear":
+        return theta, ("linear", inner.number("factor"))
+    low, high = inner.number("low_freq_factor"), inner.number("high_freq_factor")
+    if low >= high:
+        raise BadInput(f"{inner.origin}: {inner.place}: low_freq_factor {low} is not below high_freq_factor {high}")
+    key = "original_max_position_embeddings"
+    original = read.count(key, inner.count(key, read.count("max_position_embeddings", 2048)))  # the outer key wins in transformers
+    return theta, ("llama3", inner.number("factor"), low, high, original)
+
+
+def _windows(family: str, layers: int, read: _Reader) -> tuple[int, ...]:
+    """The attention window of every layer."""
+    config = read.values
+    if family == "llama" or (family == "mistral" and config.get("sliding_window", 0) is None):
+        return (0,) * layers
+    if family == "mistral":
+        return (read.count("sliding_window", 4096),) * layers
+    window = 0
+    if read.flag("use_sliding_window") and config.get("sliding_window", 0) is not None:
+        window = read.count("sliding_window", 4096)
+    kinds = config.get("layer_types")
+    if kinds is None:
+        first = config.get("max_window_layers", 28)
+        if type(first) is not int:
+            raise BadInput(f"{read.origin}: config.json: max_window_layers is {first!r}; expected an integer")
+        return tuple(window if i >= first else 0 for i in range(layers))
+    if not isinstance(kinds, list) or len(kinds) != layers or not set(map(str, kinds)) <= {"full_attention", "sliding_attention"}:
+        raise BadInput(f"{read.origin}: config.json: layer_types is {kinds!r}; expected full_attention or sliding_attention for each of {layers} layers")
+    if "sliding_attention" in kinds and not window:
+        raise BadInput(f"{read.origin}: config.json: layer_types has sliding_attention, but use_sliding_window is off or sliding_window missing")
+    return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)

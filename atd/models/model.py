@@ -1,0 +1,302 @@
+"""Graphs to models: `load` fills a Flax NNX module with a graph's weights; its forward pass, prefill and decode step are jitted.
+
+All blocks whose nodes read the same (ops, attrs, types of weights) share one compiled function, so compile time does not grow with depth: the loop over
+the blocks is in Python and calls it once a block. A call costs tens of microseconds on the host and runs ahead of the device.
+
+    model = load(path)                                  # or a Graph at any stage of a pipeline
+    model(tokens)                                       # int32 [B, T] -> logits float32 [B, T, V]
+    logits, cache = model.prefill(tokens, model.new_cache(batch=1, length=256))
+    logits, cache = model.decode(token, cache)          # int32 [B] -> logits float32 [B, V]
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from atd.errors import BadInput, nearest
+from atd.ir import Block, Graph, Node, WeightRef
+from atd.models import ops
+from atd.weights import Dense, DenseType, Weight
+
+BACKENDS = ("auto", "xla", "xla-unpacked")
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+
+def load(
+    path_or_graph: str | Path | Graph,
+    *,
+    backend: str = "auto",
+    dtype: str = "float32",
+    progress: Callable[[int, int], None] | None = None,
+) -> "Model":
+    """The model of a checkpoint (a folder or a GGUF file) or of a graph. Peak memory is the model and one tensor.
+
+    Args:
+      backend: `xla` keeps ternary weights in memory as they are stored and unpacks them in every multiplication: the least memory.
+        `xla-unpacked` dequantizes them once, here, into dense arrays: the most speed on a CPU. `auto`: xla-unpacked on a CPU, xla elsewhere.
+      dtype: float32, bfloat16 or float16, of the dense matrices and the cache. Activations, gains and biases are float32.
+      progress: called with (tensors read, tensors in all) after each.
+
+    Raises BadInput for an unknown backend or dtype, and whatever opening and reading the checkpoint raises.
+    """
+    if backend not in BACKENDS:
+        raise BadInput(f"unknown backend {backend!r}{nearest(backend, BACKENDS)}")
+    if dtype not in DTYPES:
+        raise BadInput(f"unknown dtype {dtype!r}{nearest(dtype, DTYPES)}")
+    if isinstance(path_or_graph, Graph):
+        graph = path_or_graph
+    else:
+        from atd.models.frontend import open
+
+        graph = open(path_or_graph)
+    if backend == "auto":
+        backend = "xla-unpacked" if jax.default_backend() == "cpu" else "xla"
+    return Model(graph, backend, dtype, progress)
+
+
+class Program:
+    """The compiled functions of all blocks that read the same. Hashed by identity: a model makes one for each different block."""
+
+    def __init__(self, block: Block):
+        structure = Block("", tuple(_without_weights(node) for node in block.nodes))
+        run = partial(ops.run_block, structure)
+
+        def embed(weights, tokens, positions):
+            return run(weights, tokens, positions)[0]
+
+        def forward(weights, x):
+            return run(weights, x, _from_start(x))[0]
+
+        def begin(weights, x, cache):
+            return run(weights, x, _from_start(x), cache)
+
+        def step(weights, x, positions, cache):
+            return run(weights, x, positions, cache)
+
+        def logits(weights, hidden, embedding):
+            x = hidden.reshape(1, -1, hidden.shape[-1])  # [1, positions, D]
+            value = run(weights, x, None, embedding=embedding)[0]
+            return value.reshape(*hidden.shape[:-1], -1).astype(jnp.float32)
+
+        self.embed = jax.jit(embed)
+        self.forward = jax.jit(forward)
+        self.begin = jax.jit(begin, donate_argnames=("cache",))
+        self.step = jax.jit(step, donate_argnames=("cache",))
+        self.logits = jax.jit(logits)
+
+
+def _without_weights(node: Node) -> Node:
+    """The node without the references to its weights, which may keep data alive."""
+    return Node(node.name, node.op, node.inputs, {}, node.attrs)
+
+
+def _from_start(x) -> jax.Array:
+    """int32 [B, T]: positions 0, 1, ... of x [B, T, ...]."""
+    return jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values of the tokens so far. A call that returns a new cache uses up the one it was given."""
+
+    blocks: tuple[dict[str, ops.Cache], ...]  # block -> attention node -> k, v [B, length, kv_heads, head_dim]
+    positions: jax.Array  # int32 [B, 1]: where the next token of each sequence stands
+    filled: int  # positions taken by the longest sequence, known on the host
+    length: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """What of a model is no array. Hashed by identity, so that a model can be an argument of `jax.jit`."""
+
+    config: dict
+    backend: str
+    dtype: str
+    prologue: Program
+    blocks: tuple[Program, ...]
+    epilogue: Program
+    embed: str  # the prologue's embed node
+    tied: bool  # the epilogue takes the embedding's weight
+    attention: tuple[tuple[tuple[str, int, int], ...], ...]  # block -> (attention node, kv_heads, head_dim)
+
+
+class Model(nnx.Module):
+    """A language model: made by `load`. Its parameters are one `nnx.Param` for each unit, holding `{node: {slot: weight}}`."""
+
+    def __init__(self, graph: Graph, backend: str, dtype: str, progress: Callable[[int, int], None] | None = None):
+        total = sum(len(node.weights) for _, node in graph.nodes())
+        programs: dict[str, Program] = {}
+
+        def program(block: Block) -> Program:
+            text = str(block)
+            if text not in programs:
+                programs[text] = Program(block)
+            return programs[text]
+
+        units = [nnx.Param(weights) for weights in _fill(graph, backend, DTYPES[dtype], total, progress)]
+        self.prologue = units[0]
+        self.blocks = nnx.List(units[1:-1])
+        self.epilogue = units[-1]
+        self._plan = _Plan(
+            config=graph.config,
+            backend=backend,
+            dtype=dtype,
+            prologue=program(graph.prologue),
+            blocks=tuple(program(block) for block in graph.blocks),
+            epilogue=program(graph.epilogue),
+            embed=next(node.name for node in graph.prologue.nodes if node.op == "embed"),
+            tied=any(node.op == "linear" and "weight" not in node.weights for node in graph.epilogue.nodes),
+            attention=tuple(
+                tuple((n.name, n.attrs["kv_heads"], n.attrs["head_dim"]) for n in block.nodes if n.op == "attention") for block in graph.blocks
+            ),
+        )
+
+    @property
+    def config(self) -> dict:
+        """The Hugging Face config.json that the model came with."""
+        return self._plan.config
+
+    @property
+    def backend(self) -> str:
+        """What `load` chose: xla or xla-unpacked."""
+        return self._plan.backend
+
+    @property
+    def weights_nbytes(self) -> int:
+        """Bytes of all weights as they are held in memory; a tied embedding counts once."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(self, nnx.Param)))
+
+    @property
+    def max_context(self) -> int | None:
+        """config.json's max_position_embeddings: how many positions the model was made for."""
+        return self.config.get("max_position_embeddings")
+
+    @property
+    def vocabulary(self) -> int:
+        """V: how many tokens there are, 0 <= id < V."""
+        return self._embedding().type.shape[0]
+
+    def __call__(self, tokens) -> jax.Array:
+        """Token ids int32 [B, T], whole sequences -> logits float32 [B, T, V]."""
+        return self.logits(self.hidden(tokens))
+
+    def hidden(self, tokens) -> jax.Array:
+        """Token ids int32 [B, T], whole sequences -> the residual stream into the epilogue, float32 [B, T, D]."""
+        tokens = jnp.asarray(tokens, jnp.int32)
+        x = self._plan.prologue.embed(self.prologue.get_raw_value(), tokens, None)
+        for program, weights in zip(self._plan.blocks, self.blocks, strict=True):
+            x = program.forward(weights.get_raw_value(), x)
+        return x
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """What `hidden` returned, or any rows of it, float32 [..., D] -> logits float32 [..., V]: final norm and head."""
+        return self._plan.epilogue.logits(self.epilogue.get_raw_value(), hidden, self._embedding() if self._plan.tied else None)
+
+    def new_cache(self, batch: int, length: int) -> Cache:
+        """An empty cache for `batch` sequences of at most `length` tokens."""
+        if batch < 1 or length < 1:
+            raise BadInput(f"a cache of {batch} sequences of {length} tokens: both must be at least 1")
+
+        def slots(kv_heads: int, head_dim: int):
+            return jnp.zeros((batch, length, kv_heads, head_dim), DTYPES[self._plan.dtype])
+
+        blocks = tuple({name: (slots(*shape), slots(*shape)) for name, *shape in nodes} for nodes in self._plan.attention)
+        return Cache(blocks, jnp.zeros((batch, 1), jnp.int32), 0, length)
+
+    def prefill(self, tokens, cache: Cache, lengths=None) -> tuple[jax.Array, Cache]:
+        """Reads prompts into an empty cache -> logits float32 [B, V] of the token after each prompt, and the cache, ready for `decode`.
+
+        Prompts are padded to a power of two, so that nothing new is compiled for most lengths; padding changes no result.
+
+        Args:
+          tokens: ids int32 [B, T]; shorter prompts end in anything.
+          cache: from `new_cache`; used up.
+          lengths: [B] tokens of each prompt, 1 to T; None: all T.
+
+        Raises BadInput for prompts that are empty or do not fit into the cache.
+        """
+        tokens = np.asarray(tokens, np.int32)
+        batch, width = tokens.shape
+        lengths = np.full(batch, width) if lengths is None else np.asarray(lengths)
+        if lengths.shape != (batch,) or lengths.min() < 1 or lengths.max() > width:
+            raise BadInput(f"lengths {lengths.tolist()} of prompts [{batch}, {width}]: expected {batch} numbers from 1 to {width}")
+        if cache.filled or cache.positions.shape[0] != batch:
+            raise BadInput(f"prefill of {batch} prompts needs an empty cache for as many sequences; make one with new_cache")
+        if width > cache.length:
+            raise BadInput(f"a prompt of {width} tokens is longer than the cache of {cache.length}; make a longer one, or shorten the prompt")
+        padded = np.zeros((batch, min(bucket(width), cache.length)), np.int32)
+        padded[:, :width] = tokens
+        x = self._plan.prologue.embed(self.prologue.get_raw_value(), padded, None)
+        blocks = []
+        for program, weights, slots in zip(self._plan.blocks, self.blocks, cache.blocks, strict=True):
+            x, slots = program.begin(weights.get_raw_value(), x, slots)
+            blocks.append(slots)
+        last = _take_positions(x, jnp.asarray(lengths, jnp.int32) - 1)
+        positions = jnp.asarray(lengths, jnp.int32)[:, None]
+        return self.logits(last), Cache(tuple(blocks), positions, int(lengths.max()), cache.length)
+
+    def decode(self, token, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Appends one token to each sequence: ids int32 [B] -> logits float32 [B, V] of the next, and the cache (the one given is used up).
+
+        Raises BadInput when the cache is full.
+        """
+        if cache.filled >= cache.length:
+            raise BadInput(f"the cache is full: it was made for {cache.length} tokens; make a longer one with new_cache")
+        x = self._plan.prologue.embed(self.prologue.get_raw_value(), _as_column(token), None)
+        blocks = []
+        for program, weights, slots in zip(self._plan.blocks, self.blocks, cache.blocks, strict=True):
+            x, slots = program.step(weights.get_raw_value(), x, cache.positions, slots)
+            blocks.append(slots)
+        return _only_row(self.logits(x)), Cache(tuple(blocks), _next(cache.positions), cache.filled + 1, cache.length)
+
+    def _embedding(self) -> Weight:
+        return self.prologue.get_raw_value()[self._plan.embed]["weight"]
+
+
+def bucket(length: int) -> int:
+    """The power of two that is at least `length`: so few different lengths, and so few compilations, serve all."""
+    return 1 << (length - 1).bit_length()
+
+
+_as_column = jax.jit(lambda token: jnp.asarray(token, jnp.int32)[:, None])  # [B] -> [B, 1]
+_only_row = jax.jit(lambda logits: logits[:, 0])  # [B, 1, V] -> [B, V]
+_next = jax.jit(lambda positions: positions + 1)
+_take_positions = jax.jit(lambda x, at: jnp.take_along_axis(x, at[:, None, None], axis=1)[:, 0])  # [B, T, D], [B] -> [B, D]
+
+
+# --- weights -----------------------------------------------------------------------------------------------------------
+
+
+def _fill(graph: Graph, backend: str, dtype, total: int, progress: Callable[[int, int], None] | None) -> Iterator[ops.Weights]:
+    """The weights of each unit on the device, read one at a time."""
+    done = 0
+    for block in graph.units:
+        weights: ops.Weights = {}
+        for node in block.nodes:
+            slots = weights[node.name] = {}
+            for slot, ref in sorted(node.weights.items()):
+                slots[slot] = _place(ref, backend, dtype)
+                done += 1
+                if progress:
+                    progress(done, total)
+        yield weights
+
+
+def _place(ref: WeightRef, backend: str, dtype) -> Weight:
+    weight = jax.tree.map(jnp.asarray, ref.load())
+    if len(weight.type.shape) < 2:
+        dtype = jnp.float32
+    if isinstance(weight.type, DenseType) or backend == "xla-unpacked":
+        return Dense(_dequantize(weight, dtype))
+    return weight
+
+
+@partial(jax.jit, static_argnames="dtype")
+def _dequantize(weight: Weight, dtype) -> jax.Array:
+    return weight.dequantize(dtype)

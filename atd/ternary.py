@@ -1,0 +1,402 @@
+"""The mathematics of decomposition: a matrix w becomes trits t and scales s with w ~ sum_i s_i t_i. Arrays in, arrays out.
+
+    greedy   the historic method: one base after the other on the residual, scale_i = mean |residual|
+    als      alternating least squares: all scales of a group at once, then every weight to the nearest of the 3^N sums, and again
+
+Groups are runs of inputs of one row, a row, or the whole tensor; scales are shaped as `atd.weights.TernaryType` shapes them. Scales are rounded
+to their stored dtype before they are judged and before trits are chosen: what is compared is what will be stored.
+
+How als is made fast: the 3^N sums are symmetric about 0, so only the L = (3^N + 1) / 2 levels that are not negative matter, and |w| is on the level
+whose number is the count of midpoints below it. For the nearest assignment, the normal equations and the error depend on the weights only through
+how many lie above each midpoint and their sum. So an iteration is L - 1 passes of compare-and-add over |w|; nothing is assigned until the end.
+A matrix is cut into chunks of equal shape: matrices that share group size, bases and dtype share one compilation.
+"""
+
+from functools import partial
+from itertools import product
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from atd.errors import BadInput
+from atd.weights import Group, level_weights
+
+MOST_BASES = 4
+CHUNK = 1 << 19  # weights in flight: a chunk and what is made of it stay near the cores
+RIDGE = 1e-4  # relative, toward the current scales: a base that no weight uses makes the normal equations singular
+GRID = 16  # uniform grids tried
+LEAST_IMPORTANCE = 1e-6  # of the mean: inputs that calibration never saw still get sensible trits
+
+
+# --- public ------------------------------------------------------------------------------------------------------------
+
+
+def greedy(weight, bases: int, dtype=np.float32, group: Group = "tensor") -> tuple[np.ndarray, np.ndarray]:
+    """One base after the other: scale = mean |residual| over the group, trit = clip(round(residual / scale), -1, 1), residual -= scale * trit.
+
+    weight float [out, in] -> trits int8 [out, in, bases], scales `dtype` [rows, groups, bases]. With one scale per tensor (the default) this is the
+    method of Bit-TTT-Engine's converter. Raises BadInput where the weights are not finite or a scale overflows `dtype`.
+    """
+    return _decompose(partial(_greedy_chunk, bases=bases, dtype=np.dtype(dtype)), weight, bases, group, None)
+
+
+def als(
+    weight, bases: int, group: Group, tied: bool, dtype=np.float16, feature_weights=None, iterations: int = 8
+) -> tuple[np.ndarray, np.ndarray]:
+    """Per group, minimises sum_k d_k (w_k - sum_i s_i t_ki)^2 over scales and trits together.
+
+    weight float [out, in], feature weights d >= 0 float [in] (None: all equal) -> trits int8 [out, in, bases], scales `dtype` [rows, groups, bases],
+    or [rows, groups, 1] when tied (u, with s_i = u 3^(bases-1-i)). bases is 1 to 4.
+
+    Free scales alternate s = (T'DT + ridge)^-1 T'Dw with the nearest of the 3^N sums, from two starts (the greedy scales, the best uniform grid),
+    and keep the best scales met; they descend. Tied scales start from a geometric series of grids and alternate s = (q'Dw) / (q'Dq) likewise.
+    A group of zeros gets zero scales, and a zero scale zero trits; a scale that underflows `dtype` is such a zero.
+
+    Raises BadInput where the weights are not finite or a scale overflows `dtype`, and for bases or feature weights that cannot be.
+    """
+    if not 1 <= bases <= MOST_BASES:
+        raise BadInput(f"als fits 1 to {MOST_BASES} bases, not {bases}")
+    chunk = partial(_als_chunk, bases=bases, dtype=np.dtype(dtype), tied=tied, iterations=iterations)
+    return _decompose(chunk, weight, bases, group, _importance(feature_weights, weight.shape[1]))
+
+
+def relative_rmse(weight, approximation) -> float:
+    """|weight - approximation| / |weight|, Frobenius norms (0 for zeros met exactly, inf for zeros that are not)."""
+    error = total = 0.0
+    for start in range(0, weight.shape[0], step := _step(weight.shape[1])):
+        part = np.asarray(weight[start : start + step], np.float32)
+        error += float(np.square(part - np.asarray(approximation[start : start + step], np.float32)).sum(dtype=np.float64))
+        total += float(np.square(part).sum(dtype=np.float64))
+    return _ratio(error, total)
+
+
+def decomposition_rmse(weight, trits, scales, group: Group) -> float:
+    """`relative_rmse` of the weights that trits [out, in, N] and scales [rows, groups, N or 1] stand for, chunk by chunk: they are never all there."""
+    bases, size = trits.shape[2], _group_size(weight, group)
+    weights = _grouped(weight, size)
+    parts = _grouped(trits, size).reshape(-1, size, bases)
+    scales = np.asarray(scales, np.float32).reshape(-1, scales.shape[2])
+    if scales.shape[1] < bases:
+        scales = scales * level_weights(bases)  # [groups, 1] -> [groups, N]
+    scales = np.broadcast_to(scales, (len(weights), bases))
+    error = total = 0.0
+    for rows in _chunks(len(weights), step := _step(size)):
+        squares = _squares_chunk(_take(weights, rows, step), _take(parts, rows, step), _take(scales, rows, step))
+        error, total = error + float(squares[0]), total + float(squares[1])
+    return _ratio(error, total)
+
+
+def _ratio(error: float, total: float) -> float:
+    return float(np.sqrt(error / total)) if total else (np.inf if error else 0.0)
+
+
+# --- matrices to chunks of groups --------------------------------------------------------------------------------------
+
+
+def _decompose(chunk, weight, bases: int, group: Group, importance) -> tuple[np.ndarray, np.ndarray]:
+    """Carries `chunk(weights [groups, size], importance, pooled=)` -> (trits, scales) over a matrix; importance f32 [in] or None."""
+    out, inputs = weight.shape
+    size = _group_size(weight, group)
+    groups = -(-inputs // size)  # of a row
+    if group == "tensor":  # one group: all rows at once
+        trits, scales = chunk(jnp.asarray(weight, jnp.float32), None if importance is None else importance[None], pooled=True)
+        trits, scales = np.asarray(trits), np.asarray(scales)
+    else:
+        if importance is None and inputs % size:
+            importance = np.ones(inputs, np.float32)  # the padding of a ragged last group must weigh nothing
+        if importance is not None:
+            importance = _grouped(importance[None], size)  # [groups of a row, size]
+        weights = _grouped(weight, size)
+        trits, scales = np.empty((len(weights), size, bases), np.int8), None
+        for rows in _chunks(len(weights), step := _step(size)):
+            part = None if importance is None else importance[np.arange(rows.start, rows.start + step) % groups]
+            found_trits, found = chunk(_take(weights, rows, step), part, pooled=False)
+            scales = np.empty((len(weights), found.shape[1]), found.dtype) if scales is None else scales
+            count = min(rows.stop, len(weights)) - rows.start
+            trits[rows], scales[rows] = found_trits[:count], found[:count]
+        trits = trits.reshape(out, groups * size, bases)[:, :inputs]
+    scales = scales.reshape(-1, groups, scales.shape[-1])
+    if not np.isfinite(scales.astype(np.float32)).all():
+        _refuse(weight, scales.dtype)
+    return trits, scales
+
+
+def _refuse(weight, dtype):
+    weight = np.asarray(weight, np.float32)
+    if not np.isfinite(weight).all():
+        raise BadInput(f"{(~np.isfinite(weight)).sum()} of {weight.size} weights are NaN or infinite")
+    raise BadInput(f"weights of up to {np.abs(weight).max():.3g} need scales that overflow {dtype}: store scales in bfloat16 or float32")
+
+
+def _importance(feature_weights, inputs: int) -> np.ndarray | None:
+    """Feature weights relative to their mean, none of them zero."""
+    if feature_weights is None:
+        return None
+    weights = np.asarray(feature_weights, np.float32)
+    if weights.shape != (inputs,) or not np.isfinite(weights).all() or (weights < 0).any():
+        raise BadInput(f"feature weights must be {inputs} finite numbers >= 0, one for each input; found shape {weights.shape}, least {weights.min()}")
+    mean = weights.mean(dtype=np.float64)
+    return np.maximum(weights / mean, LEAST_IMPORTANCE).astype(np.float32) if mean else None
+
+
+def _group_size(weight, group: Group) -> int:
+    return weight.shape[1] if isinstance(group, str) else min(group, weight.shape[1])
+
+
+def _grouped(array, size: int) -> np.ndarray:
+    """[out, in, ...] -> [out * groups, size, ...], zeros behind a ragged last group."""
+    array = np.asarray(array)
+    short = -array.shape[1] % size
+    if short:
+        array = np.pad(array, [(0, 0), (0, short)] + [(0, 0)] * (array.ndim - 2))
+    return array.reshape(-1, size, *array.shape[2:])
+
+
+def _step(size: int) -> int:
+    """Groups of a chunk."""
+    return max(1, CHUNK // size)
+
+
+def _chunks(count: int, step: int):
+    return (slice(start, start + step) for start in range(0, count, step))
+
+
+def _take(array: np.ndarray, rows: slice, step: int) -> np.ndarray:
+    """The rows, filled up to `step` with zeros: every chunk has the same shape."""
+    part = array[rows]
+    part = part.astype(np.float32) if part.dtype != np.int8 else part
+    return part if len(part) == step else np.pad(part, [(0, step - len(part))] + [(0, 0)] * (part.ndim - 1))
+
+
+# --- a chunk: groups [C, size], C groups side by side, or all one group when pooled --------------------------------------
+# Per group arrays are [C], [levels, C], [bases, C]; pooled, C is 1 there, which broadcasts.
+
+
+@partial(jax.jit, static_argnames=("bases", "dtype", "pooled"))
+def _greedy_chunk(weight, importance, *, bases, dtype, pooled):
+    scales, trits = _greedy(weight, importance, bases, pooled, partial(_round, dtype=dtype))
+    return jnp.stack(trits, axis=-1), scales.T.astype(dtype)
+
+
+@partial(jax.jit, static_argnames=("bases", "dtype", "pooled", "tied", "iterations"))
+def _als_chunk(weight, importance, *, bases, dtype, pooled, tied, iterations):
+    size = jnp.abs(weight)
+    largest = jnp.max(size, axis=1)
+    # Each group is scaled by a power of two so that its largest weight is in [1, 2): exact, and no square over- or underflows.
+    unit = jnp.ldexp(1.0, jnp.frexp(jnp.max(largest, keepdims=True) if pooled else largest)[1] - 1)
+    size = size / unit[:, None]
+
+    def rounded(scales):
+        return _round(scales * unit, dtype) / unit
+
+    least = _best_grid(size, importance, bases, pooled, rounded)
+    if tied:
+        least = _refine_grid(size, importance, least, bases, pooled, rounded, iterations)
+        codes = jnp.minimum(jnp.round(size / _nonzero(least)[:, None]), _top(bases)).astype(jnp.int8)
+        scales = least[None]
+    else:
+        starts = _greedy(size, importance, bases, pooled, rounded)[0], rounded(_powers(bases) * least)
+        (scales, error), (other, other_error) = (_refine_scales(size, importance, s, pooled, rounded, iterations) for s in starts)
+        scales = jnp.where(error <= other_error, scales, other)
+        codes = _nearest(size, scales)
+    trits = _digits(jnp.where(weight < 0, -codes, codes), bases)
+    return trits * (scales != 0).T[:, None, :], (scales * unit).T.astype(dtype)
+
+
+@jax.jit
+def _squares_chunk(weight, trits, scales):
+    """Sums of squares of the error and of the weights."""
+    approximation = sum(trits[..., i] * scales[:, None, i] for i in range(trits.shape[2]))
+    return jnp.square(weight - approximation).sum(), jnp.square(weight).sum()
+
+
+def _round(scales, dtype):
+    return scales.astype(dtype).astype(jnp.float32)
+
+
+def _nonzero(scale):
+    return jnp.where(scale > 0, scale, jnp.inf)
+
+
+def _sum(values, pooled: bool):
+    """[C, size] -> [C] or, pooled, [1]."""
+    sums = jnp.sum(values, axis=1, dtype=jnp.float32)
+    return jnp.sum(sums, keepdims=True) if pooled else sums
+
+
+def _weighted(values, importance):
+    return values if importance is None else values * importance
+
+
+def _total_importance(values, importance, pooled):
+    return _sum(jnp.broadcast_to(1.0 if importance is None else importance, values.shape), pooled)
+
+
+def _top(bases: int) -> int:
+    """The largest sum of a tied decomposition: its levels are u * -top..top."""
+    return (3**bases - 1) // 2
+
+
+def _powers(bases: int):
+    return jnp.asarray(level_weights(bases))[:, None]  # [N, 1]
+
+
+def _greedy(residual, importance, bases, pooled, rounded):
+    """-> scales [N, C], trits N x int8 [C, size]."""
+    total = _total_importance(residual, importance, pooled)
+    scales, trits = [], []
+    for _ in range(bases):
+        scale = rounded(_sum(_weighted(jnp.abs(residual), importance), pooled) / jnp.maximum(total, 1e-30))
+        trit = jnp.clip(jnp.round(residual / _nonzero(scale)[:, None]), -1, 1)
+        residual = residual - scale[:, None] * trit
+        scales.append(scale)
+        trits.append(trit.astype(jnp.int8))
+    return jnp.stack(scales), trits
+
+
+# --- tied: one scale, a uniform grid -------------------------------------------------------------------------------------
+
+
+def _grid_moments(size, importance, least, bases, pooled):
+    """q'Dw and q'Dq of the nearest assignment to the grid `least` [C]."""
+    q = jnp.minimum(jnp.round(size / _nonzero(least)[:, None]), _top(bases))
+    weighted = _weighted(q, importance)
+    return _sum(weighted * size, pooled), _sum(weighted * q, pooled)
+
+
+def _best_grid(size, importance, bases, pooled, rounded):
+    """The least-squares scale [C] of the best of GRID grids, whose tops go in a geometric series from 0.8 of the RMS to the largest weight."""
+    energy = _sum(_weighted(jnp.square(size), importance), pooled)
+    rms = jnp.sqrt(energy / jnp.maximum(_total_importance(size, importance, pooled), 1e-30))
+    largest = jnp.max(size, axis=1)
+    largest = jnp.max(largest, keepdims=True) if pooled else largest
+    low = jnp.minimum(0.8 * rms, largest)
+
+    def fit(fraction):
+        top = low * (largest / jnp.maximum(low, 1e-30)) ** fraction
+        wq, qq = _grid_moments(size, importance, top / _top(bases), bases, pooled)
+        scale = wq / jnp.maximum(qq, 1e-30)
+        return scale, wq * scale  # the error is the energy less this
+
+    scales, explained = lax.map(fit, jnp.linspace(0.0, 1.0, GRID))
+    return rounded(jnp.take_along_axis(scales, jnp.argmax(explained, axis=0)[None], axis=0)[0])
+
+
+def _refine_grid(size, importance, least, bases, pooled, rounded, iterations):
+    def iterate(carry, _):
+        least, best, best_error = carry
+        wq, qq = _grid_moments(size, importance, least, bases, pooled)
+        error = least * (least * qq - 2 * wq)  # less the energy
+        better = error < best_error
+        best, best_error = jnp.where(better, least, best), jnp.where(better, error, best_error)
+        return (rounded(wq / jnp.maximum(qq, 1e-30)), best, best_error), None
+
+    return lax.scan(iterate, (least, least, jnp.full_like(least, jnp.inf)), length=iterations)[0][1]
+
+
+# --- free: N scales ------------------------------------------------------------------------------------------------------
+
+
+def _half_codes(bases: int) -> np.ndarray:
+    """[L, N]: zero, then of each pair of opposite codes the one whose first trit that is not zero is +1."""
+    codes = np.array(list(product((-1, 0, 1), repeat=bases)))
+    return codes[len(codes) // 2 :].astype(np.float32)
+
+
+def _levels(scales):
+    """scales [N, C] -> each half code's |sum| [L, C], the sign of its sum, and its rank among them by size."""
+    signed = sum(code[:, None] * scale for code, scale in zip(_half_codes(len(scales)).T, scales, strict=True))
+    level, number = jnp.abs(signed), jnp.arange(len(signed))
+
+    def rank(own):  # ranks by counting: for so few levels a sort is several times slower
+        own_level, own_number = own
+        before = (level < own_level) | ((level == own_level) & (number < own_number)[:, None])
+        return jnp.sum(before, axis=0, dtype=jnp.int32)
+
+    return level, jnp.where(signed < 0, -1.0, 1.0), lax.map(rank, (level, number))
+
+
+def _ascending(values, rank):
+    """values [L, C] of the half codes, those of the lowest level first."""
+    return jnp.put_along_axis(jnp.zeros_like(values), rank, values, axis=0, inplace=False)
+
+
+def _midpoints(level, rank):
+    ascending = _ascending(level, rank)
+    return (ascending[1:] + ascending[:-1]) / 2
+
+
+def _normal_equations(size, importance, scales, pooled):
+    """T'DT [N][N] and T'Dw [N] of the nearest assignment to `scales`, each [C]."""
+    level, sign, rank = _levels(scales)
+    weighted = _weighted(size, importance)
+
+    def above(midpoint):
+        mask = size > midpoint[:, None]
+        return _sum(mask if importance is None else jnp.where(mask, importance, 0), pooled), _sum(jnp.where(mask, weighted, 0), pooled)
+
+    def by_level(above):  # [L - 1, C] above midpoint m -> [L, C] on half code l (nothing is needed of code 0, the lowest)
+        above = jnp.concatenate([jnp.zeros_like(above[:1]), above, jnp.zeros_like(above[:1])])
+        return jnp.take_along_axis(above[:-1] - above[1:], rank, axis=0)
+
+    count, total = (by_level(sums) for sums in lax.map(above, _midpoints(level, rank)))
+    codes = _half_codes(len(scales)).T  # [N, L]
+    gram = [[jnp.sum((a * b)[:, None] * count, axis=0) for b in codes] for a in codes]
+    return gram, [jnp.sum(a[:, None] * sign * total, axis=0) for a in codes]
+
+
+def _refine_scales(size, importance, scales, pooled, rounded, iterations):
+    """Alternating least squares from `scales` [N, C] -> the best scales met and their error (less the energy)."""
+    ridge = RIDGE * jnp.maximum(_total_importance(size, importance, pooled), 1e-30)
+
+    def iterate(carry, _):
+        scales, best, best_error = carry
+        gram, right = _normal_equations(size, importance, scales, pooled)
+        bases = range(len(scales))
+        error = sum(scales[i] * (sum(gram[i][j] * scales[j] for j in bases) - 2 * right[i]) for i in bases)
+        better = error < best_error
+        best, best_error = jnp.where(better, scales, best), jnp.where(better, error, best_error)
+        for i in bases:
+            gram[i][i] = gram[i][i] + ridge
+        new = jnp.abs(_solve(gram, [right[i] + ridge * scales[i] for i in bases]))  # a negative scale: flipped trits
+        return (rounded(-jnp.sort(-new, axis=0)), best, best_error), None
+
+    start = (scales, scales, jnp.full_like(scales[0], jnp.inf))
+    return lax.scan(iterate, start, length=iterations)[0][1:]
+
+
+def _solve(matrix, right):
+    """matrix [N][N] positive definite, right [N] -> [N, C]: Gaussian elimination, every element an array [C]."""
+    matrix, right, n = [list(row) for row in matrix], list(right), len(right)
+    for i in range(n):
+        for k in range(i + 1, n):
+            factor = matrix[k][i] / matrix[i][i]
+            right[k] = right[k] - factor * right[i]
+            for j in range(i, n):
+                matrix[k][j] = matrix[k][j] - factor * matrix[i][j]
+    for i in reversed(range(n)):
+        right[i] = (right[i] - sum(matrix[i][j] * right[j] for j in range(i + 1, n))) / matrix[i][i]
+    return jnp.stack(right)
+
+
+def _nearest(size, scales):
+    """int8 [C, size]: the code of the level nearest to each |w|, as the integer sum_i t_i 3^(N-1-i)."""
+    bases = len(scales)
+    level, sign, rank = _levels(scales)
+    integers = sign * (_half_codes(bases) @ level_weights(bases))[:, None]  # [L, C]
+    ascending = _ascending(integers, rank).astype(jnp.int8)
+
+    def climb(codes, step):
+        midpoint, rise = step
+        return codes + jnp.where(size > midpoint[:, None], rise[:, None], 0), None
+
+    steps = _midpoints(level, rank), ascending[1:] - ascending[:-1]
+    return lax.scan(climb, jnp.zeros(size.shape, jnp.int8), steps)[0]
+
+
+def _digits(integers, bases: int):
+    """int8 integers in -top..top -> trits int8 [..., N], the most significant first: integer = sum_i t_i 3^(N-1-i)."""
+    digits = (integers + _top(bases)).astype(jnp.uint8)
+    return jnp.stack([((digits // 3 ** (bases - 1 - i)) % 3).astype(jnp.int8) - 1 for i in range(bases)], axis=-1)

@@ -1,0 +1,433 @@
+"""Tokenizers: text to token ids and back, of a Hugging Face folder or out of a GGUF file's metadata.
+
+    tokenizer = open_tokenizer("models/stories15M")      folder with tokenizer.json
+    tokenizer = open_tokenizer("SmolLM2.Q4_1.gguf")      rebuilt from tokenizer.ggml.*
+    ids = tokenizer.encode("Once upon a time", bos=True) int32 [n]
+
+A GGUF file stores vocabulary, merges (or scores) and the *name* of its pre-tokenizer, not the tokenizer.
+`tokenizer.ggml.model = gpt2` is byte-level BPE, whose split of the text into words `tokenizer.ggml.pre` names; `llama`
+is SentencePiece BPE with byte fallback, whose merges follow from the scores.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+import jinja2
+import jinja2.ext
+import numpy as np
+import tokenizers
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers, processors
+from tokenizers.models import BPE
+
+from atd.errors import BadInput
+
+# What a Hugging Face folder may hold of a tokenizer: copied unchanged into a converted checkpoint.
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Text to ids and back."""
+
+    backend: tokenizers.Tokenizer = field(repr=False)
+    bos_id: int | None  # None: there is no such token
+    eos_ids: tuple[int, ...]  # generation ends at any of these
+    adds_bos: bool  # the model is used to BOS in front (`encode` adds it only when asked)
+    chat_template: str | None = field(repr=False)
+    special: dict[str, str] = field(repr=False)  # "bos_token" -> "<s>", ...: what chat templates see
+    stored: dict[str, bytes] = field(repr=False)  # file name -> content
+    name: str  # of the folder or file, for messages
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of tokens, special ones included. A model's embedding may have more rows, for padding."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str, bos: bool = False) -> np.ndarray:
+        """Token ids int32 [n] of the text; with `bos`, BOS in front. Special tokens in the text get their ids."""
+        ids = self.backend.encode(text, add_special_tokens=False).ids
+        if bos:
+            if self.bos_id is None:
+                raise BadInput(f"{self.name}: its tokenizer has no BOS token; leave out --bos")
+            ids = [self.bos_id, *ids]
+        return np.asarray(ids, np.int32)
+
+    def decode(self, ids: Iterable[int], special: bool = False) -> str:
+        """The text of the ids; special tokens are left out unless `special`."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=not special)
+
+    def apply_chat(self, messages: Sequence[dict], add_generation_prompt: bool = True) -> str:
+        """The text of a conversation, `[{"role": "user", "content": "..."}, ...]`, by the model's own template.
+
+        Templates run in Jinja2's sandbox and see what transformers gives them: messages, tools and documents (None),
+        the special tokens, raise_exception, strftime_now, tojson.
+        """
+        if self.chat_template is None:
+            raise BadInput(
+                f"{self.name}: the model has no chat template; give it plain text (it is a base model, most likely)"
+            )
+        try:
+            return _compile_template(self.chat_template).render(
+                messages=list(messages),
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self.special,
+            )
+        except jinja2.TemplateError as error:
+            raise BadInput(f"{self.name}: its chat template refuses this conversation: {error}") from None
+
+    def files(self) -> dict[str, bytes]:
+        """File name -> content: what gives a checkpoint's folder the same tokenizer. A folder's own stay as is."""
+        return dict(self.stored)
+
+
+def open_tokenizer(path: str | os.PathLike) -> Tokenizer:
+    """The tokenizer of a Hugging Face folder or of a .gguf file. Raises BadInput if there is none it knows."""
+    path = Path(path)
+    if path.is_dir():
+        return _open_folder(path)
+    if not path.exists():
+        raise BadInput(f"{path}: no such file or folder; give a Hugging Face folder or a .gguf file")
+    if path.suffix != ".gguf":
+        raise BadInput(f"{path}: a tokenizer is read from a Hugging Face folder or a .gguf file, and this is neither")
+    return _open_gguf(path)
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """The text of a UTF-8 file, line ends untouched. Raises BadInput if absent, unreadable, not UTF-8 or empty."""
+    path = Path(path)
+    if path.is_dir():
+        raise BadInput(f"{path}: is a folder; give one text file")
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file") from None
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        found = f"byte 0x{data[error.start]:02x} at offset {error.start} (line {line})"
+        raise BadInput(f"{path}: not UTF-8 text: {found}; convert it with iconv, or give another file") from None
+    if not text.strip():
+        raise BadInput(f"{path}: is empty; a text file is expected")
+    return text
+
+
+# --- Hugging Face folders ---------------------------------------------------------------------------------------------
+
+
+def _open_folder(folder: Path) -> Tokenizer:
+    stored = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+    if "tokenizer.json" not in stored:
+        others = [name for name in ("tokenizer.model", "vocab.json") if (folder / name).is_file()]
+        remedy = "AutoTokenizer.from_pretrained(folder).save_pretrained(folder) of transformers writes one"
+        raise BadInput(
+            f"{folder}: has no tokenizer.json"
+            + (f", only {others[0]}: {remedy}" if others else "; copy it from the model's repository")
+        )
+    try:
+        backend = tokenizers.Tokenizer.from_buffer(stored["tokenizer.json"])
+    except Exception as error:  # the library raises bare Exception
+        raise BadInput(
+            f"{folder / 'tokenizer.json'}: is no tokenizer that the tokenizers library reads: {error}"
+        ) from None
+    backend.no_truncation()
+    backend.no_padding()
+
+    config, generation = (
+        _json_object(folder / name, stored.get(name)) for name in ("tokenizer_config.json", "generation_config.json")
+    )
+    model = folder / "config.json"
+    model_config = _json_object(model, model.read_bytes() if model.is_file() else None)
+    special = _special_tokens(
+        config, _json_object(folder / "special_tokens_map.json", stored.get("special_tokens_map.json"))
+    )
+
+    def id_of(key: str) -> int | None:
+        return backend.token_to_id(special[key]) if key in special else None
+
+    bos = id_of("bos_token")
+    bos = bos if bos is not None else next(iter(_ids(model_config.get("bos_token_id"))), None)
+    ends = [*_ids(generation.get("eos_token_id")), *_ids(model_config.get("eos_token_id")), *_ids(id_of("eos_token"))]
+    adds_bos = config.get("add_bos_token")
+    if adds_bos is None:  # then the post-processor of tokenizer.json decides
+        adds_bos = backend.encode("").ids[:1] == [bos]
+    template = stored.get("chat_template.jinja")
+    return Tokenizer(
+        backend=backend,
+        bos_id=bos,
+        eos_ids=tuple(dict.fromkeys(ends)),
+        adds_bos=bool(adds_bos) and bos is not None,
+        chat_template=template.decode() if template is not None else _default_template(config.get("chat_template")),
+        special=special,
+        stored=stored,
+        name=str(folder),
+    )
+
+
+def _json_object(path: Path, data: bytes | None) -> dict:
+    """The object in a JSON file; {} for one that is absent."""
+    if data is None:
+        return {}
+    try:
+        value = json.loads(data)
+    except ValueError as error:
+        raise BadInput(f"{path}: is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise BadInput(f"{path}: a JSON object is expected, not {type(value).__name__}")
+    return value
+
+
+def _special_tokens(*configs: dict) -> dict[str, str]:
+    """bos_token, eos_token, unk_token, pad_token, each a string or {"content": string}; the first to have it counts."""
+    special = {}
+    for config in configs:
+        for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
+            value = config.get(key)
+            value = value.get("content") if isinstance(value, dict) else value
+            if isinstance(value, str):
+                special.setdefault(key, value)
+    return special
+
+
+def _ids(value) -> list[int]:
+    """An id, a list of ids or None -> a list."""
+    return list(value) if isinstance(value, list) else [] if value is None else [value]
+
+
+def _default_template(value) -> str | None:
+    """chat_template of tokenizer_config.json: a string, or a list of named ones of which "default" is meant."""
+    if isinstance(value, list):
+        return next((item["template"] for item in value if item.get("name") == "default"), None)
+    return value
+
+
+# --- GGUF -------------------------------------------------------------------------------------------------------------
+
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # gguf.TokenType
+
+# The word patterns of the published tokenizer.json files.
+_LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2_WORDS = _LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
+
+
+def _gpt2() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+
+
+def _smollm() -> pre_tokenizers.PreTokenizer:
+    # Digits first, as SmolLM2's tokenizer.json and llama.cpp have it: it decides how blanks before a number are joined.
+    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()])
+
+
+def _words(pattern: str) -> Callable[[], pre_tokenizers.PreTokenizer]:
+    return lambda: pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+@dataclass(frozen=True)
+class _Pre:
+    """What a name in tokenizer.ggml.pre stands for."""
+
+    split: Callable[[], pre_tokenizers.PreTokenizer]
+    nfc: bool = False  # normalize to composed characters first
+    whole_words: bool = False  # a word that is a token is taken whole, merges or not
+    adds_bos: bool = False  # when tokenizer.ggml.add_bos_token is absent
+
+
+_LLAMA3 = _Pre(_words(_LLAMA3_WORDS), whole_words=True, adds_bos=True)
+_PRE = {
+    "default": _Pre(_gpt2),
+    "gpt-2": _Pre(_gpt2),
+    "smollm": _Pre(_smollm),
+    "llama-bpe": _LLAMA3,
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "qwen2": _Pre(_words(_QWEN2_WORDS), nfc=True),
+}
+
+
+def _open_gguf(path: Path) -> Tokenizer:
+    metadata = _gguf_metadata(path)
+    model = metadata.get("model")
+    if model not in ("gpt2", "llama"):
+        found = f"tokenizer.ggml.model = {model!r}" if model else "no tokenizer.ggml.model"
+        raise BadInput(f"{path}: {found}; known are 'gpt2' (byte-level BPE) and 'llama' (SentencePiece BPE)")
+    tokens = metadata.get("tokens")
+    if not isinstance(tokens, list) or not tokens:
+        raise BadInput(f"{path}: tokenizer.ggml.tokens is absent or empty, so there is no vocabulary")
+    types = metadata.get("token_type") or [_NORMAL] * len(tokens)
+    if len(types) != len(tokens):
+        raise BadInput(f"{path}: tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens")
+    try:
+        backend, adds_bos = (_byte_level if model == "gpt2" else _sentencepiece)(path, metadata, tokens, types)
+    except BadInput:
+        raise
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise BadInput(f"{path}: its vocabulary and merges make no tokenizer: {error}") from None
+    backend.add_tokens(
+        [AddedToken(t, normalized=False) for t, kind in zip(tokens, types, strict=True) if kind == _USER_DEFINED]
+    )
+    backend.add_special_tokens(
+        [
+            AddedToken(t, normalized=False, special=True)
+            for t, kind in zip(tokens, types, strict=True)
+            if kind in (_CONTROL, _UNKNOWN)
+        ]
+    )
+
+    def id_of(key: str) -> int | None:
+        value = metadata.get(key)
+        if value is not None and not 0 <= value < len(tokens):
+            raise BadInput(f"{path}: tokenizer.ggml.{key} is {value}, beyond the vocabulary of {len(tokens)}")
+        return value
+
+    bos = id_of("bos_token_id")
+    ends = tuple(
+        dict.fromkeys(i for i in (id_of("eos_token_id"), id_of("eot_token_id"), id_of("eom_token_id")) if i is not None)
+    )
+    adds_bos = bos is not None and bool(metadata.get("add_bos_token", adds_bos))
+    if adds_bos and bos is not None:
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
+        )
+    keys = {
+        "bos_token": "bos_token_id",
+        "eos_token": "eos_token_id",
+        "unk_token": "unknown_token_id",
+        "pad_token": "padding_token_id",
+    }
+    special = {name: tokens[i] for name, key in keys.items() if (i := id_of(key)) is not None}
+    template = metadata.get("chat_template")
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": adds_bos,
+        "clean_up_tokenization_spaces": False,
+        **special,
+    }
+    stored = {
+        "tokenizer.json": backend.to_str().encode(),
+        "tokenizer_config.json": _json_bytes(config | ({"chat_template": template} if template else {})),
+        "generation_config.json": _json_bytes(
+            ({"bos_token_id": bos} if bos is not None else {}) | {"eos_token_id": list(ends)}
+        ),
+    }
+    return Tokenizer(backend, bos, ends, adds_bos, template, special, stored, str(path))
+
+
+def _json_bytes(value: dict) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _gguf_metadata(path: Path) -> dict:
+    """tokenizer.ggml.* without that prefix, and chat_template."""
+    from gguf import GGUFReader
+
+    try:
+        fields = GGUFReader(path).fields
+        short = {
+            key.removeprefix("tokenizer.ggml.").removeprefix("tokenizer."): key
+            for key in fields
+            if key.startswith("tokenizer.")
+        }
+        return {name: fields[key].contents() for name, key in short.items()}
+    except Exception as error:  # a damaged header raises ValueError, IndexError, KeyError, UnicodeDecodeError, ...
+        raise BadInput(f"{path}: is not a whole GGUF file: {error}") from None
+
+
+def _byte_level(path: Path, metadata: dict, tokens: list[str], types: list[int]) -> tuple[tokenizers.Tokenizer, bool]:
+    name = metadata.get("pre", "default")
+    if name not in _PRE:
+        known = ", ".join(sorted(_PRE))
+        raise BadInput(
+            f"{path}: tokenizer.ggml.pre = {name!r} is not known, only {known}; use the model's Hugging Face folder"
+        )
+    if not isinstance(metadata.get("merges"), list):
+        raise BadInput(f"{path}: tokenizer.ggml.merges is absent; byte-level BPE needs it")
+    pre = _PRE[name]
+    merges = [tuple(merge.split(" ", 1)) for merge in metadata["merges"]]
+    backend = tokenizers.Tokenizer(
+        BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, ignore_merges=pre.whole_words)
+    )
+    backend.pre_tokenizer = pre.split()
+    backend.decoder = decoders.ByteLevel()
+    if pre.nfc:
+        backend.normalizer = normalizers.NFC()
+    return backend, pre.adds_bos
+
+
+def _sentencepiece(
+    path: Path, metadata: dict, tokens: list[str], types: list[int]
+) -> tuple[tokenizers.Tokenizer, bool]:
+    if not isinstance(metadata.get("scores"), list) or len(metadata["scores"]) != len(tokens):
+        raise BadInput(f"{path}: tokenizer.ggml.scores does not give one score to each of the {len(tokens)} tokens")
+    unknown = tokens[metadata.get("unknown_token_id", 0)]
+    merges = _merges_of_scores(tokens, metadata["scores"], types)
+    vocabulary = {t: i for i, t in enumerate(tokens)}
+    backend = tokenizers.Tokenizer(
+        BPE(vocab=vocabulary, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    )
+    space = normalizers.Replace(" ", "▁")
+    back = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if metadata.get("add_space_prefix", True):
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), space])
+        backend.decoder = decoders.Sequence([*back, decoders.Strip(content=" ", left=1)])
+    else:
+        backend.normalizer = space
+        backend.decoder = decoders.Sequence(back)
+    return backend, True
+
+
+def _merges_of_scores(tokens: list[str], scores: list[float], types: list[int]) -> list[tuple[str, str]]:
+    """Every split of a token in two tokens, best score first: SentencePiece joins what scores highest.
+
+    Ties: the longer first part, then the longer second one (as transformers' `generate_merges`). Control, unknown and
+    byte tokens never arise from text.
+    """
+    score = {t: s for t, s, kind in zip(tokens, scores, types, strict=True) if kind in (_NORMAL, _USER_DEFINED)}
+    merges = [(t[:i], t[i:]) for t in score for i in range(1, len(t)) if t[:i] in score and t[i:] in score]
+    return sorted(merges, key=lambda pair: (-score[pair[0] + pair[1]], -len(pair[0]), -len(pair[1])))
+
+
+# --- chat templates ---------------------------------------------------------------------------------------------------
+
+
+def _compile_template(text: str) -> jinja2.Template:
+    """The environment that transformers renders chat templates in; they are untrusted code, hence the sandbox."""
+
+    def raise_exception(message: str):
+        raise jinja2.TemplateError(message)
+
+    def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+        return json.dumps(
+            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        )  # Jinja's own escapes HTML
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment.from_string(text)

@@ -1,0 +1,204 @@
+"""The XLA backend: weights stay in memory as they are stored and are dequantized to float32 a chunk of rows at a time. It defines the result.
+
+On a CPU the time goes into moving bytes between registers, not into arithmetic, so what is dequantized is never put back in the order of the inputs.
+The codes of a row fall apart into *planes* of equal length: plane p holds the p-th parameter of every byte (or cell of N bytes), and
+
+    y = sum_p W_p x_p,        W_p [rows, cells], x_p = the columns of x that plane p holds,
+
+where all of W_p comes out of one vectorised expression over the codes, and the activations, which are few, are permuted instead of the weights.
+4096 x 4096, N = 2, M = 1, 2 cores: see benchmarks/decode.py for the measurement, KERNELS.md for the formulations that were slower.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from atd.layout import LAYOUTS, TRITS_PER_BYTE
+from atd.weights import Dense, Packed, Ternary, TernaryType, Weight, combine, level_weights
+
+CHUNK_BYTES = {"cpu": 1 << 20}  # of float32 weights at a time: what stays in a core's cache
+CHUNK_BYTES_ELSEWHERE = 64 << 20
+
+
+def supports(x: jax.Array, weight: Weight) -> str | None:
+    """None: everything."""
+    return None
+
+
+def matmul(x: jax.Array, weight: Weight) -> jax.Array:
+    """x [M, in] times weight [out, in] -> [M, out] in x's dtype."""
+    wide = x.astype(jnp.float32)
+    match weight:
+        case Dense(array) if array.dtype == jnp.float32 or jax.default_backend() != "cpu":
+            y = lax.dot_general(wide.astype(array.dtype), array, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        case Dense(array):  # XLA's 16-bit dot on CPU is ten times slower than widening a chunk first
+            y = _by_rows([wide], array.shape[0], lambda cut: [cut(array).astype(jnp.float32)])
+        case Ternary(trits, scales, type):
+            y = _by_rows([wide], type.shape[0], lambda cut: [combine(cut(trits), _cut_scales(cut, scales), type)])
+        case Packed() if weight.type.layout == "hf-bitnet":
+            y = _hf_bitnet(wide, weight)
+        case Packed():
+            y = _packed(wide, weight)
+    return y.astype(x.dtype)
+
+
+def take_rows(weight: Weight, rows: jax.Array) -> jax.Array:
+    """weight.dequantize()[rows]: int32 [...] -> float32 [..., in]."""
+    flat = rows.reshape(-1)
+    match weight:
+        case Dense(array):
+            taken = jnp.asarray(array)[flat].astype(jnp.float32)
+        case Packed(codes, scales, type) if LAYOUTS[type.layout].row_separable:
+            ternary = type.ternary
+            trits = LAYOUTS[type.layout].unpack(jnp.asarray(codes)[flat], ternary.shape[1], ternary.bases)
+            taken = combine(trits, _cut_scales(lambda a: a[flat], jnp.asarray(scales)), ternary)
+        case Packed():
+            return take_rows(weight.unpack(), rows)
+        case Ternary(trits, scales, type):
+            taken = combine(jnp.asarray(trits)[flat], _cut_scales(lambda a: a[flat], jnp.asarray(scales)), type)
+    return taken.reshape(*rows.shape, -1)
+
+
+# --- rows in chunks ----------------------------------------------------------------------------------------------------
+
+Cut = Callable[[jax.Array], jax.Array]
+
+
+def _cut_scales(cut: Cut, scales: jax.Array) -> jax.Array:
+    """The scales [rows or 1, groups, N or 1] of the rows that `cut` takes; one row of them serves all."""
+    return scales if scales.shape[0] == 1 else cut(scales)
+
+
+def _by_rows(planes_of_x: list[jax.Array], out: int, planes_of_w: Callable[[Cut], list[jax.Array]]) -> jax.Array:
+    """sum_p x_p W_p^T, chunk of rows by chunk -> float32 [M, out].
+
+    planes_of_x: [M, columns] each. planes_of_w(cut) -> float32 [rows, columns] each, where cut(array) takes the chunk's rows of an array [out, ...].
+    The last chunk ends with the last row, so where the chunks do not divide the rows it repeats some of the one before: no padding, no copy.
+    """
+    width = sum(x.shape[1] for x in planes_of_x)
+    limit = CHUNK_BYTES.get(jax.default_backend(), CHUNK_BYTES_ELSEWHERE)
+    rows = min(out, max(8, limit // (4 * width) // 8 * 8))
+    transposed = [x.T for x in planes_of_x]  # [columns, M]
+
+    def chunk(start):
+        weights = lax.optimization_barrier(planes_of_w(lambda array: lax.dynamic_slice_in_dim(array, start, rows)))
+        return sum(jnp.dot(w, x, preferred_element_type=jnp.float32) for w, x in zip(weights, transposed, strict=True))  # [rows, M]
+
+    def body(i, y):
+        start = jnp.minimum(i * rows, out - rows)
+        return lax.dynamic_update_slice_in_dim(y, chunk(start), start, axis=0)
+
+    if rows == out:
+        return chunk(0).T
+    return lax.fori_loop(0, -(-out // rows), body, jnp.zeros((out, planes_of_x[0].shape[0]), jnp.float32)).T
+
+
+# --- packed ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Planes:
+    """Which columns lie together: input (a * count + p) * run + m is column a * run + m of plane p."""
+
+    count: int
+    run: int
+    trits: Callable[[list[jax.Array]], Callable[[int, int], jax.Array]]  # codes of each base [rows, cells] -> (plane, base) -> trits int
+
+    def padded(self, inputs: int) -> int:
+        return -(-inputs // (self.count * self.run)) * self.count * self.run
+
+    def of(self, array: jax.Array, plane: int) -> jax.Array:
+        """[rows, padded inputs] -> [rows, columns of this plane]."""
+        return array.reshape(array.shape[0], -1, self.count, self.run)[:, :, plane].reshape(array.shape[0], -1)
+
+
+def _base_3(codes: list[jax.Array]):
+    """Digit j of byte n is trit 5n + j of the cell, whose trits lie parameter-major: see `atd.layout`."""
+    digits = []
+    for byte in codes:
+        rest = byte.astype(jnp.int32)
+        for _ in range(TRITS_PER_BYTE):
+            rest = rest * 3
+            digits.append((rest >> 8) - 1)
+            rest = rest & 255
+    return lambda plane, base: digits[plane * len(codes) + base]
+
+
+def _sign_fields(codes: list[jax.Array]):
+    """2-bit fields 00 = 0, 01 = +1, 10 = -1."""
+
+    def trits(plane: int, base: int):
+        field = (codes[base].astype(jnp.int32) >> (2 * plane)) & 3
+        return (field & 1) - (field >> 1)
+
+    return trits
+
+
+def _offset_fields(codes: list[jax.Array]):
+    """2-bit fields of trit + 1."""
+    return lambda plane, base: ((codes[base].astype(jnp.int32) >> (2 * plane)) & 3) - 1
+
+
+_PLANES = {
+    "interleaved": _Planes(TRITS_PER_BYTE, 1, _base_3),
+    "bit-ttt": _Planes(4, 1, _sign_fields),
+    "tq2_0": _Planes(4, 32, _offset_fields),
+}
+
+
+def _packed(x: jax.Array, weight: Packed) -> jax.Array:
+    type = weight.type.ternary
+    out, inputs = type.shape
+    planes = _PLANES[weight.type.layout]
+    x = jnp.pad(x, ((0, 0), (0, planes.padded(inputs) - inputs)))
+
+    def planes_of_w(cut: Cut) -> list[jax.Array]:
+        codes, scales = cut(weight.codes), _cut_scales(cut, weight.scales)
+        trits = planes.trits([codes[:, :, base].reshape(codes.shape[0], -1) for base in range(type.bases)])
+        spread = [_spread(scales[:, :, i].astype(jnp.float32), type, x.shape[1]) for i in range(scales.shape[2])]
+        return [_combine_plane(trits, spread, planes, plane, type) for plane in range(planes.count)]
+
+    return _by_rows([planes.of(x, plane) for plane in range(planes.count)], out, planes_of_w)
+
+
+def _spread(scale: jax.Array, type: TernaryType, width: int) -> jax.Array:
+    """[rows, groups] -> [rows, width], or [rows, 1] as it is. The padding's scales multiply activations of zero."""
+    if scale.shape[1] == 1:
+        return scale
+    short = -(-width // type.group_size) - scale.shape[1]
+    return jnp.repeat(jnp.pad(scale, ((0, 0), (0, short))), type.group_size, axis=1)[:, :width]
+
+
+def _combine_plane(trits, spread: list[jax.Array], planes: _Planes, plane: int, type: TernaryType) -> jax.Array:
+    """`atd.weights.combine` for the columns of one plane: the same operations in the same order, so the same floats."""
+
+    def scale(i: int):
+        return planes.of(spread[i], plane) if spread[i].shape[1] > 1 else spread[i]
+
+    if type.tied:
+        levels = level_weights(type.bases).astype(int)
+        return sum(trits(plane, i) * levels[i] for i in range(type.bases)).astype(jnp.float32) * scale(0)
+    total = trits(plane, 0).astype(jnp.float32) * scale(0)
+    for i in range(1, type.bases):
+        total = total + trits(plane, i).astype(jnp.float32) * scale(i)
+    return total
+
+
+def _hf_bitnet(x: jax.Array, weight: Packed) -> jax.Array:
+    """Field i of packed row r is row i * out/4 + r: four matrices of out/4 rows, one below the other."""
+    type = weight.type.ternary
+    quarter = type.shape[0] // 4
+
+    def block(i: int) -> jax.Array:
+        scales = weight.scales if weight.scales.shape[0] == 1 else weight.scales[i * quarter : (i + 1) * quarter]
+
+        def planes_of_w(cut: Cut) -> list[jax.Array]:
+            trits = ((cut(weight.codes) >> (2 * i)) & 3).astype(jnp.int8) - 1
+            return [combine(trits[:, :, None], _cut_scales(cut, scales), type)]
+
+        return _by_rows([x], quarter, planes_of_w)
+
+    return jnp.concatenate([block(i) for i in range(4)], axis=1)

@@ -1,0 +1,91 @@
+"""decompose: a dense matrix becomes a sum of N ternary bases, `w = sum_i s_i t_i`.
+
+1. Takes every `linear` and `embed` whose full name matches `nodes` and whose weight is dense; norms and biases stay.
+2. `method = "als"`: scales fitted jointly, per group, with exhaustive re-assignment (`atd.ternary.als`). `method = "greedy"`: the historic one,
+   scale = mean|residual|, base by base (`atd.ternary.greedy`); with `group = "tensor"` one scale a tensor.
+3. Errors are weighted by `context.feature_weights[node]` where somebody has put them there (als only).
+"""
+
+import re
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from atd import ternary
+from atd.errors import BadInput, nearest
+from atd.ir import Graph, Node, WeightRef
+from atd.pipeline import Context, Pass
+from atd.weights import DTYPES, Dense, DenseType, Ternary, TernaryType
+
+METHODS = ("als", "greedy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decompose(Pass):
+    """Options: see the fields. Group sizes run from 32 up; "row" is one group a row, "tensor" one for the whole matrix."""
+
+    name = "decompose"
+    scope = "node"
+
+    method: str = "als"
+    bases: int = 2  # N, 1..4
+    group: int | str = 128  # inputs that share their scales
+    scales: str = "free"  # or "tied": s_i = s_0 / 3^i, one stored scale a group
+    dtype: str = "f16"  # of the stored scales
+    nodes: str = r"model\.layers\..*"  # which linears (the whole name must match); add model.embed_tokens and lm_head for the whole model
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise BadInput(f"decompose.method {self.method!r} is unknown{nearest(self.method, METHODS)}")
+        if not 1 <= self.bases <= 4:
+            raise BadInput(f"decompose.bases must be 1, 2, 3 or 4, not {self.bases}")
+        if self.group not in ("row", "tensor") and (isinstance(self.group, str) or self.group < 32):
+            raise BadInput(f"decompose.group must be a size of at least 32, 'row' or 'tensor', not {self.group!r}")
+        if self.scales not in ("free", "tied"):
+            raise BadInput(f"decompose.scales must be 'free' or 'tied', not {self.scales!r}")
+        if self.method == "greedy" and self.scales == "tied":
+            raise BadInput("decompose.method greedy fits free scales only; use method als for tied ones")
+        if self.dtype not in ("f16", "bf16", "f32"):
+            raise BadInput(f"decompose.dtype must be f16, bf16 or f32, not {self.dtype!r}")
+        try:
+            re.compile(self.nodes)
+        except re.error as error:
+            raise BadInput(f"decompose.nodes {self.nodes!r} is no regular expression: {error}") from None
+
+    def requires(self, graph: Graph) -> str | None:
+        dense = [name for name, node in graph.nodes() if _is_dense_matrix(node)]
+        if not dense:
+            return "no dense matrix is left to decompose (is the model converted already?)"
+        if not any(re.fullmatch(self.nodes, name) for name in dense):
+            return f"nodes = {self.nodes!r} matches none of the dense matrices; names are like {dense[0]!r}"
+        for rule in self.rules:
+            if not any(re.fullmatch(rule.match, name) and re.fullmatch(self.nodes, name) for name in dense):
+                return f"rule {rule.match!r} matches no dense matrix among those that nodes = {self.nodes!r} lets through"
+        return None
+
+    def rewrite(self, name: str, node: Node, context: Context) -> Node | None:
+        if not _is_dense_matrix(node) or not re.fullmatch(self.nodes, name):
+            return None
+        ref = node.weights["weight"]
+        out, inputs = ref.type.shape
+        group = "row" if isinstance(self.group, int) and self.group >= inputs else self.group
+        type = TernaryType((out, inputs), self.bases, group, self.scales == "tied", self.dtype)
+
+        def load() -> Ternary:
+            dense = ref.load()
+            assert isinstance(dense, Dense)
+            weight = np.asarray(dense.array).astype(np.float32)
+            if self.method == "greedy":
+                trits, scales = ternary.greedy(weight, self.bases, group, DTYPES[self.dtype])
+            else:
+                features = context.feature_weights.get(name)
+                trits, scales = ternary.als(weight, self.bases, group, type.tied, DTYPES[self.dtype], feature_weights=features)
+            made = Ternary(np.asarray(trits), np.asarray(scales), type)
+            context.record(name, error=ternary.relative_rmse(weight, made.dequantize()))
+            return made
+
+        return replace(node, weights=node.weights | {"weight": WeightRef(ref.tensor, type, load, ref.source)})
+
+
+def _is_dense_matrix(node: Node) -> bool:
+    return node.op in ("linear", "embed") and "weight" in node.weights and isinstance(node.weights["weight"].type, DenseType)

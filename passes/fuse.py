@@ -1,0 +1,94 @@
+"""fuse: linears that read the same value become one, so that q/k/v and gate/up cost one launch each.
+
+1. Linears of a block with the same input and the same type but for the number of rows are joined row on row, in their order; q, k and v become
+   `qkv_proj`, gate and up `gate_up_proj`. Those with a bias and those without are not joined with one another.
+2. Each old name lives on as a `slice` of the joined output, so nothing else in the block changes, and export can take the parts apart.
+3. Left alone: weights whose scale is one for the tensor, and packed layouts whose rows cannot be told apart.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from atd.ir import Block, Node, WeightRef
+from atd.layout import LAYOUTS
+from atd.pipeline import Context, Pass
+from atd.weights import Dense, DenseType, Packed, PackedType, Ternary, TernaryType, Weight, WeightType
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fuse(Pass):
+    """No options."""
+
+    name = "fuse"
+    scope = "block"
+
+    def rewrite(self, block: Block, context: Context) -> Block | None:
+        groups: dict[tuple, list[Node]] = {}
+        for node in block.nodes:
+            if node.op == "linear" and "weight" in node.weights and _joinable(node.weights["weight"].type):
+                types = tuple((slot, _with_rows(node.weights[slot].type, 0)) for slot in sorted(node.weights))
+                groups.setdefault((node.inputs, types), []).append(node)
+        joined = {part.name: parts for parts in groups.values() if len(parts) > 1 for part in parts}
+        if not joined:
+            return None
+        nodes: list[Node] = []
+        for node in block.nodes:
+            parts = joined.get(node.name)
+            if parts is None:
+                nodes.append(node)
+            elif node is parts[0]:
+                nodes += _join(block, parts)
+        return replace(block, nodes=tuple(nodes))
+
+
+def _join(block: Block, parts: Sequence[Node]) -> list[Node]:
+    """The joined linear, then one slice a part."""
+    name = _joined_name([part.name for part in parts])
+    weights = {slot: _join_refs(f"{block.name}.{name}.{slot}", [part.weights[slot] for part in parts]) for slot in parts[0].weights}
+    nodes, start = [Node(name, "linear", parts[0].inputs, weights, parts[0].attrs)], 0
+    for part in parts:
+        stop = start + part.weights["weight"].type.shape[0]
+        nodes.append(Node(part.name, "slice", (name,), attrs={"start": start, "stop": stop}))
+        start = stop
+    return nodes
+
+
+def _joined_name(names: Sequence[str]) -> str:
+    """self_attn.{q,k,v}_proj -> self_attn.qkv_proj; mlp.{gate,up}_proj -> mlp.gate_up_proj."""
+    prefix = names[0].rpartition(".")[0]
+    stems = [name.rpartition(".")[2].removesuffix("_proj") for name in names]
+    stem = "".join(stems) if all(len(stem) == 1 for stem in stems) else "_".join(stems)
+    return f"{prefix}.{stem}_proj" if prefix else f"{stem}_proj"
+
+
+def _join_refs(tensor: str, refs: Sequence[WeightRef]) -> WeightRef:
+    type = _with_rows(refs[0].type, sum(ref.type.shape[0] for ref in refs))
+    return WeightRef(tensor, type, lambda: _join_rows([ref.load() for ref in refs], type), " + ".join(ref.source for ref in refs))
+
+
+def _joinable(type: WeightType) -> bool:
+    if isinstance(type, PackedType):
+        return LAYOUTS[type.layout].row_separable and _joinable(type.ternary)
+    return isinstance(type, DenseType) or type.group != "tensor"
+
+
+def _with_rows(type: WeightType, rows: int) -> WeightType:
+    """The type with another number of rows."""
+    if isinstance(type, PackedType):
+        return replace(type, ternary=_with_rows(type.ternary, rows))
+    return replace(type, shape=(rows, *type.shape[1:]))
+
+
+def _join_rows(weights: Sequence[Weight], type: WeightType) -> Weight:
+    """Row on row; every array of a weight has its rows in front."""
+
+    def rows(field: str) -> np.ndarray:
+        return np.concatenate([np.asarray(getattr(weight, field)) for weight in weights])
+
+    if isinstance(type, PackedType):
+        return Packed(rows("codes"), rows("scales"), type)
+    if isinstance(type, TernaryType):
+        return Ternary(rows("trits"), rows("scales"), type)
+    return Dense(rows("array"))

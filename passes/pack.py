@@ -1,0 +1,63 @@
+"""pack: the trits of a ternary weight lie in a layout of `atd.layout`.
+
+1. Takes every ternary weight (or those whose node's full name matches `nodes`). Values do not change.
+2. A packed weight is laid anew when its layout is another one (`repack`).
+"""
+
+import re
+from dataclasses import dataclass, replace
+
+from atd.errors import BadInput, nearest
+from atd.ir import Graph, Node, WeightRef
+from atd.layout import DEFAULT_LAYOUT, LAYOUTS
+from atd.pipeline import Context, Pass
+from atd.weights import Packed, PackedType, Ternary, TernaryType
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pack(Pass):
+    """Options: the layout's name (`atd.layout.LAYOUTS`) and which nodes."""
+
+    name = "pack"
+    scope = "node"
+
+    layout: str = DEFAULT_LAYOUT
+    nodes: str = ".*"
+
+    def __post_init__(self):
+        if self.layout not in LAYOUTS:
+            raise BadInput(f"pack.layout {self.layout!r} is unknown{nearest(self.layout, LAYOUTS)}")
+        try:
+            re.compile(self.nodes)
+        except re.error as error:
+            raise BadInput(f"pack.nodes {self.nodes!r} is no regular expression: {error}") from None
+
+    def requires(self, graph: Graph) -> str | None:
+        if any(_ternary(ref.type) and re.fullmatch(self.nodes, name) for name, ref in graph.weights()):
+            return None
+        return f"there is no ternary weight among the nodes {self.nodes!r}; put decompose before it"
+
+    def rewrite(self, name: str, node: Node, context: Context) -> Node | None:
+        ref = node.weights.get("weight")
+        ternary = ref and _ternary(ref.type)
+        if ref is None or not ternary or not re.fullmatch(self.nodes, name):
+            return None
+        type = PackedType(ternary, self.layout)
+        if type == ref.type:
+            return None
+        layout = LAYOUTS[self.layout]
+        if reason := layout.refuses(*ternary.shape, ternary.bases):
+            raise BadInput(f"pass pack: {name}: {reason}; give it another layout with a rule")
+
+        def load() -> Packed:
+            weight = ref.load()
+            weight = weight.unpack() if isinstance(weight, Packed) else weight
+            assert isinstance(weight, Ternary)
+            return Packed(layout.pack(weight.trits), weight.scales, type)
+
+        return replace(node, weights=node.weights | {"weight": WeightRef(ref.tensor, type, load, ref.source)})
+
+
+def _ternary(type) -> TernaryType | None:
+    """The ternary type of a weight that has one."""
+    return type.ternary if isinstance(type, PackedType) else type if isinstance(type, TernaryType) else None

@@ -1,0 +1,51 @@
+"""verify: re-reads what was written and compares it with what was in memory.
+
+1. Every stored tensor is read again; its bytes must have the digest they had when they were written.
+2. Packed codes must be codes of their layout; trits must lie in {-1, 0, 1}; scales and dense tensors must be finite.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from atd.errors import RunFailed
+from atd.ir import Graph
+from atd.layout import LAYOUTS
+from atd.output import digest
+from atd.pipeline import Context, Pass
+from atd.weights import Dense, Packed, Ternary, Weight, stored
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify(Pass):
+    """No options. Raises RunFailed naming the first tensor that is not what was written."""
+
+    name = "verify"
+    scope = "graph"
+    needs = frozenset({"written"})
+
+    def rewrite(self, graph: Graph, context: Context) -> Graph | None:
+        for _, ref in graph.weights():
+            weight = ref.load()
+            for field, (name, _, _) in stored(ref.tensor, ref.type).items():
+                if digest(getattr(weight, field)) != context.written_digests.get(name):
+                    raise RunFailed(f"pass verify: tensor {name} read back from the disk is not what was written; the disk or its memory is failing")
+            if problem := broken(weight):
+                raise RunFailed(f"pass verify: tensor {ref.tensor}: {problem}")
+        return None
+
+
+
+
+def broken(weight: Weight) -> str | None:
+    """What is wrong with the values of a weight, or None."""
+    match weight:
+        case Dense(array=array):
+            return None if np.isfinite(np.asarray(array)).all() else "it holds NaN or Inf"
+        case Packed():
+            if count := LAYOUTS[weight.type.layout].invalid_bytes(weight.codes):
+                return f"{count} bytes are no codes of layout {weight.type.layout}: the tensor is corrupted"
+        case Ternary():
+            if np.abs(np.asarray(weight.trits)).max(initial=0) > 1:
+                return "it holds trits other than -1, 0, 1: the tensor is corrupted"
+    return None if np.isfinite(np.asarray(weight.scales)).all() else "its scales hold NaN or Inf"

@@ -1,0 +1,119 @@
+"""Makes the golden files: tiny random models of each family as Hugging Face folders, and the logits that transformers computes in float32.
+
+    python tests/golden/make_golden.py [SHARED_DATA]
+
+Needs torch and transformers (5.23 was used). SHARED_DATA is the folder of the real models (default: ../shared/data); of those only tokens and logits
+are kept. Weights are drawn so that every part matters: gains and biases are random, and logits differ by several units.
+"""
+
+import copy
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+HERE = Path(__file__).parent
+SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 256}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+# name -> (config.json, dtype). llama_gqa and llama_bias have rope in the old spelling, the others in that of transformers 5.
+MODELS = {
+    "llama_mha": ({"model_type": "llama", "num_key_value_heads": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "float32"),
+    "llama_gqa": (
+        {"model_type": "llama", "hidden_size": 64, "num_key_value_heads": 2, "rope_theta": 1e4, "rope_scaling": LLAMA3, "rms_norm_eps": 1e-5},
+        "float32",
+    ),
+    "llama_bias": (
+        {
+            "model_type": "llama",
+            "num_key_value_heads": 2,
+            "rope_scaling": {"type": "linear", "factor": 2.5},
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": True,
+        },
+        "float32",
+    ),
+    "mistral": (
+        {
+            "model_type": "mistral",
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "sliding_window": 5,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e3},
+        },
+        "bfloat16",
+    ),
+    "qwen2": (
+        {
+            "model_type": "qwen2",
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "max_window_layers": 1,
+        },
+        "float32",
+    ),
+    "qwen3": ({"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 12, "num_hidden_layers": 3, "attention_bias": True}, "float32"),
+}
+REAL = ("stories260K", "stories15M")
+
+
+def randomize(model: torch.nn.Module, generator: torch.Generator) -> None:
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if "norm" in name:
+            parameter.data = 1 + 0.3 * noise
+        elif name.endswith("bias"):
+            parameter.data = 0.3 * noise
+        else:
+            parameter.data = (1.0 if "embed" in name else 0.2) * noise
+
+
+def logits_of(folder: Path, tokens: np.ndarray) -> np.ndarray:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        return model(torch.from_numpy(tokens).long()).logits.numpy()
+
+
+def make_tiny(name: str, seed: int) -> None:
+    options, dtype = MODELS[name]
+    config = {**SIZES, **options, "hidden_act": "silu", "torch_dtype": dtype}
+    folder = HERE / name
+    shutil.rmtree(folder, ignore_errors=True)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**copy.deepcopy(config)))
+    randomize(model, torch.Generator().manual_seed(seed))
+    model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size="30KB" if dtype == "bfloat16" else "1GB")
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o644)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    if dtype == "float32":  # our spelling of the config, not the one that transformers saves; the bfloat16 one keeps that
+        (folder / "config.json").write_text(json.dumps({**config, "architectures": [type(model).__name__]}, indent=1) + "\n")
+    tokens = np.random.default_rng(seed).integers(0, config["vocab_size"], (2, 24)).astype(np.int32)
+    logits = logits_of(folder, tokens)
+    np.savez_compressed(folder / "logits.npz", tokens=tokens, logits=logits)
+    print(f"{name}: largest logit {np.abs(logits).max():.2f}, standard deviation {logits.std():.2f}")
+
+
+def make_real(name: str, shared: Path) -> None:
+    """Logits of the first 32 tokens of a story, for at most 256 entries of the vocabulary spread over it."""
+    folder = shared / "models" / name
+    text = (shared / "text" / "tinystories_sample.txt").read_text()[:400]
+    tokens = np.array([AutoTokenizer.from_pretrained(folder)(text)["input_ids"][:32]], np.int32)
+    logits = logits_of(folder, tokens)
+    vocabulary = np.unique(np.linspace(0, logits.shape[-1] - 1, 256).astype(np.int32))
+    np.savez_compressed(HERE / f"{name}.npz", tokens=tokens, logits=logits[..., vocabulary], vocabulary=vocabulary)
+    print(f"{name}: largest logit {np.abs(logits).max():.2f}")
+
+
+if __name__ == "__main__":
+    print(f"transformers {transformers.__version__}, torch {torch.__version__}")
+    for seed, name in enumerate(MODELS):
+        make_tiny(name, seed)
+    for name in REAL:
+        make_real(name, Path(sys.argv[1]) if sys.argv[1:] else HERE.parents[2] / "shared" / "data")

@@ -1,0 +1,88 @@
+"""Writes a golden model as a GGUF file the way llama.cpp's convert_hf_to_gguf.py does: its names, its metadata, its order of rows."""
+
+import json
+from pathlib import Path
+
+import gguf
+import numpy as np
+from safetensors.numpy import load_file
+
+GOLDEN = Path(__file__).parent
+NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def gguf_name(name: str) -> str:
+    module, _, kind = name.rpartition(".")
+    if not module.startswith("model.layers."):
+        return {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}[module] + f".{kind}"
+    _, _, layer, module = module.split(".", 3)
+    return f"blk.{layer}.{NAMES[module]}.{kind}"
+
+
+def permuted(weights: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp's LlamaModel.permute."""
+    return weights.reshape(heads, 2, weights.shape[0] // heads // 2, *weights.shape[1:]).swapaxes(1, 2).reshape(weights.shape)
+
+
+def write_gguf(path: Path, golden: str, quantization, metadata: dict | None = None) -> dict[str, np.ndarray]:
+    """The golden model as llama.cpp's converter writes it, matrices in this quantization; returns its original tensors."""
+    config = json.loads((GOLDEN / golden / "config.json").read_text())
+    tensors = load_file(GOLDEN / golden / "model.safetensors")
+    family, scaling = config["model_type"], config.get("rope_scaling") or {}
+    writer = gguf.GGUFWriter(path, family)
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config.get("rms_norm_eps", 1e-6))
+    writer.add_rope_freq_base(config.get("rope_theta", 1e4))
+    writer.add_token_list([f"token {i}" for i in range(2000)])  # longer than what the reader keeps
+    writer.add_bos_token_id(1)
+    if scaling.get("type") == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(scaling["factor"])
+    if scaling.get("rope_type") == "llama3":
+        writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
+        writer.add_tensor("rope_freqs.weight", llama3_divisors(scaling, config["rope_theta"], config["hidden_size"] // config["num_attention_heads"]))
+    for key, value in (metadata or {}).items():
+        writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
+    for name, array in tensors.items():
+        if family == "llama" and ("q_proj" in name or "k_proj" in name):
+            array = permuted(array, config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"])
+        if array.ndim == 2 and quantization != gguf.GGMLQuantizationType.F32:
+            writer.add_tensor(gguf_name(name), gguf.quants.quantize(array, quantization), raw_dtype=quantization)
+        else:
+            writer.add_tensor(gguf_name(name), array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tensors
+
+
+def llama3_divisors(scaling: dict, theta: float, head_dim: int) -> np.ndarray:
+    """As in llama.cpp's convert_hf_to_gguf.py."""
+    factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
+    original = scaling["original_max_position_embeddings"]
+    divisors = []
+    for wavelength in 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim):
+        if wavelength < original / high:
+            divisors.append(1.0)
+        elif wavelength > original / low:
+            divisors.append(factor)
+        else:
+            smooth = (original / wavelength - low) / (high - low)
+            divisors.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(divisors, np.float32)

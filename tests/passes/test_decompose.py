@@ -1,0 +1,44 @@
+"""decompose on real weights: types, figures, options."""
+
+import numpy as np
+import pytest
+
+from atd.models import frontend
+from atd.passes.decompose import Decompose
+from atd.pipeline import Context
+from tests.models.tiny import tiny_graph
+
+
+@pytest.mark.parametrize(
+    ("options", "bound"),  # relative RMSE of the mean linear of stories15M; greedy on one scale cannot reach als's bounds
+    [
+        ({"bases": 2, "group": 128}, 0.165),
+        ({"bases": 3, "group": 128}, 0.066),
+        ({"bases": 2, "group": "row", "scales": "tied"}, 0.19),
+        ({"bases": 3, "group": "tensor", "method": "greedy"}, 0.32),
+    ],
+)
+def test_errors_on_real_weights(stories15m, options, bound):
+    graph, context = frontend.open(stories15m), Context()
+    step = Decompose(**options, nodes=r"model\.layers\.[03]\..*")
+    errors = []
+    for (name, before), (_, after) in zip(graph.weights(), step(graph, context).weights(), strict=True):
+        if after.type != before.type:
+            dense, approximation = before.load().dequantize(), np.asarray(after.load().dequantize())
+            errors.append(np.linalg.norm(dense - approximation) / np.linalg.norm(dense))
+            assert context.figures[name]["error"] == pytest.approx(errors[-1], rel=1e-3)
+    assert len(errors) == 14
+    assert np.mean(errors) < bound
+
+
+def test_embedding_and_head_when_asked_for():
+    types = {name: str(ref.type) for name, ref in Decompose(group="row", nodes=".*")(tiny_graph()).weights()}
+    assert types["model.embed_tokens"] == "ternary n=2 g=row free f16[40,32]"
+    assert types["lm_head"] == "ternary n=2 g=row free f16[40,32]"
+    assert types["model.norm"] == "dense f32[32]"
+
+
+def test_a_group_as_wide_as_the_row_is_called_row():
+    types = {name: str(ref.type) for name, ref in Decompose(group=32)(tiny_graph()).weights()}
+    assert types["model.layers.0.self_attn.q_proj"] == "ternary n=2 g=row free f16[32,32]"
+    assert types["model.layers.0.mlp.down_proj"] == "ternary n=2 g=32 free f16[32,48]"

@@ -1,0 +1,51 @@
+"""fuse: joined linears give the same outputs, to the bit."""
+
+import numpy as np
+import pytest
+
+from atd.models.model import load
+from atd.passes.decompose import Decompose
+from atd.passes.fuse import Fuse
+from atd.passes.pack import Pack
+from atd.pipeline import Pipeline, Rule
+from tests.models.tiny import tiny_graph
+
+
+def linears(graph):
+    return {node.name: node for node in graph.blocks[0].nodes if node.op == "linear"}
+
+
+@pytest.mark.parametrize("order", [[Fuse()], [Decompose(group=32), Fuse()], [Decompose(group=32), Fuse(), Pack()], [Decompose(group=32), Pack(), Fuse()]])
+def test_outputs_are_identical_to_the_bit(order):
+    graph = tiny_graph(hidden=64, mlp=96)
+    apart = Pipeline([step for step in order if not isinstance(step, Fuse)])(graph)
+    joined = Pipeline(order)(graph)
+    assert set(linears(joined)) == {"self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"}
+    tokens = np.arange(24, dtype=np.int32).reshape(2, 12)
+    outputs = [np.asarray(load(g, backend="xla")(tokens)) for g in (apart, joined)]
+    np.testing.assert_array_equal(outputs[0], outputs[1])
+
+
+def test_weights_are_joined_row_on_row_and_slices_keep_the_names():
+    graph = tiny_graph()
+    block = Fuse()(graph).blocks[1]
+    parts = [graph.blocks[1].node(f"self_attn.{n}_proj").weights["weight"].load().array for n in "qkv"]
+    np.testing.assert_array_equal(block.node("self_attn.qkv_proj").weights["weight"].load().array, np.concatenate(parts))
+    assert [str(block.node(f"self_attn.{n}_proj")) for n in "qkv"] == [
+        "%self_attn.q_proj = slice(%self_attn.qkv_proj) start=0 stop=32",
+        "%self_attn.k_proj = slice(%self_attn.qkv_proj) start=32 stop=48",
+        "%self_attn.v_proj = slice(%self_attn.qkv_proj) start=48 stop=64",
+    ]
+
+
+def test_only_equal_types_are_joined():
+    """Rules that give v more bases leave q and k to be joined."""
+    more = Rule(r".*\.v_proj", options=(("bases", 3),))
+    joined = linears(Pipeline([Decompose(group=32, rules=(more,)), Fuse()])(tiny_graph()))
+    assert set(joined) == {"self_attn.qk_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"}
+
+
+def test_one_scale_a_tensor_and_strided_rows_are_left_alone():
+    assert "self_attn.q_proj" in linears(Pipeline([Decompose(group="tensor"), Fuse()])(tiny_graph()))
+    strided = Pipeline([Decompose(group="row", bases=1), Pack(layout="hf-bitnet"), Fuse()])(tiny_graph())
+    assert "self_attn.q_proj" in linears(strided)
