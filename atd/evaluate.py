@@ -21,7 +21,6 @@ the head and the log-softmax run over chunks of `positions` of them, for both mo
 """
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,7 +37,13 @@ CONVENTIONS = ("standard", "llama.cpp")
 
 
 class Model(Protocol):
-    """What is evaluated: a pytree with these two methods (an `atd.load`ed model is one)."""
+    """What is evaluated: a pytree with these (an `atd.load`ed model is one). `hidden` sees to its own compilation."""
+
+    @property
+    def vocabulary(self) -> int: ...
+
+    @property
+    def max_context(self) -> int | None: ...
 
     def hidden(self, tokens, /) -> Any:
         """int32 [B, T] -> float32 [B, T, D], the state in front of the head."""
@@ -117,7 +122,8 @@ def evaluate(
     for start in range(0, len(windows), batch):
         part = windows[start : start + batch]
         padded = np.pad(part, ((0, batch - len(part)), (0, 0)))
-        scores = _score(model, against, padded, first=first, positions=positions)  # each [batch, scored]
+        hidden, against_hidden = (m and m.hidden(padded)[:, first:-1] for m in (model, against))  # [batch, scored, D]
+        scores = _score(model, against, hidden, against_hidden, padded[:, first + 1 :], positions=positions)
         batches.append([np.asarray(score)[: len(part)].ravel() for score in scores])
         laps.append(time.perf_counter())
         if progress:
@@ -184,7 +190,8 @@ def cut(tokens: np.ndarray, context: int, bos_id: int | None, convention: str = 
 
 
 def _check(model: Model, against: Model | None, windows: np.ndarray, context: int) -> None:
-    sizes = [_vocabulary(m) for m in (model, against) if m is not None]
+    models = [m for m in (model, against) if m is not None]
+    sizes = [m.vocabulary for m in models]
     if len(set(sizes)) > 1:
         raise BadInput(
             f"the models' vocabularies differ: {sizes[0]} and {sizes[1]} tokens; compare conversions of one model"
@@ -195,34 +202,23 @@ def _check(model: Model, against: Model | None, windows: np.ndarray, context: in
         raise BadInput(
             f"token id {wrong} lies outside the model's vocabulary of {sizes[0]}: the tokenizer is another model's"
         )
-    for m in (model, against):
-        limit = (getattr(m, "config", None) or {}).get("max_position_embeddings")
+    for limit in (m.max_context for m in models):
         if limit is not None and context > limit:
             raise BadInput(
                 f"a context of {context} is beyond the {limit} positions the model was made for; give --context {limit}"
             )
 
 
-def _vocabulary(model: Model) -> int:
-    """V, from shapes alone."""
-
-    def logits(model):
-        hidden = model.hidden(jnp.zeros((1, 1), jnp.int32))
-        return model.logits(hidden[0])
-
-    return jax.eval_shape(logits, model).shape[-1]
-
-
-@partial(jax.jit, static_argnames=("first", "positions"))
-def _score(model, against, tokens, first: int, positions: int):
-    """int32 [B, T] -> float32s [B, T-1-first]: nll; with `against` also its nll, KL(against||model), same top-1."""
-    targets = tokens[:, first + 1 :]
-    shape, count = targets.shape, math.prod(targets.shape)
+@partial(jax.jit, static_argnames=("positions",))
+def _score(model, against, hidden, against_hidden, targets, positions: int):
+    """hidden [B, S, D] of either model, targets int32 [B, S] -> float32s [B, S]: nll; and if there is another model,
+    its nll, KL(against || model), same top-1."""
+    count = targets.size
     positions = min(positions, count)
     chunks = -(-count // positions)
 
     def chunked(values):
-        """[B, scored, ...] -> [chunks, positions, ...], zeros at the end."""
+        """[B, S, ...] -> [chunks, positions, ...], zeros at the end."""
         flat = values.reshape(count, *values.shape[2:])
         flat = jnp.pad(flat, ((0, chunks * positions - count), *((0, 0),) * (flat.ndim - 1)))
         return flat.reshape(chunks, positions, *flat.shape[1:])
@@ -239,7 +235,6 @@ def _score(model, against, tokens, first: int, positions: int):
         same = jnp.argmax(log_p, axis=1) == jnp.argmax(log_q, axis=1)
         return nll, against_nll, kl, same.astype(jnp.float32)
 
-    hidden = chunked(model.hidden(tokens)[:, first:-1])
-    against_hidden = None if against is None else chunked(against.hidden(tokens)[:, first:-1])
-    scores = jax.lax.map(score, (chunked(targets), hidden, against_hidden))  # each [chunks, positions]
-    return tuple(s.reshape(-1)[:count].reshape(shape) for s in scores)
+    inputs = jax.tree.map(chunked, (targets, hidden, against_hidden))  # no hidden states of a model that is not there
+    scores = jax.lax.map(score, inputs)  # each [chunks, positions]
+    return tuple(s.reshape(-1)[:count].reshape(targets.shape) for s in scores)

@@ -1,9 +1,11 @@
-"""GGUF files as Hugging Face checkpoints: names, config, values, in Hugging Face's conventions. Architectures llama and qwen2.
+"""GGUF files as Hugging Face checkpoints: names, config and values in Hugging Face's conventions.
 
-A quantized tensor is the float16 rounding of what `gguf.quants.dequantize` returns; F32, F16 and BF16 stay what they are. In the llama architecture
-the rows of q and k lie in interleaved pairs, (0, d/2, 1, d/2+1, ...) of each head; here they are put back in Hugging Face's halves.
+Architectures: llama, qwen2. A quantized tensor is the float16 rounding of what `gguf.quants.dequantize` returns; F32,
+F16 and BF16 stay what they are. In the llama architecture the rows of q and k lie in interleaved pairs, those of
+(0, d/2, 1, d/2+1, ...) of each head; here they are put back in Hugging Face's halves.
 
-The header is parsed here, not by `gguf.GGUFReader`: that one makes an array of every token and merge (2.6 s for a vocabulary of 49152).
+The header is parsed here, not by `gguf.GGUFReader`: that one makes an array of every token and merge, which takes 2.6 s
+for a vocabulary of 49152.
 """
 
 import math
@@ -38,14 +40,29 @@ _MODULES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # GGUF value type -> struct
+_SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}  # GGUF value type -> struct
 _STRING, _ARRAY = 8, 9
 _KEEP = 1024  # longer arrays of the metadata are the tokenizer's, and are skipped
 _CHUNK = 1 << 24  # weights dequantized at a time: their float32 values take 64 MB
 
 
 def open_gguf(path: Path) -> tuple[dict, dict[str, StoredTensor]]:
-    """(config as in config.json, tensors by Hugging Face name). Raises BadInput for a file or a model that cannot be used."""
+    """(config as in config.json, tensors by Hugging Face name).
+
+    Raises BadInput for a file or a model that cannot be used.
+    """
     metadata, entries = _read_header(path)
     try:
         config = _config(path, metadata, entries)
@@ -53,7 +70,10 @@ def open_gguf(path: Path) -> tuple[dict, dict[str, StoredTensor]]:
         raise BadInput(f"{path}: a value of its metadata has the wrong type: {error}") from None
     permuted = {}
     if config["model_type"] == "llama":
-        permuted = {"self_attn.q_proj": config["num_attention_heads"], "self_attn.k_proj": config["num_key_value_heads"]}
+        permuted = {
+            "self_attn.q_proj": config["num_attention_heads"],
+            "self_attn.k_proj": config["num_key_value_heads"],
+        }
     status = path.stat()
     tensors = {}
     for name, entry in entries.items():
@@ -75,7 +95,7 @@ def _hugging_face_name(name: str) -> str:
     return f"{prefix}{_MODULES[match['module']]}.{match['kind']}"
 
 
-# --- header ------------------------------------------------------------------------------------------------------------
+# --- header -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -141,7 +161,9 @@ def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, _Entry]]:
         try:
             return _parse_header(path, data)
         except (struct.error, OverflowError, IndexError):
-            raise BadInput(f"{path}: its header goes past the end of the file ({len(data)} bytes): truncated; download it again") from None
+            raise BadInput(
+                f"{path}: its header goes past the end of the file ({len(data)} bytes): truncated; download it again"
+            ) from None
         except (KeyError, UnicodeDecodeError) as error:
             raise BadInput(f"{path}: broken GGUF header: unknown value {error}; download it again") from None
 
@@ -151,7 +173,9 @@ def _parse_header(path: Path, data: mmap.mmap) -> tuple[dict[str, Any], dict[str
     cursor.offset = 4
     version = cursor.scalar("I")
     if version not in (2, 3):
-        raise BadInput(f"{path}: GGUF version {version} (or a big-endian file); little-endian versions 2 and 3 are read")
+        raise BadInput(
+            f"{path}: GGUF version {version} (or a big-endian file); little-endian versions 2 and 3 are read"
+        )
     tensor_count, key_count = cursor.scalar("Q"), cursor.scalar("Q")
     metadata = {}
     for _ in range(key_count):
@@ -166,23 +190,31 @@ def _parse_header(path: Path, data: mmap.mmap) -> tuple[dict[str, Any], dict[str
         infos[name] = (shape, cursor.scalar("I"), cursor.scalar("Q"))
     alignment = metadata.get("general.alignment", 32) or 32
     start = -(-cursor.offset // alignment) * alignment
-    return metadata, {name: _entry(path, name, *info, start, len(data)) for name, info in infos.items()}
+    return metadata, {name: _entry(path, name, info, start, len(data)) for name, info in infos.items()}
 
 
-def _entry(path: Path, name: str, shape: tuple[int, ...], kind: int, offset: int, start: int, size: int) -> _Entry:
+def _entry(path: Path, name: str, info: tuple[tuple[int, ...], int, int], start: int, size: int) -> _Entry:
+    shape, kind, offset = info
     try:
         quantization = GGMLQuantizationType(kind)
     except ValueError:
-        raise BadInput(f"{path}: tensor {name} has the quantization type {kind}, which the package gguf does not know") from None
+        raise BadInput(
+            f"{path}: tensor {name} has the quantization type {kind}, which the package gguf does not know"
+        ) from None
     if quantization not in _PLAIN and not _dequantizes(quantization):
         raise BadInput(f"{path}: tensor {name} is {quantization.name}, which the package gguf does not dequantize")
     block, block_bytes = GGML_QUANT_SIZES[quantization]
     if not shape or shape[-1] % block:
-        raise BadInput(f"{path}: tensor {name} {list(shape)}: its rows are no multiple of the {block} weights of a {quantization.name} block")
-    entry = _Entry(name, shape, quantization, start + offset, math.prod(shape) // block * block_bytes)
-    if entry.offset + entry.nbytes > size:
         raise BadInput(
-            f"{path}: tensor {name} ends at byte {entry.offset + entry.nbytes}, past the end of the file ({size} bytes): truncated; download it again"
+            f"{path}: tensor {name} {list(shape)}: "
+            f"its rows are no multiple of the {block} weights of a {quantization.name} block"
+        )
+    entry = _Entry(name, shape, quantization, start + offset, math.prod(shape) // block * block_bytes)
+    end = entry.offset + entry.nbytes
+    if end > size:
+        raise BadInput(
+            f"{path}: tensor {name} ends at byte {end}, past the end of the file ({size} bytes): "
+            f"truncated; download it again"
         )
     return entry
 
@@ -196,7 +228,7 @@ def _dequantizes(quantization: GGMLQuantizationType) -> bool:
     return True
 
 
-# --- values ------------------------------------------------------------------------------------------------------------
+# --- values -----------------------------------------------------------------------------------------------------------
 
 
 def _loader(path: Path, entry: _Entry, heads: int | None) -> Callable[[], np.ndarray]:
@@ -225,22 +257,24 @@ def _values(raw: np.ndarray, entry: _Entry) -> np.ndarray:
 
 
 def halves(values: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of each head from interleaved pairs (x0 y0 x1 y1 ...), llama.cpp's order, to halves (x0 x1 ... y0 y1 ...), Hugging Face's."""
+    """Rows of each head from llama.cpp's pairs, x0 y0 x1 y1 ..., to Hugging Face's halves, x0 x1 ... y0 y1 ..."""
     pairs = values.reshape(heads, values.shape[0] // heads // 2, 2, *values.shape[1:])
     return pairs.swapaxes(1, 2).reshape(values.shape)
 
 
-# --- config ------------------------------------------------------------------------------------------------------------
+# --- config -----------------------------------------------------------------------------------------------------------
 
 
 def _config(path: Path, metadata: dict[str, Any], entries: dict[str, _Entry]) -> dict:
     architecture = metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
-        raise BadInput(f"{path}: the GGUF architecture {architecture!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
+        raise BadInput(
+            f"{path}: the GGUF architecture {architecture!r} is not supported; supported: {', '.join(ARCHITECTURES)}"
+        )
     if metadata.get("split.count", 1) > 1:
         raise BadInput(f"{path}: one part of a split GGUF file; join the parts with llama-gguf-split --merge first")
 
-    def get(key: str, default=None):
+    def get(key: str, default=None) -> Any:
         value = metadata.get(f"{architecture}.{key}", default)
         if value is None:
             raise BadInput(f"{path}: its metadata has no {architecture}.{key}")
@@ -259,7 +293,10 @@ def _config(path: Path, metadata: dict[str, Any], entries: dict[str, _Entry]) ->
     head_dim = get("attention.key_length", hidden // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if get(key, head_dim) != head_dim:
-            raise BadInput(f"{path}: {architecture}.{key} is {get(key)}, the head dimension {head_dim}; a difference is not supported")
+            raise BadInput(
+                f"{path}: {architecture}.{key} is {get(key)}, the head dimension {head_dim}; "
+                f"a difference is not supported"
+            )
     theta = get("rope.freq_base", 10000.0)
     tokens = {f"{kind}_token_id": metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("bos", "eos")}
     return {
@@ -286,15 +323,22 @@ def _config(path: Path, metadata: dict[str, Any], entries: dict[str, _Entry]) ->
     }
 
 
-def _rope_scaling(path: Path, metadata: dict, entries: dict[str, _Entry], get: Callable, theta: float, head_dim: int) -> dict | None:
+def _rope_scaling(
+    path: Path, metadata: dict, entries: dict[str, _Entry], get: Callable, theta: float, head_dim: int
+) -> dict | None:
     kind = get("rope.scaling.type", "none")
     legacy = get("rope.scale_linear", 1.0)  # files from before rope.scaling.*
     factor = get("rope.scaling.factor", legacy)
     if kind not in ("none", "linear"):
-        raise BadInput(f"{path}: rope scaling {kind!r} is not supported; supported: none, linear, and llama3 (tensor rope_freqs.weight)")
+        raise BadInput(
+            f"{path}: rope scaling {kind!r} is not supported; "
+            f"supported: none, linear, and llama3 (tensor rope_freqs.weight)"
+        )
     if "rope_freqs.weight" in entries:
         entry = entries["rope_freqs.weight"]
-        divisors = _values(np.frombuffer(read_bytes(path, entry.offset, entry.nbytes), np.uint8), entry).astype(np.float64)
+        divisors = _values(np.frombuffer(read_bytes(path, entry.offset, entry.nbytes), np.uint8), entry).astype(
+            np.float64
+        )
         return _llama3_scaling(path, divisors, get("rope.scaling.original_context_length", 8192), theta, head_dim)
     if kind == "linear" or legacy != 1.0:
         return {"rope_type": "linear", "factor": factor}
@@ -302,9 +346,10 @@ def _rope_scaling(path: Path, metadata: dict, entries: dict[str, _Entry], get: C
 
 
 def _llama3_scaling(path: Path, divisors: np.ndarray, original: int, theta: float, head_dim: int) -> dict:
-    """The `llama3` rope scaling that the divisors of the frequencies [head_dim/2] come from: Meta's low and high factors are 1 and 4.
+    """The `llama3` rope scaling that the divisors of the frequencies [head_dim/2] come from.
 
-    Between them, with c = original context / wavelength, 1/divisor = (1 - s)/factor + s where s = (c - 1)/(4 - 1). Raises BadInput for other divisors.
+    With c = original context / wavelength and Meta's low and high factors of 1 and 4: 1/divisor = (1 - s)/factor + s,
+    where s = (c - 1)/(4 - 1), cut to 0..1. Raises BadInput for other divisors.
     """
     low, high = 1.0, 4.0
     factor = float(np.max(divisors)) if divisors.size else 1.0
@@ -313,8 +358,8 @@ def _llama3_scaling(path: Path, divisors: np.ndarray, original: int, theta: floa
     expected = 1 / ((1 - smooth) / factor + smooth)
     if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4, atol=0):
         raise BadInput(
-            f"{path}: the divisors in rope_freqs.weight are not those of llama3 rope scaling (low 1, high 4, original context {original}); "
-            f"other scalings are not supported"
+            f"{path}: the divisors in rope_freqs.weight are not those of llama3 rope scaling "
+            f"(low 1, high 4, original context {original}); other scalings are not supported"
         )
     return {
         "rope_type": "llama3",

@@ -19,7 +19,7 @@ from rich.text import Text
 from atd.errors import BadInput
 from atd.evaluate import Evaluation
 from atd.ir import Block, Graph
-from atd.weights import DenseType, WeightType, bits_per_weight
+from atd.weights import WeightType
 
 console = Console()
 
@@ -31,14 +31,12 @@ def sizes(n: float) -> str:
 
 def _three_digits(n: float, space: str = "") -> str:
     """98_362_432 -> "98.4M", with `space` in front of the prefix."""
-    for prefix in ("", "k", "M", "G"):
-        if n < 999.5:
-            break
+    prefixes = ["", "k", "M", "G", "T"]
+    while n >= 999.5 and len(prefixes) > 1:
         n /= 1000
-    else:
-        prefix = "T"
+        prefixes.pop(0)
     digits = 0 if n >= 99.95 or n == int(n) else 1 if n >= 9.995 else 2
-    return f"{n:.{digits}f}{space}{prefix}"
+    return f"{n:.{digits}f}{space}{prefixes[0]}"
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -68,16 +66,12 @@ def _or_dash(value: float | None, form: str) -> str:
 
 
 def graph_table(graph: Graph, nodes: bool = False) -> Table:
-    """Type, bits and size of the matrices by unit (`nodes`: one row each), from types alone; the last row is the whole model."""
+    """Type, bits and size by unit (`nodes`: by weight), from types alone; the last row is the whole model."""
     table = Table()
-    for title, justify in (
-        ("layer", "left"),
-        ("type", "left"),
-        ("weights", "right"),
-        ("bits", "right"),
-        ("size", "right"),
-    ):
-        table.add_column(title, justify=justify, overflow="fold")
+    for title in ("layer", "type"):
+        table.add_column(title, overflow="fold")
+    for title in ("weights", "bits", "size"):
+        table.add_column(title, justify="right", no_wrap=True)
     for unit in graph.units:
         named = [(unit.full_name(node), ref.type) for node in unit.nodes for _, ref in sorted(node.weights.items())]
         if nodes:
@@ -101,7 +95,7 @@ def _unit_name(graph: Graph, unit: Block) -> str:
 
 
 def _summary(types: Sequence[WeightType]) -> str:
-    """The types of the matrices without their shapes, most frequent first: "6 x packed n=2 g=128 free ..., 1 x dense bf16"."""
+    """The matrices' types without shapes, most frequent first: "6 x packed n=2 g=128 ... f16, 1 x dense bf16"."""
     kinds: dict[str, int] = {}
     for type in types:
         if len(type.shape) > 1 or all(len(t.shape) == 1 for t in types):
@@ -129,19 +123,21 @@ _KINDS = {
     "q_proj": ("#0072B2", "o"),
     "k_proj": ("#56B4E9", "s"),
     "v_proj": ("#009E73", "^"),
-    "o_proj": ("#F0E442", "D"),
+    "o_proj": ("#000000", "D"),
     "gate_proj": ("#E69F00", "v"),
     "up_proj": ("#D55E00", "P"),
     "down_proj": ("#CC79A7", "X"),
 }
+_OTHER_KIND = ("#777777", "*")
 _BLOCK = re.compile(r".*\.(\d+)\..*?([^.]+)")
 
 
 def layers_picture(report: Sequence[dict[str, Any]], path: str | Path) -> None:
-    """Draws bits a weight and relative error (RMS of the change over RMS of the weight) by block, a line for each kind of linear.
+    """Draws bits a weight and relative error (|W' - W| / |W|, Frobenius) by block, apart for each kind of linear.
 
-    `report`: rows of report.json, {"node", "type", "bits", "weights", "error"}. What lies outside the blocks (embedding,
-    head) is noted below the title. Raises BadInput where matplotlib is missing or no row belongs to a block.
+    `report`: rows of report.json, {"node", "type", "bits", "weights", "error"}; an error may be None. What lies outside
+    the blocks (embedding, head) is noted in the title. Raises BadInput where matplotlib is missing, no row belongs to a
+    block or the picture cannot be written.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -165,30 +161,35 @@ def layers_picture(report: Sequence[dict[str, Any]], path: str | Path) -> None:
     if any(row["error"] is not None for row in rows):
         panels.append(("error", "relative error"))
 
-    figure = Figure(figsize=(10, 1.2 + 3 * len(panels)), dpi=150, layout="constrained")
+    blocks = 1 + max(block for points in lines.values() for block, _ in points)
+    figure = Figure(figsize=(min(16, 6 + 0.22 * blocks), 1.2 + 3 * len(panels)), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     kinds = sorted(lines, key=lambda kind: (list(_KINDS).index(kind) if kind in _KINDS else len(_KINDS), kind))
     for axis, (key, label) in zip(axes, panels, strict=True):
         for i, kind in enumerate(kinds):
-            colour, marker = _KINDS.get(kind, ("#000000", "*"))
+            colour, marker = _KINDS.get(kind, _OTHER_KIND)
             points = sorted((block, math.nan if row[key] is None else row[key]) for block, row in lines[kind])
-            shift = 0.07 * (i - (len(kinds) - 1) / 2)  # equal values stay side by side, not on top of each other
+            # Kinds of equal bits are the rule: they stand side by side. Errors differ, and their course is what counts.
+            shift, linestyle = (0.13 * (i - (len(kinds) - 1) / 2), "none") if key == "bits" else (0, "-")
             axis.plot(
                 [block + shift for block, _ in points],
                 [value for _, value in points],
                 color=colour,
                 marker=marker,
-                markersize=5.5,
-                markeredgecolor="#333333",
-                markeredgewidth=0.4,
+                markersize=5,
+                markeredgecolor="white",
+                markeredgewidth=0.3,
+                linestyle=linestyle,
                 linewidth=1,
                 label=kind.removesuffix("_proj"),
             )
+        for block in range(0, blocks, 2):
+            axis.axvspan(block - 0.5, block + 0.5, color="#F4F4F4", linewidth=0, zorder=0)
         axis.set_ylabel(label)
         axis.grid(axis="y", color="#DDDDDD", linewidth=0.6)
         axis.set_axisbelow(True)
-        axis.margins(x=0.02)
+        axis.set_xlim(-0.6, blocks - 0.4)
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_ylim(0, 1.1 * max(row[key] for row in rows if row[key] is not None))
     weights = sum(row["weights"] for row in rows)
@@ -255,8 +256,8 @@ class _Lines(Progress):
 def progress_bar(console: Console | None = None) -> Iterator[Progress]:
     """The one look of progress in all commands: description, bar, percentage, rate, time left; on stderr by default.
 
-    `bar.add_task("evaluating", total=n, unit="tokens")`, then `bar.update(task, completed=k)`. The bar vanishes at its end.
-    Where there is no terminal there is no bar: a line with the percentage every 30 seconds, and one at the end of a task.
+    `bar.add_task("evaluating", total=n, unit="tokens")`, then `bar.update(task, completed=k)`. The bar vanishes at the
+    end. Where there is no terminal there is no bar, but a line every 30 seconds, and one at the end of a task.
     """
     console = console or Console(stderr=True)
     if not console.is_terminal:
@@ -278,7 +279,7 @@ def progress_bar(console: Console | None = None) -> Iterator[Progress]:
 def conversion_progress(
     console: Console | None = None,
 ) -> Iterator[tuple[Callable[[str], None], Callable[[Any], None]]]:
-    """(say, progress) for `atd.convert`: lines above a bar that counts weights (`done`, `total`) and names the last unit."""
+    """(say, progress) for `atd.convert`: lines above a bar that counts weights and names the unit done last."""
     with progress_bar(console) as bar:
         task = bar.add_task("reading headers", total=None, unit="weights")
 

@@ -1,7 +1,7 @@
 """Reading checkpoints: what tensors there are, known from the headers alone, and their data one tensor at a time.
 
-A checkpoint is a Hugging Face folder (config.json with model.safetensors, or with model.safetensors.index.json and its shards) or one GGUF file
-(`atd.gguf_source`), which is presented in Hugging Face's names and config.
+A checkpoint is a Hugging Face folder (config.json with model.safetensors, or with model.safetensors.index.json and its
+shards), or one GGUF file (`atd.gguf_source`), which is presented in Hugging Face's names and config.
 """
 
 import json
@@ -35,7 +35,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model on disk: `config` in the form of Hugging Face's config.json, `tensors` by name. No tensor is read before `read`."""
+    """A model: `config` in the form of Hugging Face's config.json, `tensors` by name. `read` alone reads data."""
 
     path: Path
     config: dict = field(repr=False)
@@ -69,7 +69,9 @@ def read_config(folder: Path) -> dict:
     if not _exists(folder):
         raise BadInput(f"{folder}: no such file or folder; expected a Hugging Face folder or a .gguf file")
     if not folder.is_dir():
-        raise BadInput(f"{folder}: not a checkpoint; expected a Hugging Face folder (config.json and {SINGLE}) or a .gguf file")
+        raise BadInput(
+            f"{folder}: not a checkpoint; expected a Hugging Face folder (config.json and {SINGLE}) or a .gguf file"
+        )
     if not _exists(folder / "config.json"):
         raise BadInput(f"{folder}: not a checkpoint: it has no config.json")
     return read_json(folder / "config.json")
@@ -84,7 +86,7 @@ def read_json(file: Path) -> dict:
 
 
 def read_bytes(file: Path, start: int = 0, count: int = -1) -> bytes:
-    """`count` bytes from `start` on (-1: to the end; fewer where the file ends). Raises BadInput when the file cannot be read."""
+    """`count` bytes from `start` on (-1: all; fewer where the file ends). Raises BadInput for a file it cannot read."""
     try:
         with file.open("rb") as stream:
             stream.seek(start)
@@ -118,7 +120,7 @@ def _json_object(text: bytes) -> dict:
     return value
 
 
-# --- safetensors -------------------------------------------------------------------------------------------------------
+# --- safetensors ------------------------------------------------------------------------------------------------------
 
 
 def _folder_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -142,13 +144,20 @@ def _folder_tensors(folder: Path) -> dict[str, StoredTensor]:
     if lacking:
         name = lacking[0]
         more = f" (and {len(lacking) - 1} more such tensors)" if lacking[1:] else ""
-        raise BadInput(f"{folder / INDEX}: tensor {name} is said to be in {weight_map[name]}, but is not there{more}; download it again")
+        raise BadInput(
+            f"{folder / INDEX}: tensor {name} is said to be in {weight_map[name]}, but is not there{more}; "
+            f"download it again"
+        )
     return tensors
 
 
 def _weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(shard, str) for shard in weight_map.values()):
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(shard, str) for shard in weight_map.values())
+    ):
         raise BadInput(f"{index}: malformed: expected an object 'weight_map' of tensor name to file name")
     for shard in sorted(set(weight_map.values())):
         # The name alone is checked: in a hub cache the files themselves are links out of the folder.
@@ -175,13 +184,17 @@ def _header(file: Path):
         raise BadInput(f"{file}: not a safetensors file: it has {len(prefix)} bytes; download it again")
     (length,) = struct.unpack("<Q", prefix)
     if 8 + length > status.st_size:
-        raise BadInput(f"{file}: its header should have {length} bytes, but the file has {status.st_size}: truncated, or not a safetensors file")
+        raise BadInput(
+            f"{file}: its header should have {length} bytes, but the file has {status.st_size}: "
+            f"truncated, or not a safetensors file"
+        )
     try:
         with safe_open(file, framework="np"):
             pass
         header = _json_object(read_bytes(file, 8, length))
     except (SafetensorError, ValueError, OSError) as error:
-        raise BadInput(f"{file}: {_past_the_end(file, length, status.st_size) or f'broken safetensors file: {error}'}; download it again") from None
+        problem = _past_the_end(file, length, status.st_size) or f"broken safetensors file: {error}"
+        raise BadInput(f"{file}: {problem}; download it again") from None
     header.pop("__metadata__", None)
     return 8 + length, header, status
 
@@ -192,7 +205,11 @@ def _past_the_end(file: Path, length: int, size: int) -> str | None:
         header = _json_object(read_bytes(file, 8, length))
         ends = {name: 8 + length + entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
         name = max(ends, key=lambda name: ends[name])
-        return f"tensor {name} ends at byte {ends[name]}, past the end of the file ({size} bytes)" if ends[name] > size else None
+        return (
+            f"tensor {name} ends at byte {ends[name]}, past the end of the file ({size} bytes)"
+            if ends[name] > size
+            else None
+        )
     except (ValueError, KeyError, TypeError, IndexError):
         return None
 

@@ -329,7 +329,7 @@ def _midpoints(level, rank):
 
 
 def _normal_equations(size, importance, scales, pooled):
-    """T'DT [N][N] and T'Dw [N] of the nearest assignment to `scales`, each [C]."""
+    """T'DT [N, N, C] and T'Dw [N, C] of the nearest assignment to `scales` [N, C]."""
     level, sign, rank = _levels(scales)
     weighted = _weighted(size, importance)
 
@@ -343,8 +343,8 @@ def _normal_equations(size, importance, scales, pooled):
 
     count, total = (by_level(sums) for sums in lax.map(above, _midpoints(level, rank)))
     codes = _half_codes(len(scales)).T  # [N, L]
-    gram = [[jnp.sum((a * b)[:, None] * count, axis=0) for b in codes] for a in codes]
-    return gram, [jnp.sum(a[:, None] * sign * total, axis=0) for a in codes]
+    gram = jnp.einsum("ijl,lc->ijc", codes[:, None] * codes, count, precision=lax.Precision.HIGHEST)
+    return gram, jnp.einsum("il,lc->ic", codes, sign * total, precision=lax.Precision.HIGHEST)
 
 
 def _refine_scales(size, importance, scales, pooled, rounded, iterations):
@@ -354,21 +354,19 @@ def _refine_scales(size, importance, scales, pooled, rounded, iterations):
     def iterate(carry, _):
         scales, best, best_error = carry
         gram, right = _normal_equations(size, importance, scales, pooled)
-        bases = range(len(scales))
-        error = sum(scales[i] * (sum(gram[i][j] * scales[j] for j in bases) - 2 * right[i]) for i in bases)
+        error = jnp.einsum("ic,ijc,jc->c", scales, gram, scales) - 2 * jnp.sum(right * scales, axis=0)
         better = error < best_error
         best, best_error = jnp.where(better, scales, best), jnp.where(better, error, best_error)
-        for i in bases:
-            gram[i][i] = gram[i][i] + ridge
-        new = jnp.abs(_solve(gram, [right[i] + ridge * scales[i] for i in bases]))  # a negative scale: flipped trits
-        return (rounded(-jnp.sort(-new, axis=0)), best, best_error), None
+        gram = gram + ridge * jnp.eye(len(scales))[:, :, None]
+        new = _solve(gram, right + ridge * scales)
+        return (rounded(_descending(jnp.abs(new))), best, best_error), None  # a negative scale: flipped trits
 
     start = (scales, scales, jnp.full_like(scales[0], jnp.inf))
     return lax.scan(iterate, start, length=iterations)[0][1:]
 
 
 def _solve(matrix, right):
-    """matrix [N][N] positive definite, right [N] -> [N, C]: Gaussian elimination, every element an array [C]."""
+    """matrix [N, N, C] positive definite, right [N, C] -> [N, C]: Gaussian elimination, all C at once (LAPACK takes them one by one)."""
     matrix, right, n = [list(row) for row in matrix], list(right), len(right)
     for i in range(n):
         for k in range(i + 1, n):
@@ -379,6 +377,15 @@ def _solve(matrix, right):
     for i in reversed(range(n)):
         right[i] = (right[i] - sum(matrix[i][j] * right[j] for j in range(i + 1, n))) / matrix[i][i]
     return jnp.stack(right)
+
+
+def _descending(scales):
+    """Sorts [N, C] along its few rows, the largest first."""
+    rows = list(scales)
+    for last in range(len(rows) - 1, 0, -1):
+        for i in range(last):
+            rows[i], rows[i + 1] = jnp.maximum(rows[i], rows[i + 1]), jnp.minimum(rows[i], rows[i + 1])
+    return jnp.stack(rows)
 
 
 def _nearest(size, scales):

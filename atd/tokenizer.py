@@ -106,7 +106,11 @@ def open_tokenizer(path: str | os.PathLike) -> Tokenizer:
 
 
 def read_text(path: str | os.PathLike) -> str:
-    """The text of a UTF-8 file, line ends untouched. Raises BadInput if absent, unreadable, not UTF-8 or empty."""
+    """The text of a UTF-8 file. Raises BadInput if absent, unreadable, not UTF-8 or empty.
+
+    Line ends become "\\n", as in Python's text mode and so in other tools' figures: with its carriage returns left in,
+    the perplexity of stories15M on tinystories_valid_30k.txt would be 6.842 instead of 6.390.
+    """
     path = Path(path)
     if path.is_dir():
         raise BadInput(f"{path}: is a folder; give one text file")
@@ -124,7 +128,7 @@ def read_text(path: str | os.PathLike) -> str:
         raise BadInput(f"{path}: not UTF-8 text: {found}; convert it with iconv, or give another file") from None
     if not text.strip():
         raise BadInput(f"{path}: is empty; a text file is expected")
-    return text
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 # --- Hugging Face folders ---------------------------------------------------------------------------------------------
@@ -402,12 +406,17 @@ def _sentencepiece(
 def _merges_of_scores(tokens: list[str], scores: list[float], types: list[int]) -> list[tuple[str, str]]:
     """Every split of a token in two tokens, best score first: SentencePiece joins what scores highest.
 
-    Ties: the longer first part, then the longer second one (as transformers' `generate_merges`). Control, unknown and
-    byte tokens never arise from text.
+    Equal scores go by id, as in the tokenizer.json published with Llama 2. Control, unknown and byte tokens never arise
+    from text.
     """
-    score = {t: s for t, s, kind in zip(tokens, scores, types, strict=True) if kind in (_NORMAL, _USER_DEFINED)}
-    merges = [(t[:i], t[i:]) for t in score for i in range(1, len(t)) if t[:i] in score and t[i:] in score]
-    return sorted(merges, key=lambda pair: (-score[pair[0] + pair[1]], -len(pair[0]), -len(pair[1])))
+    ids = {t: i for i, (t, kind) in enumerate(zip(tokens, types, strict=True)) if kind in (_NORMAL, _USER_DEFINED)}
+    merges = [(t[:i], t[i:]) for t in ids for i in range(1, len(t)) if t[:i] in ids and t[i:] in ids]
+
+    def order(pair: tuple[str, str]):
+        merged = ids[pair[0] + pair[1]]
+        return -scores[merged], merged, ids[pair[0]], ids[pair[1]]
+
+    return sorted(merges, key=order)
 
 
 # --- chat templates ---------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ where all of W_p comes out of one vectorised expression over the codes, and the 
 4096 x 4096, N = 2, M = 1, 2 cores: see benchmarks/decode.py for the measurement, KERNELS.md for the formulations that were slower.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from jax import lax
 from atd.layout import LAYOUTS, TRITS_PER_BYTE
 from atd.weights import Dense, Packed, Ternary, TernaryType, Weight, combine, level_weights
 
-CHUNK_BYTES = {"cpu": 1 << 20}  # of float32 weights at a time: what stays in a core's cache
+CHUNK_BYTES = {"cpu": 2 << 20}  # of float32 weights at a time: what stays in a core's cache
 CHUNK_BYTES_ELSEWHERE = 64 << 20
 
 
@@ -84,6 +85,7 @@ def _by_rows(planes_of_x: list[jax.Array], out: int, planes_of_w: Callable[[Cut]
     transposed = [x.T for x in planes_of_x]  # [columns, M]
 
     def chunk(start):
+        # The barrier keeps XLA from fusing the decoding into the dot's loop, where it would not be vectorised.
         weights = lax.optimization_barrier(planes_of_w(lambda array: lax.dynamic_slice_in_dim(array, start, rows)))
         return sum(jnp.dot(w, x, preferred_element_type=jnp.float32) for w, x in zip(weights, transposed, strict=True))  # [rows, M]
 
@@ -106,9 +108,6 @@ class _Planes:
     count: int
     run: int
     trits: Callable[[list[jax.Array]], Callable[[int, int], jax.Array]]  # codes of each base [rows, cells] -> (plane, base) -> trits int
-
-    def padded(self, inputs: int) -> int:
-        return -(-inputs // (self.count * self.run)) * self.count * self.run
 
     def of(self, array: jax.Array, plane: int) -> jax.Array:
         """[rows, padded inputs] -> [rows, columns of this plane]."""
@@ -153,12 +152,13 @@ def _packed(x: jax.Array, weight: Packed) -> jax.Array:
     type = weight.type.ternary
     out, inputs = type.shape
     planes = _PLANES[weight.type.layout]
-    x = jnp.pad(x, ((0, 0), (0, planes.padded(inputs) - inputs)))
+    width = planes.count * (math.prod(weight.codes.shape[1:]) // type.bases)  # the inputs and the layout's padding
+    x = jnp.pad(x, ((0, 0), (0, width - inputs)))
 
     def planes_of_w(cut: Cut) -> list[jax.Array]:
         codes, scales = cut(weight.codes), _cut_scales(cut, weight.scales)
         trits = planes.trits([codes[:, :, base].reshape(codes.shape[0], -1) for base in range(type.bases)])
-        spread = [_spread(scales[:, :, i].astype(jnp.float32), type, x.shape[1]) for i in range(scales.shape[2])]
+        spread = [_spread(scales[:, :, i].astype(jnp.float32), type, width) for i in range(scales.shape[2])]
         return [_combine_plane(trits, spread, planes, plane, type) for plane in range(planes.count)]
 
     return _by_rows([planes.of(x, plane) for plane in range(planes.count)], out, planes_of_w)

@@ -76,13 +76,12 @@ class Decompose(Pass):
             assert isinstance(dense, Dense)
             weight = np.asarray(dense.array).astype(np.float32)
             if self.method == "greedy":
-                trits, scales = ternary.greedy(weight, self.bases, group, DTYPES[self.dtype])
+                trits, scales = ternary.greedy(weight, self.bases, DTYPES[self.dtype], group)
             else:
                 features = context.feature_weights.get(name)
                 trits, scales = ternary.als(weight, self.bases, group, type.tied, DTYPES[self.dtype], feature_weights=features)
-            made = Ternary(np.asarray(trits), np.asarray(scales), type)
-            context.record(name, error=ternary.relative_rmse(weight, made.dequantize()))
-            return made
+            context.record(name, error=ternary.decomposition_rmse(weight, trits, scales, group))
+            return Ternary(trits, scales, type)
 
         return replace(node, weights=node.weights | {"weight": WeightRef(ref.tensor, type, load, ref.source)})
 

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from atd.errors import BadInput
-from atd.evaluate import cut, evaluate
+from atd.evaluate import _score, cut, evaluate
+from atd.models.model import load
+from atd.tokenizer import open_tokenizer, read_text
 
 VOCABULARY, WIDTH = 37, 5
 
@@ -24,8 +26,12 @@ class Toy:
     limit: int = 64
 
     @property
-    def config(self):
-        return {"max_position_embeddings": self.limit}
+    def vocabulary(self):
+        return self.table.shape[0]
+
+    @property
+    def max_context(self):
+        return self.limit
 
     def hidden(self, tokens):
         return jnp.cumsum(self.table[tokens], axis=1) / jnp.arange(1, tokens.shape[1] + 1)[:, None]
@@ -127,37 +133,33 @@ def test_a_model_agrees_with_itself_and_alone_has_no_distance():
 
 
 def test_the_last_batch_compiles_nothing_anew_and_progress_reaches_the_end():
-    traces, seen = [], []
+    shapes, traces, seen = [], [], []
 
-    @partial(jax.tree_util.register_dataclass, data_fields=["inner"], meta_fields=[])
+    @partial(jax.tree_util.register_dataclass, data_fields=["table", "head"], meta_fields=["limit"])
     @dataclass(frozen=True)
-    class Counting:
-        inner: Toy
-
+    class Counting(Toy):
         def hidden(self, tokens):
-            traces.append(tokens.shape)
-            return self.inner.hidden(tokens)
+            shapes.append(tokens.shape)
+            return super().hidden(tokens)
 
         def logits(self, hidden):
-            return self.inner.logits(hidden)
+            traces.append(hidden.shape)
+            return super().logits(hidden)
 
-    evaluate(Counting(toy(0)), TOKENS, context=16, batch=4, progress=lambda done, total: seen.append((done, total)))
-    assert [shape for shape in traces if shape != (1, 1)] == [(4, 16)]  # (1, 1): the look at the vocabulary
+    model = toy(0)
+    counting = Counting(model.table, model.head)
+    evaluate(counting, TOKENS, context=16, batch=4, progress=lambda done, total: seen.append((done, total)))
+    assert shapes == [(4, 16)] * 3
+    assert len(traces) == 1
     assert seen == [(64, 144), (128, 144), (144, 144)]
 
 
 def test_logits_of_more_than_the_given_positions_never_exist():
-    dense = toy(0)
-    text = str(jax.make_jaxpr(lambda m, d, t: _score_of(m, d, t, 12))(dense, dense, TOKENS[:128].reshape(8, 16)))
+    model, hidden, targets = toy(0), np.zeros((8, 15, WIDTH), np.float32), np.zeros((8, 15), np.int32)
+    text = str(jax.make_jaxpr(partial(_score, positions=12))(model, model, hidden, hidden, targets))
     assert f"f32[12,{VOCABULARY}]" in text
     assert f"f32[120,{VOCABULARY}]" not in text
-    assert f"[8,15,{VOCABULARY}]" not in text
-
-
-def _score_of(model, dense, tokens, positions):
-    from atd.evaluate import _score
-
-    return _score(model, dense, tokens, first=0, positions=positions)
+    assert f"f32[8,15,{VOCABULARY}]" not in text
 
 
 @pytest.mark.parametrize(
@@ -187,3 +189,21 @@ def test_cut_leaves_the_text_it_was_given_alone():
     windows, _ = cut(tokens, 5, bos_id=7, convention="llama.cpp")
     windows[:] = -1
     np.testing.assert_array_equal(tokens, np.arange(20))
+
+
+# --- real models ------------------------------------------------------------------------------------------------------
+
+
+def test_stories15m_has_its_known_perplexity(shared_data, stories15m):
+    """Protocol P1 of ../shared/QUANTIZATION.md, measured there with PyTorch."""
+    tokens = open_tokenizer(stories15m).encode(read_text(shared_data / "text" / "tinystories_valid_30k.txt"))
+    result = evaluate(load(stories15m), tokens, context=256)
+    assert (result.windows, result.positions, result.bos) == (30, 7650, False)
+    assert result.perplexity == pytest.approx(6.390, abs=0.002)
+
+
+def test_stories15m_with_bos_has_its_known_perplexity(shared_data, stories15m):
+    tokenizer = open_tokenizer(stories15m)
+    tokens = tokenizer.encode(read_text(shared_data / "text" / "tinystories_valid_30k.txt"))
+    result = evaluate(load(stories15m), tokens, context=256, bos_id=tokenizer.bos_id)
+    assert result.perplexity == pytest.approx(7.38, abs=0.01)

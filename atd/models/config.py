@@ -1,4 +1,4 @@
-"""What a Hugging Face config.json says about a model of the llama family, validated, with transformers' defaults filled in.
+"""What config.json says about a model of the llama family, validated, with the defaults of transformers filled in.
 
     llama      biases by attention_bias (q, k, v, o) and mlp_bias
     mistral    one sliding window for all layers
@@ -15,6 +15,7 @@ from atd.errors import BadInput
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}  # transformers' default where the key is absent; llama: all heads
+_MOST_LAYERS = 10_000  # more is a damaged file, and would be a graph that fills the memory
 _ROPE_TYPES = ("default", "linear", "llama3")
 
 
@@ -33,7 +34,7 @@ class ModelConfig:
     rms_norm_eps: float
     tie_word_embeddings: bool
     rope_theta: float
-    rope_scaling: tuple  # the attr `scaling` of the op rope: (), ("linear", factor) or ("llama3", factor, low, high, original context)
+    rope_scaling: tuple  # (), ("linear", factor) or ("llama3", factor, low factor, high factor, original context)
     windows: tuple[int, ...]  # positions that each layer attends to, its own included; 0: all of the past
     qkv_bias: bool
     o_bias: bool
@@ -42,26 +43,37 @@ class ModelConfig:
 
 
 def check_architecture(config: dict, origin) -> str:
-    """The model_type, if it is supported. Raises BadInput, naming it and the supported ones, so that nothing else is read in vain."""
+    """The model_type, if it is supported; else raises BadInput, naming it and the supported ones."""
     family = config.get("model_type")
     if family not in FAMILIES:
         architectures = config.get("architectures")
         named = f" ({', '.join(map(str, architectures))})" if isinstance(architectures, list) and architectures else ""
-        raise BadInput(f"{origin}: the architecture {family!r}{named} is not supported; supported: {', '.join(FAMILIES)}")
+        raise BadInput(
+            f"{origin}: the architecture {family!r}{named} is not supported; supported: {', '.join(FAMILIES)}"
+        )
     return family
 
 
 def parse_config(config: dict, origin) -> ModelConfig:
-    """config.json -> ModelConfig; `origin` is what messages name. Raises BadInput for a key that is missing, wrong, or not supported."""
+    """config.json -> ModelConfig; `origin` is what messages name.
+
+    Raises BadInput for a key that is missing, wrong, or not supported.
+    """
     family = check_architecture(config, origin)
     read = _Reader(config, str(origin))
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         raise BadInput(f"{origin}: config.json: hidden_act {config['hidden_act']!r} is not supported; supported: silu")
     hidden, heads, layers = (read.count(key) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
-    kv_heads = read.count("num_key_value_heads", heads if config.get("num_key_value_heads", 0) is None else _KV_HEADS.get(family, heads))
+    kv_heads = read.count(
+        "num_key_value_heads", heads if config.get("num_key_value_heads", 0) is None else _KV_HEADS.get(family, heads)
+    )
     head_dim = read.count("head_dim", 128 if family == "qwen3" else hidden // heads or None)
+    if layers > _MOST_LAYERS:
+        raise BadInput(f"{origin}: config.json: num_hidden_layers is {layers}; expected at most {_MOST_LAYERS}")
     if heads % kv_heads:
-        raise BadInput(f"{origin}: config.json: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
+        raise BadInput(
+            f"{origin}: config.json: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
+        )
     if head_dim % 2:
         raise BadInput(f"{origin}: config.json: head_dim {head_dim} is odd; rotary embeddings need an even one")
     if family == "llama" and hidden % heads:
@@ -91,7 +103,7 @@ def parse_config(config: dict, origin) -> ModelConfig:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Typed values of a JSON object; `default` stands for a key that is absent or null, and a key without one is required."""
+    """Typed values of a JSON object. `default` stands for a key that is absent or null; without one it is required."""
 
     values: dict
     origin: str
@@ -111,7 +123,9 @@ class _Reader:
         return self._value(key, default, "a positive integer", lambda v: type(v) is int and v > 0)
 
     def number(self, key: str, default: float | None = None) -> float:
-        return float(self._value(key, default, "a positive number", lambda v: type(v) in (int, float) and 0 < v < math.inf))
+        return float(
+            self._value(key, default, "a positive number", lambda v: type(v) in (int, float) and 0 < v < math.inf)
+        )
 
     def flag(self, key: str, default: bool = False) -> bool:
         return self._value(key, default, "true or false", lambda v: type(v) is bool)
@@ -126,10 +140,15 @@ def _rope(config: dict, read: _Reader) -> tuple[float, tuple]:
     inner = _Reader(rope, read.origin, f"config.json: {place}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in _ROPE_TYPES:
-        raise BadInput(f"{inner.origin}: {inner.place}: rope type {kind!r} is not supported; supported: {', '.join(_ROPE_TYPES)}")
+        raise BadInput(
+            f"{inner.origin}: {inner.place}: rope type {kind!r} is not supported; supported: {', '.join(_ROPE_TYPES)}"
+        )
     for values in (rope, config):
-        if values.get("partial_rotary_factor", 1.0) not in (1, None):
-            raise BadInput(f"{read.origin}: config.json: partial_rotary_factor {values['partial_rotary_factor']!r} is not supported; supported: 1.0")
+        part = values.get("partial_rotary_factor")
+        if part not in (1, None):
+            raise BadInput(
+                f"{read.origin}: config.json: partial_rotary_factor {part!r} is not supported; supported: 1.0"
+            )
     theta = inner.number("rope_theta", read.number("rope_theta", 10000.0))
     if kind == "default":
         return theta, ()
@@ -139,7 +158,9 @@ def _rope(config: dict, read: _Reader) -> tuple[float, tuple]:
     if low >= high:
         raise BadInput(f"{inner.origin}: {inner.place}: low_freq_factor {low} is not below high_freq_factor {high}")
     key = "original_max_position_embeddings"
-    original = read.count(key, inner.count(key, read.count("max_position_embeddings", 2048)))  # the outer key wins in transformers
+    original = read.count(
+        key, inner.count(key, read.count("max_position_embeddings", 2048))
+    )  # the outer key wins in transformers
     return theta, ("llama3", inner.number("factor"), low, high, original)
 
 
@@ -159,8 +180,18 @@ def _windows(family: str, layers: int, read: _Reader) -> tuple[int, ...]:
         if type(first) is not int:
             raise BadInput(f"{read.origin}: config.json: max_window_layers is {first!r}; expected an integer")
         return tuple(window if i >= first else 0 for i in range(layers))
-    if not isinstance(kinds, list) or len(kinds) != layers or not set(map(str, kinds)) <= {"full_attention", "sliding_attention"}:
-        raise BadInput(f"{read.origin}: config.json: layer_types is {kinds!r}; expected full_attention or sliding_attention for each of {layers} layers")
+    if (
+        not isinstance(kinds, list)
+        or len(kinds) != layers
+        or not set(map(str, kinds)) <= {"full_attention", "sliding_attention"}
+    ):
+        raise BadInput(
+            f"{read.origin}: config.json: layer_types is {kinds!r}; "
+            f"expected full_attention or sliding_attention for each of {layers} layers"
+        )
     if "sliding_attention" in kinds and not window:
-        raise BadInput(f"{read.origin}: config.json: layer_types has sliding_attention, but use_sliding_window is off or sliding_window missing")
+        raise BadInput(
+            f"{read.origin}: config.json: layer_types has sliding_attention, "
+            f"but use_sliding_window is off or sliding_window missing"
+        )
     return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)

@@ -1,6 +1,7 @@
-"""Checkpoints to graphs: a config and its table of tensors become the IR, checked on shapes and dtypes, with no weight read.
+"""Checkpoints to graphs: a config and a table of tensors become the IR, checked on shapes and dtypes, without data.
 
-`open(path)` takes a Hugging Face folder or a GGUF file of a family in `atd.models.config`, and folders that atd wrote, whose graph is stored beside the weights.
+`open(path)` takes a Hugging Face folder or a GGUF file of a family in `atd.models.config`, and folders that atd wrote,
+whose graph is stored beside the weights.
 """
 
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from atd.errors import BadInput
-from atd.ir import Block, Graph, InvalidGraph, Node, WeightRef, graph_from_json, verify
+from atd.ir import Attr, Block, Graph, InvalidGraph, Node, WeightRef, graph_from_json, verify
 from atd.models.config import ModelConfig, check_architecture, parse_config
 from atd.output import GRAPH
 from atd.store import Checkpoint, StoredTensor, is_gguf, open_checkpoint, read_config, read_json
@@ -27,8 +28,8 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 def open(path: str | Path) -> Graph:
     """The verified graph of the checkpoint at `path`; headers alone are read.
 
-    Raises BadInput: an architecture that is not supported (before anything but the config is read), a broken checkpoint, and, all in one message,
-    every tensor that is missing, left over, or of the wrong shape or dtype.
+    Raises BadInput: for an architecture that is not supported (before anything but the config is read), for a broken
+    checkpoint, and, in one message, for all tensors that are missing, left over, or of the wrong shape or dtype.
     """
     path = Path(path)
     if is_gguf(path):
@@ -42,12 +43,21 @@ def open(path: str | Path) -> Graph:
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
     if method != "atd":
         check_architecture(config, path)
-        raise BadInput(f"{path}: its weights are quantized already, with {method!r}; give the original checkpoint, in f32, f16 or bf16")
+        raise BadInput(
+            f"{path}: its weights are quantized already, with {method!r}; "
+            f"give the original checkpoint, in f32, f16 or bf16"
+        )
     version = quantization.get("format_version")
     if type(version) is not int or version < 1:
-        raise BadInput(f"{path}: config.json: quantization_config.format_version is {version!r}; expected an integer from 1 to {FORMAT_VERSION}")
+        raise BadInput(
+            f"{path}: config.json: quantization_config.format_version is {version!r}; "
+            f"expected an integer from 1 to {FORMAT_VERSION}"
+        )
     if version > FORMAT_VERSION:
-        raise BadInput(f"{path}: written in version {version} of atd's format; this atd reads versions up to {FORMAT_VERSION}; install a newer atd")
+        raise BadInput(
+            f"{path}: written in version {version} of atd's format; this atd reads versions up to {FORMAT_VERSION}; "
+            f"install a newer atd"
+        )
     return _verified(_from_stored_graph(open_checkpoint(path)), path)
 
 
@@ -72,13 +82,20 @@ class _Binder:
         parts = stored(tensor, type)
         found = [self._find(name, shape, (_SHORT[dtype],)) for name, shape, dtype in parts.values()]
         names = {slot: name for slot, (name, _, _) in parts.items()}
-        return WeightRef(tensor, type, partial(_load, self.checkpoint, type, names), "; ".join(part.source for part in found if part))
+        return WeightRef(
+            tensor, type, partial(_load, self.checkpoint, type, names), "; ".join(part.source for part in found if part)
+        )
 
     def dense(self, tensor: str, *shape: int, place: str | None = None) -> WeightRef:
         """A plain tensor of this shape in the dtype in which it is stored, under its own name or that of `place`."""
         found = self._find(place or tensor, shape, _WEIGHT_DTYPES)
         type = DenseType(shape, found.dtype if found else "f32")
-        return WeightRef(tensor, type, partial(_load, self.checkpoint, type, {"array": place or tensor}), found.source if found else "")
+        return WeightRef(
+            tensor,
+            type,
+            partial(_load, self.checkpoint, type, {"array": place or tensor}),
+            found.source if found else "",
+        )
 
     def _find(self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> StoredTensor | None:
         self.used.add(name)
@@ -94,7 +111,9 @@ class _Binder:
 
     def finish(self) -> None:
         """Raises BadInput with all problems, if there are any."""
-        extra = sorted(name for name in self.checkpoint.tensors if name not in self.used and not _HARMLESS.fullmatch(name))
+        extra = sorted(
+            name for name in self.checkpoint.tensors if name not in self.used and not _HARMLESS.fullmatch(name)
+        )
         problems = self.problems + [f"{name} is not part of the model" for name in extra]
         if problems:
             shown = problems[:_SHOWN] + ([f"and {len(problems) - _SHOWN} more"] if problems[_SHOWN:] else [])
@@ -108,7 +127,7 @@ def _load(checkpoint: Checkpoint, type: WeightType, names: dict[str, str]) -> We
     return build(type, {slot: checkpoint.read(name) for slot, name in names.items()})
 
 
-# --- folders that atd wrote --------------------------------------------------------------------------------------------
+# --- folders that atd wrote -------------------------------------------------------------------------------------------
 
 
 def _from_stored_graph(checkpoint: Checkpoint) -> Graph:
@@ -123,7 +142,7 @@ def _from_stored_graph(checkpoint: Checkpoint) -> Graph:
     return graph
 
 
-# --- Hugging Face's models ---------------------------------------------------------------------------------------------
+# --- Hugging Face's models --------------------------------------------------------------------------------------------
 
 
 def _from_config(checkpoint: Checkpoint, config: ModelConfig) -> Graph:
@@ -134,18 +153,26 @@ def _from_config(checkpoint: Checkpoint, config: ModelConfig) -> Graph:
     embedding = binder.dense(_EMBEDDING, config.vocab_size, config.hidden_size, place=place)
     prologue = Block("model", (Node("embed_tokens", "embed", ("x",), {"weight": embedding}),))
     blocks = tuple(_block(f"model.layers.{i}", config, window, binder) for i, window in enumerate(config.windows))
-    norm = Node("model.norm", "rms_norm", ("x",), {"weight": binder.dense("model.norm.weight", config.hidden_size)}, {"eps": config.rms_norm_eps})
+    norm = Node(
+        "model.norm",
+        "rms_norm",
+        ("x",),
+        {"weight": binder.dense("model.norm.weight", config.hidden_size)},
+        {"eps": config.rms_norm_eps},
+    )
     if tied:
         head = Node("lm_head", "linear", ("model.norm",), attrs={"tied_to": "model.embed_tokens"})
         binder.used.add(_HEAD)
     else:
-        head = Node("lm_head", "linear", ("model.norm",), {"weight": binder.dense(_HEAD, config.vocab_size, config.hidden_size)})
+        head = Node(
+            "lm_head", "linear", ("model.norm",), {"weight": binder.dense(_HEAD, config.vocab_size, config.hidden_size)}
+        )
     binder.finish()
     return Graph(checkpoint.config, prologue, blocks, Block("", (norm, head)))
 
 
 def _head_is_embedding(checkpoint: Checkpoint) -> bool:
-    """For a tied model: false where the file has both tensors and their values differ, as transformers decides. The one place where data is read."""
+    """For a tied model: false where the file has both tensors and they differ (transformers' rule). This reads them."""
     if not {_EMBEDDING, _HEAD} <= checkpoint.tensors.keys():
         return True
     if checkpoint.tensors[_EMBEDDING].shape != checkpoint.tensors[_HEAD].shape:
@@ -169,7 +196,7 @@ def _block(name: str, config: ModelConfig, window: int, binder: _Binder) -> Bloc
         return Node(module, "rms_norm", (value,), weights, {"eps": config.rms_norm_eps, **attrs})
 
     rope = {"head_dim": head_dim, "theta": config.rope_theta, "scaling": config.rope_scaling}
-    attention = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "window": window}
+    attention: dict[str, Attr] = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "window": window}
     nodes = [
         norm("input_layernorm", "x", hidden),
         linear("self_attn.q_proj", "input_layernorm", hidden, heads * head_dim, config.qkv_bias),
@@ -184,7 +211,12 @@ def _block(name: str, config: ModelConfig, window: int, binder: _Binder) -> Bloc
     nodes += [
         Node("self_attn.q_rope", "rope", (query,), attrs=rope),
         Node("self_attn.k_rope", "rope", (key,), attrs=rope),
-        Node("self_attn.attention", "attention", ("self_attn.q_rope", "self_attn.k_rope", "self_attn.v_proj"), attrs=attention),
+        Node(
+            "self_attn.attention",
+            "attention",
+            ("self_attn.q_rope", "self_attn.k_rope", "self_attn.v_proj"),
+            attrs=attention,
+        ),
         linear("self_attn.o_proj", "self_attn.attention", heads * head_dim, hidden, config.o_bias),
         Node("self_attn.residual", "add", ("x", "self_attn.o_proj")),
         norm("post_attention_layernorm", "self_attn.residual", hidden),

@@ -105,7 +105,7 @@ def _from_start(x) -> jax.Array:
 class Cache:
     """Keys and values of the tokens so far. A call that returns a new cache uses up the one it was given."""
 
-    blocks: tuple[dict[str, ops.Cache], ...]  # block -> attention node -> k, v [B, length, kv_heads, head_dim]
+    blocks: tuple[dict[str, ops.Cache], ...]  # block -> attention node -> k, v [B, kv_heads, length, head_dim]
     positions: jax.Array  # int32 [B, 1]: where the next token of each sequence stands
     filled: int  # positions taken by the longest sequence, known on the host
     length: int
@@ -204,7 +204,7 @@ class Model(nnx.Module):
             raise BadInput(f"a cache of {batch} sequences of {length} tokens: both must be at least 1")
 
         def slots(kv_heads: int, head_dim: int):
-            return jnp.zeros((batch, length, kv_heads, head_dim), DTYPES[self._plan.dtype])
+            return jnp.zeros((batch, kv_heads, length, head_dim), DTYPES[self._plan.dtype])
 
         blocks = tuple({name: (slots(*shape), slots(*shape)) for name, *shape in nodes} for nodes in self._plan.attention)
         return Cache(blocks, jnp.zeros((batch, 1), jnp.int32), 0, length)

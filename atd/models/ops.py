@@ -3,8 +3,8 @@
 Values are `[B, T, features]` (token ids `[B, T]` in the prologue). Heads lie side by side in the features, head-major. Normalisation, rotary angles and
 softmax are computed in float32, whatever the dtype of the values, as Hugging Face transformers does.
 
-A cache of one attention node is `(k, v)`, each `[B, length, kv_heads, head_dim]`; the key of position t lies in slot t. Slots that hold no position yet
-(or the padding of a prompt) are never attended to: a query at position t sees slots 0..t alone, and each of these has been written before.
+A cache of one attention node is `(k, v)`, each `[B, kv_heads, length, head_dim]`; the key of position t lies in place t. Places that hold no position yet
+(or the padding of a prompt) are never attended to: a query at position t sees places 0..t alone, and each of these has been written before.
 """
 
 import math
@@ -59,21 +59,29 @@ def rope(x, positions, head_dim: int, theta: float, scaling: tuple = ()):
     return jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-2).reshape(x.shape).astype(x.dtype)
 
 
-def attention(q, k, v, query_positions, key_positions, heads: int, kv_heads: int, head_dim: int, window: int = 0):
-    """Causal softmax(q k^T / sqrt(head_dim)) v with `heads / kv_heads` query heads to each key head.
+def attention(q, k, v, positions, window: int = 0):
+    """Causal softmax(q k^T / sqrt(head_dim)) v with heads / kv_heads query heads to each key head.
 
-    q [B, T, heads*head_dim]; k, v [B, S, kv_heads*head_dim]; positions int32 [B, T] and [B, S]. A query at position t sees keys at positions
-    s <= t, and with window > 0 only s > t - window (the last `window` positions, its own included).
+    q [B, T, heads, head_dim]; k, v [B, kv_heads, S, head_dim], where the key of position s lies in place s; positions int32 [B, T] of the queries.
+    A query at position t sees keys at positions s <= t, and with window > 0 only s > t - window: the last `window` positions, its own included.
+    Returns [B, T, heads, head_dim].
     """
-    batch, queries, _ = q.shape
-    q = q.reshape(batch, queries, kv_heads, heads // kv_heads, head_dim)
-    k, v = (a.reshape(batch, -1, kv_heads, head_dim) for a in (k, v))
-    scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32) / math.sqrt(head_dim)
-    distance = query_positions[:, :, None] - key_positions[:, None, :]  # [B, T, S]
+    batch, queries, heads, head_dim = q.shape
+    q = q.reshape(batch, queries, k.shape[1], -1, head_dim)  # [B, T, kv_heads, group, head_dim]
+    distance = positions[:, :, None] - jnp.arange(k.shape[2], dtype=jnp.int32)  # [B, T, S]
     seen = (distance >= 0) & (distance < window) if window else distance >= 0
-    weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, -jnp.inf), axis=-1)
-    mixed = jnp.einsum("bkgts,bskd->btkgd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return mixed.reshape(batch, queries, heads * head_dim).astype(q.dtype)
+
+    def softmax(scores):  # [B, kv_heads, group, T, S]
+        return jax.nn.softmax(jnp.where(seen[:, None, None], scores / math.sqrt(head_dim), -jnp.inf), axis=-1)
+
+    if queries > 1:
+        weights = softmax(jnp.einsum("btkgd,bksd->bkgts", q, k, preferred_element_type=jnp.float32))
+        mixed = jnp.einsum("bkgts,bksd->btkgd", weights, v, preferred_element_type=jnp.float32)
+    else:  # products and sums that XLA fuses: on CPU four times faster than its dot for so few rows
+        single = q[:, 0, :, :, None].astype(jnp.float32)  # [B, kv_heads, group, 1, head_dim]
+        weights = softmax(jnp.sum(single * k[:, :, None], axis=-1)[:, :, :, None])
+        mixed = jnp.sum(weights[:, :, :, 0, :, None] * v[:, :, None], axis=-2)  # [B, kv_heads, group, head_dim]
+    return mixed.reshape(batch, queries, heads, head_dim).astype(q.dtype)
 
 
 def embed(tokens, weight: Weight, dtype=jnp.float32):
@@ -81,9 +89,9 @@ def embed(tokens, weight: Weight, dtype=jnp.float32):
     return kernels.take_rows(weight, tokens).astype(dtype)
 
 
-def linear(x, weight: Weight, bias=None, backend: str | None = None):
+def linear(x, weight: Weight, bias=None):
     """x @ weight.T + bias, weight [out, in]."""
-    y = kernels.matmul(x, weight, backend=backend)
+    y = kernels.matmul(x, weight)
     return y if bias is None else y + bias.astype(y.dtype)
 
 
@@ -92,21 +100,17 @@ def silu_mul(gate, up):
     return jax.nn.silu(gate) * up
 
 
-def cache_update(cache: Cache, k, v, positions) -> Cache:
-    """Writes k, v [B, T, kv_heads*head_dim] into the slots positions[:, 0] ... + T-1 of each sequence."""
+def update_cache(cache: Cache, k, v, positions) -> Cache:
+    """Writes k, v [B, kv_heads, T, head_dim] into the places positions[:, 0] ... + T-1 of each sequence."""
 
-    def write(slots, new):  # [B, length, kv_heads, head_dim]
-        new = new.astype(slots.dtype).reshape(*new.shape[:2], *slots.shape[2:])
-        if new.shape[1] > 1:  # from the start
-            return jax.lax.dynamic_update_slice_in_dim(slots, new, 0, axis=1)
-        for b in range(slots.shape[0]):  # one slice a sequence: XLA's scatter on CPU is a slow loop
-            slots = jax.lax.dynamic_update_slice(slots, new[b : b + 1], (b, positions[b, 0], 0, 0))
-        return slots
+    def write(places, new, start):  # [kv_heads, length, head_dim], [kv_heads, T, head_dim], []
+        return jax.lax.dynamic_update_slice_in_dim(places, new.astype(places.dtype), start, axis=1)
 
-    return write(cache[0], k), write(cache[1], v)
+    write_all = jax.vmap(write)
+    return write_all(cache[0], k, positions[:, 0]), write_all(cache[1], v, positions[:, 0])
 
 
-def run_block(block: Block, weights: Weights, x, positions, cache: dict[str, Cache] | None = None, embedding: Weight | None = None, backend: str | None = None):
+def run_block(block: Block, weights: Weights, x, positions, cache: dict[str, Cache] | None = None, embedding: Weight | None = None):
     """Executes the nodes in order -> (value of the last one, new cache).
 
     x: the block's input. positions int32 [B, T]: where each token of x stands in its sequence. embedding: the weight that a linear with `tied_to` takes.
@@ -126,18 +130,16 @@ def run_block(block: Block, weights: Weights, x, positions, cache: dict[str, Cac
                 value = rms_norm(inputs[0], slots["weight"].dequantize(), attrs["eps"], attrs.get("head_dim"))
             case "linear":
                 bias = slots["bias"].dequantize() if "bias" in slots else None
-                value = linear(inputs[0], slots.get("weight", embedding), bias, backend)
+                value = linear(inputs[0], slots.get("weight", embedding), bias)
             case "rope":
                 value = rope(inputs[0], positions, attrs["head_dim"], attrs["theta"], attrs["scaling"])
             case "attention":
-                q, k, v = inputs
-                key_positions = positions
+                q, k, v = (a.reshape(*a.shape[:2], -1, attrs["head_dim"]) for a in inputs)  # [B, T, heads, head_dim]
+                k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, kv_heads, T, head_dim]
                 if cache is not None:
-                    new_cache[node.name] = cache_update(cache[node.name], k, v, positions)
-                    if x.shape[1] == 1:
-                        k, v = new_cache[node.name]
-                        key_positions = jnp.broadcast_to(jnp.arange(k.shape[1], dtype=jnp.int32), k.shape[:2])
-                value = attention(q, k, v, positions, key_positions, attrs["heads"], attrs["kv_heads"], attrs["head_dim"], attrs["window"])
+                    new_cache[node.name] = update_cache(cache[node.name], k, v, positions)
+                    k, v = new_cache[node.name] if x.shape[1] == 1 else (k, v)
+                value = attention(q, k, v, positions, attrs["window"]).reshape(inputs[0].shape)
             case "silu_mul":
                 value = silu_mul(*inputs)
             case "add":

@@ -1,10 +1,12 @@
-"""Makes the golden files: tiny random models of each family as Hugging Face folders, and the logits that transformers computes in float32.
+"""Makes the golden files: tiny random models of each family as Hugging Face folders, with their float32 logits.
 
     python tests/golden/make_golden.py [SHARED_DATA]
 
-Needs torch and transformers (5.23 was used). SHARED_DATA is the folder of the real models (default: ../shared/data); of those only tokens and logits
-are kept. Weights are drawn so that every part matters: gains and biases are random, and logits differ by several units.
+Needs torch and transformers (5.23 was used), which compute the logits. SHARED_DATA is the folder of the real models
+(default: ../shared/data); of those only tokens and logits are kept. Weights are drawn so that every part matters: gains
+and biases are random, and logits differ by several units.
 """
+# pyright: reportMissingImports=false
 
 import copy
 import json
@@ -18,13 +20,40 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 HERE = Path(__file__).parent
-SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 256}
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
-# name -> (config.json, dtype). llama_gqa and llama_bias have rope in the old spelling, the others in that of transformers 5.
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+# name -> (config.json, dtype). llama_gqa and llama_bias have rope in the old spelling, others in transformers 5's.
 MODELS = {
-    "llama_mha": ({"model_type": "llama", "num_key_value_heads": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "float32"),
+    "llama_mha": (
+        {
+            "model_type": "llama",
+            "num_key_value_heads": 4,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
+        "float32",
+    ),
     "llama_gqa": (
-        {"model_type": "llama", "hidden_size": 64, "num_key_value_heads": 2, "rope_theta": 1e4, "rope_scaling": LLAMA3, "rms_norm_eps": 1e-5},
+        {
+            "model_type": "llama",
+            "hidden_size": 64,
+            "num_key_value_heads": 2,
+            "rope_theta": 1e4,
+            "rope_scaling": LLAMA3,
+            "rms_norm_eps": 1e-5,
+        },
         "float32",
     ),
     "llama_bias": (
@@ -59,7 +88,16 @@ MODELS = {
         },
         "float32",
     ),
-    "qwen3": ({"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 12, "num_hidden_layers": 3, "attention_bias": True}, "float32"),
+    "qwen3": (
+        {
+            "model_type": "qwen3",
+            "num_key_value_heads": 2,
+            "head_dim": 12,
+            "num_hidden_layers": 3,
+            "attention_bias": True,
+        },
+        "float32",
+    ),
 }
 REAL = ("stories260K", "stories15M")
 
@@ -92,8 +130,12 @@ def make_tiny(name: str, seed: int) -> None:
     for file in folder.glob("*.safetensors"):
         file.chmod(0o644)
     (folder / "generation_config.json").unlink(missing_ok=True)
-    if dtype == "float32":  # our spelling of the config, not the one that transformers saves; the bfloat16 one keeps that
-        (folder / "config.json").write_text(json.dumps({**config, "architectures": [type(model).__name__]}, indent=1) + "\n")
+    if (
+        dtype == "float32"
+    ):  # our spelling of the config, not the one that transformers saves; the bfloat16 one keeps that
+        (folder / "config.json").write_text(
+            json.dumps({**config, "architectures": [type(model).__name__]}, indent=1) + "\n"
+        )
     tokens = np.random.default_rng(seed).integers(0, config["vocab_size"], (2, 24)).astype(np.int32)
     logits = logits_of(folder, tokens)
     np.savez_compressed(folder / "logits.npz", tokens=tokens, logits=logits)

@@ -1,4 +1,4 @@
-"""Writes a golden model as a GGUF file the way llama.cpp's convert_hf_to_gguf.py does: its names, its metadata, its order of rows."""
+"""Writes a golden model as GGUF the way llama.cpp's convert_hf_to_gguf.py does: names, metadata, order of rows."""
 
 import json
 from pathlib import Path
@@ -24,18 +24,24 @@ NAMES = {
 def gguf_name(name: str) -> str:
     module, _, kind = name.rpartition(".")
     if not module.startswith("model.layers."):
-        return {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}[module] + f".{kind}"
+        return {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}[
+            module
+        ] + f".{kind}"
     _, _, layer, module = module.split(".", 3)
     return f"blk.{layer}.{NAMES[module]}.{kind}"
 
 
 def permuted(weights: np.ndarray, heads: int) -> np.ndarray:
     """llama.cpp's LlamaModel.permute."""
-    return weights.reshape(heads, 2, weights.shape[0] // heads // 2, *weights.shape[1:]).swapaxes(1, 2).reshape(weights.shape)
+    return (
+        weights.reshape(heads, 2, weights.shape[0] // heads // 2, *weights.shape[1:])
+        .swapaxes(1, 2)
+        .reshape(weights.shape)
+    )
 
 
 def write_gguf(path: Path, golden: str, quantization, metadata: dict | None = None) -> dict[str, np.ndarray]:
-    """The golden model as llama.cpp's converter writes it, matrices in this quantization; returns its original tensors."""
+    """The golden model as llama.cpp's converter writes it, matrices so quantized; returns the original tensors."""
     config = json.loads((GOLDEN / golden / "config.json").read_text())
     tensors = load_file(GOLDEN / golden / "model.safetensors")
     family, scaling = config["model_type"], config.get("rope_scaling") or {}
@@ -55,7 +61,10 @@ def write_gguf(path: Path, golden: str, quantization, metadata: dict | None = No
         writer.add_rope_scaling_factor(scaling["factor"])
     if scaling.get("rope_type") == "llama3":
         writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
-        writer.add_tensor("rope_freqs.weight", llama3_divisors(scaling, config["rope_theta"], config["hidden_size"] // config["num_attention_heads"]))
+        writer.add_tensor(
+            "rope_freqs.weight",
+            llama3_divisors(scaling, config["rope_theta"], config["hidden_size"] // config["num_attention_heads"]),
+        )
     for key, value in (metadata or {}).items():
         writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
     for name, array in tensors.items():

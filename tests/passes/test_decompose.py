@@ -12,7 +12,7 @@ from tests.models.tiny import tiny_graph
 @pytest.mark.parametrize(
     ("options", "bound"),  # relative RMSE of the mean linear of stories15M; greedy on one scale cannot reach als's bounds
     [
-        ({"bases": 2, "group": 128}, 0.165),
+        ({"bases": 2, "group": 128}, 0.171),
         ({"bases": 3, "group": 128}, 0.066),
         ({"bases": 2, "group": "row", "scales": "tied"}, 0.19),
         ({"bases": 3, "group": "tensor", "method": "greedy"}, 0.32),

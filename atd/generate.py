@@ -1,0 +1,91 @@
+"""Text generation: token ids in, token ids out, greedy or sampled with a seed. Text and chat templates are `atd.tokenizer`'s."""
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from atd.errors import BadInput
+from atd.models.model import Model, bucket
+
+
+def generate(
+    model: Model,
+    prompt_tokens: Sequence[int],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop_tokens: Collection[int] = (),
+    on_token: Callable[[int], None] | None = None,
+) -> list[int]:
+    """The tokens that the model puts after a prompt, a stop token included when one ends it.
+
+    With temperature 0 each token is the likeliest. Otherwise it is drawn from softmax(logits / temperature), cut to the `top_k` likeliest tokens (0: all)
+    and then to the likeliest that hold `top_p` of the probability together. The same seed draws the same tokens. Where the model's context
+    (max_position_embeddings) ends before max_new_tokens, so does the text.
+
+    Args:
+      on_token: called with each token as it is made.
+
+    Raises BadInput: an empty prompt, one that fills the model's context or holds ids outside its vocabulary, options out of range.
+    """
+    limit = _check(model, prompt_tokens, max_new_tokens, temperature, top_k, top_p)
+    length = len(prompt_tokens) + min(max_new_tokens, limit - len(prompt_tokens))
+    pick = partial(_pick, temperature=temperature, top_k=top_k, top_p=top_p, greedy=temperature == 0, nucleus=top_p < 1)
+    key = jax.random.key(seed)
+    logits, cache = model.prefill(np.asarray([prompt_tokens], np.int32), model.new_cache(1, min(bucket(length), limit)))
+    tokens: list[int] = []
+    for position in range(len(prompt_tokens), length):
+        token = pick(logits, jax.random.fold_in(key, position))
+        if position + 1 < length:  # the device goes on while the host looks at this token
+            logits, cache = model.decode(token, cache)
+        tokens.append(int(token[0]))
+        if on_token:
+            on_token(tokens[-1])
+        if tokens[-1] in stop_tokens:
+            break
+    return tokens
+
+
+def _check(model: Model, prompt: Sequence[int], max_new_tokens: int, temperature: float, top_k: int, top_p: float) -> int:
+    """How many tokens fit, prompt included; raises BadInput for what `generate` cannot do."""
+    for what, value, good, expected in (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
+        ("temperature", temperature, temperature >= 0 and math.isfinite(temperature), "0 (the likeliest token) or more"),
+        ("top_k", top_k, top_k >= 0, "0 (all tokens) or more"),
+        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1 (all tokens)"),
+    ):
+        if not good:
+            raise BadInput(f"{what} is {value}; expected {expected}")
+    if len(prompt) == 0:
+        raise BadInput("the prompt is empty; give at least one token, such as the model's BOS")
+    wrong = [token for token in prompt if not 0 <= token < model.vocabulary]
+    if wrong:
+        raise BadInput(f"token id {wrong[0]} lies outside the model's vocabulary of {model.vocabulary}: the tokenizer is another model's")
+    limit = model.max_context or len(prompt) + max_new_tokens
+    if len(prompt) >= limit:
+        raise BadInput(f"the prompt has {len(prompt)} tokens and leaves no room in the model's context of {limit}; shorten it")
+    return limit
+
+
+@partial(jax.jit, static_argnames=("top_k", "greedy", "nucleus"))
+def _pick(logits, key, temperature, top_p, top_k: int, greedy: bool, nucleus: bool):
+    """logits [B, V] -> tokens int32 [B]."""
+    if greedy:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / temperature
+    if top_k == 0 and not nucleus:
+        return jax.random.categorical(key, logits).astype(jnp.int32)
+    logits, tokens = jax.lax.top_k(logits, min(top_k or logits.shape[-1], logits.shape[-1]))  # [B, K], likeliest first
+    if nucleus:
+        probabilities = jax.nn.softmax(logits)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities
+        logits = jnp.where(before < top_p, logits, -jnp.inf)
+    chosen = jax.random.categorical(key, logits)
+    return jnp.take_along_axis(tokens, chosen[:, None], axis=-1)[:, 0].astype(jnp.int32)

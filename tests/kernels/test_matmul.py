@@ -1,0 +1,187 @@
+"""One suite for every backend of `atd.kernels.matmul`, against float64 numpy. A new backend joins by its name in BACKENDS."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from atd.kernels import matmul as kernels
+from atd.kernels import xla
+from atd.layout import LAYOUTS
+from atd.weights import DTYPES, Dense, Packed, PackedType, Ternary, TernaryType
+
+BACKENDS = tuple(kernels.BACKENDS)
+EPSILON = float(np.finfo(np.float32).eps)
+
+
+def ternary(out, inputs, bases=2, group: int | str = 128, tied=False, dtype="f16", seed=0, trits=None, scales=None) -> Ternary:
+    """Random where nothing is given; a random part of the scales is zero."""
+    random = np.random.default_rng(seed)
+    type = TernaryType((out, inputs), bases, group, tied, dtype)
+    if trits is None:
+        trits = random.integers(-1, 2, (out, inputs, bases))
+    if scales is None:
+        scales = random.uniform(0.01, 1, type.scales_shape) * (random.random(type.scales_shape) > 0.05)
+    trits = np.broadcast_to(trits, (out, inputs, bases)).astype(np.int8)
+    return Ternary(trits, np.broadcast_to(scales, type.scales_shape).astype(DTYPES[dtype]), type)
+
+
+def pack(weight: Ternary, layout: str) -> Packed:
+    return Packed(jnp.asarray(LAYOUTS[layout].pack(weight.trits)), jnp.asarray(weight.scales), PackedType(weight.type, layout))
+
+
+def activations(rows: int, inputs: int, seed=1) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((rows, inputs)).astype(np.float32)
+
+
+def check(backend: str, x: np.ndarray, weight, dense: np.ndarray, tolerance=EPSILON):
+    """Each result within the rounding of a float32 sum: a few ulps of sum |x w|, which is what is summed."""
+    if reason := kernels.BACKENDS[backend].supports(jnp.asarray(x), weight):
+        pytest.skip(reason)
+    y = np.asarray(jax.jit(lambda x, w: kernels.matmul(x, w, backend=backend))(x, weight))
+    wide, table = x.astype(np.float64), np.asarray(dense).astype(np.float64)
+    bound = 16 * tolerance * (np.abs(wide) @ np.abs(table).T) + 1e-37
+    worst = (np.abs(y - wide @ table.T) / bound).max()
+    assert y.shape == (*x.shape[:-1], dense.shape[0])
+    assert worst < 1, f"error is {worst:.2g} times the bound"
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Chunks of 8 rows, so that small matrices take several."""
+    monkeypatch.setitem(xla.CHUNK_BYTES, jax.default_backend(), 1)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("bases", "group", "tied"), [(1, 32, False), (1, "tensor", False), (2, 128, False), (2, "row", True), (3, 32, True), (3, "row", False), (4, 128, True)]
+)
+def test_every_layout_and_every_kind_of_scales(backend, layout, bases, group, tied, small_chunks):
+    if reason := LAYOUTS[layout].refuses(44, 323, bases):
+        pytest.skip(reason)
+    weight = ternary(44, 323, bases, group, tied)  # 323 is no multiple of a cell of any layout, nor of a group
+    check(backend, activations(2, 323), pack(weight, layout), weight.dequantize())
+
+
+@pytest.mark.parametrize(
+    ("out", "inputs"), [(1, 1), (1, 641), (7, 4), (7, 129), (8, 5), (8, 128), (9, 6), (9, 127), (17, 255), (17, 257), (17, 640)]
+)
+def test_sizes_one_off_a_cell_and_a_chunk(backend, out, inputs, small_chunks):
+    weight = ternary(out, inputs)
+    check(backend, activations(1, inputs), pack(weight, "interleaved"), weight.dequantize())
+
+
+@pytest.mark.parametrize("rows", [1, 2, 17, 130])
+def test_any_number_of_activations(backend, rows):
+    weight = ternary(96, 320)
+    check(backend, activations(rows, 320), pack(weight, "interleaved"), weight.dequantize())
+
+
+@pytest.mark.parametrize("trit", [-1, 0, 1])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_all_trits_equal(backend, layout, trit):
+    bases = 1 if layout == "hf-bitnet" else 2
+    weight = ternary(16, 261, bases, trits=trit)
+    check(backend, activations(3, 261), pack(weight, layout), weight.dequantize())
+
+
+def test_a_weight_of_zero_scales_is_zero(backend):
+    weight = ternary(16, 261, scales=0)
+    y = kernels.matmul(jnp.asarray(activations(3, 261)), pack(weight, "interleaved"), backend=backend)
+    np.testing.assert_array_equal(y, 0)
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 1e30])
+def test_tiny_and_huge_activations(backend, magnitude):
+    weight = ternary(16, 300)
+    check(backend, activations(2, 300) * np.float32(magnitude), pack(weight, "interleaved"), weight.dequantize())
+
+
+def test_one_huge_activation_among_small_ones(backend):
+    weight = ternary(16, 300)
+    x = activations(2, 300) * np.float32(1e-3)
+    x[:, 150] = 1e5
+    check(backend, x, pack(weight, "interleaved"), weight.dequantize())
+
+
+def test_one_hot_activations_give_back_each_column(backend):
+    """No sum, so no rounding but the weight's own."""
+    weight = ternary(12, 133, 3, 64)
+    y = np.asarray(kernels.matmul(jnp.eye(133), pack(weight, "interleaved"), backend=backend))
+    np.testing.assert_allclose(y.T, weight.dequantize(), rtol=EPSILON)
+
+
+@pytest.mark.parametrize("dtype", ["f16", "bf16", "f32"])
+def test_dtypes_of_scales(backend, dtype):
+    weight = ternary(24, 300, dtype=dtype)
+    check(backend, activations(2, 300), pack(weight, "interleaved"), weight.dequantize())
+
+
+@pytest.mark.parametrize("dtype", ["f16", "bf16", "f32"])
+def test_dense(backend, dtype, small_chunks):
+    array = np.random.default_rng(2).standard_normal((37, 129)).astype(DTYPES[dtype])
+    check(backend, activations(3, 129), Dense(jnp.asarray(array)), array)
+
+
+def test_unpacked_ternary(backend, small_chunks):
+    weight = ternary(37, 129)
+    check(backend, activations(3, 129), jax.tree.map(jnp.asarray, weight), weight.dequantize())
+
+
+def test_leading_axes_and_dtype_of_x_are_kept(backend):
+    weight = pack(ternary(24, 130), "interleaved")
+    x = jnp.asarray(activations(6, 130)).reshape(2, 3, 130).astype(jnp.bfloat16)
+    y = kernels.matmul(x, weight, backend=backend)
+    assert (y.shape, y.dtype) == ((2, 3, 24), jnp.bfloat16)
+    exact = np.asarray(x).astype(np.float64) @ weight.dequantize().T
+    np.testing.assert_allclose(np.asarray(y).astype(np.float64), exact, rtol=2**-8, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("group", [32, "row", "tensor"])
+def test_rows_of_packed_tables(layout, group):
+    weight = ternary(20, 131, 1 if layout == "hf-bitnet" else 2, group)
+    rows = np.array([[3, 0, 19], [7, 7, 1]])
+    taken = jax.jit(kernels.take_rows)(pack(weight, layout), rows)
+    np.testing.assert_array_equal(taken, weight.dequantize()[rows])
+
+
+def test_rows_of_dense_and_ternary_tables():
+    weight = ternary(20, 131)
+    rows = np.array([5, 2])
+    np.testing.assert_array_equal(kernels.take_rows(weight, rows), weight.dequantize()[rows])
+    np.testing.assert_array_equal(kernels.take_rows(Dense(weight.dequantize()), rows), weight.dequantize()[rows])
+
+
+def test_packed_weights_are_not_unpacked_whole():
+    """No buffer of the compiled multiplication is as large as the dequantized matrix."""
+    weight = pack(ternary(4096, 1024), "interleaved")
+    compiled = jax.jit(kernels.matmul).lower(jnp.zeros((1, 1024)), weight).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4096 * 1024 * 4 * 0.8
+
+
+def test_a_backend_that_cannot_run_says_why(monkeypatch):
+    class Picky:
+        @staticmethod
+        def supports(x, weight):
+            return "it wants a GPU"
+
+    monkeypatch.setitem(kernels.BACKENDS, "picky", Picky)
+    monkeypatch.setattr(kernels, "PREFERENCE", ("picky", "xla"))
+    weight = Dense(jnp.ones((3, 4)))
+    x = jnp.ones((1, 4))
+    with pytest.raises(ValueError, match=r"'picky' cannot multiply .*\[1, 4\] by dense f32\[3,4\]: it wants a GPU"):
+        kernels.matmul(x, weight, backend="picky")
+    assert kernels.resolve(x, weight) is xla  # unnamed: the next one
+
+
+def test_an_unknown_backend_and_a_wrong_width_are_refused():
+    with pytest.raises(ValueError, match="unknown matmul backend 'cuda'; known: xla"):
+        kernels.matmul(jnp.ones((1, 4)), Dense(jnp.ones((3, 4))), backend="cuda")
+    with pytest.raises(ValueError, match="x has 5 features, the weight"):
+        kernels.matmul(jnp.ones((1, 5)), Dense(jnp.ones((3, 4))))

@@ -1,0 +1,303 @@
+"""The model: prefill and decode against the whole forward pass, packed weights, compilations, memory, refusals."""
+
+import weakref
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from atd.errors import BadInput
+from atd.ir import Graph, Node, WeightRef, in_memory
+from atd.layout import LAYOUTS
+from atd.models import ops
+from atd.models.model import load
+from atd.weights import Dense, DenseType, Packed, PackedType, Ternary, TernaryType
+from tests.models.tiny import tiny_graph
+
+VOCABULARY = 40
+
+
+def mapped(graph: Graph, change) -> Graph:
+    """The graph with `change(node)` in place of each node."""
+    return graph.with_units(tuple(replace(unit, nodes=tuple(change(node) for node in unit.nodes)) for unit in graph.units))
+
+
+def with_window(graph: Graph, window: int) -> Graph:
+    return mapped(graph, lambda n: replace(n, attrs=n.attrs | {"window": window}) if n.op == "attention" else n)
+
+
+def ternary(graph: Graph, *, packed: bool, layout: str = "interleaved", group: int | str = 16, tied: bool = False) -> Graph:
+    """Every matrix, table and head included, as random trits of two bases."""
+    random = np.random.default_rng(5)
+
+    def change(node: Node) -> Node:
+        if "weight" not in node.weights or len(node.weights["weight"].type.shape) != 2:
+            return node
+        ref = node.weights["weight"]
+        type = TernaryType(ref.type.shape, 2, group, tied, "f16")
+        trits = random.integers(-1, 2, (*type.shape, 2)).astype(np.int8)
+        scales = random.uniform(0.02, 0.2, type.scales_shape).astype(np.float16)
+        if packed:
+            weight = Packed(LAYOUTS[layout].pack(trits), scales, PackedType(type, layout))
+        else:
+            weight = Ternary(trits, scales, type)
+        return replace(node, weights=node.weights | {"weight": in_memory(ref.tensor, weight)})
+
+    return mapped(graph, change)
+
+
+def tokens_of(batch: int, length: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, VOCABULARY, (batch, length))
+
+
+GRAPHS = {
+    "dense": lambda: tiny_graph(),
+    "one key head": lambda: tiny_graph(heads=4, kv_heads=1, tied=True),
+    "window": lambda: with_window(tiny_graph(), 5),
+    "packed": lambda: ternary(tiny_graph(tied=True), packed=True),
+    "packed, window, tied scales": lambda: with_window(ternary(tiny_graph(), packed=True, layout="bit-ttt", group="row", tied=True), 3),
+    "ternary": lambda: ternary(tiny_graph(), packed=False),
+}
+
+
+@pytest.mark.parametrize("backend", ["xla", "xla-unpacked"])
+@pytest.mark.parametrize("name", GRAPHS)
+def test_prefill_and_decode_are_the_forward_pass(name, backend):
+    model = load(GRAPHS[name](), backend=backend)
+    tokens, lengths = tokens_of(3, 14), np.array([6, 1, 3])
+    logits = np.asarray(model(tokens))
+    tolerance = 2e-5 * np.abs(logits).max()
+    last, cache = model.prefill(tokens[:, :6], model.new_cache(3, 16), lengths)
+    rows = np.arange(3)
+    np.testing.assert_allclose(last, logits[rows, lengths - 1], atol=tolerance)
+    for step in range(8):
+        last, cache = model.decode(tokens[rows, lengths + step], cache)
+        np.testing.assert_allclose(last, logits[rows, lengths + step], atol=tolerance, err_msg=f"decode step {step}")
+
+
+def test_what_stands_in_the_padding_does_not_matter():
+    model = load(tiny_graph())
+    tokens, other = tokens_of(2, 7), tokens_of(2, 7, seed=1)
+    other[:, :5] = tokens[:, :5]
+    last, cache = model.prefill(tokens, model.new_cache(2, 16), [5, 5])
+    same, other_cache = model.prefill(other, model.new_cache(2, 16), [5, 5])
+    np.testing.assert_array_equal(last, same)
+    np.testing.assert_array_equal(*(model.decode([1, 2], c)[0] for c in (cache, other_cache)))
+
+
+def test_a_window_hides_what_lies_before_it():
+    tokens, other = tokens_of(1, 12), tokens_of(1, 12)
+    other[0, 0] = (other[0, 0] + 1) % VOCABULARY
+    one_layer = tiny_graph(layers=1)
+    plain, windowed = load(one_layer), load(with_window(one_layer, 4))
+    assert np.abs(plain(tokens)[0, 4:] - plain(other)[0, 4:]).max(axis=1).min() > 1e-4
+    np.testing.assert_array_equal(windowed(tokens)[0, 4:], windowed(other)[0, 4:])  # position 4 sees 1 to 4
+    assert np.abs(windowed(tokens)[0, 3] - windowed(other)[0, 3]).max() > 1e-4  # position 3 still sees 0
+
+
+@pytest.mark.parametrize("layout", ["interleaved", "bit-ttt", "tq2_0"])
+def test_packed_and_unpacked_agree(layout):
+    graph = ternary(tiny_graph(), packed=True, layout=layout)
+    tokens = tokens_of(2, 9)
+    packed, unpacked = load(graph, backend="xla"), load(graph, backend="xla-unpacked")
+    expected = np.asarray(unpacked(tokens))
+    np.testing.assert_allclose(packed(tokens), expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_xla_holds_the_bytes_that_are_stored_and_unpacked_the_weights():
+    graph = ternary(tiny_graph(hidden=64), packed=True, group="row")
+    stored = sum(ref.type.nbytes for _, ref in graph.weights())
+    weights = sum(int(np.prod(ref.type.shape)) for _, ref in graph.weights())
+    assert load(graph, backend="xla").weights_nbytes == stored
+    assert load(graph, backend="xla-unpacked").weights_nbytes == 4 * weights
+    gains = 5 * 64
+    assert load(graph, backend="xla-unpacked", dtype="bfloat16").weights_nbytes == 2 * (weights - gains) + 4 * gains
+
+
+def test_bfloat16_weights_are_close():
+    tokens = tokens_of(1, 8)
+    exact, rounded = (np.asarray(load(tiny_graph(), dtype=dtype)(tokens)) for dtype in ("float32", "bfloat16"))
+    error = np.abs(rounded - exact).max() / np.abs(exact).max()
+    assert 0 < error < 0.03
+
+
+# --- compilation -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def traces(monkeypatch) -> list[str]:
+    """The first node of each block that was traced, which happens once for each compilation."""
+    seen = []
+    real = ops.run_block
+
+    def run_block(block, *args, **options):
+        seen.append(block.nodes[0].name)
+        return real(block, *args, **options)
+
+    monkeypatch.setattr(ops, "run_block", run_block)
+    return seen
+
+
+def run_everything(graph: Graph) -> None:
+    model = load(graph)
+    model(tokens_of(1, 8))
+    _, cache = model.prefill(tokens_of(1, 5), model.new_cache(1, 16))
+    for _ in range(3):
+        _, cache = model.decode(np.array([1]), cache)
+
+
+def test_compilations_do_not_grow_with_depth(traces):
+    run_everything(tiny_graph(layers=1))
+    shallow = sorted(traces)
+    traces.clear()
+    run_everything(tiny_graph(layers=9))
+    assert sorted(traces) == shallow
+    assert traces.count("input_layernorm") == 3  # forward, prefill, decode
+
+
+def test_blocks_of_two_kinds_are_compiled_once_each(traces):
+    dense, packed = tiny_graph(layers=6), ternary(tiny_graph(layers=6), packed=True)
+    mixed = replace(dense, blocks=(*dense.blocks[:2], *packed.blocks[2:5], dense.blocks[5]))
+    load(mixed, backend="xla").hidden(tokens_of(1, 4))
+    assert traces.count("input_layernorm") == 2
+
+
+def test_prompts_of_like_length_share_a_compilation(traces):
+    model = load(tiny_graph())
+    for length in (9, 12, 16):
+        model.prefill(tokens_of(1, length), model.new_cache(1, 32))
+    assert traces.count("input_layernorm") == 1
+
+
+def test_decoding_never_compiles_again(traces):
+    model = load(tiny_graph())
+    _, cache = model.prefill(tokens_of(1, 4), model.new_cache(1, 32))
+    _, cache = model.decode(jnp.array([1]), cache)
+    traces.clear()
+    for _ in range(20):
+        _, cache = model.decode(jnp.array([1]), cache)
+    assert not traces
+
+
+# --- the module --------------------------------------------------------------------------------------------------------
+
+
+def test_it_is_an_nnx_module():
+    model, tokens = load(ternary(tiny_graph(), packed=True), backend="xla"), tokens_of(1, 6)
+    logits = np.asarray(model(tokens))
+    definition, state = nnx.split(model)
+    np.testing.assert_array_equal(nnx.merge(definition, state)(tokens), logits)
+    np.testing.assert_allclose(jax.jit(lambda m, t: m(t))(model, tokens), logits, atol=1e-5 * np.abs(logits).max())
+    nnx.update(model, jax.tree.map(jnp.zeros_like, state))
+    np.testing.assert_array_equal(model(tokens), 0)
+
+
+def test_what_it_says_of_itself():
+    model = load(tiny_graph())
+    assert (model.backend, model.vocabulary, model.max_context) == ("xla-unpacked", VOCABULARY, 128)
+    assert model.config["model_type"] == "llama"
+    assert load(tiny_graph(), backend="xla").backend == "xla"
+
+
+def test_hidden_then_logits_of_any_rows():
+    model, tokens = load(tiny_graph()), tokens_of(2, 6)
+    hidden = model.hidden(tokens)
+    np.testing.assert_allclose(model.logits(hidden[1, 2:4]), model(tokens)[1, 2:4], atol=1e-5)
+
+
+def test_weights_are_read_one_at_a_time():
+    """When a tensor is read, the one before it is gone: no more than one lies on the host."""
+    alive: list[weakref.ref] = []
+    counts = []
+
+    def reading(node: Node) -> Node:
+        def reader(ref: WeightRef):
+            def read():
+                assert all(array() is None for array in alive)
+                array = np.array(ref.load().array, np.float16)
+                alive.append(weakref.ref(array))
+                return Dense(array)
+
+            return WeightRef(ref.tensor, DenseType(ref.type.shape, "f16"), read)
+
+        return replace(node, weights={slot: reader(ref) for slot, ref in node.weights.items()})
+
+    load(mapped(tiny_graph(), reading), progress=lambda done, total: counts.append((done, total)))
+    assert len(alive) == 21
+    assert counts == [(i + 1, 21) for i in range(21)]
+
+
+# --- refusals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"backend": "xla_unpacked"}, "unknown backend 'xla_unpacked'; did you mean 'xla-unpacked'"),
+        ({"backend": "?"}, "unknown backend '[?]'; known: auto, xla, xla-unpacked"),
+        ({"dtype": "int8"}, "unknown dtype 'int8'"),
+    ],
+)
+def test_unknown_options(options, words):
+    with pytest.raises(BadInput, match=words):
+        load(tiny_graph(), **options)
+
+
+def test_a_full_cache_and_a_long_prompt():
+    model = load(tiny_graph())
+    _, cache = model.prefill(tokens_of(1, 3), model.new_cache(1, 4))
+    _, cache = model.decode([1], cache)
+    with pytest.raises(BadInput, match="the cache is full: it was made for 4 tokens"):
+        model.decode([1], cache)
+    with pytest.raises(BadInput, match="a prompt of 5 tokens is longer than the cache of 4"):
+        model.prefill(tokens_of(1, 5), model.new_cache(1, 4))
+    with pytest.raises(BadInput, match="needs an empty cache"):
+        model.prefill(tokens_of(1, 2), cache)
+    with pytest.raises(BadInput, match="needs an empty cache"):
+        model.prefill(tokens_of(2, 2), model.new_cache(1, 4))
+    with pytest.raises(BadInput, match="at least 1"):
+        model.new_cache(0, 4)
+
+
+@pytest.mark.parametrize("lengths", [[0, 1], [1, 4], [1]])
+def test_impossible_lengths(lengths):
+    model = load(tiny_graph())
+    with pytest.raises(BadInput, match="expected 2 numbers from 1 to 3"):
+        model.prefill(tokens_of(2, 3), model.new_cache(2, 4), lengths)
+
+
+# --- ops ---------------------------------------------------------------------------------------------------------------
+
+
+def test_rope_rotates_pairs_half_a_head_apart():
+    x = np.random.default_rng(0).standard_normal((1, 3, 8)).astype(np.float32)  # 2 heads of 4
+    y = np.asarray(ops.rope(jnp.asarray(x), np.array([[0, 1, 7]]), 4, 100.0))
+    for t, position in enumerate((0, 1, 7)):
+        for head in (0, 4):
+            for i, frequency in enumerate((1.0, 0.1)):
+                rotated = complex(x[0, t, head + i], x[0, t, head + i + 2]) * np.exp(1j * position * frequency)
+                np.testing.assert_allclose(y[0, t, [head + i, head + i + 2]], [rotated.real, rotated.imag], atol=1e-5)
+
+
+def test_rope_scalings():
+    plain = ops.rope_frequencies(64, 5e5, ())
+    np.testing.assert_allclose(ops.rope_frequencies(64, 5e5, ("linear", 4.0)), plain / 4)
+    scaled = ops.rope_frequencies(64, 5e5, ("llama3", 8.0, 1.0, 4.0, 8192))
+    wavelength = 2 * np.pi / plain
+    np.testing.assert_array_equal(scaled[wavelength < 8192 / 4], plain[wavelength < 8192 / 4])
+    np.testing.assert_allclose(scaled[wavelength > 8192], plain[wavelength > 8192] / 8, rtol=1e-6)
+    between = (wavelength > 8192 / 4) & (wavelength < 8192)
+    assert between.any()
+    assert np.all((scaled < plain)[between] & (scaled > plain / 8)[between])
+    with pytest.raises(ValueError, match="'yarn'"):
+        ops.rope_frequencies(64, 5e5, ("yarn", 4.0))
+
+
+def test_rms_norm_over_heads():
+    x, gain = jnp.arange(1.0, 9).reshape(1, 1, 8), jnp.array([1.0, 2, 1, 1])
+    y = ops.rms_norm(x, gain, 0.0, head_dim=4)
+    expected = np.concatenate([np.arange(1.0, 5) / np.sqrt(7.5), np.arange(5.0, 9) / np.sqrt(43.5)]) * np.tile(gain, 2)
+    np.testing.assert_allclose(y[0, 0], expected, rtol=1e-6)
