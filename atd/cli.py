@@ -118,24 +118,45 @@ def evaluate(
         tokenizer: folder or .gguf file to take the tokenizer from, where MODEL has none.
         json: also write the figures to this file.
     """
-    from atd.demo import evaluate_text
+    import json as json_module
+
+    from atd.evaluate import evaluate as run
+    from atd.models import frontend
     from atd.models.model import load
-    from atd.report import console, evaluation_table, model_row, progress_bar
+    from atd.report import console, evaluation_table, graph_size, progress_bar
+    from atd.tokenizer import open_tokenizer, read_text
 
     if json and not json.absolute().parent.is_dir():
         raise BadInput(f"--json {json}: the folder {json.absolute().parent} does not exist")
-    converted = load(model, backend=backend)
-    dense = load(against, backend=backend) if against else None
+    if tokens is not None and tokens < 1:
+        raise BadInput(f"--tokens must be at least 1, not {tokens}")
+    graph = frontend.open(model)
+    words = open_tokenizer(tokenizer or model)
+    ids = words.encode(read_text(data), bos=bos)
+    ids, bos_id = (ids[1:], words.bos_id) if bos else (ids, words.bos_id if convention == "llama.cpp" else None)
     with progress_bar() as bar:
-        result = evaluate_text(
-            converted, data, tokenizer or model, context=context, tokens=tokens, bos=bos, against=dense, convention=convention, batch=batch, bar=bar
+        models = []
+        for path in filter(None, (model, against)):
+            task = bar.add_task(f"loading {path.name}", total=None, unit="tensors")
+            models.append(load(path, backend=backend, progress=lambda done, total, task=task: bar.update(task, completed=done, total=total)))
+        task = bar.add_task("evaluating", total=len(ids[:tokens]), unit="tokens")
+        result = run(
+            models[0],
+            ids[:tokens],
+            context=context,
+            against=models[1] if against else None,
+            bos_id=bos_id,
+            batch=batch,
+            convention=convention,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    console.print(evaluation_table([model_row(model, converted, result)]))
-    console.print(result.conditions())
+    bits, size = graph_size(graph)
+    console.print(evaluation_table([(model.name, bits, size, result, None)]))
+    if result.against_perplexity is not None and against:
+        console.print(f"{against.name}: perplexity {result.against_perplexity:.3f}; KL is KL({against.name} || {model.name})")
     if json:
-        import json as json_module
-
-        json.write_text(json_module.dumps({"model": str(model), "against": against and str(against), "data": str(data)} | result.to_json(), indent=1) + "\n")
+        row = {"model": str(model), "against": str(against) if against else None, "data": str(data), "bits_per_weight": bits, "bytes": size}
+        json.write_text(json_module.dumps(row | result.to_json(), indent=1) + "\n")
 
 
 @app.command
@@ -166,14 +187,41 @@ def generate(
         backend: xla keeps weights packed in memory, xla-unpacked unpacks them once at load (faster on CPUs); auto takes the latter.
         tokenizer: folder or .gguf file to take the tokenizer from, where MODEL has none.
     """
-    from atd.demo import write_text
+    import time
+
+    from atd.generate import generate as run
     from atd.models.model import load
     from atd.tokenizer import open_tokenizer
 
     words = open_tokenizer(tokenizer or model)
-    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    rate = write_text(load(model, backend=backend), words, prompt, chat=chat, **options)
-    print(f"\n[{rate}]", file=sys.stderr)
+    ids = words.encode(words.apply_chat([{"role": "user", "content": prompt}]) if chat else prompt, bos=words.adds_bos and not chat)
+    loaded = load(model, backend=backend)
+    new: list[int] = []
+    times = [time.perf_counter()]
+
+    def show(token: int) -> None:
+        before = words.decode(new)
+        new.append(token)
+        times.append(time.perf_counter())
+        text = words.decode(new)
+        if not text.endswith("\ufffd"):  # the bytes of a character come one token at a time
+            print(text[len(before.rstrip("\ufffd")) :], end="", flush=True)
+
+    if not chat:
+        print(prompt, end="", flush=True)
+    run(
+        loaded,
+        ids.tolist(),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop_tokens=words.eos_ids,
+        on_token=show,
+    )
+    first, rate = times[1] - times[0], (len(new) - 2) / max(times[-1] - times[2], 1e-9) if len(new) > 2 else 0.0
+    print(f"\n[{len(new)} tokens; the first after {first:.1f} s, compilation included, then {rate:.1f} tokens/s]", file=sys.stderr)
 
 
 @app.command

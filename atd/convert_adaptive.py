@@ -19,12 +19,12 @@ from atd import output
 from atd.errors import BadInput, RunFailed
 from atd.ir import Block, Graph, WeightRef
 from atd.models import frontend
+from atd.models.frontend import FORMAT_VERSION
 from atd.pipeline import Context, Pass, Pipeline
 from atd.recipe import Recipe, read_recipe, with_overrides
+from atd.store import INDEX
 from atd.tokenizer import open_tokenizer
 from atd.weights import Dense, DenseType, bits_per_weight
-
-FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def _write_metadata(
     files = {
         "config.json": json.dumps(graph.config | {"quantization_config": quantization}, indent=2) + "\n",
         output.GRAPH: json.dumps(graph.to_json(), indent=1) + "\n",
-        output.INDEX: json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=1, sort_keys=True) + "\n",
+        INDEX: json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=1, sort_keys=True) + "\n",
         **tokenizer,
     }
     for name, content in files.items():
@@ -196,7 +196,7 @@ def _write_summary(
     report = {"source": source.name, "nodes": [row for entry in entries for row in entry.report]}
     output.write_file(folder / output.REPORT, json.dumps(report, indent=1) + "\n")
     digests = {entry.shard: entry.sha256 for entry in entries}
-    for name in ("config.json", output.GRAPH, output.INDEX, "recipe.toml", *tokenizer):
+    for name in ("config.json", output.GRAPH, INDEX, "recipe.toml", *tokenizer):
         digests[name] = output.file_digest(folder / name)
     manifest = {"format_version": FORMAT_VERSION, "atd": atd.__version__, "jax": jax.__version__, "files": dict(sorted(digests.items()))}
     output.write_file(folder / output.MANIFEST, json.dumps(manifest, indent=1) + "\n")

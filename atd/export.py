@@ -11,6 +11,7 @@ from atd.convert_adaptive import Progress, tokenizer_files
 from atd.errors import RunFailed
 from atd.ir import Block, Node, WeightRef
 from atd.models import frontend
+from atd.store import INDEX
 from atd.weights import DTYPES, Dense, DenseType
 
 TORCH_DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
@@ -46,7 +47,7 @@ def export_hf(
             progress(Progress(done, total, graph.units[i].name or "epilogue"))
         files = {
             "config.json": json.dumps(config, indent=2) + "\n",
-            output.INDEX: json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1, sort_keys=True) + "\n",
+            INDEX: json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1, sort_keys=True) + "\n",
             **tokenizer,
         }
         for name, content in files.items():

@@ -1,4 +1,4 @@
-"""Text generation: token ids in, token ids out, greedy or sampled with a seed. Text and chat templates are `atd.tokenizer`'s."""
+"""Text generation: token ids in, token ids out, greedy or sampled with a seed."""
 
 import math
 from collections.abc import Callable, Collection, Sequence
@@ -26,14 +26,16 @@ def generate(
 ) -> list[int]:
     """The tokens that the model puts after a prompt, a stop token included when one ends it.
 
-    With temperature 0 each token is the likeliest. Otherwise it is drawn from softmax(logits / temperature), cut to the `top_k` likeliest tokens (0: all)
-    and then to the likeliest that hold `top_p` of the probability together. The same seed draws the same tokens. Where the model's context
-    (max_position_embeddings) ends before max_new_tokens, so does the text.
+    With temperature 0 each token is the likeliest. Otherwise it is drawn from softmax(logits / temperature), cut to the
+    `top_k` likeliest tokens (0: all) and then to the likeliest that hold `top_p` of the probability together. The same
+    seed draws the same tokens. Where the model's context (max_position_embeddings) ends before max_new_tokens, so does
+    the text.
 
     Args:
       on_token: called with each token as it is made.
 
-    Raises BadInput: an empty prompt, one that fills the model's context or holds ids outside its vocabulary, options out of range.
+    Raises BadInput: an empty prompt, one that fills the model's context or holds ids outside its vocabulary,
+    options out of range.
     """
     limit = _check(model, prompt_tokens, max_new_tokens, temperature, top_k, top_p)
     length = len(prompt_tokens) + min(max_new_tokens, limit - len(prompt_tokens))
@@ -53,11 +55,18 @@ def generate(
     return tokens
 
 
-def _check(model: Model, prompt: Sequence[int], max_new_tokens: int, temperature: float, top_k: int, top_p: float) -> int:
+def _check(
+    model: Model, prompt: Sequence[int], max_new_tokens: int, temperature: float, top_k: int, top_p: float
+) -> int:
     """How many tokens fit, prompt included; raises BadInput for what `generate` cannot do."""
     for what, value, good, expected in (
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
-        ("temperature", temperature, temperature >= 0 and math.isfinite(temperature), "0 (the likeliest token) or more"),
+        (
+            "temperature",
+            temperature,
+            temperature >= 0 and math.isfinite(temperature),
+            "0 (the likeliest token) or more",
+        ),
         ("top_k", top_k, top_k >= 0, "0 (all tokens) or more"),
         ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1 (all tokens)"),
     ):
@@ -67,10 +76,15 @@ def _check(model: Model, prompt: Sequence[int], max_new_tokens: int, temperature
         raise BadInput("the prompt is empty; give at least one token, such as the model's BOS")
     wrong = [token for token in prompt if not 0 <= token < model.vocabulary]
     if wrong:
-        raise BadInput(f"token id {wrong[0]} lies outside the model's vocabulary of {model.vocabulary}: the tokenizer is another model's")
+        raise BadInput(
+            f"token id {wrong[0]} lies outside the model's vocabulary of {model.vocabulary}: "
+            "the tokenizer is another model's"
+        )
     limit = model.max_context or len(prompt) + max_new_tokens
     if len(prompt) >= limit:
-        raise BadInput(f"the prompt has {len(prompt)} tokens and leaves no room in the model's context of {limit}; shorten it")
+        raise BadInput(
+            f"the prompt has {len(prompt)} tokens and leaves no room in the model's context of {limit}; shorten it"
+        )
     return limit
 
 

@@ -26,7 +26,6 @@ from atd.weights import stored
 MANIFEST = "manifest.json"
 GRAPH = "atd_graph.json"
 REPORT = "report.json"
-INDEX = "model.safetensors.index.json"
 JOURNAL = "journal.jsonl"
 LOCK = "lock"
 _SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64", "uint8": "U8", "int8": "I8"}

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -50,9 +51,16 @@ def evaluation_table(rows: Iterable[Row]) -> Table:
     Figures that a model has none of (its distance from itself, a speed that nobody measured) are a dash.
     """
     rows = list(rows)
-    table = Table(caption=rows[0][3].conditions() if len({row[3].conditions() for row in rows}) == 1 else None)
-    table.add_column("model")
-    for title in ("bits a weight", "size", "perplexity", "KL mean", "KL median", "KL 99 %", "top-1", "tokens/s"):
+    conditions = {row[3].conditions() for row in rows}
+    # Fits 80 columns, long model names folded.
+    table = Table(
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+        caption=conditions.pop() if len(conditions) == 1 else None,
+    )
+    table.add_column("model", overflow="fold")
+    for title in ("bits a\nweight", "size", "perplexity", "KL\nmean", "KL\nmedian", "KL\n99 %", "top-1", "tokens\n/s"):
         table.add_column(title, justify="right", no_wrap=True)
     for name, bits, size, result, rate in rows:
         kl = (_or_dash(value, ".4f") for value in (result.kl_mean, result.kl_median, result.kl_99))
@@ -67,7 +75,7 @@ def _or_dash(value: float | None, form: str) -> str:
 
 def graph_table(graph: Graph, nodes: bool = False) -> Table:
     """Type, bits and size by unit (`nodes`: by weight), from types alone; the last row is the whole model."""
-    table = Table()
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for title in ("layer", "type"):
         table.add_column(title, overflow="fold")
     for title in ("weights", "bits", "size"):

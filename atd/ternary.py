@@ -27,6 +27,16 @@ MOST_BASES = 4
 CHUNK = 1 << 19  # weights in flight: a chunk and what is made of it stay near the cores
 RIDGE = 1e-4  # relative, toward the current scales: a base that no weight uses makes the normal equations singular
 GRID = 16  # uniform grids tried
+# Where free scales start: ratios s_i / s_(i+1). 3 is the uniform grid. Below 2 the levels crowd near 0 (s_0 - s_1 < s_1), which suits weights with a
+# peak and tails; least squares alone does not get there from 3. Chosen among all products of ratios of 1.25 to 3 as those that together do best on
+# gaussian, Laplace, Student t3 and sparse weights and on a language model's: against the uniform start alone the error falls by 4 to 13 % with two
+# bases and 7 to 25 % with three.
+START_RATIOS = {
+    1: ((),),
+    2: ((3,), (1.7,)),
+    3: ((3, 3), (1.5, 3), (1.5, 1.7)),
+    4: ((3, 3, 3), (1.4, 3, 1.4), (1.7, 1.7, 3)),
+}
 LEAST_IMPORTANCE = 1e-6  # of the mean: inputs that calibration never saw still get sensible trits
 
 
@@ -50,8 +60,8 @@ def als(
     weight float [out, in], feature weights d >= 0 float [in] (None: all equal) -> trits int8 [out, in, bases], scales `dtype` [rows, groups, bases],
     or [rows, groups, 1] when tied (u, with s_i = u 3^(bases-1-i)). bases is 1 to 4.
 
-    Free scales alternate s = (T'DT + ridge)^-1 T'Dw with the nearest of the 3^N sums, from two starts (the greedy scales, the best uniform grid),
-    and keep the best scales met; they descend. Tied scales start from a geometric series of grids and alternate s = (q'Dw) / (q'Dq) likewise.
+    Free scales alternate s = (T'DT + ridge)^-1 T'Dw with the nearest of the 3^N sums, `iterations` times from each of START_RATIOS, and keep the best
+    scales met, which are never behind the greedy ones; they descend. Tied scales start from a geometric series of grids and alternate s = (q'Dw) / (q'Dq) likewise.
     A group of zeros gets zero scales, and a zero scale zero trits; a scale that underflows `dtype` is such a zero.
 
     Raises BadInput where the weights are not finite or a scale overflows `dtype`, and for bases or feature weights that cannot be.
@@ -67,7 +77,9 @@ def relative_rmse(weight, approximation) -> float:
     error = total = 0.0
     for start in range(0, weight.shape[0], step := _step(weight.shape[1])):
         part = np.asarray(weight[start : start + step], np.float32)
-        error += float(np.square(part - np.asarray(approximation[start : start + step], np.float32)).sum(dtype=np.float64))
+        error += float(
+            np.square(part - np.asarray(approximation[start : start + step], np.float32)).sum(dtype=np.float64)
+        )
         total += float(np.square(part).sum(dtype=np.float64))
     return _ratio(error, total)
 
@@ -101,7 +113,9 @@ def _decompose(chunk, weight, bases: int, group: Group, importance) -> tuple[np.
     size = _group_size(weight, group)
     groups = -(-inputs // size)  # of a row
     if group == "tensor":  # one group: all rows at once
-        trits, scales = chunk(jnp.asarray(weight, jnp.float32), None if importance is None else importance[None], pooled=True)
+        trits, scales = chunk(
+            jnp.asarray(weight, jnp.float32), None if importance is None else importance[None], pooled=True
+        )
         trits, scales = np.asarray(trits), np.asarray(scales)
     else:
         if importance is None and inputs % size:
@@ -127,7 +141,9 @@ def _refuse(weight, dtype):
     weight = np.asarray(weight, np.float32)
     if not np.isfinite(weight).all():
         raise BadInput(f"{(~np.isfinite(weight)).sum()} of {weight.size} weights are NaN or infinite")
-    raise BadInput(f"weights of up to {np.abs(weight).max():.3g} need scales that overflow {dtype}: store scales in bfloat16 or float32")
+    raise BadInput(
+        f"weights of up to {np.abs(weight).max():.3g} need scales that overflow {dtype}: store scales in bfloat16 or float32"
+    )
 
 
 def _importance(feature_weights, inputs: int) -> np.ndarray | None:
@@ -136,7 +152,9 @@ def _importance(feature_weights, inputs: int) -> np.ndarray | None:
         return None
     weights = np.asarray(feature_weights, np.float32)
     if weights.shape != (inputs,) or not np.isfinite(weights).all() or (weights < 0).any():
-        raise BadInput(f"feature weights must be {inputs} finite numbers >= 0, one for each input; found shape {weights.shape}, least {weights.min()}")
+        raise BadInput(
+            f"feature weights must be {inputs} finite numbers >= 0, one for each input; found shape {weights.shape}, least {weights.min()}"
+        )
     mean = weights.mean(dtype=np.float64)
     return np.maximum(weights / mean, LEAST_IMPORTANCE).astype(np.float32) if mean else None
 
@@ -197,9 +215,7 @@ def _als_chunk(weight, importance, *, bases, dtype, pooled, tied, iterations):
         codes = jnp.minimum(jnp.round(size / _nonzero(least)[:, None]), _top(bases)).astype(jnp.int8)
         scales = least[None]
     else:
-        starts = _greedy(size, importance, bases, pooled, rounded)[0], rounded(_powers(bases) * least)
-        (scales, error), (other, other_error) = (_refine_scales(size, importance, s, pooled, rounded, iterations) for s in starts)
-        scales = jnp.where(error <= other_error, scales, other)
+        scales = _best_scales(size, importance, least, bases, pooled, rounded, iterations)
         codes = _nearest(size, scales)
     trits = _digits(jnp.where(weight < 0, -codes, codes), bases)
     return trits * (scales != 0).T[:, None, :], (scales * unit).T.astype(dtype)
@@ -237,10 +253,6 @@ def _total_importance(values, importance, pooled):
 def _top(bases: int) -> int:
     """The largest sum of a tied decomposition: its levels are u * -top..top."""
     return (3**bases - 1) // 2
-
-
-def _powers(bases: int):
-    return jnp.asarray(level_weights(bases))[:, None]  # [N, 1]
 
 
 def _greedy(residual, importance, bases, pooled, rounded):
@@ -335,9 +347,13 @@ def _normal_equations(size, importance, scales, pooled):
 
     def above(midpoint):
         mask = size > midpoint[:, None]
-        return _sum(mask if importance is None else jnp.where(mask, importance, 0), pooled), _sum(jnp.where(mask, weighted, 0), pooled)
+        return _sum(mask if importance is None else jnp.where(mask, importance, 0), pooled), _sum(
+            jnp.where(mask, weighted, 0), pooled
+        )
 
-    def by_level(above):  # [L - 1, C] above midpoint m -> [L, C] on half code l (nothing is needed of code 0, the lowest)
+    def by_level(
+        above,
+    ):  # [L - 1, C] above midpoint m -> [L, C] on half code l (nothing is needed of code 0, the lowest)
         above = jnp.concatenate([jnp.zeros_like(above[:1]), above, jnp.zeros_like(above[:1])])
         return jnp.take_along_axis(above[:-1] - above[1:], rank, axis=0)
 
@@ -345,6 +361,22 @@ def _normal_equations(size, importance, scales, pooled):
     codes = _half_codes(len(scales)).T  # [N, L]
     gram = jnp.einsum("ijl,lc->ijc", codes[:, None] * codes, count, precision=lax.Precision.HIGHEST)
     return gram, jnp.einsum("il,lc->ic", codes, sign * total, precision=lax.Precision.HIGHEST)
+
+
+def _best_scales(size, importance, least, bases, pooled, rounded, iterations):
+    """The best scales [N, C] of all starts; those whose ratio is given span what the grid `least` spans."""
+    shapes = [np.cumprod([1.0, *(1 / ratio for ratio in ratios)]) for ratios in START_RATIOS[bases]]
+    starts = jnp.stack([rounded((shape / shape.sum())[:, None] * (_top(bases) * least)) for shape in shapes])
+
+    def refine(start, iterations=iterations):
+        return _refine_scales(size, importance, start, pooled, rounded, iterations)
+
+    scales, errors = lax.map(refine, starts)
+    greedy, greedy_error = refine(
+        _greedy(size, importance, bases, pooled, rounded)[0], iterations=1
+    )  # so that als is never behind greedy
+    scales, errors = jnp.concatenate([greedy[None], scales]), jnp.concatenate([greedy_error[None], errors])
+    return jnp.take_along_axis(scales, jnp.argmin(errors, axis=0)[None, None], axis=0)[0]
 
 
 def _refine_scales(size, importance, scales, pooled, rounded, iterations):

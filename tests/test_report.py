@@ -1,7 +1,9 @@
 """Tables, the picture and progress as people see them."""
 
 import io
+import re
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -34,10 +36,15 @@ CONVERTED = replace(
 )
 
 
+def written(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
 def text_of(renderable, width: int = 200) -> str:
     console = Console(file=io.StringIO(), width=width)
     console.print(renderable)
-    return console.file.getvalue()
+    return written(console)
 
 
 @pytest.mark.parametrize(
@@ -60,15 +67,11 @@ def test_sizes(n, text):
 
 def test_evaluation_table_has_every_figure_and_dashes_for_those_that_are_not():
     rows = [("dense", 16.0, 269_000_000, DENSE, 41.25), ("ternary3", 5.175, 98_362_432, CONVERTED, None)]
-    lines = text_of(evaluation_table(rows)).splitlines()
-    dense, converted = (next(line for line in lines if f" {name} " in line) for name in ("dense", "ternary3"))
-    assert [cell.strip() for cell in dense.split("│")[1:-1]] == [
-        "dense", "16.00", "269 MB", "30.358", "–", "–", "–", "–", "41.2",
-    ]  # fmt: skip
-    assert [cell.strip() for cell in converted.split("│")[1:-1]] == [
-        "ternary3", "5.17", "98.4 MB", "31.500", "0.0357", "0.0123", "0.4567", "91.2%", "–",
-    ]  # fmt: skip
-    assert "8 windows of 512 tokens, no BOS, 4,088 positions scored" in lines[-1]
+    lines = [line.strip() for line in text_of(evaluation_table(rows), width=80).splitlines()]
+    dense, converted = (next(line.split() for line in lines if line.startswith(name)) for name in ("dense", "ternary3"))
+    assert dense == ["dense", "16.00", "269", "MB", "30.358", "–", "–", "–", "–", "41.2"]
+    assert converted == ["ternary3", "5.17", "98.4", "MB", "31.500", "0.0357", "0.0123", "0.4567", "91.2%", "–"]
+    assert lines[-1].strip() == "8 windows of 512 tokens, no BOS, 4,088 positions scored"
 
 
 def test_conditions_that_differ_are_under_no_common_caption():
@@ -101,8 +104,9 @@ def test_graph_size_counts_all_bytes_of_the_linears():
 def test_graph_table_by_layer_and_by_node():
     by_layer = text_of(graph_table(graph()))
     assert "1 x packed n=2 g=row tied layout=interleaved/1 f16, 1 x dense f16" in by_layer
-    assert [line.split("│")[3].strip() for line in by_layer.splitlines() if "│" in line] == ["200", "160", "10", "370"]
-    assert "648 B" in by_layer.splitlines()[-2]
+    rows = [line.split() for line in by_layer.splitlines() if line.rstrip().endswith(" B")]
+    assert [row[-4] for row in rows] == ["200", "160", "10", "370"]
+    assert rows[-1][-2] == "648"
     assert "model.layers.0.down_proj" in text_of(graph_table(graph(), nodes=True))
 
 
@@ -163,14 +167,14 @@ def test_on_a_terminal_there_is_a_bar_with_a_rate():
     console = Console(file=io.StringIO(), force_terminal=True, width=100)
     with progress_bar(console) as bar:
         task = bar.add_task("evaluating", total=2_000_000, unit="tokens")
-        bar.tasks[0].start_time = bar.get_time() - 1
         bar.update(task, completed=1_000_000)
+        time.sleep(0.01)
         bar.update(task, completed=2_000_000)
         bar.refresh()
-    shown = console.file.getvalue()
+    shown = written(console)
     assert "evaluating" in shown
     assert "100 %" in shown
-    assert "M tokens/s" in shown
+    assert re.search(r"[\d.]+[kMG] tokens/s", shown)
 
 
 def test_in_a_log_there_is_a_line_now_and_then_and_one_at_the_end(monkeypatch):
@@ -183,7 +187,7 @@ def test_in_a_log_there_is_a_line_now_and_then_and_one_at_the_end(monkeypatch):
             clock[0] += 8
             bar.update(task, completed=done)
         bar.update(task, completed=100)
-    percentages = [line.split(":")[1].split(",")[0].strip() for line in console.file.getvalue().splitlines()]
+    percentages = [line.split(":")[1].split(",")[0].strip() for line in written(console).splitlines()]
     assert percentages == ["40 %", "80 %", "100 %"]
 
 
@@ -195,6 +199,6 @@ def test_conversion_progress_says_and_counts():
     with conversion_progress(console) as (say, progress):
         say("warning: [bold] stays as it is")
         progress(At())
-    lines = console.file.getvalue().splitlines()
+    lines = written(console).splitlines()
     assert lines[0] == "warning: [bold] stays as it is"
     assert lines[1].startswith("model.layers.0: 100 %")

@@ -148,7 +148,7 @@ def test_generation_ends_at_the_end_of_a_turn_too(tmp_path):
 
 
 def sentencepiece_of(tokenizer) -> tuple[list[str], list[float], list[int]]:
-    """tokens, scores, types of the SentencePiece model behind a tokenizer.json: <unk>, <s>, </s>, 256 bytes, then pieces.
+    """tokens, scores, types of the SentencePiece model behind a tokenizer.json: <unk>, <s>, </s>, 256 bytes, pieces.
 
     Llama 2's scores are minus the rank, and -1e9 for runs of blanks.
     """

@@ -1,7 +1,8 @@
-"""Graphs to models: `load` fills a Flax NNX module with a graph's weights; its forward pass, prefill and decode step are jitted.
+"""Graphs to models: `load` fills a Flax NNX module with a graph's weights; all that it does is jitted.
 
-All blocks whose nodes read the same (ops, attrs, types of weights) share one compiled function, so compile time does not grow with depth: the loop over
-the blocks is in Python and calls it once a block. A call costs tens of microseconds on the host and runs ahead of the device.
+All blocks whose nodes read the same (ops, attrs, types of weights) share one compiled function, so compile time does
+not grow with depth: the loop over the blocks is in Python and calls it once a block. A call costs tens of microseconds
+on the host and runs ahead of the device.
 
     model = load(path)                                  # or a Graph at any stage of a pipeline
     model(tokens)                                       # int32 [B, T] -> logits float32 [B, T, V]
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,9 +40,11 @@ def load(
     """The model of a checkpoint (a folder or a GGUF file) or of a graph. Peak memory is the model and one tensor.
 
     Args:
-      backend: `xla` keeps ternary weights in memory as they are stored and unpacks them in every multiplication: the least memory.
-        `xla-unpacked` dequantizes them once, here, into dense arrays: the most speed on a CPU. `auto`: xla-unpacked on a CPU, xla elsewhere.
-      dtype: float32, bfloat16 or float16, of the dense matrices and the cache. Activations, gains and biases are float32.
+      backend: `xla` keeps ternary weights in memory as they are stored and unpacks them in every multiplication: the
+        least memory. `xla-unpacked` dequantizes them once, here, into dense arrays: the most speed on a CPU. `auto`:
+        xla-unpacked on a CPU, xla elsewhere.
+      dtype: float32, bfloat16 or float16, of the dense matrices and the cache. Activations, gains and biases are
+        float32.
       progress: called with (tensors read, tensors in all) after each.
 
     Raises BadInput for an unknown backend or dtype, and whatever opening and reading the checkpoint raises.
@@ -61,7 +65,7 @@ def load(
 
 
 class Program:
-    """The compiled functions of all blocks that read the same. Hashed by identity: a model makes one for each different block."""
+    """The compiled functions of all blocks that read the same. A model makes one for each different block."""
 
     def __init__(self, block: Block):
         structure = Block("", tuple(_without_weights(node) for node in block.nodes))
@@ -96,6 +100,12 @@ def _without_weights(node: Node) -> Node:
     return Node(node.name, node.op, node.inputs, {}, node.attrs)
 
 
+def _attention_shapes(block: Block) -> tuple[tuple[str, int, int], ...]:
+    """(name, kv_heads, head_dim) of the attention nodes, which need a cache."""
+    attrs: list[tuple[str, Any]] = [(node.name, node.attrs) for node in block.nodes if node.op == "attention"]
+    return tuple((name, attr["kv_heads"], attr["head_dim"]) for name, attr in attrs)
+
+
 def _from_start(x) -> jax.Array:
     """int32 [B, T]: positions 0, 1, ... of x [B, T, ...]."""
     return jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
@@ -127,7 +137,8 @@ class _Plan:
 
 
 class Model(nnx.Module):
-    """A language model: made by `load`. Its parameters are one `nnx.Param` for each unit, holding `{node: {slot: weight}}`."""
+    """A language model, made by `load`. Its parameters: one `nnx.Param` a unit, which holds `{node: {slot:
+    weight}}`."""
 
     def __init__(self, graph: Graph, backend: str, dtype: str, progress: Callable[[int, int], None] | None = None):
         total = sum(len(node.weights) for _, node in graph.nodes())
@@ -152,9 +163,7 @@ class Model(nnx.Module):
             epilogue=program(graph.epilogue),
             embed=next(node.name for node in graph.prologue.nodes if node.op == "embed"),
             tied=any(node.op == "linear" and "weight" not in node.weights for node in graph.epilogue.nodes),
-            attention=tuple(
-                tuple((n.name, n.attrs["kv_heads"], n.attrs["head_dim"]) for n in block.nodes if n.op == "attention") for block in graph.blocks
-            ),
+            attention=tuple(_attention_shapes(block) for block in graph.blocks),
         )
 
     @property
@@ -195,8 +204,10 @@ class Model(nnx.Module):
         return x
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """What `hidden` returned, or any rows of it, float32 [..., D] -> logits float32 [..., V]: final norm and head."""
-        return self._plan.epilogue.logits(self.epilogue.get_raw_value(), hidden, self._embedding() if self._plan.tied else None)
+        """What `hidden` returned, or any rows of it, float32 [..., D] -> logits float32 [..., V]."""
+        return self._plan.epilogue.logits(
+            self.epilogue.get_raw_value(), hidden, self._embedding() if self._plan.tied else None
+        )
 
     def new_cache(self, batch: int, length: int) -> Cache:
         """An empty cache for `batch` sequences of at most `length` tokens."""
@@ -206,13 +217,16 @@ class Model(nnx.Module):
         def slots(kv_heads: int, head_dim: int):
             return jnp.zeros((batch, kv_heads, length, head_dim), DTYPES[self._plan.dtype])
 
-        blocks = tuple({name: (slots(*shape), slots(*shape)) for name, *shape in nodes} for nodes in self._plan.attention)
+        blocks = tuple(
+            {name: (slots(*shape), slots(*shape)) for name, *shape in nodes} for nodes in self._plan.attention
+        )
         return Cache(blocks, jnp.zeros((batch, 1), jnp.int32), 0, length)
 
     def prefill(self, tokens, cache: Cache, lengths=None) -> tuple[jax.Array, Cache]:
-        """Reads prompts into an empty cache -> logits float32 [B, V] of the token after each prompt, and the cache, ready for `decode`.
+        """Reads prompts into an empty cache -> logits float32 [B, V] of each prompt's next token, and the filled cache.
 
-        Prompts are padded to a power of two, so that nothing new is compiled for most lengths; padding changes no result.
+        Prompts are padded to a power of two, so that nothing new is compiled for most lengths; padding changes no
+        result.
 
         Args:
           tokens: ids int32 [B, T]; shorter prompts end in anything.
@@ -225,11 +239,18 @@ class Model(nnx.Module):
         batch, width = tokens.shape
         lengths = np.full(batch, width) if lengths is None else np.asarray(lengths)
         if lengths.shape != (batch,) or lengths.min() < 1 or lengths.max() > width:
-            raise BadInput(f"lengths {lengths.tolist()} of prompts [{batch}, {width}]: expected {batch} numbers from 1 to {width}")
+            raise BadInput(
+                f"lengths {lengths.tolist()} of prompts [{batch}, {width}]: expected {batch} numbers from 1 to {width}"
+            )
         if cache.filled or cache.positions.shape[0] != batch:
-            raise BadInput(f"prefill of {batch} prompts needs an empty cache for as many sequences; make one with new_cache")
+            raise BadInput(
+                f"prefill of {batch} prompts needs an empty cache for as many sequences; make one with new_cache"
+            )
         if width > cache.length:
-            raise BadInput(f"a prompt of {width} tokens is longer than the cache of {cache.length}; make a longer one, or shorten the prompt")
+            raise BadInput(
+                f"a prompt of {width} tokens is longer than the cache of {cache.length}; "
+                "make a longer one, or shorten the prompt"
+            )
         padded = np.zeros((batch, min(bucket(width), cache.length)), np.int32)
         padded[:, :width] = tokens
         x = self._plan.prologue.embed(self.prologue.get_raw_value(), padded, None)
@@ -242,12 +263,14 @@ class Model(nnx.Module):
         return self.logits(last), Cache(tuple(blocks), positions, int(lengths.max()), cache.length)
 
     def decode(self, token, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Appends one token to each sequence: ids int32 [B] -> logits float32 [B, V] of the next, and the cache (the one given is used up).
+        """Appends a token to each sequence: ids int32 [B] -> logits float32 [B, V] of the next, and the new cache.
 
         Raises BadInput when the cache is full.
         """
         if cache.filled >= cache.length:
-            raise BadInput(f"the cache is full: it was made for {cache.length} tokens; make a longer one with new_cache")
+            raise BadInput(
+                f"the cache is full: it was made for {cache.length} tokens; make a longer one with new_cache"
+            )
         x = self._plan.prologue.embed(self.prologue.get_raw_value(), _as_column(token), None)
         blocks = []
         for program, weights, slots in zip(self._plan.blocks, self.blocks, cache.blocks, strict=True):
@@ -267,13 +290,17 @@ def bucket(length: int) -> int:
 _as_column = jax.jit(lambda token: jnp.asarray(token, jnp.int32)[:, None])  # [B] -> [B, 1]
 _only_row = jax.jit(lambda logits: logits[:, 0])  # [B, 1, V] -> [B, V]
 _next = jax.jit(lambda positions: positions + 1)
-_take_positions = jax.jit(lambda x, at: jnp.take_along_axis(x, at[:, None, None], axis=1)[:, 0])  # [B, T, D], [B] -> [B, D]
+_take_positions = jax.jit(
+    lambda x, at: jnp.take_along_axis(x, at[:, None, None], axis=1)[:, 0]
+)  # [B, T, D], [B] -> [B, D]
 
 
-# --- weights -----------------------------------------------------------------------------------------------------------
+# --- weights ----------------------------------------------------------------------------------------------------------
 
 
-def _fill(graph: Graph, backend: str, dtype, total: int, progress: Callable[[int, int], None] | None) -> Iterator[ops.Weights]:
+def _fill(
+    graph: Graph, backend: str, dtype, total: int, progress: Callable[[int, int], None] | None
+) -> Iterator[ops.Weights]:
     """The weights of each unit on the device, read one at a time."""
     done = 0
     for block in graph.units:

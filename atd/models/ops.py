@@ -1,13 +1,16 @@
 """The jnp reference of every op of `atd.ir.OPS`, and `run_block`, which executes the nodes of a block in order.
 
-Values are `[B, T, features]` (token ids `[B, T]` in the prologue). Heads lie side by side in the features, head-major. Normalisation, rotary angles and
-softmax are computed in float32, whatever the dtype of the values, as Hugging Face transformers does.
+Values are `[B, T, features]` (token ids `[B, T]` in the prologue). Heads lie side by side in the features, head-major.
+Normalisation, rotary angles and softmax are computed in float32, whatever the dtype of the values, as Hugging Face
+transformers does.
 
-A cache of one attention node is `(k, v)`, each `[B, kv_heads, length, head_dim]`; the key of position t lies in place t. Places that hold no position yet
-(or the padding of a prompt) are never attended to: a query at position t sees places 0..t alone, and each of these has been written before.
+A cache of one attention node is `(k, v)`, each `[B, kv_heads, length, head_dim]`; the key of position t lies in place
+t. Places that hold no position yet (or the padding of a prompt) are never attended to: a query at position t sees
+places 0..t alone, and each of these has been written before.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,18 +25,20 @@ Weights = dict[str, dict[str, Weight]]  # node name -> slot -> weight
 
 
 def rms_norm(x, gain, eps: float, head_dim: int | None = None):
-    """x / sqrt(mean(x^2) + eps) * gain over the last axis, or over each run of `head_dim` features of it (Qwen3's q and k)."""
+    """x / sqrt(mean(x^2) + eps) * gain over the last axis, or each run of `head_dim` features of it (Qwen3's q and
+    k)."""
     wide = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, head_dim or x.shape[-1])  # [..., heads, head_dim]
     normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return (normed.astype(x.dtype) * gain.astype(x.dtype)).reshape(x.shape)
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: tuple) -> np.ndarray:
-    """Angle a position, one for each pair of features: theta^(-2i/head_dim), i < head_dim/2, rescaled for longer contexts.
+    """Angle a position, one for each pair of features: theta^(-2i/head_dim), i < head_dim/2, rescaled for longer
+    contexts.
 
-    scaling: `()` none; `("linear", factor)` divides by factor; `("llama3", factor, low_freq_factor, high_freq_factor, original_max_position_embeddings)`
-    divides wavelengths above original/low_freq_factor by factor, keeps those below original/high_freq_factor and blends between (Llama 3.1).
-    Raises ValueError for any other scaling.
+    scaling: `()` none; `("linear", factor)` divides by factor; `("llama3", factor, low_freq_factor, high_freq_factor,
+    original_max_position_embeddings)` divides wavelengths above original/low_freq_factor by factor, keeps those below
+    original/high_freq_factor and blends between (Llama 3.1). Raises ValueError for any other scaling.
     """
     inverse = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
     match scaling:
@@ -46,12 +51,15 @@ def rope_frequencies(head_dim: int, theta: float, scaling: tuple) -> np.ndarray:
             keep = np.clip((original / wavelength - low) / (high - low), 0, 1)
             scaled = (1 - keep) * inverse / factor + keep * inverse
         case _:
-            raise ValueError(f"rope scaling {scaling!r} is not known; known: (), ('linear', factor), ('llama3', factor, low, high, original)")
+            raise ValueError(
+                f"rope scaling {scaling!r} is not known; known: (), ('linear', factor), "
+                "('llama3', factor, low, high, original)"
+            )
     return scaled.astype(np.float32)
 
 
 def rope(x, positions, head_dim: int, theta: float, scaling: tuple = ()):
-    """Rotates the pairs (i, i + head_dim/2) of each head by the angle position * frequency_i. positions int32 [B, T]."""
+    """Rotates the pairs (i, i + head_dim/2) of each head by position * frequency_i. positions int32 [B, T]."""
     angles = positions[..., None].astype(jnp.float32) * rope_frequencies(head_dim, theta, scaling)  # [B, T, head_dim/2]
     cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
     heads = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2, head_dim // 2)  # [B, T, heads, 2, head_dim/2]
@@ -62,9 +70,9 @@ def rope(x, positions, head_dim: int, theta: float, scaling: tuple = ()):
 def attention(q, k, v, positions, window: int = 0):
     """Causal softmax(q k^T / sqrt(head_dim)) v with heads / kv_heads query heads to each key head.
 
-    q [B, T, heads, head_dim]; k, v [B, kv_heads, S, head_dim], where the key of position s lies in place s; positions int32 [B, T] of the queries.
-    A query at position t sees keys at positions s <= t, and with window > 0 only s > t - window: the last `window` positions, its own included.
-    Returns [B, T, heads, head_dim].
+    q [B, T, heads, head_dim]; k, v [B, kv_heads, S, head_dim], where the key of position s lies in place s; positions
+    int32 [B, T] of the queries. A query at position t sees keys at positions s <= t, and with window > 0 only s > t -
+    window: the last `window` positions, its own included. Returns [B, T, heads, head_dim].
     """
     batch, queries, heads, head_dim = q.shape
     q = q.reshape(batch, queries, k.shape[1], -1, head_dim)  # [B, T, kv_heads, group, head_dim]
@@ -110,11 +118,15 @@ def update_cache(cache: Cache, k, v, positions) -> Cache:
     return write_all(cache[0], k, positions[:, 0]), write_all(cache[1], v, positions[:, 0])
 
 
-def run_block(block: Block, weights: Weights, x, positions, cache: dict[str, Cache] | None = None, embedding: Weight | None = None):
+def run_block(
+    block: Block, weights: Weights, x, positions, cache: dict[str, Cache] | None = None, embedding: Weight | None = None
+):
     """Executes the nodes in order -> (value of the last one, new cache).
 
-    x: the block's input. positions int32 [B, T]: where each token of x stands in its sequence. embedding: the weight that a linear with `tied_to` takes.
-    cache: None, when x holds whole sequences, or `{node: (k, v)}` of the attention nodes. With a cache, x is one token of each sequence, which attends to
+    x: the block's input. positions int32 [B, T]: where each token of x stands in its sequence. embedding: the weight
+    that a linear with `tied_to` takes.
+    cache: None, when x holds whole sequences, or `{node: (k, v)}` of the attention nodes. With a cache, x is one token
+      of each sequence, which attends to
     the cache, or the beginning of the sequences (positions 0 to T-1), which attends to itself and fills the cache.
     """
     values = {"x": x}
@@ -122,7 +134,7 @@ def run_block(block: Block, weights: Weights, x, positions, cache: dict[str, Cac
     for node in block.nodes:
         inputs = [values[name] for name in node.inputs]
         slots = weights.get(node.name, {})
-        attrs = node.attrs
+        attrs: dict[str, Any] = node.attrs
         match node.op:
             case "embed":
                 value = embed(inputs[0], slots["weight"])
@@ -130,7 +142,8 @@ def run_block(block: Block, weights: Weights, x, positions, cache: dict[str, Cac
                 value = rms_norm(inputs[0], slots["weight"].dequantize(), attrs["eps"], attrs.get("head_dim"))
             case "linear":
                 bias = slots["bias"].dequantize() if "bias" in slots else None
-                value = linear(inputs[0], slots.get("weight", embedding), bias)
+                weight = slots["weight"] if "weight" in slots else embedding
+                value = linear(inputs[0], weight, bias)
             case "rope":
                 value = rope(inputs[0], positions, attrs["head_dim"], attrs["theta"], attrs["scaling"])
             case "attention":

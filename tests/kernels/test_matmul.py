@@ -1,4 +1,4 @@
-"""One suite for every backend of `atd.kernels.matmul`, against float64 numpy. A new backend joins by its name in BACKENDS."""
+"""One suite for every backend of `atd.kernels.matmul`, against float64 numpy; a new backend joins by its name there."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,9 @@ BACKENDS = tuple(kernels.BACKENDS)
 EPSILON = float(np.finfo(np.float32).eps)
 
 
-def ternary(out, inputs, bases=2, group: int | str = 128, tied=False, dtype="f16", seed=0, trits=None, scales=None) -> Ternary:
+def ternary(
+    out, inputs, bases=2, group: int | str = 128, tied=False, dtype="f16", seed=0, trits=None, scales=None
+) -> Ternary:
     """Random where nothing is given; a random part of the scales is zero."""
     random = np.random.default_rng(seed)
     type = TernaryType((out, inputs), bases, group, tied, dtype)
@@ -27,7 +29,9 @@ def ternary(out, inputs, bases=2, group: int | str = 128, tied=False, dtype="f16
 
 
 def pack(weight: Ternary, layout: str) -> Packed:
-    return Packed(jnp.asarray(LAYOUTS[layout].pack(weight.trits)), jnp.asarray(weight.scales), PackedType(weight.type, layout))
+    return Packed(
+        jnp.asarray(LAYOUTS[layout].pack(weight.trits)), jnp.asarray(weight.scales), PackedType(weight.type, layout)
+    )
 
 
 def activations(rows: int, inputs: int, seed=1) -> np.ndarray:
@@ -59,7 +63,16 @@ def small_chunks(monkeypatch):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
-    ("bases", "group", "tied"), [(1, 32, False), (1, "tensor", False), (2, 128, False), (2, "row", True), (3, 32, True), (3, "row", False), (4, 128, True)]
+    ("bases", "group", "tied"),
+    [
+        (1, 32, False),
+        (1, "tensor", False),
+        (2, 128, False),
+        (2, "row", True),
+        (3, 32, True),
+        (3, "row", False),
+        (4, 128, True),
+    ],
 )
 def test_every_layout_and_every_kind_of_scales(backend, layout, bases, group, tied, small_chunks):
     if reason := LAYOUTS[layout].refuses(44, 323, bases):
@@ -69,7 +82,8 @@ def test_every_layout_and_every_kind_of_scales(backend, layout, bases, group, ti
 
 
 @pytest.mark.parametrize(
-    ("out", "inputs"), [(1, 1), (1, 641), (7, 4), (7, 129), (8, 5), (8, 128), (9, 6), (9, 127), (17, 255), (17, 257), (17, 640)]
+    ("out", "inputs"),
+    [(1, 1), (1, 641), (7, 4), (7, 129), (8, 5), (8, 128), (9, 6), (9, 127), (17, 255), (17, 257), (17, 640)],
 )
 def test_sizes_one_off_a_cell_and_a_chunk(backend, out, inputs, small_chunks):
     weight = ternary(out, inputs)

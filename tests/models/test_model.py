@@ -22,14 +22,18 @@ VOCABULARY = 40
 
 def mapped(graph: Graph, change) -> Graph:
     """The graph with `change(node)` in place of each node."""
-    return graph.with_units(tuple(replace(unit, nodes=tuple(change(node) for node in unit.nodes)) for unit in graph.units))
+    return graph.with_units(
+        tuple(replace(unit, nodes=tuple(change(node) for node in unit.nodes)) for unit in graph.units)
+    )
 
 
 def with_window(graph: Graph, window: int) -> Graph:
     return mapped(graph, lambda n: replace(n, attrs=n.attrs | {"window": window}) if n.op == "attention" else n)
 
 
-def ternary(graph: Graph, *, packed: bool, layout: str = "interleaved", group: int | str = 16, tied: bool = False) -> Graph:
+def ternary(
+    graph: Graph, *, packed: bool, layout: str = "interleaved", group: int | str = 16, tied: bool = False
+) -> Graph:
     """Every matrix, table and head included, as random trits of two bases."""
     random = np.random.default_rng(5)
 
@@ -37,7 +41,8 @@ def ternary(graph: Graph, *, packed: bool, layout: str = "interleaved", group: i
         if "weight" not in node.weights or len(node.weights["weight"].type.shape) != 2:
             return node
         ref = node.weights["weight"]
-        type = TernaryType(ref.type.shape, 2, group, tied, "f16")
+        out, inputs = ref.type.shape
+        type = TernaryType((out, inputs), 2, group, tied, "f16")
         trits = random.integers(-1, 2, (*type.shape, 2)).astype(np.int8)
         scales = random.uniform(0.02, 0.2, type.scales_shape).astype(np.float16)
         if packed:
@@ -54,17 +59,29 @@ def tokens_of(batch: int, length: int, seed: int = 0) -> np.ndarray:
 
 
 GRAPHS = {
-    "dense": lambda: tiny_graph(),
-    "one key head": lambda: tiny_graph(heads=4, kv_heads=1, tied=True),
-    "window": lambda: with_window(tiny_graph(), 5),
-    "packed": lambda: ternary(tiny_graph(tied=True), packed=True),
-    "packed, window, tied scales": lambda: with_window(ternary(tiny_graph(), packed=True, layout="bit-ttt", group="row", tied=True), 3),
-    "ternary": lambda: ternary(tiny_graph(), packed=False),
+    "dense": lambda: tiny_graph(layers=1),
+    "one key head": lambda: tiny_graph(layers=1, heads=4, kv_heads=1, tied=True),
+    "window": lambda: with_window(tiny_graph(layers=1), 5),
+    "packed": lambda: ternary(tiny_graph(layers=1, tied=True), packed=True),
+    "packed, window, tied scales": lambda: with_window(
+        ternary(tiny_graph(layers=1), packed=True, layout="bit-ttt", group="row", tied=True), 3
+    ),
+    "ternary": lambda: ternary(tiny_graph(layers=1), packed=False),
 }
 
 
-@pytest.mark.parametrize("backend", ["xla", "xla-unpacked"])
-@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        ("dense", "xla-unpacked"),
+        ("one key head", "xla-unpacked"),
+        ("window", "xla-unpacked"),
+        ("packed", "xla"),
+        ("packed", "xla-unpacked"),
+        ("packed, window, tied scales", "xla"),
+        ("ternary", "xla"),
+    ],
+)
 def test_prefill_and_decode_are_the_forward_pass(name, backend):
     model = load(GRAPHS[name](), backend=backend)
     tokens, lengths = tokens_of(3, 14), np.array([6, 1, 3])
@@ -124,7 +141,7 @@ def test_bfloat16_weights_are_close():
     assert 0 < error < 0.03
 
 
-# --- compilation -------------------------------------------------------------------------------------------------------
+# --- compilation ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -182,11 +199,11 @@ def test_decoding_never_compiles_again(traces):
     assert not traces
 
 
-# --- the module --------------------------------------------------------------------------------------------------------
+# --- the module -------------------------------------------------------------------------------------------------------
 
 
 def test_it_is_an_nnx_module():
-    model, tokens = load(ternary(tiny_graph(), packed=True), backend="xla"), tokens_of(1, 6)
+    model, tokens = load(ternary(tiny_graph(layers=1), packed=True), backend="xla"), tokens_of(1, 6)
     logits = np.asarray(model(tokens))
     definition, state = nnx.split(model)
     np.testing.assert_array_equal(nnx.merge(definition, state)(tokens), logits)
@@ -217,7 +234,7 @@ def test_weights_are_read_one_at_a_time():
         def reader(ref: WeightRef):
             def read():
                 assert all(array() is None for array in alive)
-                array = np.array(ref.load().array, np.float16)
+                array = np.asarray(ref.load().dequantize()).astype(np.float16)
                 alive.append(weakref.ref(array))
                 return Dense(array)
 
@@ -230,7 +247,7 @@ def test_weights_are_read_one_at_a_time():
     assert counts == [(i + 1, 21) for i in range(21)]
 
 
-# --- refusals ----------------------------------------------------------------------------------------------------------
+# --- refusals ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -269,7 +286,7 @@ def test_impossible_lengths(lengths):
         model.prefill(tokens_of(2, 3), model.new_cache(2, 4), lengths)
 
 
-# --- ops ---------------------------------------------------------------------------------------------------------------
+# --- ops --------------------------------------------------------------------------------------------------------------
 
 
 def test_rope_rotates_pairs_half_a_head_apart():

@@ -1,0 +1,67 @@
+"""Speed of the decomposition: weights a second of als on Llama-3-8B's shapes, free and tied, G = 128 and one scale a row.
+
+    python benchmarks/decompose.py [--json FILE]      about two minutes
+    python benchmarks/decompose.py --tiny             seconds, for CI
+
+Random normal weights, float32 in memory; trits and fp16 scales out. Compilation is not counted (a run on a few rows comes first: all shapes of an equal
+group size share it). The best of three runs, because the machine may be shared.
+"""
+
+import argparse
+import json
+import time
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from atd import ternary
+
+SHAPES = ((4096, 4096), (14336, 4096))
+TINY = ((96, 160),)
+
+
+def measure(weight: np.ndarray, bases: int, group: int | str, tied: bool, repeats: int) -> dict:
+    """One row of figures: seconds of the fastest run, weights a second, relative RMSE."""
+    ternary.als(weight[:8], bases, group, tied)
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        trits, scales = ternary.als(weight, bases, group, tied)
+        seconds.append(time.perf_counter() - started)
+    return {
+        "shape": list(weight.shape),
+        "bases": bases,
+        "group": group,
+        "scales": "tied" if tied else "free",
+        "seconds": min(seconds),
+        "weights_per_second": weight.size / min(seconds),
+        "relative_rmse": ternary.decomposition_rmse(weight, trits, scales, group),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="one small matrix, one run")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
+    options = parser.parse_args()
+    rows = []
+    for shape in TINY if options.tiny else SHAPES:
+        weight = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+        for bases in (1, 2, 3):
+            for group in (32 if options.tiny else 128, "row"):
+                rows += [measure(weight, bases, group, tied, 1 if options.tiny else 3) for tied in (False, True)]
+    table = Table(title="als: million weights a second")
+    for title in ("shape", "N", "group", "scales", "M weights/s", "relative RMSE"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in rows:
+        shape, rate = " x ".join(map(str, row["shape"])), f"{row['weights_per_second'] / 1e6:.1f}"
+        table.add_row(shape, str(row["bases"]), str(row["group"]), row["scales"], rate, f"{row['relative_rmse']:.4f}")
+    Console().print(table)
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(rows, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
