@@ -194,7 +194,7 @@ def _take(array: np.ndarray, rows: slice, step: int) -> np.ndarray:
 
 @partial(jax.jit, static_argnames=("bases", "dtype", "pooled"))
 def _greedy_chunk(weight, importance, *, bases, dtype, pooled):
-    scales, trits = _greedy(weight, importance, bases, pooled, partial(_round, dtype=dtype))
+    scales, trits, _ = _greedy(weight, importance, bases, pooled, partial(_round, dtype=dtype))
     return jnp.stack(trits, axis=-1), scales.T.astype(dtype)
 
 
@@ -250,13 +250,18 @@ def _total_importance(values, importance, pooled):
     return _sum(jnp.broadcast_to(1.0 if importance is None else importance, values.shape), pooled)
 
 
+def _energy(size, importance, pooled):
+    """The weighted sum of squares of the weights: the error of no bases at all."""
+    return _sum(_weighted(jnp.square(size), importance), pooled)
+
+
 def _top(bases: int) -> int:
     """The largest sum of a tied decomposition: its levels are u * -top..top."""
     return (3**bases - 1) // 2
 
 
 def _greedy(residual, importance, bases, pooled, rounded):
-    """-> scales [N, C], trits N x int8 [C, size]."""
+    """-> scales [N, C], trits N x int8 [C, size], what remains of the weights [C, size]."""
     total = _total_importance(residual, importance, pooled)
     scales, trits = [], []
     for _ in range(bases):
@@ -265,7 +270,7 @@ def _greedy(residual, importance, bases, pooled, rounded):
         residual = residual - scale[:, None] * trit
         scales.append(scale)
         trits.append(trit.astype(jnp.int8))
-    return jnp.stack(scales), trits
+    return jnp.stack(scales), trits, residual
 
 
 # --- tied: one scale, a uniform grid -------------------------------------------------------------------------------------
@@ -280,7 +285,7 @@ def _grid_moments(size, importance, least, bases, pooled):
 
 def _best_grid(size, importance, bases, pooled, rounded):
     """The least-squares scale [C] of the best of GRID grids, whose tops go in a geometric series from 0.8 of the RMS to the largest weight."""
-    energy = _sum(_weighted(jnp.square(size), importance), pooled)
+    energy = _energy(size, importance, pooled)
     rms = jnp.sqrt(energy / jnp.maximum(_total_importance(size, importance, pooled), 1e-30))
     largest = jnp.max(size, axis=1)
     largest = jnp.max(largest, keepdims=True) if pooled else largest
@@ -368,13 +373,9 @@ def _best_scales(size, importance, least, bases, pooled, rounded, iterations):
     shapes = [np.cumprod([1.0, *(1 / ratio for ratio in ratios)]) for ratios in START_RATIOS[bases]]
     starts = jnp.stack([rounded((shape / shape.sum())[:, None] * (_top(bases) * least)) for shape in shapes])
 
-    def refine(start, iterations=iterations):
-        return _refine_scales(size, importance, start, pooled, rounded, iterations)
-
-    scales, errors = lax.map(refine, starts)
-    greedy, greedy_error = refine(
-        _greedy(size, importance, bases, pooled, rounded)[0], iterations=1
-    )  # so that als is never behind greedy
+    scales, errors = lax.map(lambda s: _refine_scales(size, importance, s, pooled, rounded, iterations), starts)
+    greedy, _, residual = _greedy(size, importance, bases, pooled, rounded)  # als is never behind greedy
+    greedy_error = _sum(_weighted(jnp.square(residual), importance), pooled) - _energy(size, importance, pooled)
     scales, errors = jnp.concatenate([greedy[None], scales]), jnp.concatenate([greedy_error[None], errors])
     return jnp.take_along_axis(scales, jnp.argmin(errors, axis=0)[None, None], axis=0)[0]
 

@@ -290,16 +290,11 @@ def _open_gguf(path: Path) -> Tokenizer:
         raise
     except Exception as error:  # the tokenizers library raises bare Exception
         raise BadInput(f"{path}: its vocabulary and merges make no tokenizer: {error}") from None
-    backend.add_tokens(
-        [AddedToken(t, normalized=False) for t, kind in zip(tokens, types, strict=True) if kind == _USER_DEFINED]
-    )
-    backend.add_special_tokens(
-        [
-            AddedToken(t, normalized=False, special=True)
-            for t, kind in zip(tokens, types, strict=True)
-            if kind in (_CONTROL, _UNKNOWN)
-        ]
-    )
+    for token, kind in zip(tokens, types, strict=True):
+        if kind == _USER_DEFINED:
+            backend.add_tokens([AddedToken(token, normalized=False)])
+        elif kind in (_CONTROL, _UNKNOWN):
+            backend.add_special_tokens([AddedToken(token, normalized=False, special=True)])
 
     def id_of(key: str) -> int | None:
         value = metadata.get(key)
@@ -308,9 +303,8 @@ def _open_gguf(path: Path) -> Tokenizer:
         return value
 
     bos = id_of("bos_token_id")
-    ends = tuple(
-        dict.fromkeys(i for i in (id_of("eos_token_id"), id_of("eot_token_id"), id_of("eom_token_id")) if i is not None)
-    )
+    ends = [i for key in ("eos_token_id", "eot_token_id", "eom_token_id") if (i := id_of(key)) is not None]
+    ends = tuple(dict.fromkeys(ends))
     adds_bos = bos is not None and bool(metadata.get("add_bos_token", adds_bos))
     if adds_bos and bos is not None:
         backend.post_processor = processors.TemplateProcessing(
@@ -330,12 +324,11 @@ def _open_gguf(path: Path) -> Tokenizer:
         "clean_up_tokenization_spaces": False,
         **special,
     }
+    generation = ({"bos_token_id": bos} if bos is not None else {}) | ({"eos_token_id": list(ends)} if ends else {})
     stored = {
         "tokenizer.json": backend.to_str().encode(),
         "tokenizer_config.json": _json_bytes(config | ({"chat_template": template} if template else {})),
-        "generation_config.json": _json_bytes(
-            ({"bos_token_id": bos} if bos is not None else {}) | {"eos_token_id": list(ends)}
-        ),
+        "generation_config.json": _json_bytes(generation),
     }
     return Tokenizer(backend, bos, ends, adds_bos, template, special, stored, str(path))
 
