@@ -50,8 +50,7 @@ def run(out: Path, *, recipe: str, data: Path | None, tokens: int, context: int)
         convert(source, folder, recipe, overwrite=True, say=say, progress=progress)
     rows = json.loads((folder / REPORT).read_text())["nodes"]
     layers_picture(rows, out / "layers.png")
-    seconds = time.perf_counter() - started
-    console.print(f"{folder}: {sum(row['weights'] for row in rows) / seconds / 1e6:.1f} million weights/s; picture: {out / 'layers.png'}")
+    console.print(f"wrote {folder} in {time.perf_counter() - started:.0f} s; bits and error by layer: {out / 'layers.png'}")
 
     console.rule(f"2. compare on {data or 'the help topics of Python'}")
     models = {source.name: load(source), folder.name: load(folder)}

@@ -60,12 +60,14 @@ def evaluation_table(rows: Iterable[Row]) -> Table:
         caption=conditions.pop() if len(conditions) == 1 else None,
     )
     table.add_column("model", overflow="fold")
-    for title in ("bits a\nweight", "size", "perplexity", "KL\nmean", "KL\nmedian", "KL\n99 %", "top-1", "tokens\n/s"):
+    timed = any(rate is not None for *_, rate in rows)
+    titles = ("bits a\nweight", "size", "perplexity", "KL\nmean", "KL\nmedian", "KL\n99 %", "top-1", "tokens\n/s")
+    for title in titles if timed else titles[:-1]:
         table.add_column(title, justify="right", no_wrap=True)
     for name, bits, size, result, rate in rows:
         kl = (_or_dash(value, ".4f") for value in (result.kl_mean, result.kl_median, result.kl_99))
-        top1, speed = _or_dash(result.top1_agreement, ".1%"), _or_dash(rate, ".1f")
-        table.add_row(str(name), f"{bits:.2f}", sizes(size), f"{result.perplexity:.3f}", *kl, top1, speed)
+        top1, speed = _or_dash(result.top1_agreement, ".1%"), [_or_dash(rate, ".1f")] if timed else []
+        table.add_row(str(name), f"{bits:.2f}", sizes(size), f"{result.perplexity:.3f}", *kl, top1, *speed)
     return table
 
 

@@ -12,6 +12,8 @@ how many lie above each midpoint and their sum. So an iteration is L - 1 passes 
 A matrix is cut into chunks of equal shape: matrices that share group size, bases and dtype share one compilation.
 """
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
 
@@ -24,7 +26,7 @@ from atd.errors import BadInput
 from atd.weights import Group, level_weights
 
 MOST_BASES = 4
-CHUNK = 1 << 19  # weights in flight: a chunk and what is made of it stay near the cores
+CHUNK = 1 << 17  # weights in flight: what is made of a chunk stays near the cores, and a small matrix wastes little
 RIDGE = 1e-4  # relative, toward the current scales: a base that no weight uses makes the normal equations singular
 GRID = 16  # uniform grids tried
 # Where free scales start: ratios s_i / s_(i+1). 3 is the uniform grid. Below 2 the levels crowd near 0 (s_0 - s_1 < s_1), which suits weights with a
@@ -60,8 +62,9 @@ def als(
     weight float [out, in], feature weights d >= 0 float [in] (None: all equal) -> trits int8 [out, in, bases], scales `dtype` [rows, groups, bases],
     or [rows, groups, 1] when tied (u, with s_i = u 3^(bases-1-i)). bases is 1 to 4.
 
-    Free scales alternate s = (T'DT + ridge)^-1 T'Dw with the nearest of the 3^N sums, `iterations` times from each of START_RATIOS, and keep the best
-    scales met, which are never behind the greedy ones; they descend. Tied scales start from a geometric series of grids and alternate s = (q'Dw) / (q'Dq) likewise.
+    Free scales alternate s = (T'DT + ridge)^-1 T'Dw with the nearest of the 3^N sums, `iterations` times from each of START_RATIOS, and keep
+    the best scales met, which are never behind the greedy ones; they descend. Tied scales take the best of a geometric series of grids and
+    alternate s = (q'Dw) / (q'Dq), q the integers, likewise.
     A group of zeros gets zero scales, and a zero scale zero trits; a scale that underflows `dtype` is such a zero.
 
     Raises BadInput where the weights are not finite or a scale overflows `dtype`, and for bases or feature weights that cannot be.
@@ -75,17 +78,15 @@ def als(
 def relative_rmse(weight, approximation) -> float:
     """|weight - approximation| / |weight|, Frobenius norms (0 for zeros met exactly, inf for zeros that are not)."""
     error = total = 0.0
-    for start in range(0, weight.shape[0], step := _step(weight.shape[1])):
-        part = np.asarray(weight[start : start + step], np.float32)
-        error += float(
-            np.square(part - np.asarray(approximation[start : start + step], np.float32)).sum(dtype=np.float64)
-        )
-        total += float(np.square(part).sum(dtype=np.float64))
+    for rows in _chunks(weight.shape[0], _step(weight.shape[1])):
+        part = np.asarray(weight[rows], np.float64)
+        error += float(np.square(part - np.asarray(approximation[rows], np.float64)).sum())
+        total += float(np.square(part).sum())
     return _ratio(error, total)
 
 
 def decomposition_rmse(weight, trits, scales, group: Group) -> float:
-    """`relative_rmse` of the weights that trits [out, in, N] and scales [rows, groups, N or 1] stand for, chunk by chunk: they are never all there."""
+    """`relative_rmse` of the weights that trits [out, in, N] and scales [rows, groups, N or 1] stand for, a chunk at a time."""
     bases, size = trits.shape[2], _group_size(weight, group)
     weights = _grouped(weight, size)
     parts = _grouped(trits, size).reshape(-1, size, bases)
@@ -113,23 +114,27 @@ def _decompose(chunk, weight, bases: int, group: Group, importance) -> tuple[np.
     size = _group_size(weight, group)
     groups = -(-inputs // size)  # of a row
     if group == "tensor":  # one group: all rows at once
-        trits, scales = chunk(
-            jnp.asarray(weight, jnp.float32), None if importance is None else importance[None], pooled=True
-        )
-        trits, scales = np.asarray(trits), np.asarray(scales)
+        importance = None if importance is None else importance[None]
+        trits, scales = map(np.asarray, chunk(jnp.asarray(weight, jnp.float32), importance, pooled=True))
     else:
         if importance is None and inputs % size:
             importance = np.ones(inputs, np.float32)  # the padding of a ragged last group must weigh nothing
         if importance is not None:
             importance = _grouped(importance[None], size)  # [groups of a row, size]
-        weights = _grouped(weight, size)
-        trits, scales = np.empty((len(weights), size, bases), np.int8), None
-        for rows in _chunks(len(weights), step := _step(size)):
+        weights, step = _grouped(weight, size), _step(size)
+        trits = np.empty((len(weights), size, bases), np.int8)
+
+        def carry(rows: slice) -> np.ndarray:
             part = None if importance is None else importance[np.arange(rows.start, rows.start + step) % groups]
-            found_trits, found = chunk(_take(weights, rows, step), part, pooled=False)
-            scales = np.empty((len(weights), found.shape[1]), found.dtype) if scales is None else scales
-            count = min(rows.stop, len(weights)) - rows.start
-            trits[rows], scales[rows] = found_trits[:count], found[:count]
+            found, scales = chunk(_take(weights, rows, step), part, pooled=False)
+            trits[rows] = found[: len(weights) - rows.start]
+            return np.asarray(scales)
+
+        first, *rest = _chunks(len(weights), step)
+        parts = [carry(first)]  # compiles
+        with ThreadPoolExecutor(os.cpu_count()) as threads:  # a chunk a core: half as fast again as XLA's own threads
+            parts += threads.map(carry, rest)
+        scales = np.concatenate(parts)[: len(weights)]
         trits = trits.reshape(out, groups * size, bases)[:, :inputs]
     scales = scales.reshape(-1, groups, scales.shape[-1])
     if not np.isfinite(scales.astype(np.float32)).all():
@@ -141,8 +146,9 @@ def _refuse(weight, dtype):
     weight = np.asarray(weight, np.float32)
     if not np.isfinite(weight).all():
         raise BadInput(f"{(~np.isfinite(weight)).sum()} of {weight.size} weights are NaN or infinite")
+    largest = np.abs(weight).max()
     raise BadInput(
-        f"weights of up to {np.abs(weight).max():.3g} need scales that overflow {dtype}: store scales in bfloat16 or float32"
+        f"weights of up to {largest:.3g} overflow scales of {dtype}: store the scales as bfloat16 or float32"
     )
 
 
@@ -152,9 +158,7 @@ def _importance(feature_weights, inputs: int) -> np.ndarray | None:
         return None
     weights = np.asarray(feature_weights, np.float32)
     if weights.shape != (inputs,) or not np.isfinite(weights).all() or (weights < 0).any():
-        raise BadInput(
-            f"feature weights must be {inputs} finite numbers >= 0, one for each input; found shape {weights.shape}, least {weights.min()}"
-        )
+        raise BadInput(f"feature weights must be {inputs} finite numbers >= 0, one an input; found {weights}")
     mean = weights.mean(dtype=np.float64)
     return np.maximum(weights / mean, LEAST_IMPORTANCE).astype(np.float32) if mean else None
 
@@ -177,8 +181,8 @@ def _step(size: int) -> int:
     return max(1, CHUNK // size)
 
 
-def _chunks(count: int, step: int):
-    return (slice(start, start + step) for start in range(0, count, step))
+def _chunks(count: int, step: int) -> list[slice]:
+    return [slice(start, start + step) for start in range(0, count, step)]
 
 
 def _take(array: np.ndarray, rows: slice, step: int) -> np.ndarray:
@@ -400,7 +404,8 @@ def _refine_scales(size, importance, scales, pooled, rounded, iterations):
 
 def _solve(matrix, right):
     """matrix [N, N, C] positive definite, right [N, C] -> [N, C]: Gaussian elimination, all C at once (LAPACK takes them one by one)."""
-    matrix, right, n = [list(row) for row in matrix], list(right), len(right)
+    n = len(right)
+    matrix, right = [list(row) for row in matrix], list(right)
     for i in range(n):
         for k in range(i + 1, n):
             factor = matrix[k][i] / matrix[i][i]

@@ -3,8 +3,8 @@
     python benchmarks/decompose.py [--json FILE]      about two minutes
     python benchmarks/decompose.py --tiny             seconds, for CI
 
-Random normal weights, float32 in memory; trits and fp16 scales out. Compilation is not counted (a run on a few rows comes first: all shapes of an equal
-group size share it). The best of three runs, because the machine may be shared.
+Random normal weights, float32 in memory; trits and fp16 scales out. Compilation is not counted (a run on a few rows comes first; matrices of an
+equal group size share it). The best of three runs, because the machine may be shared.
 """
 
 import argparse

@@ -14,12 +14,13 @@ ms (G = 128), where unpacking in the order of the inputs took 47 ms and a dense 
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from atd.layout import LAYOUTS, TRITS_PER_BYTE
@@ -27,6 +28,9 @@ from atd.weights import Dense, Packed, Ternary, TernaryType, Weight, combine, le
 
 CHUNK_BYTES = {"cpu": 2 << 20}  # of float32 weights at a time: what stays in a core's cache
 CHUNK_BYTES_ELSEWHERE = 64 << 20
+
+Array = jax.Array | np.ndarray
+Cut = Callable[[Array], jax.Array]  # takes some rows of an array [out, ...]
 
 
 def supports(x: jax.Array, weight: Weight) -> str | None:
@@ -38,11 +42,9 @@ def matmul(x: jax.Array, weight: Weight) -> jax.Array:
     """x [M, in] times weight [out, in] -> [M, out] in x's dtype."""
     wide = x.astype(jnp.float32)
     match weight:
-        case Dense(array) if array.dtype == jnp.float32 or jax.default_backend() != "cpu":
-            y = lax.dot_general(
-                wide.astype(array.dtype), array, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-            )
-        case Dense(array):  # XLA's 16-bit dot on CPU is ten times slower than widening a chunk first
+        case Dense(array) if array.dtype == jnp.float32:
+            y = _dot(wide, jnp.asarray(array).T)
+        case Dense(array):  # x keeps its precision; and XLA's 16-bit dot on CPU is ten times slower than this
             y = _by_rows([wide], array.shape[0], lambda cut: [cut(array).astype(jnp.float32)])
         case Ternary(trits, scales, type):
             y = _by_rows([wide], type.shape[0], lambda cut: [combine(cut(trits), _cut_scales(cut, scales), type)])
@@ -67,20 +69,23 @@ def take_rows(weight: Weight, rows: jax.Array) -> jax.Array:
             return take_rows(weight.unpack(), rows)
         case Ternary(trits, scales, type):
             taken = combine(jnp.asarray(trits)[flat], _cut_scales(lambda a: a[flat], jnp.asarray(scales)), type)
-    return taken.reshape(*rows.shape, -1)
+    return jnp.asarray(taken).reshape(*rows.shape, -1)
 
 
 # --- rows in chunks ---------------------------------------------------------------------------------------------------
 
-Cut = Callable[[jax.Array], jax.Array]
 
-
-def _cut_scales(cut: Cut, scales: jax.Array) -> jax.Array:
+def _cut_scales(cut: Cut, scales: Array) -> jax.Array:
     """The scales [rows or 1, groups, N or 1] of the rows that `cut` takes; one row of them serves all."""
-    return scales if scales.shape[0] == 1 else cut(scales)
+    return jnp.asarray(scales) if scales.shape[0] == 1 else cut(scales)
 
 
-def _by_rows(planes_of_x: list[jax.Array], out: int, planes_of_w: Callable[[Cut], list[jax.Array]]) -> jax.Array:
+def _dot(a: Array, b: Array) -> jax.Array:
+    """In float32 throughout: without the precision, GPUs would round the factors to 10 bits (TF32)."""
+    return jnp.dot(a, b, precision=lax.Precision.HIGHEST)
+
+
+def _by_rows(planes_of_x: list[jax.Array], out: int, planes_of_w: Callable[[Cut], Sequence[Array]]) -> jax.Array:
     """sum_p x_p W_p^T, chunk of rows by chunk -> float32 [M, out].
 
     planes_of_x: [M, columns] each. planes_of_w(cut) -> float32 [rows, columns] each, where cut(array) takes the chunk's
@@ -95,7 +100,7 @@ def _by_rows(planes_of_x: list[jax.Array], out: int, planes_of_w: Callable[[Cut]
     def chunk(start):
         # The barrier keeps XLA from fusing the decoding into the dot's loop, where it would not be vectorised.
         weights = lax.optimization_barrier(planes_of_w(lambda array: lax.dynamic_slice_in_dim(array, start, rows)))
-        products = [jnp.dot(w, x) for w, x in zip(weights, transposed, strict=True)]
+        products = [_dot(w, x) for w, x in zip(weights, transposed, strict=True)]
         return reduce(operator.add, products)  # [rows, M]
 
     def body(i, y):
@@ -166,7 +171,7 @@ def _packed(x: jax.Array, weight: Packed) -> jax.Array:
     width = planes.count * (math.prod(weight.codes.shape[1:]) // type.bases)  # the inputs and the layout's padding
     x = jnp.pad(x, ((0, 0), (0, width - inputs)))
 
-    def planes_of_w(cut: Cut) -> list[jax.Array]:
+    def planes_of_w(cut: Cut) -> Sequence[Array]:
         codes, scales = cut(weight.codes), _cut_scales(cut, weight.scales)
         trits = planes.trits([codes[:, :, base].reshape(codes.shape[0], -1) for base in range(type.bases)])
         # Widened while they are few: without the barrier XLA converts each scale again for each weight.
@@ -209,7 +214,7 @@ def _hf_bitnet(x: jax.Array, weight: Packed) -> jax.Array:
     def block(i: int) -> jax.Array:
         scales = weight.scales if weight.scales.shape[0] == 1 else weight.scales[i * quarter : (i + 1) * quarter]
 
-        def planes_of_w(cut: Cut) -> list[jax.Array]:
+        def planes_of_w(cut: Cut) -> Sequence[Array]:
             trits = ((cut(weight.codes) >> (2 * i)) & 3).astype(jnp.int8) - 1
             return [combine(trits[:, :, None], _cut_scales(cut, scales), type)]
 

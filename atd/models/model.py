@@ -326,4 +326,4 @@ def _place(ref: WeightRef, backend: str, dtype) -> Weight:
 
 @partial(jax.jit, static_argnames="dtype")
 def _dequantize(weight: Weight, dtype) -> jax.Array:
-    return weight.dequantize(dtype)
+    return jnp.asarray(weight.dequantize(dtype))

@@ -142,7 +142,8 @@ def run_block(
                 value = rms_norm(inputs[0], slots["weight"].dequantize(), attrs["eps"], attrs.get("head_dim"))
             case "linear":
                 bias = slots["bias"].dequantize() if "bias" in slots else None
-                weight = slots["weight"] if "weight" in slots else embedding
+                weight = slots.get("weight") or embedding
+                assert weight is not None, f"{block.full_name(node)} is tied to an embedding that was not given"
                 value = linear(inputs[0], weight, bias)
             case "rope":
                 value = rope(inputs[0], positions, attrs["head_dim"], attrs["theta"], attrs["scaling"])

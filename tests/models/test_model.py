@@ -102,7 +102,7 @@ def test_what_stands_in_the_padding_does_not_matter():
     last, cache = model.prefill(tokens, model.new_cache(2, 16), [5, 5])
     same, other_cache = model.prefill(other, model.new_cache(2, 16), [5, 5])
     np.testing.assert_array_equal(last, same)
-    np.testing.assert_array_equal(*(model.decode([1, 2], c)[0] for c in (cache, other_cache)))
+    np.testing.assert_array_equal(model.decode([1, 2], cache)[0], model.decode([1, 2], other_cache)[0])
 
 
 def test_a_window_hides_what_lies_before_it():
@@ -115,9 +115,9 @@ def test_a_window_hides_what_lies_before_it():
     assert np.abs(windowed(tokens)[0, 3] - windowed(other)[0, 3]).max() > 1e-4  # position 3 still sees 0
 
 
-@pytest.mark.parametrize("layout", ["interleaved", "bit-ttt", "tq2_0"])
+@pytest.mark.parametrize("layout", ["interleaved", "tq2_0"])
 def test_packed_and_unpacked_agree(layout):
-    graph = ternary(tiny_graph(), packed=True, layout=layout)
+    graph = ternary(tiny_graph(layers=1), packed=True, layout=layout)
     tokens = tokens_of(2, 9)
     packed, unpacked = load(graph, backend="xla"), load(graph, backend="xla-unpacked")
     expected = np.asarray(unpacked(tokens))
