@@ -3,17 +3,11 @@
 Architectures: llama, qwen2. A quantized tensor is the float16 rounding of what `gguf.quants.dequantize` returns; F32,
 F16 and BF16 stay what they are. In the llama architecture the rows of q and k lie in interleaved pairs, those of
 (0, d/2, 1, d/2+1, ...) of each head; here they are put back in Hugging Face's halves.
-
-The header is parsed here, not by `gguf.GGUFReader`: that one makes an array of every token and merge, which takes 2.6 s
-for a vocabulary of 49152.
 """
 
 import math
-import mmap
 import re
-import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +16,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
 from atd.errors import BadInput
+from atd.gguf_header import PLAIN, GGUFTensor, read_header
 from atd.store import StoredTensor, read_bytes
 from atd.weights import DTYPES
 
@@ -40,21 +35,6 @@ _MODULES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_SCALARS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}  # GGUF value type -> struct
-_STRING, _ARRAY = 8, 9
-_KEEP = 1024  # longer arrays of the metadata are the tokenizer's, and are skipped
 _CHUNK = 1 << 24  # weights dequantized at a time: their float32 values take 64 MB
 
 
@@ -63,7 +43,9 @@ def open_gguf(path: Path) -> tuple[dict, dict[str, StoredTensor]]:
 
     Raises BadInput for a file or a model that cannot be used.
     """
-    metadata, entries = _read_header(path)
+    metadata, entries = read_header(path)
+    for entry in entries.values():
+        _check_dequantizes(path, entry)
     try:
         config = _config(path, metadata, entries)
     except (TypeError, ZeroDivisionError) as error:
@@ -82,7 +64,7 @@ def open_gguf(path: Path) -> tuple[dict, dict[str, StoredTensor]]:
         name = _hugging_face_name(name)
         heads = next((heads for module, heads in permuted.items() if module in name), None)
         source = f"{path.name} {status.st_size} {status.st_mtime_ns} {entry.name}@{entry.offset}"
-        tensors[name] = StoredTensor(name, entry.shape, entry.dtype, source, _loader(path, entry, heads))
+        tensors[name] = StoredTensor(name, entry.shape, _dtype(entry), source, _loader(path, entry, heads))
     return config, tensors
 
 
@@ -95,128 +77,14 @@ def _hugging_face_name(name: str) -> str:
     return f"{prefix}{_MODULES[match['module']]}.{match['kind']}"
 
 
-# --- header -----------------------------------------------------------------------------------------------------------
+# --- values -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Entry:
-    name: str
-    shape: tuple[int, ...]
-    quantization: GGMLQuantizationType
-    offset: int  # in the file
-    nbytes: int
-
-    @property
-    def dtype(self) -> str:
-        return _PLAIN.get(self.quantization, "f16")
-
-
-_PLAIN = {GGMLQuantizationType[name.upper()]: name for name in ("f32", "f16", "bf16", "f64")}
-
-
-class _Cursor:
-    """Reads values one after the other; struct.error past the end."""
-
-    def __init__(self, data: mmap.mmap | bytes):
-        self.data, self.offset = data, 0
-
-    def scalar(self, code: str):
-        (value,) = struct.unpack_from(f"<{code}", self.data, self.offset)
-        self.offset += struct.calcsize(f"<{code}")
-        return value
-
-    def skip_string(self) -> None:
-        (length,) = struct.unpack_from("<Q", self.data, self.offset)
-        self.offset += 8 + length
-
-    def string(self) -> str:
-        start = self.offset + 8
-        self.skip_string()
-        if self.offset > len(self.data):
-            raise struct.error("string past the end")
-        return self.data[start : self.offset].decode("utf-8")
-
-    def value(self, kind: int):
-        """A metadata value; None for an array that is longer than _KEEP."""
-        if kind == _STRING:
-            return self.string()
-        if kind != _ARRAY:
-            return self.scalar(_SCALARS[kind])
-        kind, count = self.scalar("I"), self.scalar("Q")
-        if count <= _KEEP and kind != _ARRAY:
-            return [self.value(kind) for _ in range(count)]
-        if kind == _STRING:
-            for _ in range(count):
-                self.skip_string()
-        else:
-            self.offset += count * struct.calcsize(f"<{_SCALARS[kind]}")
-        return None
-
-
-def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, _Entry]]:
-    """(metadata without long arrays, tensors by GGUF name)."""
-    if read_bytes(path, 0, 4) != b"GGUF":
-        raise BadInput(f"{path}: not a GGUF file: it does not start with 'GGUF'")
-    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        try:
-            return _parse_header(path, data)
-        except (struct.error, OverflowError, IndexError):
-            raise BadInput(
-                f"{path}: its header goes past the end of the file ({len(data)} bytes): truncated; download it again"
-            ) from None
-        except (KeyError, UnicodeDecodeError) as error:
-            raise BadInput(f"{path}: broken GGUF header: unknown value {error}; download it again") from None
-
-
-def _parse_header(path: Path, data: mmap.mmap) -> tuple[dict[str, Any], dict[str, _Entry]]:
-    cursor = _Cursor(data)
-    cursor.offset = 4
-    version = cursor.scalar("I")
-    if version not in (2, 3):
+def _check_dequantizes(path: Path, entry: GGUFTensor) -> None:
+    if entry.quantization not in PLAIN and not _dequantizes(entry.quantization):
         raise BadInput(
-            f"{path}: GGUF version {version} (or a big-endian file); little-endian versions 2 and 3 are read"
+            f"{path}: tensor {entry.name} is {entry.quantization.name}, which the package gguf does not dequantize"
         )
-    tensor_count, key_count = cursor.scalar("Q"), cursor.scalar("Q")
-    metadata = {}
-    for _ in range(key_count):
-        key = cursor.string()
-        metadata[key] = cursor.value(cursor.scalar("I"))
-    infos = {}
-    for _ in range(tensor_count):
-        name, dimensions = cursor.string(), cursor.scalar("I")
-        shape = tuple(cursor.scalar("Q") for _ in range(dimensions))[::-1]
-        if name in infos:
-            raise BadInput(f"{path}: tensor {name} stands there twice")
-        infos[name] = (shape, cursor.scalar("I"), cursor.scalar("Q"))
-    alignment = metadata.get("general.alignment", 32) or 32
-    start = -(-cursor.offset // alignment) * alignment
-    return metadata, {name: _entry(path, name, info, start, len(data)) for name, info in infos.items()}
-
-
-def _entry(path: Path, name: str, info: tuple[tuple[int, ...], int, int], start: int, size: int) -> _Entry:
-    shape, kind, offset = info
-    try:
-        quantization = GGMLQuantizationType(kind)
-    except ValueError:
-        raise BadInput(
-            f"{path}: tensor {name} has the quantization type {kind}, which the package gguf does not know"
-        ) from None
-    if quantization not in _PLAIN and not _dequantizes(quantization):
-        raise BadInput(f"{path}: tensor {name} is {quantization.name}, which the package gguf does not dequantize")
-    block, block_bytes = GGML_QUANT_SIZES[quantization]
-    if not shape or shape[-1] % block:
-        raise BadInput(
-            f"{path}: tensor {name} {list(shape)}: "
-            f"its rows are no multiple of the {block} weights of a {quantization.name} block"
-        )
-    entry = _Entry(name, shape, quantization, start + offset, math.prod(shape) // block * block_bytes)
-    end = entry.offset + entry.nbytes
-    if end > size:
-        raise BadInput(
-            f"{path}: tensor {name} ends at byte {end}, past the end of the file ({size} bytes): "
-            f"truncated; download it again"
-        )
-    return entry
 
 
 @cache
@@ -228,31 +96,32 @@ def _dequantizes(quantization: GGMLQuantizationType) -> bool:
     return True
 
 
-# --- values -----------------------------------------------------------------------------------------------------------
+def _dtype(entry: GGUFTensor) -> str:
+    return PLAIN.get(entry.quantization, "f16")
 
 
-def _loader(path: Path, entry: _Entry, heads: int | None) -> Callable[[], np.ndarray]:
+def _loader(path: Path, entry: GGUFTensor, heads: int | None) -> Callable[[], np.ndarray]:
     def load() -> np.ndarray:
-        raw = np.frombuffer(read_bytes(path, entry.offset, entry.nbytes), np.uint8)
-        if raw.size < entry.nbytes:
-            raise BadInput(f"{path}: tensor {entry.name} cannot be read: the file became shorter")
-        values = _values(raw, entry)
+        values = _read(path, entry)
         return values if heads is None else halves(values, heads)
 
     return load
 
 
-def _values(raw: np.ndarray, entry: _Entry) -> np.ndarray:
-    """bytes [nbytes] -> values of entry.dtype [*shape], a few rows at a time where they are dequantized."""
-    if entry.quantization in _PLAIN:
-        return raw.view(DTYPES[entry.dtype]).reshape(entry.shape)
+def _read(path: Path, entry: GGUFTensor) -> np.ndarray:
+    """The values [*entry.shape] of _dtype(entry), dequantized a few rows at a time."""
+    raw = np.frombuffer(read_bytes(path, entry.offset, entry.nbytes), np.uint8)  # [nbytes]
+    if raw.size < entry.nbytes:
+        raise BadInput(f"{path}: tensor {entry.name} cannot be read: the file became shorter")
+    if entry.quantization in PLAIN:
+        return raw.view(DTYPES[_dtype(entry)]).reshape(entry.shape)
     inputs = entry.shape[-1]
     raw = raw.reshape(math.prod(entry.shape[:-1]), -1)  # [rows, bytes a row]
     values = np.empty((raw.shape[0], inputs), np.float16)
     rows = max(1, _CHUNK // inputs)
     for row in range(0, raw.shape[0], rows):
         with np.errstate(over="ignore"):  # what float16 cannot hold becomes Inf, which the converter refuses by name
-            values[row : row + rows] = quants.dequantize(raw[row : row + rows], entry.quantization).astype(np.float16)
+            values[row : row + rows] = quants.dequantize(raw[row : row + rows], entry.quantization)
     return values.reshape(entry.shape)
 
 
@@ -265,7 +134,7 @@ def halves(values: np.ndarray, heads: int) -> np.ndarray:
 # --- config -----------------------------------------------------------------------------------------------------------
 
 
-def _config(path: Path, metadata: dict[str, Any], entries: dict[str, _Entry]) -> dict:
+def _config(path: Path, metadata: dict[str, Any], entries: dict[str, GGUFTensor]) -> dict:
     architecture = metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
         raise BadInput(
@@ -324,7 +193,7 @@ def _config(path: Path, metadata: dict[str, Any], entries: dict[str, _Entry]) ->
 
 
 def _rope_scaling(
-    path: Path, metadata: dict, entries: dict[str, _Entry], get: Callable, theta: float, head_dim: int
+    path: Path, metadata: dict, entries: dict[str, GGUFTensor], get: Callable, theta: float, head_dim: int
 ) -> dict | None:
     kind = get("rope.scaling.type", "none")
     legacy = get("rope.scale_linear", 1.0)  # files from before rope.scaling.*
@@ -335,10 +204,7 @@ def _rope_scaling(
             f"supported: none, linear, and llama3 (tensor rope_freqs.weight)"
         )
     if "rope_freqs.weight" in entries:
-        entry = entries["rope_freqs.weight"]
-        divisors = _values(np.frombuffer(read_bytes(path, entry.offset, entry.nbytes), np.uint8), entry).astype(
-            np.float64
-        )
+        divisors = _read(path, entries["rope_freqs.weight"]).astype(np.float64)
         return _llama3_scaling(path, divisors, get("rope.scaling.original_context_length", 8192), theta, head_dim)
     if kind == "linear" or legacy != 1.0:
         return {"rope_type": "linear", "factor": factor}

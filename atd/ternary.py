@@ -188,7 +188,7 @@ def _chunks(count: int, step: int) -> list[slice]:
 def _take(array: np.ndarray, rows: slice, step: int) -> np.ndarray:
     """The rows, filled up to `step` with zeros: every chunk has the same shape."""
     part = array[rows]
-    part = part.astype(np.float32) if part.dtype != np.int8 else part
+    part = part if part.dtype == np.int8 else part.astype(np.float32, copy=False)
     return part if len(part) == step else np.pad(part, [(0, step - len(part))] + [(0, 0)] * (part.ndim - 1))
 
 
@@ -329,7 +329,8 @@ def _half_codes(bases: int) -> np.ndarray:
 def _levels(scales):
     """scales [N, C] -> each half code's |sum| [L, C], the sign of its sum, and its rank among them by size."""
     signed = sum(code[:, None] * scale for code, scale in zip(_half_codes(len(scales)).T, scales, strict=True))
-    level, number = jnp.abs(signed), jnp.arange(len(signed))
+    level = jnp.abs(signed)
+    number = jnp.arange(len(level))
 
     def rank(own):  # ranks by counting: for so few levels a sort is several times slower
         own_level, own_number = own

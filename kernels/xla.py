@@ -43,7 +43,7 @@ def matmul(x: jax.Array, weight: Weight) -> jax.Array:
     wide = x.astype(jnp.float32)
     match weight:
         case Dense(array) if array.dtype == jnp.float32:
-            y = _dot(wide, jnp.asarray(array).T)
+            y = _dot(array, wide.T).T  # in this order: x W^T of one row is 20 times slower on CPU
         case Dense(array):  # x keeps its precision; and XLA's 16-bit dot on CPU is ten times slower than this
             y = _by_rows([wide], array.shape[0], lambda cut: [cut(array).astype(jnp.float32)])
         case Ternary(trits, scales, type):
