@@ -68,7 +68,7 @@ def _parse(path: Path, data: mmap.mmap) -> tuple[dict[str, Any], dict[str, GGUFT
     for _ in range(key_count):
         key = cursor.string()
         metadata[key] = cursor.value(cursor.number("I"))
-    found = {}
+    found: dict[str, tuple[tuple[int, ...], int, int]] = {}  # shape, type, offset among the data
     for _ in range(tensor_count):
         name = cursor.string()
         if name in found:

@@ -19,6 +19,7 @@ from itertools import product
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from jax import lax
 
@@ -28,7 +29,7 @@ from atd.weights import Group, level_weights
 MOST_BASES = 4
 CHUNK = 1 << 17  # weights in flight: what is made of a chunk stays near the cores, and a small matrix wastes little
 RIDGE = 1e-4  # relative, toward the current scales: a base that no weight uses makes the normal equations singular
-GRID = 16  # uniform grids tried
+GRIDS = {1: 16, 2: 16, 3: 32, 4: 64}  # uniform grids tried
 # Where free scales start: ratios s_i / s_(i+1). 3 is the uniform grid. Below 2 the levels crowd near 0 (s_0 - s_1 < s_1), which suits weights with a
 # peak and tails; least squares alone does not get there from 3. Chosen among all products of ratios of 1.25 to 3 as those that together do best on
 # gaussian, Laplace, Student t3 and sparse weights and on a language model's: against the uniform start alone the error falls by 4 to 13 % with two
@@ -233,7 +234,16 @@ def _squares_chunk(weight, trits, scales):
 
 
 def _round(scales, dtype):
-    return scales.astype(dtype).astype(jnp.float32)
+    """scales as `dtype` would store them, inf where it can not. Not by a cast there and back: XLA drops that as excess precision."""
+    if dtype.itemsize >= 4:
+        return scales
+    info = ml_dtypes.finfo(dtype)
+    exponent = jnp.maximum(jnp.frexp(scales)[1] - 1, int(info.minexp)) - int(info.nmant)
+    quantum = jnp.ldexp(
+        1.0, jnp.maximum(exponent, -126)
+    )  # of float32's own denormals, which are flushed, nothing is left to round
+    rounded = jnp.round(scales / quantum) * quantum
+    return jnp.where(rounded > float(info.max), jnp.inf, rounded)
 
 
 def _nonzero(scale):
@@ -288,20 +298,20 @@ def _grid_moments(size, importance, least, bases, pooled):
 
 
 def _best_grid(size, importance, bases, pooled, rounded):
-    """The least-squares scale [C] of the best of GRID grids, whose tops go in a geometric series from 0.8 of the RMS to the largest weight."""
+    """The least-squares scale [C] of the best of GRIDS grids, whose tops go in a geometric series from 0.8 of the RMS to a little beyond the largest weight."""
     energy = _energy(size, importance, pooled)
     rms = jnp.sqrt(energy / jnp.maximum(_total_importance(size, importance, pooled), 1e-30))
     largest = jnp.max(size, axis=1)
     largest = jnp.max(largest, keepdims=True) if pooled else largest
-    low = jnp.minimum(0.8 * rms, largest)
+    low, high = jnp.minimum(0.8 * rms, largest), 1.1 * largest
 
     def fit(fraction):
-        top = low * (largest / jnp.maximum(low, 1e-30)) ** fraction
+        top = low * (high / jnp.maximum(low, 1e-30)) ** fraction
         wq, qq = _grid_moments(size, importance, top / _top(bases), bases, pooled)
         scale = wq / jnp.maximum(qq, 1e-30)
         return scale, wq * scale  # the error is the energy less this
 
-    scales, explained = lax.map(fit, jnp.linspace(0.0, 1.0, GRID))
+    scales, explained = lax.map(fit, jnp.linspace(0.0, 1.0, GRIDS[bases]))
     return rounded(jnp.take_along_axis(scales, jnp.argmax(explained, axis=0)[None], axis=0)[0])
 
 
@@ -312,7 +322,8 @@ def _refine_grid(size, importance, least, bases, pooled, rounded, iterations):
         error = least * (least * qq - 2 * wq)  # less the energy
         better = error < best_error
         best, best_error = jnp.where(better, least, best), jnp.where(better, error, best_error)
-        return (rounded(wq / jnp.maximum(qq, 1e-30)), best, best_error), None
+        new = jnp.where(jnp.isfinite(least), wq / jnp.maximum(qq, 1e-30), least)  # an overflow must stay one to be seen
+        return (rounded(new), best, best_error), None
 
     return lax.scan(iterate, (least, least, jnp.full_like(least, jnp.inf)), length=iterations)[0][1]
 

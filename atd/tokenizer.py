@@ -3,6 +3,8 @@
     tokenizer = open_tokenizer("models/stories15M")      folder with tokenizer.json
     tokenizer = open_tokenizer("SmolLM2.Q4_1.gguf")      rebuilt from its metadata
     ids = tokenizer.encode("Once upon a time", bos=True) int32 [n]
+
+`Tokenizer.files()` is what a converted checkpoint needs to keep its tokenizer.
 """
 
 import json

@@ -53,7 +53,9 @@ def test_help_teaches_without_importing_jax():
         assert command in done.stdout
 
 
-@pytest.mark.parametrize("command", ["demo", "convert", "eval", "generate", "inspect", "verify", "export", "experiment"])
+@pytest.mark.parametrize(
+    "command", ["demo", "convert", "eval", "generate", "inspect", "verify", "export", "experiment"]
+)
 def test_every_option_has_a_help_text(atd, command):
     code, out, _ = atd(command, "--help")
     assert code == 0
@@ -62,7 +64,9 @@ def test_every_option_has_a_help_text(atd, command):
 
 def test_eval_writes_what_it_prints(atd, converted, stories260k, text, tmp_path):
     file = tmp_path / "figures.json"
-    code, out, err = atd("eval", converted, "--against", stories260k, "--data", text, "--context", 128, "--tokens", 1024, "--json", file)
+    code, out, err = atd(
+        "eval", converted, "--against", stories260k, "--data", text, "--context", 128, "--tokens", 1024, "--json", file
+    )
     assert code == 0, err
     figures = json.loads(file.read_text())
     assert figures["windows"] == 8
@@ -77,7 +81,8 @@ def test_eval_writes_what_it_prints(atd, converted, stories260k, text, tmp_path)
 
 def test_eval_against_itself_is_zero(atd, stories260k, text, tmp_path):
     file = tmp_path / "figures.json"
-    assert atd("eval", stories260k, "--against", stories260k, "--data", text, "--context", 64, "--tokens", 256, "--bos", "--json", file)[0] == 0
+    sizes = ("--context", 64, "--tokens", 256)
+    assert atd("eval", stories260k, "--against", stories260k, "--data", text, *sizes, "--bos", "--json", file)[0] == 0
     figures = json.loads(file.read_text())
     assert abs(figures["kl_mean"]) < 1e-6
     assert figures["top1_agreement"] == 1
@@ -85,20 +90,27 @@ def test_eval_against_itself_is_zero(atd, stories260k, text, tmp_path):
 
 
 def test_generate_repeats_with_its_seed(atd, converted):
-    texts = [atd("generate", converted, "--max-new-tokens", 24, "--temperature", 0.9, "--seed", seed)[1] for seed in (1, 1, 2)]
+    texts = [
+        atd("generate", converted, "--max-new-tokens", 24, "--temperature", 0.9, "--seed", seed)[1]
+        for seed in (1, 1, 2)
+    ]
     assert texts[0].startswith("Once upon a time")
     assert texts[0] == texts[1] != texts[2]
 
 
 def test_generate_gives_the_same_text_packed_and_unpacked(atd, converted):
-    texts = {backend: atd("generate", converted, "--max-new-tokens", 32, "--backend", backend)[1] for backend in ("xla", "xla-unpacked")}
+    texts = {
+        backend: atd("generate", converted, "--max-new-tokens", 32, "--backend", backend)[1]
+        for backend in ("xla", "xla-unpacked")
+    }
     assert texts["xla"] == texts["xla-unpacked"]
 
 
-def test_inspect_by_layer_and_by_node(atd, converted, stories260k):
+def test_inspect_by_layer_and_by_node(atd, converted, stories260k, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     assert "model.layers.4" in atd("inspect", converted)[1]
     nodes = atd("inspect", converted, "--nodes")[1]
-    assert "model.layers.4.mlp.gate_up_proj" in nodes.replace("\n", "")
+    assert "model.layers.4.mlp.gate_up_proj" in nodes
     assert "f16" in atd("inspect", stories260k)[1]
 
 
@@ -108,14 +120,24 @@ def test_verify(atd, converted):
 
 
 def test_set_reaches_the_recipe(atd, stories260k, tmp_path):
-    code, _, err = atd("convert", stories260k, tmp_path / "o", "--set", "decompose.bases=1", "--set", "decompose.group=row")
+    code, _, err = atd(
+        "convert", stories260k, tmp_path / "o", "--set", "decompose.bases=1", "--set", "decompose.group=row"
+    )
     assert code == 0, err
     assert "packed n=1 g=row" in (tmp_path / "o" / "atd_graph.json").read_text()
     assert "bases = 1" in (tmp_path / "o" / "recipe.toml").read_text()
 
 
 def test_the_historic_name_is_the_converter(stories260k, tmp_path):
-    command = [sys.executable, "-m", "atd.convert_adaptive", str(stories260k), str(tmp_path / "o"), "--recipe", "greedy3"]
+    command = [
+        sys.executable,
+        "-m",
+        "atd.convert_adaptive",
+        str(stories260k),
+        str(tmp_path / "o"),
+        "--recipe",
+        "greedy3",
+    ]
     assert subprocess.run(command, cwd=ROOT).returncode == 0
     assert "g=tensor" in (tmp_path / "o" / "atd_graph.json").read_text()
 
@@ -151,13 +173,19 @@ def test_an_unsupported_architecture_is_refused_by_name(atd, stories260k, tmp_pa
     os.chmod(folder, 0o755)
     os.chmod(folder / "config.json", 0o644)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "mamba", "architectures": ["MambaForCausalLM"]}))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"model_type": "mamba", "architectures": ["MambaForCausalLM"]})
+    )
     (folder / "model.safetensors").unlink()  # refused before anything is read
     refused(atd("convert", folder, tmp_path / "out"), "mamba")
 
 
 def test_damaged_checkpoints_are_refused(atd, stories260k, tmp_path):
-    for name, damage in {"truncated": lambda d: d[:1000], "oversized": lambda d: b"\xff" * 8 + d[8:], "short": lambda d: d[:-100]}.items():
+    for name, damage in {
+        "truncated": lambda d: d[:1000],
+        "oversized": lambda d: b"\xff" * 8 + d[8:],
+        "short": lambda d: d[:-100],
+    }.items():
         folder = tmp_path / name
         shutil.copytree(stories260k, folder)
         os.chmod(folder, 0o755)
@@ -195,6 +223,8 @@ def test_an_unknown_option_is_explained(atd, stories260k):
 
 
 def test_debug_shows_where_an_error_came_from():
-    done = subprocess.run([sys.executable, "-m", "atd.cli", "inspect", "/nowhere", "--debug"], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-m", "atd.cli", "inspect", "/nowhere", "--debug"], capture_output=True, text=True, cwd=ROOT
+    )
     assert "Traceback" in done.stderr
     assert done.returncode == 1

@@ -28,7 +28,9 @@ def test_export_is_the_converted_model(stories260k, tmp_path, recipe):
     original, dense = tensors(stories260k), tensors(exported)
     assert {name: a.shape for name, a in dense.items()} == {name: a.shape for name, a in original.items()}
     assert all(array.dtype == np.float32 for array in dense.values())
-    assert not np.array_equal(dense["model.layers.0.self_attn.k_proj.weight"], original["model.layers.0.self_attn.k_proj.weight"])
+    assert not np.array_equal(
+        dense["model.layers.0.self_attn.k_proj.weight"], original["model.layers.0.self_attn.k_proj.weight"]
+    )
     config = json.loads((exported / "config.json").read_text())
     assert "quantization_config" not in config
     assert config["torch_dtype"] == "float32"

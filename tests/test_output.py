@@ -19,7 +19,11 @@ def refs():
     type = TernaryType((3, 7), 2, "row", False, "f16")
     ternary = Ternary(rng.integers(-1, 2, (3, 7, 2)).astype(np.int8), rng.random((3, 1, 2)).astype(np.float16), type)
     bf16 = Dense(rng.standard_normal((5, 3)).astype(ml_dtypes.bfloat16))
-    return [in_memory("a.weight", ternary), in_memory("b.weight", bf16), in_memory("c.weight", Dense(rng.standard_normal(4).astype(np.float32)))]
+    return [
+        in_memory("a.weight", ternary),
+        in_memory("b.weight", bf16),
+        in_memory("c.weight", Dense(rng.standard_normal(4).astype(np.float32))),
+    ]
 
 
 def test_shards_are_read_by_safetensors(tmp_path):
@@ -28,6 +32,9 @@ def test_shards_are_read_by_safetensors(tmp_path):
     with safe_open(path, "np") as file:
         assert set(file.keys()) == {"a.weight_trits", "a.scales", "b.weight", "c.weight"} == set(digests)
         a, b, c = (ref.load() for ref in refs())
+        assert isinstance(a, Ternary)
+        assert isinstance(b, Dense)
+        assert isinstance(c, Dense)
         np.testing.assert_array_equal(file.get_tensor("a.weight_trits"), a.trits)
         np.testing.assert_array_equal(file.get_tensor("a.scales"), a.scales)
         np.testing.assert_array_equal(file.get_tensor("b.weight"), b.array)
@@ -46,7 +53,7 @@ def test_data_that_is_not_of_its_type_is_not_written(tmp_path):
 def test_a_full_disk_is_one_clear_message(tmp_path):
     full = tmp_path / "full.safetensors"
     (tmp_path / "full.safetensors.tmp").symlink_to("/dev/full")
-    with pytest.raises(RunFailed, match="the disk is full. What is finished is kept"):
+    with pytest.raises(RunFailed, match=r"the disk is full\. What is finished is kept"):
         output.write_shard(full, refs())
     with pytest.raises(BadInput, match=r"needs 1000000000000\.0 MB"):
         output.check_space(tmp_path, 10**18)
@@ -88,7 +95,11 @@ def test_a_folder_without_permission(tmp_path, monkeypatch):
 
 
 def test_two_runs_do_not_write_the_same_target(tmp_path):
-    with output.open_partial(tmp_path / "out"), pytest.raises(BadInput, match="another run is writing"), output.open_partial(tmp_path / "out"):
+    with (
+        output.open_partial(tmp_path / "out"),
+        pytest.raises(BadInput, match="another run is writing"),
+        output.open_partial(tmp_path / "out"),
+    ):
         pass
 
 

@@ -37,7 +37,14 @@ ROOT = Path(__file__).parents[1]
     rules=st.lists(st.tuples(st.sampled_from([r".*\.3\..*", "x{1,2}"]), st.integers(1, 4)), max_size=2),
 )
 def test_passes_round_trip_to_text(bases, group, scales, dtype, nodes, rules):
-    made = Decompose(bases=bases, group=group, scales=scales, dtype=dtype, nodes=nodes, rules=tuple(Rule(m, False, (("bases", b),)) for m, b in rules))
+    made = Decompose(
+        bases=bases,
+        group=group,
+        scales=scales,
+        dtype=dtype,
+        nodes=nodes,
+        rules=tuple(Rule(m, False, (("bases", b),)) for m, b in rules),
+    )
     assert parse_pass(str(made)) == made
 
 
@@ -82,9 +89,11 @@ def test_pipeline_changes_types_before_any_weight_is_read():
         raise AssertionError("a weight was read")
 
     graph = tiny_graph()
-    unread = graph.with_units(
-        tuple(replace(u, nodes=tuple(replace(n, weights={s: replace(r, load=never) for s, r in n.weights.items()}) for n in u.nodes)) for u in graph.units)
-    )
+
+    def unread_node(node):
+        return replace(node, weights={slot: replace(ref, load=never) for slot, ref in node.weights.items()})
+
+    unread = graph.with_units(tuple(replace(u, nodes=tuple(map(unread_node, u.nodes))) for u in graph.units))
     after = Pipeline([Decompose(group="row"), Fuse(), Pack()])(unread)
     types = {name: str(ref.type) for name, ref in after.weights()}
     assert types["model.layers.1.self_attn.qkv_proj"] == "packed n=2 g=row free layout=interleaved/1 f16[64,32]"
@@ -94,7 +103,11 @@ def test_pipeline_changes_types_before_any_weight_is_read():
 
 
 def test_rules_first_match_wins_and_skip_leaves_alone():
-    rules = (Rule(r".*\.0\.mlp\..*", skip=True), Rule(r".*\.mlp\.down_proj", options=(("bases", 1),)), Rule(r".*\.down_proj", options=(("bases", 4),)))
+    rules = (
+        Rule(r".*\.0\.mlp\..*", skip=True),
+        Rule(r".*\.mlp\.down_proj", options=(("bases", 1),)),
+        Rule(r".*\.down_proj", options=(("bases", 4),)),
+    )
     types = {name: ref.type for name, ref in Decompose(group="row", bases=3, rules=rules)(tiny_graph()).weights()}
     assert str(types["model.layers.0.mlp.down_proj"]).startswith("dense")
     assert str(types["model.layers.1.mlp.down_proj"]).startswith("ternary n=1")
@@ -106,7 +119,8 @@ def test_a_rule_that_matches_nothing_is_an_error():
         Pack(rules=(Rule("layers.0", skip=True),))(Decompose()(tiny_graph()))
     with pytest.raises(BadInput, match=r"rule 'layers\.0' matches no dense matrix"):
         Decompose(rules=(Rule("layers.0", skip=True),))(tiny_graph())
-    with pytest.raises(BadInput, match="matches no dense matrix among"):  # a name that exists, but that `nodes` does not let through
+    # a name that exists, but that `nodes` does not let through
+    with pytest.raises(BadInput, match="matches no dense matrix among"):
         Decompose(rules=(Rule("lm_head", options=(("bases", 3),)),))(tiny_graph())
     with pytest.raises(BadInput, match="matches none of the dense matrices"):
         Decompose(nodes=r"layers\..*")(tiny_graph())
@@ -218,7 +232,18 @@ def third_party(tmp_path_factory) -> Path:
     target = tmp_path_factory.mktemp("site")
     source = tmp_path_factory.mktemp("source")
     subprocess.run(["cp", "-r", str(ROOT / "tests/third_party"), str(source)], check=True)
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-build-isolation", "--target", str(target)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-index",
+        "--no-deps",
+        "--no-build-isolation",
+        "--target",
+        str(target),
+    ]
     subprocess.run([*command, str(source / "third_party")], check=True)
     return target
 
@@ -230,7 +255,9 @@ def run_python(code: str, *path: Path) -> subprocess.CompletedProcess:
 
 def test_a_third_party_pass_works_in_a_recipe(third_party, tmp_path):
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text('[[passes]]\nname = "halve"\n[[passes.rules]]\nmatch = ".*\\\\.0\\\\..*"\nfactor = 0.25\n[[passes]]\nname = "decompose"\n')
+    recipe.write_text(
+        '[[passes]]\nname = "halve"\n[[passes.rules]]\nmatch = ".*\\\\.0\\\\..*"\nfactor = 0.25\n[[passes]]\nname = "decompose"\n'
+    )
     code = f"""
 from atd.recipe import read_recipe
 from tests.models.tiny import tiny_graph

@@ -15,7 +15,8 @@ def test_the_recipes_that_come_with_atd():
         recipe = read_recipe(name)
         assert recipe.description
         assert recipe.pipeline.passes[0].name == "decompose"
-    assert read_recipe("greedy3").pipeline.passes[0].options() | {"method": "greedy", "bases": 3, "group": "tensor"} == read_recipe("greedy3").pipeline.passes[0].options()
+    options = read_recipe("greedy3").pipeline.passes[0].options()
+    assert options | {"method": "greedy", "bases": 3, "group": "tensor"} == options
     assert isinstance(read_recipe("ternary2").pipeline.passes[0], Decompose)
 
 
@@ -28,10 +29,14 @@ def test_toml_round_trip(tmp_path):
 
 
 def test_overrides():
-    recipe = read_recipe("ternary2", ["decompose.bases=3", "decompose.group=row", "decompose.scales = 'tied'", "pack.layout=bit-ttt"])
+    recipe = read_recipe(
+        "ternary2", ["decompose.bases=3", "decompose.group=row", "decompose.scales = 'tied'", "pack.layout=bit-ttt"]
+    )
     assert recipe.pipeline.passes[0] == Decompose(bases=3, group="row", scales="tied")
     assert recipe.pipeline.passes[2] == Pack(layout="bit-ttt")
-    assert with_overrides(recipe, ["decompose.bases=1"]).pipeline.passes[0] == Decompose(bases=1, group="row", scales="tied")
+    assert with_overrides(recipe, ["decompose.bases=1"]).pipeline.passes[0] == Decompose(
+        bases=1, group="row", scales="tied"
+    )
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 Each combination of group size, bases, dtype and tied compiles for a second or two: most tests keep to G = 64 and N = 2.
 """
 
+from functools import partial
 from itertools import product
 
 import ml_dtypes
@@ -10,10 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import DTypeLike
 from safetensors.numpy import load_file
 
 from atd.errors import BadInput
-from atd.ternary import START_RATIOS, als, decomposition_rmse, greedy, relative_rmse
+from atd.ternary import START_RATIOS, _round, als, decomposition_rmse, greedy, relative_rmse
 from atd.weights import SHORT, TernaryType, combine, level_weights
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -38,15 +40,15 @@ def dequantize(trits, scales, group, tied=False) -> np.ndarray:
     assert scales.shape == type.scales_shape
     assert trits.dtype == np.int8
     assert abs(trits).max(initial=0) <= 1
-    return combine(trits, scales, type)
+    return np.asarray(combine(trits, scales, type))
 
 
 def rmse(weight, group, *args, method=als, tied=False, **kwargs) -> float:
-    found = method(weight, *args, **kwargs)
-    return relative_rmse(weight, dequantize(*found, group, tied))
+    trits, scales = method(weight, *args, **kwargs)
+    return relative_rmse(weight, dequantize(trits, scales, group, tied))
 
 
-def als_rmse(weight, bases, group, tied=False, dtype=np.float32, **kwargs) -> float:
+def als_rmse(weight, bases, group, tied=False, dtype: DTypeLike = np.float32, **kwargs) -> float:
     return rmse(weight, group, bases, group, tied, dtype, tied=tied, **kwargs)
 
 
@@ -147,6 +149,30 @@ def test_no_single_change_lowers_the_error(bases, tied):
         assert (error(moved) > least).all()
 
 
+@pytest.mark.parametrize("dtype", [np.float16, BFLOAT16])
+def test_scales_are_rounded_before_trits_are_chosen(dtype):
+    """The trits are nearest for the stored scales, fp16's denormals among them."""
+    for factor in (1, 3e-6):
+        weight = weights("gaussian", (24, 64)) * np.float32(factor)
+        trits, scales = als(weight, 2, 64, False, dtype)
+        levels = (
+            scales[:, 0].astype(np.float32) @ np.array(list(product((-1, 0, 1), repeat=2)), np.float32).T
+        )  # [24, 9]
+        nearest = np.abs(weight[..., None] - levels[:, None]).min(axis=-1)
+        np.testing.assert_allclose(np.abs(weight - dequantize(trits, scales, 64)), nearest, atol=1e-6 * factor)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from([np.float16, BFLOAT16]), st.lists(st.floats(2.0**-120, 2.0**60, width=32), min_size=8, max_size=8)
+)
+def test_rounding_is_that_of_the_dtype(dtype, values):
+    array = np.array(values, np.float32)
+    with np.errstate(over="ignore"):
+        expected = array.astype(dtype).astype(np.float32)
+    np.testing.assert_array_equal(_round(array, np.dtype(dtype)), expected)
+
+
 def brute_force(w: np.ndarray, bases: int) -> float:
     """The least squared error of all assignments, each with its own least-squares scales."""
     codes = np.array(list(product((-1, 0, 1), repeat=bases)), float)
@@ -185,7 +211,8 @@ def test_tied_scales_against_a_fine_search(kind, bases):
         error = np.square(weight - np.clip(np.round(weight / unit), -top, top) * unit).sum(axis=1)
         least = np.minimum(least, error)
     found = als_rmse(weight, bases, 64, tied=True)
-    assert found <= np.sqrt(least.sum() / np.square(weight).sum()) * 1.05
+    slack = 1.25 if kind == "sparse" else 1.04  # a handful of weights fit many grids by chance
+    assert found <= np.sqrt(least.sum() / np.square(weight).sum()) * slack
 
 
 def test_feature_weights_lower_the_weighted_error():
@@ -219,9 +246,9 @@ def test_feature_weights_count_relative_to_each_other_alone():
 def test_what_a_decomposition_can_hold_it_holds_exactly(bases, dtype, tied):
     """Weights on a uniform grid come back with the same trits: a matrix that was ternary stays what it was."""
     rng = np.random.default_rng(3)
-    integers = rng.integers(-((3**bases - 1) // 2), (3**bases + 1) // 2, (40, 64)).astype(np.float32)
+    integers = rng.integers(-((3**bases - 1) // 2), (3**bases + 1) // 2, (40, 256)).astype(np.float32)
     unit = np.asarray(rng.uniform(0.01, 0.02, (40, 1)), dtype).astype(np.float32)
-    trits, scales = als(integers * unit, bases, 64, tied, dtype)
+    trits, scales = als(integers * unit, bases, "row", tied, dtype)
     np.testing.assert_array_equal(trits @ level_weights(bases).astype(np.int8), integers)
     np.testing.assert_allclose(
         scales[:, 0].astype(np.float32), unit * level_weights(bases)[-scales.shape[-1] :], rtol=1e-2
@@ -338,11 +365,9 @@ def test_relative_rmse():
 def test_weights_that_are_not_finite(bad, method):
     weight = weights("gaussian", (4, 64))
     weight[2, 3] = bad
+    decompose = partial(als, group="tensor" if method == "tensor" else 64, tied=method == "tied")
     with pytest.raises(BadInput, match="1 of 256 weights are NaN or infinite"):
-        if method == "greedy":
-            greedy(weight, 2)
-        else:
-            als(weight, 2, "tensor" if method == "tensor" else 64, method == "tied")
+        (greedy if method == "greedy" else decompose)(weight, 2)
 
 
 def test_scales_that_overflow():

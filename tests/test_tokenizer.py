@@ -1,5 +1,6 @@
 """Tokenizers against Hugging Face transformers (golden/tokenizer.json) and against what GGUF files were made from."""
 
+import contextlib
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 
 from atd.errors import BadInput
-from atd.tokenizer import FILES, _merges_of_scores, open_tokenizer, read_text
+from atd.gguf_tokenizer import merges_of_scores
+from atd.tokenizer import FILES, open_tokenizer, read_text
 
 GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("tokenizer.json").read_text())
 TEXTS = [case["text"] for case in GOLDEN["smollm"]]
@@ -162,7 +164,7 @@ def test_merges_from_scores_are_those_published_with_llama_2(stories15m):
     published = json.loads(original.files()["tokenizer.json"])["model"]["merges"]
     assert len(published) == 61249
     merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in published]
-    assert _merges_of_scores(*sentencepiece_of(original)) == merges
+    assert merges_of_scores(*sentencepiece_of(original)) == merges
 
 
 @pytest.fixture(scope="module")
@@ -317,6 +319,34 @@ def test_a_damaged_gguf_file_is_refused(tmp_path):
             open_tokenizer(path)
     with pytest.raises(BadInput, match=r"no tokenizer\.ggml\.model"):
         open_tokenizer(write_gguf(tmp_path / "bare.gguf"))
+
+
+def test_a_gguf_file_with_damaged_bytes_is_read_or_refused(tmp_path):
+    for model in ("gpt2", "llama"):
+        path = byte_level(tmp_path / "m.gguf", model=model, scores=[0.0] * 260, add_bos_token=True, chat_template="x")
+        data = path.read_bytes()
+        random = np.random.default_rng(0)
+        for position in random.integers(4, len(data), 200):
+            damaged = bytearray(data)
+            damaged[position] ^= 1 << int(random.integers(8))
+            path.write_bytes(damaged)
+            with contextlib.suppress(BadInput):
+                open_tokenizer(path)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"tokens": [1] * 260}, "make no tokenizer"),
+        ({"bos_token_id": "first"}, "bos_token_id is 'first', beyond the vocabulary"),
+        ({"model": "llama", "scores": [0.0] * 260, "unknown_token_id": 300}, "unknown_token_id is 300, beyond"),
+        ({"pre": ["gpt-2"]}, "make no tokenizer"),
+        ({"chat_template": 3}, "chat_template is 3; expected a Jinja template"),
+    ],
+)
+def test_metadata_of_a_wrong_type_is_refused(tmp_path, metadata, message):
+    with pytest.raises(BadInput, match=message):
+        open_tokenizer(byte_level(tmp_path / "m.gguf", **metadata))
 
 
 def test_read_text_reads_as_text_mode_and_says_what_is_wrong(tmp_path):

@@ -93,7 +93,7 @@ block 0 model.layers.0 {
   %mlp.down_proj = linear(%mlp.silu_mul) {weight: dense f32[64,64]}
   %mlp.residual = add(%self_attn.residual, %mlp.down_proj)
 }
-"""  # noqa: E501
+"""
 
 
 def test_text_of_a_llama():

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from atd.ir import Block, Graph, Node, in_memory
+from atd.ir import Attr, Block, Graph, Node, in_memory
 from atd.weights import Dense
 
 
@@ -10,7 +10,16 @@ def dense(rng: np.random.Generator, *shape: int, scale: float = 0.2) -> Dense:
     return Dense((rng.standard_normal(shape) * scale).astype(np.float32))
 
 
-def tiny_graph(layers: int = 2, hidden: int = 32, heads: int = 4, kv_heads: int = 2, mlp: int = 48, vocabulary: int = 40, tied: bool = False, seed: int = 0) -> Graph:
+def tiny_graph(
+    layers: int = 2,
+    hidden: int = 32,
+    heads: int = 4,
+    kv_heads: int = 2,
+    mlp: int = 48,
+    vocabulary: int = 40,
+    tied: bool = False,
+    seed: int = 0,
+) -> Graph:
     """A llama with random weights."""
     rng = np.random.default_rng(seed)
     head_dim = hidden // heads
@@ -24,8 +33,8 @@ def tiny_graph(layers: int = 2, hidden: int = 32, heads: int = 4, kv_heads: int 
 
     def block(i: int) -> Block:
         b = f"model.layers.{i}"
-        rope = {"head_dim": head_dim, "theta": 10000.0, "scaling": ()}
-        attention = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "window": 0}
+        rope: dict[str, Attr] = {"head_dim": head_dim, "theta": 10000.0, "scaling": ()}
+        attention: dict[str, Attr] = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "window": 0}
         return Block(
             b,
             (
@@ -35,7 +44,12 @@ def tiny_graph(layers: int = 2, hidden: int = 32, heads: int = 4, kv_heads: int 
                 linear("self_attn.v_proj", "input_layernorm", kv_heads * head_dim, hidden, b),
                 Node("self_attn.q_rope", "rope", ("self_attn.q_proj",), attrs=dict(rope)),
                 Node("self_attn.k_rope", "rope", ("self_attn.k_proj",), attrs=dict(rope)),
-                Node("self_attn.attention", "attention", ("self_attn.q_rope", "self_attn.k_rope", "self_attn.v_proj"), attrs=attention),
+                Node(
+                    "self_attn.attention",
+                    "attention",
+                    ("self_attn.q_rope", "self_attn.k_rope", "self_attn.v_proj"),
+                    attrs=attention,
+                ),
                 linear("self_attn.o_proj", "self_attn.attention", hidden, hidden, b),
                 Node("self_attn.residual", "add", ("x", "self_attn.o_proj")),
                 norm("post_attention_layernorm", "self_attn.residual", f"{b}."),
@@ -47,9 +61,24 @@ def tiny_graph(layers: int = 2, hidden: int = 32, heads: int = 4, kv_heads: int 
             ),
         )
 
-    embed = Node("embed_tokens", "embed", ("x",), {"weight": in_memory("model.embed_tokens.weight", dense(rng, vocabulary, hidden))})
+    embed = Node(
+        "embed_tokens",
+        "embed",
+        ("x",),
+        {"weight": in_memory("model.embed_tokens.weight", dense(rng, vocabulary, hidden))},
+    )
     head = Node("lm_head", "linear", ("model.norm",), attrs={"tied_to": "model.embed_tokens"})
     if not tied:
-        head = Node("lm_head", "linear", ("model.norm",), {"weight": in_memory("lm_head.weight", dense(rng, vocabulary, hidden))})
+        head = Node(
+            "lm_head",
+            "linear",
+            ("model.norm",),
+            {"weight": in_memory("lm_head.weight", dense(rng, vocabulary, hidden))},
+        )
     config = {"model_type": "llama", "vocab_size": vocabulary, "hidden_size": hidden, "max_position_embeddings": 128}
-    return Graph(config, Block("model", (embed,)), tuple(block(i) for i in range(layers)), Block("", (norm("model.norm", "x", ""), head)))
+    return Graph(
+        config,
+        Block("model", (embed,)),
+        tuple(block(i) for i in range(layers)),
+        Block("", (norm("model.norm", "x", ""), head)),
+    )

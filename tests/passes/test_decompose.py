@@ -10,7 +10,7 @@ from tests.models.tiny import tiny_graph
 
 
 @pytest.mark.parametrize(
-    ("options", "bound"),  # relative RMSE of the mean linear of stories15M; greedy on one scale cannot reach als's bounds
+    ("options", "bound"),
     [
         ({"bases": 2, "group": 128}, 0.171),
         ({"bases": 3, "group": 128}, 0.066),
@@ -19,6 +19,7 @@ from tests.models.tiny import tiny_graph
     ],
 )
 def test_errors_on_real_weights(stories15m, options, bound):
+    """The relative RMSE of the mean linear of stories15M; greedy on one scale cannot reach als's bounds."""
     graph, context = frontend.open(stories15m), Context()
     step = Decompose(**options, nodes=r"model\.layers\.[03]\..*")
     errors = []

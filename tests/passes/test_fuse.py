@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 
+from atd.ir import Node
 from atd.models import frontend
 from atd.models.model import load
 from atd.passes.decompose import Decompose
 from atd.passes.fuse import Fuse
 from atd.passes.pack import Pack
 from atd.pipeline import Pipeline, Rule
+from atd.weights import Dense
 from tests.models.tiny import tiny_graph
 
 
@@ -45,8 +47,14 @@ def test_dense_linears_are_joined_as_well():
 def test_weights_are_joined_row_on_row_and_slices_keep_the_names():
     graph = tiny_graph()
     block = Fuse()(graph).blocks[1]
-    parts = [graph.blocks[1].node(f"self_attn.{n}_proj").weights["weight"].load().array for n in "qkv"]
-    np.testing.assert_array_equal(block.node("self_attn.qkv_proj").weights["weight"].load().array, np.concatenate(parts))
+
+    def array(node: Node) -> np.ndarray:
+        weight = node.weights["weight"].load()
+        assert isinstance(weight, Dense)
+        return np.asarray(weight.array)
+
+    parts = [array(graph.blocks[1].node(f"self_attn.{n}_proj")) for n in "qkv"]
+    np.testing.assert_array_equal(array(block.node("self_attn.qkv_proj")), np.concatenate(parts))
     assert [str(block.node(f"self_attn.{n}_proj")) for n in "qkv"] == [
         "%self_attn.q_proj = slice(%self_attn.qkv_proj) start=0 stop=32",
         "%self_attn.k_proj = slice(%self_attn.qkv_proj) start=32 stop=48",
@@ -58,7 +66,13 @@ def test_only_equal_types_are_joined():
     """Rules that give v more bases leave q and k to be joined."""
     more = Rule(r".*\.v_proj", options=(("bases", 3),))
     joined = linears(Pipeline([Decompose(group=32, rules=(more,)), Fuse()])(tiny_graph()))
-    assert set(joined) == {"self_attn.qk_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"}
+    assert set(joined) == {
+        "self_attn.qk_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "mlp.gate_up_proj",
+        "mlp.down_proj",
+    }
 
 
 def test_one_scale_a_tensor_and_strided_rows_are_left_alone():

@@ -17,7 +17,12 @@ class Halve(Pass):
 
     def rewrite(self, name, node, context):
         ref = node.weights.get("weight")
-        if node.op != "linear" or ref is None or not isinstance(ref.type, DenseType) or not re.fullmatch(self.nodes, name):
+        if (
+            node.op != "linear"
+            or ref is None
+            or not isinstance(ref.type, DenseType)
+            or not re.fullmatch(self.nodes, name)
+        ):
             return None
 
         def load():

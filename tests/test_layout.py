@@ -1,0 +1,248 @@
+"""Layouts: every code of every cell, every byte, bytes worked out by hand from FORMATS.md, GGUF's own coder as an oracle."""
+
+import subprocess
+import sys
+from itertools import product
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize, quantize
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from atd.layout import DEFAULT_LAYOUT, DENSE_CODES, LAYOUTS, repack
+
+CELL = {"interleaved": 5, "bit-ttt": 4, "hf-bitnet": 1, "tq2_0": 256}  # inputs whose trits share bytes
+NAMES = list(LAYOUTS)
+
+
+def random_trits(out: int, inputs: int, bases: int, seed=0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(-1, 2, (out, inputs, bases)).astype(np.int8)
+
+
+def accepted(name: str, out: int, bases: int) -> bool:
+    return LAYOUTS[name].refuses(out, 1, bases) is None
+
+
+# --- every code of every cell ----------------------------------------------------------------------------------------
+
+
+def numbered_cells(start: int, stop: int, bases: int) -> np.ndarray:
+    """Cells start..stop of all 3^(5 bases) of them: trits [stop - start, 5, bases], the digits of the cell's number."""
+    number = np.arange(start, stop, dtype=np.int32)
+    trits = np.empty((len(number), 5 * bases), np.int8)
+    for j in reversed(range(5 * bases)):
+        trits[:, j] = number % 3 - 1
+        number = number // 3
+    return trits.reshape(-1, 5, bases)
+
+
+def check_interleaved(trits: np.ndarray) -> None:
+    layout, (_, _, bases) = LAYOUTS["interleaved"], trits.shape
+    codes = layout.pack(trits)
+    assert codes.shape == (len(trits), 1, bases)
+    assert codes.dtype == np.uint8
+    np.testing.assert_array_equal(layout.unpack(codes, 5, bases), trits)
+    assert layout.invalid_bytes(codes) == 0
+
+
+@pytest.mark.parametrize("bases", [1, 2, 3])
+def test_every_interleaved_cell(bases):
+    count, chunk = 3 ** (5 * bases), 1 << 20
+    for start in range(0, count, chunk):
+        check_interleaved(numbered_cells(start, min(start + chunk, count), bases))
+
+
+def test_interleaved_cells_of_four_bases_by_sampling():
+    check_interleaved(random_trits(1 << 18, 5, 4))
+
+
+def test_every_interleaved_cell_has_bytes_of_its_own():
+    """Two bases: all 3^10 cells, no two with the same bytes."""
+    codes = LAYOUTS["interleaved"].pack(numbered_cells(0, 3**10, 2)).reshape(-1, 2)
+    assert len(np.unique(codes, axis=0)) == 3**10
+
+
+@pytest.mark.parametrize("bases", [1, 2, 3, 4])
+def test_every_2_bit_cell(bases):
+    """Every byte of 4 trits, at every place among the bytes of the bases."""
+    for four, base in product(np.array(list(product((-1, 0, 1), repeat=4)), np.int8), range(bases)):
+        for name, inputs in (("bit-ttt", 4), ("tq2_0", 256)):
+            trits = np.zeros((1, inputs, bases), np.int8)
+            trits[0, :: inputs // 4, base] = four
+            layout = LAYOUTS[name]
+            np.testing.assert_array_equal(layout.unpack(layout.pack(trits), inputs, bases), trits)
+        if bases == 1:
+            trits = four.reshape(4, 1, 1)
+            layout = LAYOUTS["hf-bitnet"]
+            np.testing.assert_array_equal(layout.unpack(layout.pack(trits), 1, 1), trits)
+
+
+# --- every byte ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_byte(name):
+    """pack writes exactly the valid bytes, unpack makes trits of all 256, and a valid byte comes back as it was."""
+    layout = LAYOUTS[name]
+    shape = layout.codes_shape(1024, 5 if name == "interleaved" else 256, 1)
+    codes = np.broadcast_to(np.arange(256, dtype=np.uint8).reshape(-1, *[1] * (len(shape) - 1)), (256, *shape[1:]))
+    trits = layout.unpack(codes, CELL[name], 1)
+    packed = layout.pack(np.clip(trits, -1, 1))
+    same = (packed == codes[:, : packed.shape[1]]).reshape(256, -1).all(axis=1)
+    np.testing.assert_array_equal(same, layout.valid_bytes)
+    assert layout.valid_bytes.sum() == (243 if name == "interleaved" else 81)
+    assert layout.invalid_bytes(np.arange(256, dtype=np.uint8)) == 256 - layout.valid_bytes.sum()
+
+
+def test_dense_digits_fall_out_by_multiplication():
+    """The property the GPU kernels rest on, for all 243 values: digit j = (rest * 3) >> 8."""
+    for value, code in enumerate(DENSE_CODES):
+        rest, digits = int(code), []
+        for _ in range(5):
+            rest *= 3
+            digits.append(rest >> 8)
+            rest &= 255
+        assert digits == [value // 3 ** (4 - j) % 3 for j in range(5)]
+    assert len(set(DENSE_CODES.tolist())) == 243
+    assert 0 not in DENSE_CODES
+
+
+# --- by hand ---------------------------------------------------------------------------------------------------------
+
+
+def test_interleaved_by_hand():
+    # one base, trits -1 0 1 0 1: digits 0 1 2 1 2, v = 27 + 18 + 3 + 2 = 50, q = ceil(256 * 50 / 243) = 53
+    trits = np.array([-1, 0, 1, 0, 1], np.int8).reshape(1, 5, 1)
+    assert LAYOUTS["interleaved"].pack(trits).tolist() == [[[53]]]
+    # two bases, parameters (1,1) (0,0) (0,0) (0,0) (0,-1): bytes of digits 2 2 1 1 1 and 1 1 1 1 0, v = 229 and 120, q = 242 and 127
+    trits = np.array([[1, 1], [0, 0], [0, 0], [0, 0], [0, -1]], np.int8)[None]
+    assert LAYOUTS["interleaved"].pack(trits).tolist() == [[[242, 127]]]
+    # all -1 is v = 0, stored as 1; padding is zero trits: one weight of +1 is digits 2 1 1 1 1, v = 202, q = 213
+    assert LAYOUTS["interleaved"].pack(np.full((1, 5, 1), -1, np.int8)).item() == 1
+    assert LAYOUTS["interleaved"].pack(np.ones((1, 1, 1), np.int8)).item() == 213
+
+
+def test_bit_ttt_by_hand():
+    # weights 1 -1 0 1 of one base: codes 1 2 0 1 in bits 0, 2, 4, 6
+    trits = np.array([1, -1, 0, 1], np.int8).reshape(1, 4, 1)
+    assert LAYOUTS["bit-ttt"].pack(trits).item() == 0b01_00_10_01
+    # the bases lie side by side: [out, in / 4, N]
+    trits = np.stack([np.array([1, 0, 0, 0]), np.array([0, -1, 0, 0]), np.array([0, 0, 0, 1])], axis=-1)[None].astype(
+        np.int8
+    )
+    assert LAYOUTS["bit-ttt"].pack(trits).tolist() == [[[0b1, 0b10_00, 0b01_00_00_00]]]
+    assert LAYOUTS["bit-ttt"].unpack(np.full((1, 1, 1), 0xFF, np.uint8), 4, 1).tolist() == [
+        [[0]] * 4
+    ]  # unused: reads as 0
+
+
+def test_hf_bitnet_by_hand():
+    # packed row r holds rows r, r + 2, r + 4, r + 6 of 8; codes 0 1 2 = -1 0 +1
+    trits = np.zeros((8, 3, 1), np.int8)
+    trits[1, 0], trits[3, 0], trits[5, 0], trits[7, 0] = 1, -1, 0, 1
+    codes = LAYOUTS["hf-bitnet"].pack(trits)
+    assert codes.shape == (2, 3)
+    assert codes[1, 0] == 0b10_01_00_10
+    assert codes[0, 0] == codes[1, 1] == 0b01_01_01_01
+
+
+def test_tq2_0_by_hand():
+    # half h, byte h * 32 + m, bits 2l: element h * 128 + l * 32 + m
+    trits = np.zeros((1, 256, 1), np.int8)
+    trits[0, 128 + 3 * 32 + 5] = 1
+    codes = LAYOUTS["tq2_0"].pack(trits)
+    assert codes.shape == (1, 1, 1, 64)
+    assert codes[0, 0, 0, 32 + 5] == 0b10_01_01_01
+    assert (np.delete(codes.ravel(), 37) == 0b01_01_01_01).all()
+
+
+def test_tq2_0_is_ggufs():
+    """Rows of d * trits, coded by the gguf package, hold our bytes; and it reads ours back."""
+    trits = random_trits(6, 768, 1)
+    trits[:, ::256] = 1  # a block of zeros has no scale
+    blocks = quantize(trits[..., 0] * np.float32(0.25), GGMLQuantizationType.TQ2_0).reshape(6, 3, 66)
+    codes = LAYOUTS["tq2_0"].pack(trits)
+    np.testing.assert_array_equal(codes[:, :, 0], blocks[..., :64])
+    scales = np.full((6, 3, 1), 0.5, np.float16).view(np.uint8)
+    ours = np.concatenate([codes[:, :, 0], scales], axis=-1).reshape(6, -1)
+    np.testing.assert_array_equal(dequantize(ours, GGMLQuantizationType.TQ2_0), trits[..., 0] * 0.5)
+
+
+# --- laws ------------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(NAMES), st.integers(1, 9), st.integers(1, 600), st.integers(1, 4), st.integers(0, 2**32 - 1))
+def test_round_trip(name, out, inputs, bases, seed):
+    layout = LAYOUTS[name]
+    if name == "hf-bitnet":
+        out, bases = 4 * out, 1
+    trits = random_trits(out, inputs, bases, seed)
+    codes = layout.pack(trits)
+    assert codes.shape == layout.codes_shape(out, inputs, bases)
+    assert codes.dtype == np.uint8
+    unpacked = layout.unpack(codes, inputs, bases)
+    assert unpacked.dtype == np.int8
+    np.testing.assert_array_equal(unpacked, trits)
+    assert layout.invalid_bytes(codes) == 0
+    rest = layout.unpack(codes, -(-inputs // CELL[name]) * CELL[name], bases)[:, inputs:]
+    assert not rest.any()  # the padding is zero trits
+    if layout.row_separable:
+        np.testing.assert_array_equal(layout.pack(trits[out // 2 :]), codes[out // 2 :])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shape", [(4, 1, 1), (8, 37, 1), (4, 300, 2), (12, 65, 3), (4, 20, 4)])
+def test_numpy_and_jax_agree(name, shape):
+    if not accepted(name, shape[0], shape[2]):
+        pytest.skip("not for this layout")
+    layout, trits = LAYOUTS[name], random_trits(*shape)
+    codes = layout.pack(trits)
+    ours = layout.pack(jnp.asarray(trits))
+    assert ours.dtype == jnp.uint8
+    np.testing.assert_array_equal(ours, codes)
+    unpacked = layout.unpack(jnp.asarray(codes), *shape[1:])
+    assert unpacked.dtype == jnp.int8
+    np.testing.assert_array_equal(unpacked, trits)
+    every = np.arange(256, dtype=np.uint8)[:, None]  # invalid bytes too are read alike
+    codes = np.broadcast_to(every.reshape(-1, *[1] * (codes.ndim - 1)), (256, *codes.shape[1:])).copy()
+    np.testing.assert_array_equal(layout.unpack(jnp.asarray(codes), *shape[1:]), layout.unpack(codes, *shape[1:]))
+
+
+@pytest.mark.parametrize(("source", "target"), list(product(NAMES, NAMES)))
+def test_repack(source, target):
+    for inputs, bases in ((1, 1), (37, 1), (300, 1), (131, 2), (40, 3), (13, 4)):
+        if accepted(source, 8, bases) and accepted(target, 8, bases):
+            trits = random_trits(8, inputs, bases)
+            codes = repack(LAYOUTS[source].pack(trits), inputs, bases, source, target)
+            np.testing.assert_array_equal(codes, LAYOUTS[target].pack(trits))
+            back = repack(codes, inputs, bases, target, source)
+            np.testing.assert_array_equal(back, LAYOUTS[source].pack(trits))
+
+
+@pytest.mark.parametrize(("out", "bases", "reason"), [(8, 2, "holds one base, not 2"), (6, 1, "multiple of 4, not 6")])
+def test_what_hf_bitnet_refuses(out, bases, reason):
+    assert reason in str(LAYOUTS["hf-bitnet"].refuses(out, 5, bases))
+    with pytest.raises(ValueError, match=reason):
+        LAYOUTS["hf-bitnet"].pack(random_trits(out, 5, bases))
+
+
+def test_the_default_takes_1_6_bits_a_trit():
+    for bases in (1, 2, 3, 4):
+        assert np.prod(LAYOUTS[DEFAULT_LAYOUT].codes_shape(64, 4000, bases)) * 8 == 1.6 * bases * 64 * 4000
+
+
+def test_rows_are_separable_where_it_says_so():
+    for name, layout in LAYOUTS.items():
+        trits = random_trits(8, 20, 1)
+        codes = layout.pack(trits)
+        alone = layout.pack(trits[4:])
+        assert layout.row_separable == (codes.shape == (8, *alone.shape[1:])), name
+
+
+def test_the_module_needs_jax_and_numpy_alone():
+    code = "import sys, atd.layout; print([m for m in ('flax', 'rich', 'safetensors', 'gguf') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
