@@ -11,7 +11,15 @@ Names load on first use, so that `atd.kernels` needs jax and numpy alone.
 import importlib
 
 __version__ = "0.1.0"
-_HOME = {"convert": "atd.convert_adaptive", "load": "atd.models.model", "Pipeline": "atd.pipeline", "Pass": "atd.pipeline", "evaluate": "atd.evaluate", "generate": "atd.generate", "open": "atd.models.frontend"}
+_HOME = {
+    "convert": "atd.convert_adaptive",
+    "load": "atd.models.model",
+    "Pipeline": "atd.pipeline",
+    "Pass": "atd.pipeline",
+    "evaluate": "atd.evaluate",
+    "generate": "atd.generate",
+    "open": "atd.models.frontend",
+}
 __all__ = [*_HOME, "__version__"]
 
 

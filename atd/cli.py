@@ -1,6 +1,8 @@
-"""The command line: `atd COMMAND`. Each command is a thin function over the library; `atd COMMAND --help` teaches its options.
+"""The command line: `atd COMMAND`. Each command is a thin function over the library; `atd COMMAND --help` teaches its
+options.
 
-Exit codes: 0 done, 1 the run failed, 2 bad input, 130 interrupted. `--debug` anywhere shows the traceback behind an error.
+Exit codes: 0 done, 1 the run failed, 2 bad input, 130 interrupted. `--debug` anywhere shows the traceback behind an
+error.
 """
 
 # Heavy imports stay inside the commands, so that `atd --help` answers at once.
@@ -15,8 +17,10 @@ from atd.errors import AtdError, BadInput
 
 DESCRIPTION = """A JAX compiler for the weights of language models: every matrix becomes a sum of N ternary bases, packed, and runs under jit.
 
-Start with `atd demo` (a real model, under 5 minutes), then `atd convert MODEL OUT`, `atd eval OUT --against MODEL --data TEXT`, `atd generate OUT`.
-MODEL is a Hugging Face folder (safetensors), a .gguf file, or a folder that atd made. `--debug` shows the traceback of an error."""
+Start with `atd demo` (a real model, under 5 minutes), then `atd convert MODEL OUT`, `atd eval OUT --against MODEL
+--data TEXT`, `atd generate OUT`.
+MODEL is a Hugging Face folder (safetensors), a .gguf file, or a folder that atd made. `--debug` shows the traceback of
+an error."""
 
 Backend = Literal["auto", "xla", "xla-unpacked"]
 Model = Annotated[Positional[Path], tyro.conf.arg(metavar="MODEL")]
@@ -24,7 +28,14 @@ app = tyro.extras.SubcommandApp()
 
 
 @app.command
-def demo(*, out: Path = Path("demo"), recipe: str = "ternary3", data: Path | None = None, tokens: int = 6144, context: int = 512) -> None:
+def demo(
+    *,
+    out: Path = Path("demo"),
+    recipe: str = "ternary3",
+    data: Path | None = None,
+    tokens: int = 6144,
+    context: int = 512,
+) -> None:
     """Convert SmolLM2-135M, compare it with the original, draw a picture, let both write.
 
     Args:
@@ -54,7 +65,8 @@ def convert(
 ) -> None:
     """Turn a checkpoint into an N-base ternary checkpoint.
 
-    The output folder appears whole or not at all. A run that was interrupted goes on where it stopped when the same command is given again.
+    The output folder appears whole or not at all. A run that was interrupted goes on where it stopped when the same
+    command is given again.
 
     Args:
         model: Hugging Face folder or .gguf file.
@@ -73,17 +85,24 @@ def convert(
     from atd.recipe import read_recipe
     from atd.report import conversion_progress, sizes
 
-    for option, value, missing in (("--calib", calib, "calibrated"), ("--bits", bits, "allocate"), ("--budget", budget, "allocate")):
+    for option, value, missing in (
+        ("--calib", calib, "calibrated"),
+        ("--bits", bits, "allocate"),
+        ("--budget", budget, "allocate"),
+    ):
         if value is not None:
             raise BadInput(
-                f"{option} needs the {missing} pass, which this version does not have; choose N per layer with rules in a recipe (see configs/ternary2.toml)"
+                f"{option} needs the {missing} pass, "
+                "which this version does not have; choose N per layer with rules in a recipe (see configs/ternary2.toml)"
             )
     chosen = read_recipe(recipe, overrides)
     chosen = replace(chosen, nonfinite=nonfinite) if nonfinite else chosen
     with conversion_progress() as (say, progress):
         folder = run(model, out, chosen, overwrite=overwrite, say=say, progress=progress)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    print(f"{out}: {sizes(size)} of weights. Next: atd eval {out} --against {model} --data TEXT, atd generate {out}, atd inspect {out}")
+    print(
+        f"{out}: {sizes(size)} of weights. Next: atd eval {out} --against {model} --data TEXT, atd generate {out}, atd inspect {out}"
+    )
 
 
 @app.command(name="eval")
@@ -103,7 +122,8 @@ def evaluate(
 ) -> None:
     """Perplexity, and against a dense model KL divergence and top-1 agreement.
 
-    Non-overlapping windows, all shifted tokens scored, perplexity = exp(mean negative log-likelihood); KL(dense || model) in nats on the same positions.
+    Non-overlapping windows, all shifted tokens scored, perplexity = exp(mean negative log-likelihood); KL(dense ||
+    model) in nats on the same positions.
 
     Args:
         model: the model to evaluate.
@@ -112,11 +132,10 @@ def evaluate(
         context: window length in tokens.
         tokens: use the first so many tokens of the text alone.
         bos: put the begin-of-sequence token in front of each window (counted in its length).
-        convention: "llama.cpp" leaves the first half of each window unscored and puts BOS in front, as its perplexity tool does.
-        backend: xla keeps weights packed in memory, xla-unpacked unpacks them once at load (faster on CPUs); auto takes the latter.
-        batch: windows a step.
-        tokenizer: folder or .gguf file to take the tokenizer from, where MODEL has none.
-        json: also write the figures to this file.
+        convention: "llama.cpp" leaves the first half of each window unscored and puts BOS in front, as its perplexity
+        tool does. backend: xla keeps weights packed in memory, xla-unpacked unpacks them once at load (faster on CPUs);
+        auto takes the latter. batch: windows a step. tokenizer: folder or .gguf file to take the tokenizer from, where
+        MODEL has none. json: also write the figures to this file.
     """
     import json as json_module
 
@@ -138,7 +157,13 @@ def evaluate(
         models = []
         for path in filter(None, (model, against)):
             task = bar.add_task(f"loading {path.name}", total=None, unit="tensors")
-            models.append(load(path, backend=backend, progress=lambda done, total, task=task: bar.update(task, completed=done, total=total)))
+            models.append(
+                load(
+                    path,
+                    backend=backend,
+                    progress=lambda done, total, task=task: bar.update(task, completed=done, total=total),
+                )
+            )
         task = bar.add_task("evaluating", total=len(ids[:tokens]), unit="tokens")
         result = run(
             models[0],
@@ -153,9 +178,17 @@ def evaluate(
     bits, size = graph_size(graph)
     console.print(evaluation_table([(model.name, bits, size, result, None)]))
     if result.against_perplexity is not None and against:
-        console.print(f"{against.name}: perplexity {result.against_perplexity:.3f}; KL is KL({against.name} || {model.name})")
+        console.print(
+            f"{against.name}: perplexity {result.against_perplexity:.3f}; KL is KL({against.name} || {model.name})"
+        )
     if json:
-        row = {"model": str(model), "against": str(against) if against else None, "data": str(data), "bits_per_weight": bits, "bytes": size}
+        row = {
+            "model": str(model),
+            "against": str(against) if against else None,
+            "data": str(data),
+            "bits_per_weight": bits,
+            "bytes": size,
+        }
         json.write_text(json_module.dumps(row | result.to_json(), indent=1) + "\n")
 
 
@@ -184,8 +217,8 @@ def generate(
         top_k: sample among the k likeliest tokens (0: all).
         top_p: sample among the likeliest tokens that hold this much probability.
         seed: same seed, same text.
-        backend: xla keeps weights packed in memory, xla-unpacked unpacks them once at load (faster on CPUs); auto takes the latter.
-        tokenizer: folder or .gguf file to take the tokenizer from, where MODEL has none.
+        backend: xla keeps weights packed in memory, xla-unpacked unpacks them once at load (faster on CPUs); auto takes
+        the latter. tokenizer: folder or .gguf file to take the tokenizer from, where MODEL has none.
     """
     import time
 
@@ -194,7 +227,9 @@ def generate(
     from atd.tokenizer import open_tokenizer
 
     words = open_tokenizer(tokenizer or model)
-    ids = words.encode(words.apply_chat([{"role": "user", "content": prompt}]) if chat else prompt, bos=words.adds_bos and not chat)
+    ids = words.encode(
+        words.apply_chat([{"role": "user", "content": prompt}]) if chat else prompt, bos=words.adds_bos and not chat
+    )
     loaded = load(model, backend=backend)
     new: list[int] = []
     times = [time.perf_counter()]
@@ -221,7 +256,10 @@ def generate(
         on_token=show,
     )
     first, rate = times[1] - times[0], (len(new) - 2) / max(times[-1] - times[2], 1e-9) if len(new) > 2 else 0.0
-    print(f"\n[{len(new)} tokens; the first after {first:.1f} s, compilation included, then {rate:.1f} tokens/s]", file=sys.stderr)
+    print(
+        f"\n[{len(new)} tokens; the first after {first:.1f} s, compilation included, then {rate:.1f} tokens/s]",
+        file=sys.stderr,
+    )
 
 
 @app.command
@@ -307,7 +345,12 @@ def main(prefix: tuple[str, ...] = ()) -> None:
     arguments = [*prefix, *(a for a in sys.argv[1:] if a != "--debug")]
     debug = "--debug" in sys.argv[1:]
     try:
-        app.cli(prog="atd", description=DESCRIPTION, args=arguments, config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
+        app.cli(
+            prog="atd",
+            description=DESCRIPTION,
+            args=arguments,
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+        )
     except AtdError as error:
         if debug:
             raise
@@ -316,7 +359,9 @@ def main(prefix: tuple[str, ...] = ()) -> None:
     except KeyboardInterrupt:
         if debug:
             raise
-        print("\ninterrupted; a conversion goes on where it stopped when the same command is given again", file=sys.stderr)
+        print(
+            "\ninterrupted; a conversion goes on where it stopped when the same command is given again", file=sys.stderr
+        )
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output has gone, e.g. `atd inspect M | head`
         sys.stderr.close()

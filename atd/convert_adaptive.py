@@ -1,7 +1,8 @@
 """convert(): checkpoint -> pipeline -> checkpoint, one unit at a time. The converter, under its historic name.
 
-Peak memory is one weight plus what its passes need, for a model of any size. A run that is cut off at any point and started again skips the units that
-are finished and ends in the same bytes. `python -m atd.convert_adaptive` is `atd convert`.
+Peak memory is one weight plus what its passes need, for a model of any size. A run that is cut off at any point and
+started again skips the units that are finished and ends in the same bytes. `python -m atd.convert_adaptive` is `atd
+convert`.
 """
 
 import hashlib
@@ -46,10 +47,12 @@ def convert(
     say: Callable[[str], None] = print,
     progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Path:
-    """Converts the checkpoint `model` (Hugging Face folder or GGUF file) into the folder `out` by a recipe, and returns `out`.
+    """Converts the checkpoint `model` (Hugging Face folder or GGUF file) into the folder `out` by a recipe, and returns
+    `out`.
 
-    `recipe`: a name (`atd.recipe.recipe_names`), a TOML file, a `Recipe` or a `Pipeline`. `overrides`: "pass.option=value".
-    Raises BadInput before any weight is read for whatever cannot work, RunFailed for a full disk or a failed verification.
+    `recipe`: a name (`atd.recipe.recipe_names`), a TOML file, a `Recipe` or a `Pipeline`. `overrides`:
+    "pass.option=value". Raises BadInput before any weight is read for whatever cannot work, RunFailed for a full disk
+    or a failed verification.
     """
     if isinstance(recipe, Pipeline):
         recipe = Recipe(recipe)
@@ -73,14 +76,26 @@ def convert(
             _write_metadata(folder, Pipeline(passes)(graph, Context()), recipe, entries, tokenizer)
             graph = frontend.open(folder)
             for step in after:
-                step(graph, replace(context, written_digests={name: sha for entry in entries for name, sha in entry.tensors.items()}))
+                step(
+                    graph,
+                    replace(
+                        context, written_digests={name: sha for entry in entries for name, sha in entry.tensors.items()}
+                    ),
+                )
         kept = _write_summary(partial, source, recipe, entries, tokenizer)
         output.finish(target, partial, kept)
     return target
 
 
 def _sweep(
-    graph: Graph, passes: Sequence[Pass], context: Context, recipe: Recipe, folder: Path, done: int, total: int, progress: Callable
+    graph: Graph,
+    passes: Sequence[Pass],
+    context: Context,
+    recipe: Recipe,
+    folder: Path,
+    done: int,
+    total: int,
+    progress: Callable,
 ) -> tuple[list[output.JournalEntry], int]:
     """Carries the passes out unit by unit: load, rewrite, write the shard, one journal line, drop."""
     rewritten = Pipeline(passes)(graph, context)
@@ -89,11 +104,18 @@ def _sweep(
         shard = f"model-{i + 1:05d}-of-{len(graph.units):05d}.safetensors"
         key = _unit_key(before, passes, recipe)
         entry = journal.get(shard)
-        if entry is None or entry.key != key or not (folder / shard).is_file() or output.file_digest(folder / shard) != entry.sha256:
+        if (
+            entry is None
+            or entry.key != key
+            or not (folder / shard).is_file()
+            or output.file_digest(folder / shard) != entry.sha256
+        ):
             started = time.perf_counter()
             tensors = output.write_shard(folder / shard, [ref for node in after.nodes for ref in node.weights.values()])
             rows = _report(after, context, time.perf_counter() - started)
-            entry = output.JournalEntry(before.name or "epilogue", key, shard, output.file_digest(folder / shard), tensors, rows)
+            entry = output.JournalEntry(
+                before.name or "epilogue", key, shard, output.file_digest(folder / shard), tensors, rows
+            )
             output.append_journal(folder, entry)
         entries.append(entry)
         done += sum(int(np.prod(ref.type.shape)) for node in before.nodes for ref in node.weights.values())
@@ -126,14 +148,18 @@ def _finite(graph: Graph, nonfinite: str, say: Callable[[str], None]) -> Graph:
             place = [int(i) for i in np.argwhere(~finite)[0]]
             found = f"{ref.tensor} holds {int((~finite).sum())} NaN or Inf values, the first at {place}"
             if nonfinite == "refuse":
-                raise BadInput(f"{found}; the checkpoint is damaged. To convert it with zeros in their place: --nonfinite zero")
+                raise BadInput(
+                    f"{found}; the checkpoint is damaged. To convert it with zeros in their place: --nonfinite zero"
+                )
             say(f"warning: {found}; replaced by 0")
             return Dense(np.where(finite, array, np.zeros((), array.dtype)))
 
         return replace(ref, load=load)
 
     def unit(block: Block) -> Block:
-        return replace(block, nodes=tuple(replace(n, weights={s: checked(r) for s, r in n.weights.items()}) for n in block.nodes))
+        return replace(
+            block, nodes=tuple(replace(n, weights={s: checked(r) for s, r in n.weights.items()}) for n in block.nodes)
+        )
 
     return graph.with_units(tuple(unit(block) for block in graph.units))
 
@@ -145,11 +171,21 @@ def _report(unit: Block, context: Context, seconds: float) -> list[dict]:
         if "weight" not in node.weights or len(node.weights["weight"].type.shape) != 2:
             continue
         type = node.weights["weight"].type
-        parts = [(p.name, p.attrs["stop"] - p.attrs["start"]) for p in unit.nodes if p.op == "slice" and p.inputs == (node.name,)]
+        parts = [
+            (p.name, p.attrs["stop"] - p.attrs["start"])
+            for p in unit.nodes
+            if p.op == "slice" and p.inputs == (node.name,)
+        ]
         for name, out in parts or [(node.name, type.shape[0])]:
             full = f"{unit.name}.{name}" if unit.name else name
             weights, bits = out * type.shape[1], bits_per_weight(type)
-            row = {"node": full, "type": str(type), "weights": weights, "bits": bits, "bytes": round(bits * weights / 8)}
+            row = {
+                "node": full,
+                "type": str(type),
+                "weights": weights,
+                "bits": bits,
+                "bytes": round(bits * weights / 8),
+            }
             rows.append({**row, "error": context.figures.get(full, {}).get("error")})
     total = sum(row["weights"] for row in rows)
     return [{**row, "seconds": seconds * row["weights"] / total} for row in rows]
@@ -160,7 +196,9 @@ def tokenizer_files(source: Path, say: Callable[[str], None]) -> dict[str, bytes
     try:
         return open_tokenizer(source).files()
     except BadInput as error:
-        say(f"warning: {error}. The converted checkpoint will have no tokenizer; eval and generate need one (--tokenizer)")
+        say(
+            f"warning: {error}. The converted checkpoint will have no tokenizer; eval and generate need one (--tokenizer)"
+        )
         return {}
 
 
@@ -173,12 +211,17 @@ def _write_metadata(
 ) -> None:
     """What a reader needs besides the shards: config, graph, index, tokenizer."""
     weight_map = {name: entry.shard for entry in entries for name in entry.tensors}
-    quantization = {"quant_method": "atd", "format_version": FORMAT_VERSION, "passes": [str(step) for step in recipe.pipeline.passes]}
+    quantization = {
+        "quant_method": "atd",
+        "format_version": FORMAT_VERSION,
+        "passes": [str(step) for step in recipe.pipeline.passes],
+    }
     size = sum(ref.type.nbytes for _, ref in graph.weights())
     files = {
         "config.json": json.dumps(graph.config | {"quantization_config": quantization}, indent=2) + "\n",
         output.GRAPH: json.dumps(graph.to_json(), indent=1) + "\n",
-        INDEX: json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=1, sort_keys=True) + "\n",
+        INDEX: json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=1, sort_keys=True)
+        + "\n",
         **tokenizer,
     }
     for name, content in files.items():
@@ -188,7 +231,8 @@ def _write_metadata(
 def _write_summary(
     folder: Path, source: Path, recipe: Recipe, entries: Sequence[output.JournalEntry], tokenizer: dict[str, bytes]
 ) -> list[str]:
-    """recipe.toml (resolved), report.json, and the manifest of digests; returns the names of all files of the checkpoint.
+    """recipe.toml (resolved), report.json, and the manifest of digests; returns the names of all files of the
+    checkpoint.
 
     The report holds times and so differs from run to run; the manifest covers everything else.
     """
@@ -198,7 +242,12 @@ def _write_summary(
     digests = {entry.shard: entry.sha256 for entry in entries}
     for name in ("config.json", output.GRAPH, INDEX, "recipe.toml", *tokenizer):
         digests[name] = output.file_digest(folder / name)
-    manifest = {"format_version": FORMAT_VERSION, "atd": atd.__version__, "jax": jax.__version__, "files": dict(sorted(digests.items()))}
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "atd": atd.__version__,
+        "jax": jax.__version__,
+        "files": dict(sorted(digests.items())),
+    }
     output.write_file(folder / output.MANIFEST, json.dumps(manifest, indent=1) + "\n")
     return [*digests, output.REPORT, output.MANIFEST]
 

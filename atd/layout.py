@@ -1,16 +1,21 @@
 """Bit layouts: how the trits of a matrix lie in bytes. Arrays in, arrays out, for numpy and jax.numpy alike.
 
-A matrix is `trits int8 [out, in, bases]`, values in {-1, 0, 1}. A `Layout` turns it into `codes uint8 [...]` and back without loss.
-Inputs are padded with zero trits up to the layout's cell; `unpack` cuts them off again, so any `in` is allowed.
+A matrix is `trits int8 [out, in, bases]`, values in {-1, 0, 1}. A `Layout` turns it into `codes uint8 [...]` and back
+without loss. Inputs are padded with zero trits up to the layout's cell; `unpack` cuts them off again, so any `in` is
+allowed.
 
-    interleaved   dense base 3. A cell is 5 parameters x N trits, the N trits of one parameter side by side, in N bytes of 5 trits each
-                  (3^(5N) <= 256^N): 1.6 N bits a weight. codes [out, ceil(in/5), N].
-    bit-ttt       2 bits a trit, the N bytes of 4 parameters side by side (Bit-TTT-Engine): 00 = 0, 01 = +1, 10 = -1. codes [out, ceil(in/4), N].
-    hf-bitnet     2 bits a trit, N = 1, rows strided by out/4 (Hugging Face `bitnet`): code = trit + 1. codes [out/4, in].
-    tq2_0         2 bits a trit in GGUF's TQ2_0 order, 256 parameters a block (the block's fp16 scale is kept apart): codes [out, ceil(in/256), N, 64].
+    interleaved   dense base 3. A cell is 5 parameters x N trits, the N trits of one parameter side by side, in N bytes
+                  of 5 trits each (3^(5N) <= 256^N): 1.6 N bits a weight. codes [out, ceil(in/5), N].
+    bit-ttt       2 bits a trit, the N bytes of 4 parameters side by side (Bit-TTT-Engine): 00 = 0, 01 = +1, 10 = -1.
+                  codes [out, ceil(in/4), N].
+    hf-bitnet     2 bits a trit, N = 1, rows strided by out/4 (Hugging Face `bitnet`): code = trit + 1. codes [out/4,
+                  in].
+    tq2_0         2 bits a trit in GGUF's TQ2_0 order, 256 parameters a block (the block's fp16 scale is kept apart):
+                  codes [out, ceil(in/256), N, 64].
 
-The dense byte code: five trits d_j = t_j + 1 make v = sum_j d_j 3^(4-j) < 243, stored as q = max(1, ceil(256 v / 243)). Then q is the binary fraction
-v/243 rounded up, and the digits fall out by multiplication alone: r = q; r *= 3; d_j = r >> 8; r &= 255. 13 of the 256 codes are unused.
+The dense byte code: five trits d_j = t_j + 1 make v = sum_j d_j 3^(4-j) < 243, stored as q = max(1, ceil(256 v / 243)).
+Then q is the binary fraction v/243 rounded up, and the digits fall out by multiplication alone: r = q; r *= 3; d_j = r
+>> 8; r &= 255. 13 of the 256 codes are unused.
 """
 
 from collections.abc import Callable
@@ -44,7 +49,8 @@ def _fields_of_byte(codes):
     return _namespace(codes).stack([(codes >> (2 * j)) & 3 for j in range(4)], axis=-1)
 
 
-# --- interleaved: dense base 3 -----------------------------------------------------------------------------------------
+# --- interleaved: dense base 3
+# -----------------------------------------------------------------------------------------
 
 
 def _interleaved_shape(out: int, inputs: int, bases: int) -> tuple[int, ...]:
@@ -53,8 +59,12 @@ def _interleaved_shape(out: int, inputs: int, bases: int) -> tuple[int, ...]:
 
 def _interleaved_pack(trits):
     out, _, bases = trits.shape
-    cells = _pad_inputs(trits, TRITS_PER_BYTE).reshape(out, -1, TRITS_PER_BYTE * bases)  # parameter-major: t(p0,b0) t(p0,b1) ... t(p4,bN)
-    digits = (cells + 1).astype(np.uint32).reshape(out, -1, bases, TRITS_PER_BYTE)  # the cell's 5N trits cut into N bytes of 5
+    cells = _pad_inputs(trits, TRITS_PER_BYTE).reshape(
+        out, -1, TRITS_PER_BYTE * bases
+    )  # parameter-major: t(p0,b0) t(p0,b1) ... t(p4,bN)
+    digits = (
+        (cells + 1).astype(np.uint32).reshape(out, -1, bases, TRITS_PER_BYTE)
+    )  # the cell's 5N trits cut into N bytes of 5
     value = digits[..., 0]
     for j in range(1, TRITS_PER_BYTE):
         value = value * 3 + digits[..., j]
@@ -74,7 +84,8 @@ def _interleaved_unpack(codes, inputs: int, bases: int):
     return (cells.reshape(codes.shape[0], -1, bases) - 1)[:, :inputs].astype(np.int8)
 
 
-# --- bit-ttt: 2 bits, interleaved --------------------------------------------------------------------------------------
+# --- bit-ttt: 2 bits, interleaved
+# --------------------------------------------------------------------------------------
 
 
 def _bit_ttt_shape(out: int, inputs: int, bases: int) -> tuple[int, ...]:
@@ -93,7 +104,8 @@ def _bit_ttt_unpack(codes, inputs: int, bases: int):
     return trits.swapaxes(2, 3).reshape(codes.shape[0], -1, bases)[:, :inputs]
 
 
-# --- hf-bitnet: 2 bits, N = 1, strided rows ----------------------------------------------------------------------------
+# --- hf-bitnet: 2 bits, N = 1, strided rows
+# ----------------------------------------------------------------------------
 
 
 def _hf_bitnet_shape(out: int, inputs: int, bases: int) -> tuple[int, ...]:
@@ -103,15 +115,16 @@ def _hf_bitnet_shape(out: int, inputs: int, bases: int) -> tuple[int, ...]:
 def _hf_bitnet_pack(trits):
     out, inputs, _ = trits.shape
     fields = (trits[..., 0] + 1).astype(np.uint8).reshape(4, out // 4, inputs)  # packed row r holds rows r + i*(out/4)
-    return _byte_of_fields(_namespace(trits).moveaxis(fields, 0, -1))
+    return _byte_of_fields(fields.transpose(1, 2, 0))
 
 
 def _hf_bitnet_unpack(codes, inputs: int, bases: int):
-    fields = _namespace(codes).moveaxis(_fields_of_byte(codes), -1, 0)  # [4, out/4, in]
+    fields = _fields_of_byte(codes).transpose(2, 0, 1)  # [4, out/4, in]
     return (fields.astype(np.int8) - 1).reshape(-1, inputs, 1)
 
 
-# --- tq2_0: GGUF's order -----------------------------------------------------------------------------------------------
+# --- tq2_0: GGUF's order
+# -----------------------------------------------------------------------------------------------
 
 
 def _tq2_0_shape(out: int, inputs: int, bases: int) -> tuple[int, ...]:
@@ -120,16 +133,21 @@ def _tq2_0_shape(out: int, inputs: int, bases: int) -> tuple[int, ...]:
 
 def _tq2_0_pack(trits):
     out, _, bases = trits.shape
-    fields = (_pad_inputs(trits, 256) + 1).astype(np.uint8).reshape(out, -1, 2, 4, 32, bases)  # element h*128 + l*32 + m
+    fields = (
+        (_pad_inputs(trits, 256) + 1).astype(np.uint8).reshape(out, -1, 2, 4, 32, bases)
+    )  # element h*128 + l*32 + m
     return _byte_of_fields(fields.transpose(0, 1, 5, 2, 4, 3)).reshape(out, -1, bases, 64)  # byte h*32 + m, field l
 
 
 def _tq2_0_unpack(codes, inputs: int, bases: int):
-    fields = _fields_of_byte(codes.reshape(codes.shape[0], -1, bases, 2, 32)).astype(np.int8)  # [out, blocks, N, h, m, l]
+    fields = _fields_of_byte(codes.reshape(codes.shape[0], -1, bases, 2, 32)).astype(
+        np.int8
+    )  # [out, blocks, N, h, m, l]
     return (fields - 1).transpose(0, 1, 3, 5, 4, 2).reshape(codes.shape[0], -1, bases)[:, :inputs]
 
 
-# --- the table ---------------------------------------------------------------------------------------------------------
+# --- the table
+# ---------------------------------------------------------------------------------------------------------
 
 
 def _valid_table(codes) -> np.ndarray:
@@ -146,7 +164,8 @@ _NO_FIELD_IS_3 = (_FIELDS != 3).all(axis=0)
 class Layout:
     """A named, versioned way to lay trits [out, in, N] in bytes; see the module's docstring for each.
 
-    `row_separable`: row o of the codes depends on row o of the trits alone, so rows can be gathered, cut and concatenated packed.
+    `row_separable`: row o of the codes depends on row o of the trits alone, so rows can be gathered, cut and
+    concatenated packed.
     """
 
     name: str
@@ -186,7 +205,15 @@ class Layout:
 LAYOUTS = {
     layout.name: layout
     for layout in (
-        Layout("interleaved", 1, True, _valid_table(DENSE_CODES), _interleaved_shape, _interleaved_pack, _interleaved_unpack),
+        Layout(
+            "interleaved",
+            1,
+            True,
+            _valid_table(DENSE_CODES),
+            _interleaved_shape,
+            _interleaved_pack,
+            _interleaved_unpack,
+        ),
         Layout("bit-ttt", 1, True, _NO_FIELD_IS_3, _bit_ttt_shape, _bit_ttt_pack, _bit_ttt_unpack),
         Layout("hf-bitnet", 1, False, _NO_FIELD_IS_3, _hf_bitnet_shape, _hf_bitnet_pack, _hf_bitnet_unpack),
         Layout("tq2_0", 1, True, _NO_FIELD_IS_3, _tq2_0_shape, _tq2_0_pack, _tq2_0_unpack),

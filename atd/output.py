@@ -1,9 +1,11 @@
-"""Writing a checkpoint so that nothing is lost: a partial folder beside the target, a journal, and one rename at the end.
+"""Writing a checkpoint so that nothing is lost: a partial folder beside the target, a journal, and one rename at the
+end.
 
     .OUT.atd-partial/   shards, each written to a temporary name, fsynced and renamed; `journal.jsonl` with one line a finished unit; a lock
     OUT                 appears whole, by rename; an existing OUT is moved aside first (`--overwrite`) and deleted last
 
-A run that is killed leaves the partial folder; the next run with the same inputs takes up the units whose journal line and digest agree.
+A run that is killed leaves the partial folder; the next run with the same inputs takes up the units whose journal line
+and digest agree.
 """
 
 import errno
@@ -16,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +31,14 @@ GRAPH = "atd_graph.json"
 REPORT = "report.json"
 JOURNAL = "journal.jsonl"
 LOCK = "lock"
-_SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64", "uint8": "U8", "int8": "I8"}
+_SAFETENSORS_DTYPES = {
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float64": "F64",
+    "uint8": "U8",
+    "int8": "I8",
+}
 
 
 def digest(array) -> str:
@@ -41,7 +51,8 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# --- folders -----------------------------------------------------------------------------------------------------------
+# --- folders
+# -----------------------------------------------------------------------------------------------------------
 
 
 def partial_folder(target: Path) -> Path:
@@ -59,12 +70,16 @@ def check_target(target: Path, source: Path, overwrite: bool) -> None:
         raise BadInput(f"{target}: the output must lie outside the model's folder {source}, and not hold it")
     replaced = _replaced_folder(target)
     if replaced.exists() and not target.exists():
-        os.rename(replaced, target)  # a run was cut off between moving the old output aside and putting the new one in its place
+        os.rename(
+            replaced, target
+        )  # a run was cut off between moving the old output aside and putting the new one in its place
     if os.path.lexists(target):
         if not overwrite:
             raise BadInput(f"{target} exists; choose another name, or replace it with --overwrite")
         if target.is_symlink() or not (target / MANIFEST).is_file():
-            raise BadInput(f"{target} is no checkpoint that atd made, so it is not overwritten; remove it yourself or choose another name")
+            raise BadInput(
+                f"{target} is no checkpoint that atd made, so it is not overwritten; remove it yourself or choose another name"
+            )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -92,7 +107,9 @@ def check_space(folder: Path, needed: int) -> None:
     """Refuses before the work what would fill the disk. `needed` in bytes."""
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise BadInput(f"{folder.parent}: the output needs {needed / 1e6:.1f} MB, the disk has {free / 1e6:.1f} MB free")
+        raise BadInput(
+            f"{folder.parent}: the output needs {needed / 1e6:.1f} MB, the disk has {free / 1e6:.1f} MB free"
+        )
 
 
 @contextmanager
@@ -101,7 +118,9 @@ def _disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise RunFailed(f"{path}: the disk is full. What is finished is kept: free some space and run the same command again") from error
+            raise RunFailed(
+                f"{path}: the disk is full. What is finished is kept: free some space and run the same command again"
+            ) from error
         raise RunFailed(f"{path}: cannot be written: {error.strerror}") from error
 
 
@@ -144,18 +163,23 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-# --- shards ------------------------------------------------------------------------------------------------------------
+# --- shards
+# ------------------------------------------------------------------------------------------------------------
 
 
 def write_shard(path: Path, refs: Iterable[WeightRef]) -> dict[str, str]:
-    """Loads the weights one after the other and writes them as a safetensors file; returns the digest of each stored tensor.
+    """Loads the weights one after the other and writes them as a safetensors file; returns the digest of each stored
+    tensor.
 
     The header needs types alone, so no more than one weight is in memory (safetensors' own writer holds a whole file).
     """
     refs = list(refs)
     fields = [field for ref in refs for field in stored(ref.tensor, ref.type).values()]
-    header, offset = {"__metadata__": {"format": "pt", "producer": "atd"}}, 0
-    for name, shape, dtype in sorted(fields, key=lambda f: (-f[2].itemsize, f[0])):  # wide dtypes in front: every tensor stays aligned
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", "producer": "atd"}}
+    offset = 0
+    for name, shape, dtype in sorted(
+        fields, key=lambda f: (-f[2].itemsize, f[0])
+    ):  # wide dtypes in front: every tensor stays aligned
         end = offset + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         header[name] = {"dtype": _SAFETENSORS_DTYPES[dtype.name], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
@@ -174,7 +198,9 @@ def write_shard(path: Path, refs: Iterable[WeightRef]) -> dict[str, str]:
                 if array.dtype != dtype:
                     raise RunFailed(f"{name}: its type says {dtype}, its data is {array.dtype}")
                 digests[name] = digest(array)
-                _write_at(file, 8 + len(text) + header[name]["data_offsets"][0], memoryview(array.reshape(-1).view(np.uint8)))
+                _write_at(
+                    file, 8 + len(text) + header[name]["data_offsets"][0], memoryview(array.reshape(-1).view(np.uint8))
+                )
         with _disk_errors(path):
             _sync(file)
             os.rename(temporary, path)
@@ -189,7 +215,8 @@ def _write_at(file, position: int, content) -> None:
             view, position = view[written:], position + written
 
 
-# --- journal -----------------------------------------------------------------------------------------------------------
+# --- journal
+# -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

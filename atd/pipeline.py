@@ -1,10 +1,12 @@
 """Passes and pipelines. A pass rewrites a graph; a pipeline is a sequence of passes.
 
-Rewriting is lazy: a pass changes the *types* of weights at once and wraps their `load()`, so a whole pipeline is checked on shapes (`Pipeline.__call__`
-on an 8B graph takes a moment and no memory), and data flows only when somebody loads a weight, one weight at a time. A graph can therefore be
-executed and evaluated after each pass: `atd.load(Pipeline([...])(atd.open(path)))`.
+Rewriting is lazy: a pass changes the *types* of weights at once and wraps their `load()`, so a whole pipeline is
+checked on shapes (`Pipeline.__call__` on an 8B graph takes a moment and no memory), and data flows only when somebody
+loads a weight, one weight at a time. A graph can therefore be executed and evaluated after each pass:
+`atd.load(Pipeline([...])(atd.open(path)))`.
 
-A third-party pass is a frozen dataclass that derives from `Pass` and is registered by its distribution under the entry-point group `atd.passes`:
+A third-party pass is a frozen dataclass that derives from `Pass` and is registered by its distribution under the
+entry-point group `atd.passes`:
 
     [project.entry-points."atd.passes"]
     halve = "my_package:Halve"
@@ -38,9 +40,10 @@ BUILTIN = {
 class Context:
     """What passes may ask for, and where they leave figures.
 
-    `feature_weights`: importance of each input feature of a node, f32 [in], by full node name: `decompose` weights its errors with them.
-    `record(node, error=...)`: figures of a node for report.json, made while its weight is loaded.
-    `written_digests`: sha256 of each stored tensor as it was in memory when written; there for passes that need "written".
+    `feature_weights`: importance of each input feature of a node, f32 [in], by full node name: `decompose` weights its
+    errors with them. `record(node, error=...)`: figures of a node for report.json, made while its weight is loaded.
+    `written_digests`: sha256 of each stored tensor as it was in memory when written; there for passes that need
+    "written".
     """
 
     seed: int = 0
@@ -64,14 +67,17 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """A rewrite of graphs. Its dataclass fields are its options and round-trip to text: `decompose{bases = 2, group = 128}`.
+    """A rewrite of graphs. Its dataclass fields are its options and round-trip to text: `decompose{bases = 2, group =
+    128}`.
 
-    A subclass names itself, its `scope`, and implements `rewrite` for one target of that scope, returning None for "not mine":
+    A subclass names itself, its `scope`, and implements `rewrite` for one target of that scope, returning None for "not
+    mine":
         node    rewrite(name, node, context) -> Node | None, for every node; `rules` give single nodes other options
         block   rewrite(block, context) -> Block | None, for prologue, blocks and epilogue
         graph   rewrite(graph, context) -> Graph | None
-    `needs` holds "activations" for a pass that asks for calibration activations, "written" for a graph pass that must see its input re-read from disk.
-    `requires(graph)` says, on shapes alone, why the pass cannot run on it (or None); `ensures(before, after)` says what it broke (or None).
+    `needs` holds "activations" for a pass that asks for calibration activations, "written" for a graph pass that must
+    see its input re-read from disk. `requires(graph)` says, on shapes alone, why the pass cannot run on it (or None);
+    `ensures(before, after)` says what it broke (or None).
     """
 
     name: ClassVar[str]
@@ -117,7 +123,9 @@ class Pass:
             effective = self.for_node(name)
             return (effective and effective.rewrite(name, node, context)) or node
 
-        return graph.with_units(tuple(replace(block, nodes=tuple(rewrite(block, node) for node in block.nodes)) for block in graph.units))
+        return graph.with_units(
+            tuple(replace(block, nodes=tuple(rewrite(block, node) for node in block.nodes)) for block in graph.units)
+        )
 
     def for_node(self, name: str) -> "Pass | None":
         """This pass with the options that the first matching rule gives the node; None where the rule skips it."""
@@ -173,7 +181,8 @@ def parse_pass(text: str) -> Pass:
     return make_pass(match[1], options)
 
 
-# --- registry ----------------------------------------------------------------------------------------------------------
+# --- registry
+# ----------------------------------------------------------------------------------------------------------
 
 
 def registered() -> dict[str, str]:
@@ -182,7 +191,9 @@ def registered() -> dict[str, str]:
     for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
         distribution = point.dist.name if point.dist else "?"
         if point.name in known and known[point.name] != point.value:
-            raise BadInput(f"pass {point.name!r} is registered twice, by {owner[point.name]} and by {distribution}; uninstall one of them")
+            raise BadInput(
+                f"pass {point.name!r} is registered twice, by {owner[point.name]} and by {distribution}; uninstall one of them"
+            )
         known[point.name], owner[point.name] = point.value, distribution
     return known
 
@@ -215,7 +226,9 @@ def make_pass(name: str, options: Mapping[str, Any]) -> Pass:
     made = cls(**checked, rules=tuple(_rule(cls, rule) for rule in rules))
     for rule in made.rules:
         if not rule.skip:
-            replace(made, rules=(), **dict(rule.options))  # so that a bad value in a rule is refused now, not at its node
+            replace(
+                made, rules=(), **dict(rule.options)
+            )  # so that a bad value in a rule is refused now, not at its node
     return made
 
 
@@ -251,7 +264,8 @@ def _rule(cls: type[Pass], table: Any) -> Rule:
     return Rule(match, bool(skip), tuple((key, _checked(cls, key, value)) for key, value in options.items()))
 
 
-# --- pipelines ---------------------------------------------------------------------------------------------------------
+# --- pipelines
+# ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -275,7 +289,9 @@ class Pipeline:
         """Refuses, before any weight is read, what cannot work; returns the graph as it will be."""
         for step in self.passes:
             if "activations" in step.needs:
-                raise BadInput(f"pass {step.name} needs calibration activations, which this version does not provide yet")
+                raise BadInput(
+                    f"pass {step.name} needs calibration activations, which this version does not provide yet"
+                )
         return self(graph, Context(say=lambda line: None))
 
     def sweeps(self) -> list[tuple[tuple[Pass, ...], tuple[Pass, ...]]]:

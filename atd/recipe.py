@@ -1,12 +1,12 @@
 """Recipes: TOML files that name a pipeline and its options. Unknown keys are errors with the nearest known name.
 
-    description = "what it is for"
-    [[passes]]
-    name = "decompose"
-    bases = 2
-    [[passes.rules]]
-    match = 'model\\.layers\\.0\\..*'
-    bases = 3
+description = "what it is for"
+[[passes]]
+name = "decompose"
+bases = 2
+[[passes.rules]]
+match = 'model\\.layers\\.0\\..*'
+bases = 3
 """
 
 import tomllib
@@ -36,11 +36,19 @@ class Recipe:
 
     def to_toml(self) -> str:
         """The whole recipe with every option spelled out; reading it back gives an equal recipe."""
-        lines = [f"{key} = {toml_value(value)}" for key, value in (("description", self.description), ("seed", self.seed), ("nonfinite", self.nonfinite))]
+        lines = [
+            f"{key} = {toml_value(value)}"
+            for key, value in (("description", self.description), ("seed", self.seed), ("nonfinite", self.nonfinite))
+        ]
         for step in self.pipeline.passes:
             options = step.options()
             rules = options.pop("rules", [])
-            lines += ["", "[[passes]]", f'name = "{step.name}"', *(f"{key} = {toml_value(value)}" for key, value in options.items())]
+            lines += [
+                "",
+                "[[passes]]",
+                f'name = "{step.name}"',
+                *(f"{key} = {toml_value(value)}" for key, value in options.items()),
+            ]
             for rule in rules:
                 lines += ["", "[[passes.rules]]", *(f"{key} = {toml_value(value)}" for key, value in rule.items())]
         return "\n".join(lines) + "\n"
@@ -57,7 +65,9 @@ def read_recipe(name_or_file: str | Path, overrides: Sequence[str] = ()) -> Reci
     if str(name_or_file) in recipe_names():
         path = CONFIGS / f"{name_or_file}.toml"
     elif not path.is_file():
-        raise BadInput(f"no recipe {str(name_or_file)!r}{nearest(str(name_or_file), recipe_names())} (or the path of a .toml file)")
+        raise BadInput(
+            f"no recipe {str(name_or_file)!r}{nearest(str(name_or_file), recipe_names())} (or the path of a .toml file)"
+        )
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -93,7 +103,9 @@ def _recipe(data: dict[str, Any], overrides: Sequence[str]) -> Recipe:
             raise BadInput(f"a pass is a table with name = 'decompose' and options, not {table!r}")
     for override in overrides:
         _override(tables, override)
-    passes = [make_pass(table["name"], {key: value for key, value in table.items() if key != "name"}) for table in tables]
+    passes = [
+        make_pass(table["name"], {key: value for key, value in table.items() if key != "name"}) for table in tables
+    ]
     return Recipe(Pipeline(passes), **{key: value for key, value in data.items() if key != "passes"})
 
 
@@ -105,7 +117,9 @@ def _override(tables: list[dict[str, Any]], override: str) -> None:
         raise BadInput(f"--set {override!r} is not of the form pass.option=value, e.g. decompose.bases=3")
     matching = [table for table in tables if table["name"] == name]
     if not matching:
-        raise BadInput(f"--set {override!r}: the recipe has no pass {name!r}{nearest(name, {t['name'] for t in tables})}")
+        raise BadInput(
+            f"--set {override!r}: the recipe has no pass {name!r}{nearest(name, {t['name'] for t in tables})}"
+        )
     try:
         value = tomllib.loads(f"value = {text.strip()}")["value"]
     except tomllib.TOMLDecodeError:

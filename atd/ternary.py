@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jax import lax
+from numpy.typing import DTypeLike
 
 from atd.errors import BadInput
 from atd.weights import Group, level_weights
@@ -46,7 +47,7 @@ LEAST_IMPORTANCE = 1e-6  # of the mean: inputs that calibration never saw still 
 # --- public ------------------------------------------------------------------------------------------------------------
 
 
-def greedy(weight, bases: int, dtype=np.float32, group: Group = "tensor") -> tuple[np.ndarray, np.ndarray]:
+def greedy(weight, bases: int, dtype: DTypeLike = np.float32, group: Group = "tensor") -> tuple[np.ndarray, np.ndarray]:
     """One base after the other: scale = mean |residual| over the group, trit = clip(round(residual / scale), -1, 1), residual -= scale * trit.
 
     weight float [out, in] -> trits int8 [out, in, bases], scales `dtype` [rows, groups, bases]. With one scale per tensor (the default) this is the
@@ -56,7 +57,13 @@ def greedy(weight, bases: int, dtype=np.float32, group: Group = "tensor") -> tup
 
 
 def als(
-    weight, bases: int, group: Group, tied: bool, dtype=np.float16, feature_weights=None, iterations: int = 8
+    weight,
+    bases: int,
+    group: Group,
+    tied: bool,
+    dtype: DTypeLike = np.float16,
+    feature_weights=None,
+    iterations: int = 8,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Per group, minimises sum_k d_k (w_k - sum_i s_i t_ki)^2 over scales and trits together.
 
@@ -298,7 +305,7 @@ def _grid_moments(size, importance, least, bases, pooled):
 
 
 def _best_grid(size, importance, bases, pooled, rounded):
-    """The least-squares scale [C] of the best of GRIDS grids, whose tops go in a geometric series from 0.8 of the RMS to a little beyond the largest weight."""
+    """The least-squares scale [C] of the best of GRIDS grids: their tops go in a geometric series from 0.8 RMS to beyond the largest weight."""
     energy = _energy(size, importance, pooled)
     rms = jnp.sqrt(energy / jnp.maximum(_total_importance(size, importance, pooled), 1e-30))
     largest = jnp.max(size, axis=1)

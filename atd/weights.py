@@ -1,12 +1,14 @@
-"""Weights: what a tensor can be (types) and the tensors themselves (registered pytrees), each defined by `dequantize()`.
+"""Weights: what a tensor can be (types) and the tensors themselves (registered pytrees), each defined by
+`dequantize()`.
 
     dense    f16[out,in]                                        the array
     ternary  n=2 g=128 free f16[out,in]                         w = sum_i s_i t_i, trits one a byte
     packed   n=2 g=128 free layout=interleaved/1 f16[out,in]    the same, trits in a layout of `atd.layout`
 
-The dtype is that of the array (dense) or of the scales. `g` is the group size along the inputs, `row` (one group a row) or `tensor` (one for all).
-Scales lie interleaved, [rows, groups, N]. *Tied* scales store the last one alone, u [rows, groups, 1], with s_i = u 3^(N-1-i): then w = u * integer,
-a uniform grid of 3^N levels. A type's text is its storage form: `parse_type(str(t)) == t`.
+The dtype is that of the array (dense) or of the scales. `g` is the group size along the inputs, `row` (one group a row)
+or `tensor` (one for all). Scales lie interleaved, [rows, groups, N]. *Tied* scales store the last one alone, u [rows,
+groups, 1], with s_i = u 3^(N-1-i): then w = u * integer, a uniform grid of 3^N levels. A type's text is its storage
+form: `parse_type(str(t)) == t`.
 """
 
 import math
@@ -18,10 +20,16 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from numpy.typing import DTypeLike
 
 from atd.layout import LAYOUTS
 
-DTYPES = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16), "f64": np.dtype(np.float64)}
+DTYPES = {
+    "f32": np.dtype(np.float32),
+    "f16": np.dtype(np.float16),
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+    "f64": np.dtype(np.float64),
+}
 SHORT = {dtype: name for name, dtype in DTYPES.items()}
 Group = int | str  # a size, "row" or "tensor"
 
@@ -138,7 +146,8 @@ def bits_per_weight(type: WeightType) -> float:
     return 8 * type.nbytes / math.prod(type.shape)
 
 
-# --- values ------------------------------------------------------------------------------------------------------------
+# --- values
+# ------------------------------------------------------------------------------------------------------------
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=[])
@@ -152,7 +161,7 @@ class Dense:
     def type(self) -> DenseType:
         return DenseType(tuple(self.array.shape), SHORT[np.dtype(self.array.dtype)])
 
-    def dequantize(self, dtype=np.float32):
+    def dequantize(self, dtype: DTypeLike = np.float32):
         return self.array.astype(dtype)
 
 
@@ -170,7 +179,7 @@ class Ternary:
     scales: jax.Array | np.ndarray  # [rows, groups, N or 1]
     type: TernaryType
 
-    def dequantize(self, dtype=np.float32):
+    def dequantize(self, dtype: DTypeLike = np.float32):
         return combine(self.trits, self.scales, self.type).astype(dtype)
 
 
@@ -205,16 +214,19 @@ class Packed:
 
     def unpack(self) -> Ternary:
         ternary = self.type.ternary
-        return Ternary(LAYOUTS[self.type.layout].unpack(self.codes, ternary.shape[1], ternary.bases), self.scales, ternary)
+        return Ternary(
+            LAYOUTS[self.type.layout].unpack(self.codes, ternary.shape[1], ternary.bases), self.scales, ternary
+        )
 
-    def dequantize(self, dtype=np.float32):
+    def dequantize(self, dtype: DTypeLike = np.float32):
         return self.unpack().dequantize(dtype)
 
 
 Weight = Dense | Ternary | Packed
 
 
-# --- stored names ------------------------------------------------------------------------------------------------------
+# --- stored names
+# ------------------------------------------------------------------------------------------------------
 
 
 def stored(tensor: str, type: WeightType) -> dict[str, tuple[str, tuple[int, ...], np.dtype]]:

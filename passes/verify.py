@@ -29,12 +29,12 @@ class Verify(Pass):
             weight = ref.load()
             for field, (name, _, _) in stored(ref.tensor, ref.type).items():
                 if digest(getattr(weight, field)) != context.written_digests.get(name):
-                    raise RunFailed(f"pass verify: tensor {name} read back from the disk is not what was written; the disk or its memory is failing")
+                    raise RunFailed(
+                        f"pass verify: tensor {name} read back from the disk is not what was written; the disk or its memory is failing"
+                    )
             if problem := broken(weight):
                 raise RunFailed(f"pass verify: tensor {ref.tensor}: {problem}")
         return None
-
-
 
 
 def broken(weight: Weight) -> str | None:

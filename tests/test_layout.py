@@ -1,7 +1,5 @@
 """Layouts: every code of every cell, every byte, bytes worked out by hand from FORMATS.md, GGUF's own coder as an oracle."""
 
-import subprocess
-import sys
 from itertools import product
 
 import jax.numpy as jnp
@@ -87,12 +85,11 @@ def test_every_2_bit_cell(bases):
 def test_every_byte(name):
     """pack writes exactly the valid bytes, unpack makes trits of all 256, and a valid byte comes back as it was."""
     layout = LAYOUTS[name]
-    shape = layout.codes_shape(1024, 5 if name == "interleaved" else 256, 1)
-    codes = np.broadcast_to(np.arange(256, dtype=np.uint8).reshape(-1, *[1] * (len(shape) - 1)), (256, *shape[1:]))
-    trits = layout.unpack(codes, CELL[name], 1)
-    packed = layout.pack(np.clip(trits, -1, 1))
-    same = (packed == codes[:, : packed.shape[1]]).reshape(256, -1).all(axis=1)
-    np.testing.assert_array_equal(same, layout.valid_bytes)
+    inputs = CELL[name]
+    shape = layout.codes_shape(1024 if name == "hf-bitnet" else 256, inputs, 1)  # 256 rows of codes
+    codes = np.broadcast_to(np.arange(256, dtype=np.uint8).reshape(-1, *[1] * (len(shape) - 1)), shape)
+    packed = layout.pack(np.clip(layout.unpack(codes, inputs, 1), -1, 1))
+    np.testing.assert_array_equal((packed == codes).reshape(256, -1).all(axis=1), layout.valid_bytes)
     assert layout.valid_bytes.sum() == (243 if name == "interleaved" else 81)
     assert layout.invalid_bytes(np.arange(256, dtype=np.uint8)) == 256 - layout.valid_bytes.sum()
 
@@ -232,17 +229,4 @@ def test_what_hf_bitnet_refuses(out, bases, reason):
 
 def test_the_default_takes_1_6_bits_a_trit():
     for bases in (1, 2, 3, 4):
-        assert np.prod(LAYOUTS[DEFAULT_LAYOUT].codes_shape(64, 4000, bases)) * 8 == 1.6 * bases * 64 * 4000
-
-
-def test_rows_are_separable_where_it_says_so():
-    for name, layout in LAYOUTS.items():
-        trits = random_trits(8, 20, 1)
-        codes = layout.pack(trits)
-        alone = layout.pack(trits[4:])
-        assert layout.row_separable == (codes.shape == (8, *alone.shape[1:])), name
-
-
-def test_the_module_needs_jax_and_numpy_alone():
-    code = "import sys, atd.layout; print([m for m in ('flax', 'rich', 'safetensors', 'gguf') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+        assert np.prod(LAYOUTS[DEFAULT_LAYOUT].codes_shape(64, 4000, bases)) * 8 == 64 * 4000 // 10 * 16 * bases
