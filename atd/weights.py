@@ -15,12 +15,12 @@ import math
 import re
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from numpy.typing import DTypeLike
 
 from atd.layout import LAYOUTS
 
@@ -161,7 +161,7 @@ class Dense:
     def type(self) -> DenseType:
         return DenseType(tuple(self.array.shape), SHORT[np.dtype(self.array.dtype)])
 
-    def dequantize(self, dtype: DTypeLike = np.float32):
+    def dequantize(self, dtype: Any = np.float32):
         return self.array.astype(dtype)
 
 
@@ -179,7 +179,7 @@ class Ternary:
     scales: jax.Array | np.ndarray  # [rows, groups, N or 1]
     type: TernaryType
 
-    def dequantize(self, dtype: DTypeLike = np.float32):
+    def dequantize(self, dtype: Any = np.float32):
         return combine(self.trits, self.scales, self.type).astype(dtype)
 
 
@@ -218,7 +218,7 @@ class Packed:
             LAYOUTS[self.type.layout].unpack(self.codes, ternary.shape[1], ternary.bases), self.scales, ternary
         )
 
-    def dequantize(self, dtype: DTypeLike = np.float32):
+    def dequantize(self, dtype: Any = np.float32):
         return self.unpack().dequantize(dtype)
 
 

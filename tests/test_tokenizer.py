@@ -184,6 +184,7 @@ def test_a_sentencepiece_gguf_gives_the_ids_of_the_original(sentencepiece, text)
     assert rebuilt.encode(text).tolist() == original.encode(text).tolist()
     assert rebuilt.decode(rebuilt.encode(text)) == original.decode(original.encode(text)) == text.replace("<s></s>", "")
     assert (rebuilt.bos_id, rebuilt.eos_ids, rebuilt.adds_bos) == (original.bos_id, original.eos_ids, True)
+    assert rebuilt.decode([0, 1, 2]) == ""  # <unk> is a special token as well
 
 
 def test_sentencepiece_without_a_space_in_front(stories260k, tmp_path):
