@@ -30,8 +30,10 @@ from atd.ir import Block, Graph, InvalidGraph, Node, verify
 ENTRY_POINTS = "atd.passes"
 BUILTIN = {
     "decompose": "atd.passes.decompose:Decompose",
+    "fold_norms": "atd.passes.fold_norms:FoldNorms",
     "fuse": "atd.passes.fuse:Fuse",
     "pack": "atd.passes.pack:Pack",
+    "rotate": "atd.passes.rotate:Rotate",
     "verify": "atd.passes.verify:Verify",
 }
 
