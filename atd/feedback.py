@@ -120,13 +120,13 @@ def decompose(
     if len(hessian) != inputs or len(factor.order) != inputs:
         raise BadInput(f"second moments of {len(hessian)} inputs (factor: {len(factor.order)}) for weights of {inputs}")
     size = inputs if isinstance(group, str) else min(group, inputs)
-    _, scales = als(weight, bases, group, tied, dtype, feature_weights=np.diagonal(np.asarray(hessian)))
+    _, scales = als(weight, bases, group, tied, dtype, feature_weights=jnp.diagonal(hessian))
     scales = scales.astype(np.float32)
 
     hessian = _damped(hessian, factor.damping)
     descent = _descent(hessian, factor.order)
     options = {"bases": bases, "size": size, "tied": tied}
-    step = min(ROWS, out) if jax.default_backend() == "cpu" else out
+    step = ROWS if jax.default_backend() == "cpu" else out
 
     def carry(start: int) -> tuple[np.ndarray, np.ndarray]:
         rows, scale = (_rows(array, start, step) for array in (weight, scales))

@@ -93,7 +93,7 @@ def _untied(graph: Graph) -> Graph:
     matrices = {name: node.weights.get("weight") for name, node in graph.nodes()}
     epilogue = graph.epilogue
     for node in epilogue.nodes:
-        embedding = matrices.get(node.attrs.get("tied_to"))
+        embedding = matrices.get(node.attrs.get("tied_to", ""))
         if embedding is not None:
             attrs = {key: value for key, value in node.attrs.items() if key != "tied_to"}
             own = replace(embedding, tensor=f"{epilogue.full_name(node)}.weight")

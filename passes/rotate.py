@@ -42,7 +42,7 @@ from atd.weights import DTYPES, Dense, DenseType, Ternary, TernaryType
 IN, OUT = "rotate_in", "rotate_out"
 _DTYPES = ("f32", "f16", "bf16")
 _SYLVESTER = 64  # largest factor; more factors are fewer operations, and more passes over memory
-_CHUNK = 1 << 22  # float64 values that are rotated at a time
+_CHUNK = 1 << 18  # float64 values that are rotated at a time: what stays in a core's cache
 
 
 # --- rotations --------------------------------------------------------------------------------------------------------
@@ -63,9 +63,12 @@ class Rotation:
 
     def apply(self, rows: np.ndarray) -> np.ndarray:
         """rows @ R in float64, [..., n] -> [..., n]."""
-        y = (rows.astype(np.float64) * self.signs).reshape(-1, *(len(factor) for factor in self.factors))
-        for axis, factor in enumerate(self.factors, start=1):
-            y = np.moveaxis(np.tensordot(y, factor.astype(np.float64), (axis, 0)), -1, axis)
+        y, run = rows * self.signs, 1  # run: features that a step of this factor's index moves by
+        for factor in reversed(self.factors):
+            matrix = factor.astype(np.float64)
+            y = y.reshape(-1, len(matrix), run)
+            y = matrix.T @ y if run > 1 else (y[:, :, 0] @ matrix)
+            run *= len(matrix)
         return y.reshape(rows.shape) * self.scale
 
 

@@ -1,0 +1,224 @@
+"""rotate: orthogonal, the same function to rounding, fewer outliers, the same bytes for the same seed."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from atd.convert_adaptive import convert
+from atd.errors import BadInput
+from atd.export import export_hf
+from atd.models import frontend
+from atd.passes.decompose import Decompose
+from atd.passes.fold_norms import FoldNorms
+from atd.passes.fuse import Fuse
+from atd.passes.rotate import Rotate, absorb, hadamard, random_rotation
+from atd.pipeline import Context, Pipeline
+from atd.recipe import Recipe
+from atd.weights import Dense
+from tests.golden.write_gguf import GOLDEN
+from tests.models.test_golden import FOLDERS, TOLERANCE, distance
+from tests.models.tiny import tiny_graph
+from tests.passes.test_fold_norms import TIED, array, assert_same_function, golden, logits, unreadable
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+def rotated(graph, untie: bool = False, recipe_seed: int = 0, **options):
+    return Pipeline([FoldNorms(untie=untie), Rotate(**options)])(graph, Context(seed=recipe_seed))
+
+
+# --- rotations --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [1, 4, 12, 20, 24, 28, 36, 44, 60, 76, 148])
+def test_paleys_matrices_are_hadamard_matrices(order):
+    matrix = hadamard(order)
+    assert matrix is not None
+    assert set(np.unique(matrix)) <= {-1, 1}
+    np.testing.assert_array_equal(matrix.astype(int) @ matrix.T, order * np.eye(order))
+
+
+@pytest.mark.parametrize("order", [2, 6, 9, 40, 92, 100])
+def test_paleys_orders_end_somewhere(order):
+    assert hadamard(order) is None
+
+
+@pytest.mark.parametrize("width", [1, 2, 8, 12, 48, 64, 80, 128, 288, 576, 896, 960, 1536])
+def test_widths_of_models_get_hadamard_matrices(width):
+    matrix = random_rotation(np.random.default_rng(0), width).apply(np.eye(width))
+    np.testing.assert_allclose(np.abs(matrix), width**-0.5, rtol=1e-12)
+    np.testing.assert_allclose(matrix @ matrix.T, np.eye(width), atol=1e-12)
+
+
+@pytest.mark.parametrize("width", [3, 6, 10, 92, 344])
+def test_other_widths_get_an_orthogonal_matrix_that_mixes_all_features(width):
+    matrix = random_rotation(np.random.default_rng(0), width).apply(np.eye(width))
+    np.testing.assert_allclose(matrix @ matrix.T, np.eye(width), atol=1e-12)
+    assert np.abs(matrix).min() > 0
+
+
+def test_copies_rotate_each_run_by_itself_with_signs_of_its_own():
+    matrix = random_rotation(np.random.default_rng(1), 12, copies=3).apply(np.eye(36)).reshape(3, 12, 3, 12)
+    runs = [matrix[i, :, i] for i in range(3)]
+    for run in runs:
+        np.testing.assert_allclose(run @ run.T, np.eye(12), atol=1e-12)
+    assert not np.array_equal(runs[0], runs[1])
+    assert np.count_nonzero(matrix) == 3 * 12 * 12
+
+
+# --- the function stays -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_every_family_keeps_its_function(name):
+    graph = frontend.open(GOLDEN / name)
+    after = rotated(graph)
+    assert ("rotate_in" in str(after)) == (name in TIED)
+    for before, block in zip(graph.blocks, after.blocks, strict=True):
+        for node in (node for node in before.nodes if node.op == "linear"):
+            assert np.abs(array(block.node(node.name)) - array(node)).max() > 0.05
+        for node in (node for node in before.nodes if "bias" in node.weights):
+            moved = node.name.split(".")[1] in ("v_proj", "o_proj", "down_proj")
+            assert np.array_equal(array(block.node(node.name), "bias"), array(node, "bias")) is not moved
+    assert distance(after, golden(name)) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_untied_and_absorbed_heads_keep_the_function(name):
+    graph = frontend.open(GOLDEN / name)
+    for after in (rotated(graph, untie=True), absorb(rotated(graph))):
+        assert [node.name for node in after.prologue.nodes] == ["embed_tokens"]
+        assert [node.name for node in after.epilogue.nodes] == ["model.norm", "lm_head"]
+        assert "tied_to" not in str(after)
+        assert not after.config["tie_word_embeddings"]
+        assert distance(after, golden(name)) < TOLERANCE
+
+
+@pytest.mark.parametrize("options", [{"r1": False}, {"r2": False}])
+def test_either_rotation_alone_keeps_the_function(options):
+    graph = tiny_graph(tied=True)
+    assert_same_function(rotated(graph, **options), graph)
+
+
+def test_r2_alone_needs_no_folded_norms():
+    graph = tiny_graph()
+    assert_same_function(Rotate(r1=False)(graph), graph)
+
+
+def test_widths_without_a_hadamard_matrix_keep_the_function():
+    graph = tiny_graph(hidden=92, heads=2, kv_heads=1, tied=True)  # head_dim 46
+    after = rotated(graph)
+    assert str(after.prologue.node("rotate_in").weights["weight"].type) == "dense f32[92,92]"
+    assert_same_function(after, graph)
+
+
+def test_r1_works_on_joined_linears():
+    graph = tiny_graph()
+    assert_same_function(Pipeline([FoldNorms(), Fuse(), Rotate(r2=False)])(graph), graph)
+
+
+# --- a real model -----------------------------------------------------------------------------------------------------
+
+
+def test_a_real_model_keeps_its_function_and_loses_its_outliers(stories15m):
+    folded = FoldNorms()(frontend.open(stories15m))
+    after = Rotate()(folded)
+    assert distance(after, np.load(GOLDEN / "stories15M.npz")) < TOLERANCE
+    before, now = kurtosis(folded), kurtosis(after)
+    assert np.mean(list(before.values())) > 0.18
+    assert np.mean(list(now.values())) < 0.05
+    assert now["model.layers.0.self_attn.k_proj"] < 0.05 < 1 < before["model.layers.0.self_attn.k_proj"]
+    name = "self_attn.o_proj"  # whose inputs and outputs are both rotated: no column stands out any more either
+    assert largest(folded.blocks[0].node(name)) > 20
+    assert largest(after.blocks[0].node(name)) < 6
+
+
+def kurtosis(graph) -> dict[str, float]:
+    """Excess kurtosis of the weights over their row's standard deviation, of each linear of the blocks; Gaussian: 0."""
+    found = {}
+    for name, node in graph.nodes():
+        if node.op == "linear" and name.startswith("model.layers"):
+            weight = array(node).astype(np.float64)
+            found[name] = float(((weight / weight.std(axis=1, keepdims=True)) ** 4).mean()) - 3
+    return found
+
+
+def largest(node) -> float:
+    """The largest weight in standard deviations; about 4.5 among as many Gaussian ones."""
+    return float(np.abs(array(node)).max() / array(node).std())
+
+
+def test_converted_checkpoints_load_from_disk(stories260k, tmp_path):
+    """With the lazy graph's text, and its logits to the bit."""
+    passes = ["fold_norms", "rotate", "decompose{bases = 1, group = 64}", "fuse", "pack"]
+    recipe = Recipe(Pipeline(passes), seed=5)
+    lazy = recipe.pipeline(frontend.open(stories260k), Context(seed=5))
+    stored = frontend.open(convert(stories260k, tmp_path / "out", recipe, say=quiet))
+    assert str(stored) == str(lazy)
+    assert "%rotate_in = linear(%embed_tokens) {weight: packed n=1 g=tensor" in str(stored)
+    np.testing.assert_array_equal(logits(stored), logits(lazy))
+    assert_same_function(absorb(stored), stored)
+
+
+def test_converted_checkpoints_export(stories260k, tmp_path):
+    passes = ["fold_norms{untie = true}", "rotate", "decompose{bases = 1, group = 64}", "fuse", "pack"]
+    folder = convert(stories260k, tmp_path / "out", Pipeline(passes), say=quiet)
+    exported = frontend.open(export_hf(folder, tmp_path / "dense", say=quiet))
+    assert "tied_to" not in str(exported)
+    assert_same_function(exported, frontend.open(folder))
+
+
+# --- seeds and refusals -----------------------------------------------------------------------------------------------
+
+
+def test_equal_seeds_give_equal_bytes_and_others_do_not():
+    def weights(recipe_seed: int, seed: int) -> list[bytes]:
+        graph = rotated(tiny_graph(tied=True), recipe_seed=recipe_seed, seed=seed)
+        return [np.asarray(leaf).tobytes() for _, ref in graph.weights() for leaf in jax.tree.leaves(ref.load())]
+
+    assert weights(3, 4) == weights(3, 4)
+    for other in (weights(4, 4), weights(3, 5)):
+        assert (
+            sum(a != b for a, b in zip(other, weights(3, 4), strict=True)) == 2 * 7 + 2
+        )  # linears, rotate_in and _out
+
+
+def test_blocks_and_heads_have_rotations_of_their_own():
+    """Values that are equal in all blocks and heads are not so any more."""
+
+    def equal(block):
+        node = block.node("self_attn.v_proj")
+        ref = node.weights["weight"]
+        ones = replace(ref, load=lambda: Dense(np.ones(ref.type.shape, np.float32)))
+        return block.replace_node(replace(node, weights={"weight": ones}))
+
+    graph = tiny_graph()  # two blocks of two key-value heads of 8 features
+    graph = Rotate(r1=False)(graph.with_units((graph.prologue, *map(equal, graph.blocks), graph.epilogue)))
+    heads = [head for block in graph.blocks for head in array(block.node("self_attn.v_proj")).reshape(2, 8, 32)]
+    assert len({head.tobytes() for head in heads}) == 4
+
+
+def test_types_change_at_once_and_nothing_is_read():
+    types = {name: str(ref.type) for name, ref in rotated(unreadable(tiny_graph()), dtype="bf16").weights()}
+    assert types["model.embed_tokens"] == "dense bf16[40,32]"
+    assert types["model.layers.0.self_attn.o_proj"] == "dense bf16[32,32]"
+    assert types["model.norm"] == "dense f32[32]"
+
+
+def test_what_cannot_work_is_refused():
+    with pytest.raises(BadInput, match=r"model\.layers\.0\.input_layernorm has a gain.*put fold_norms before"):
+        Rotate()(tiny_graph())
+    with pytest.raises(BadInput, match=r"o_proj is ternary .*put rotate before decompose"):
+        Pipeline([FoldNorms(), Decompose(group=32, nodes=".*o_proj"), Rotate()])(tiny_graph())
+    with pytest.raises(BadInput, match="put rotate before fuse"):
+        Pipeline([FoldNorms(), Fuse(), Rotate()])(tiny_graph())
+    with pytest.raises(BadInput, match="rotated already"):
+        Pipeline([FoldNorms(), Rotate(), Rotate()])(tiny_graph(tied=True))
+    with pytest.raises(BadInput, match="does nothing"):
+        Rotate(r1=False, r2=False)
+    with pytest.raises(BadInput, match="seed must be"):
+        Rotate(seed=-1)
