@@ -182,7 +182,7 @@ def _damp_until(solve, damping: float):
 @jax.jit
 def _damped(hessian, damping):
     mean = jnp.mean(jnp.diagonal(hessian))
-    return hessian + damping * jnp.where(mean > 0, mean, 1.0) * jnp.eye(len(hessian))
+    return hessian + damping * jnp.where(mean == 0, 1.0, mean) * jnp.eye(len(hessian))
 
 
 @jax.jit
@@ -325,7 +325,8 @@ def _refit(weight, quantized, scales, hessian, order, *, bases, size, tied, dtyp
         return jnp.where(cost(new) < cost(current), new, current).reshape(groups, count)
 
     batch = max(1, REFIT_FLOATS // (groups * count * groups * size))
-    scales = lax.map(solve, (codes, projected, scales), batch_size=min(batch, rows))
+    batch = min(rows, 1 << batch.bit_length() - 1)  # divides ROWS: a remainder would be compiled apart
+    scales = lax.map(solve, (codes, projected, scales), batch_size=batch)
     quantized = _einsum("rgkc,rgc->rgk", codes, scales).reshape(rows, -1)[:, : len(hessian)]
     return quantized.T[order], jnp.moveaxis(_descending(jnp.moveaxis(jnp.abs(scales), -1, 0)), 0, -1)
 

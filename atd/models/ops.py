@@ -10,13 +10,13 @@ places 0..t alone, and each of these has been written before.
 """
 
 import math
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atd.ir import Block
+from atd.ir import Block, Node
 from atd.kernels import matmul as kernels
 from atd.weights import Weight
 
@@ -129,38 +129,48 @@ def run_block(
       of each sequence, which attends to
     the cache, or the beginning of the sequences (positions 0 to T-1), which attends to itself and fills the cache.
     """
-    values = {"x": x}
-    new_cache = {}
+    values, new_cache = {"x": x}, {}
     for node in block.nodes:
         inputs = [values[name] for name in node.inputs]
-        slots = weights.get(node.name, {})
-        attrs: dict[str, Any] = node.attrs
-        match node.op:
-            case "embed":
-                value = embed(inputs[0], slots["weight"])
-            case "rms_norm":
-                value = rms_norm(inputs[0], slots["weight"].dequantize(), attrs["eps"], attrs.get("head_dim"))
-            case "linear":
-                bias = slots["bias"].dequantize() if "bias" in slots else None
-                weight = slots.get("weight") or embedding
-                assert weight is not None, f"{block.full_name(node)} is tied to an embedding that was not given"
-                value = linear(inputs[0], weight, bias)
-            case "rope":
-                value = rope(inputs[0], positions, attrs["head_dim"], attrs["theta"], attrs["scaling"])
-            case "attention":
-                q, k, v = (a.reshape(*a.shape[:2], -1, attrs["head_dim"]) for a in inputs)  # [B, T, heads, head_dim]
-                k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, kv_heads, T, head_dim]
-                if cache is not None:
-                    new_cache[node.name] = update_cache(cache[node.name], k, v, positions)
-                    k, v = new_cache[node.name] if x.shape[1] == 1 else (k, v)
-                value = attention(q, k, v, positions, attrs["window"]).reshape(inputs[0].shape)
-            case "silu_mul":
-                value = silu_mul(*inputs)
-            case "add":
-                value = inputs[0] + inputs[1]
-            case "slice":
-                value = inputs[0][..., attrs["start"] : attrs["stop"]]
-            case _:
-                raise ValueError(f"{block.full_name(node)}: op {node.op!r} has no implementation")
-        values[node.name] = value
+        places = cache.get(node.name) if cache else None
+        values[node.name], filled = run_node(node, inputs, weights.get(node.name, {}), positions, places, embedding)
+        if filled is not None:
+            new_cache[node.name] = filled
     return values[block.nodes[-1].name], new_cache
+
+
+def run_node(
+    node: Node,
+    inputs: Sequence[jax.Array],
+    weights: dict[str, Weight],
+    positions,
+    cache: Cache | None = None,
+    embedding: Weight | None = None,
+) -> tuple[jax.Array, Cache | None]:
+    """One node: its inputs' values and its weights by slot -> (its value, its new cache if it had one)."""
+    attrs = node.attrs
+    match node.op:
+        case "embed":
+            return embed(inputs[0], weights["weight"]), None
+        case "rms_norm":
+            return rms_norm(inputs[0], weights["weight"].dequantize(), attrs["eps"], attrs.get("head_dim")), None
+        case "linear":
+            weight = weights.get("weight") or embedding
+            assert weight is not None, f"{node.name} is tied to an embedding that was not given"
+            return linear(inputs[0], weight, weights["bias"].dequantize() if "bias" in weights else None), None
+        case "rope":
+            return rope(inputs[0], positions, attrs["head_dim"], attrs["theta"], attrs["scaling"]), None
+        case "attention":
+            q, k, v = (a.reshape(*a.shape[:2], -1, attrs["head_dim"]) for a in inputs)  # [B, T, heads, head_dim]
+            k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, kv_heads, T, head_dim]
+            if cache is not None:
+                cache = update_cache(cache, k, v, positions)
+                k, v = cache if q.shape[1] == 1 else (k, v)
+            return attention(q, k, v, positions, attrs["window"]).reshape(inputs[0].shape), cache
+        case "silu_mul":
+            return silu_mul(*inputs), None
+        case "add":
+            return inputs[0] + inputs[1], None
+        case "slice":
+            return inputs[0][..., attrs["start"] : attrs["stop"]], None
+    raise ValueError(f"{node.name}: op {node.op!r} has no implementation")
