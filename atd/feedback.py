@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from numpy.typing import DTypeLike
 
 from atd.errors import BadInput
 from atd.ternary import RIDGE, _ascending, _descending, _digits, _levels, _nearest, _nonzero, _round, _top, als
@@ -96,7 +97,7 @@ def decompose(
     bases: int,
     group: Group,
     tied: bool,
-    dtype=np.float16,
+    dtype: DTypeLike = np.float16,
     sweeps: int = 2,
     refits: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -121,7 +122,7 @@ def decompose(
         raise BadInput(f"second moments of {len(hessian)} inputs (factor: {len(factor.order)}) for weights of {inputs}")
     size = inputs if isinstance(group, str) else min(group, inputs)
     _, scales = als(weight, bases, group, tied, dtype, feature_weights=jnp.diagonal(hessian))
-    scales = scales.astype(np.float32)
+    scales = np.asarray(scales, np.float32)
 
     hessian = _damped(hessian, factor.damping)
     descent = _descent(hessian, factor.order)

@@ -320,7 +320,8 @@ def _place(ref: WeightRef, backend: str, dtype) -> Weight:
     if len(weight.type.shape) < 2:
         dtype = jnp.float32
     if isinstance(weight.type, DenseType) or backend == "xla-unpacked":
-        return Dense(_dequantize(weight, dtype))
+        # Waited for, or tensors that are read faster than they are dequantized would pile up.
+        return Dense(jax.block_until_ready(_dequantize(weight, dtype)))
     return weight
 
 
