@@ -75,7 +75,7 @@ def convert(
         overrides: change one option of a pass, e.g. --set decompose.bases=3 --set decompose.group=row.
         nonfinite: what NaN and Inf weights get: refused (default), or zero.
         overwrite: replace OUT if atd made it.
-        calib: calibration text; not available before the calibrated passes are (data-free recipes need none).
+        calib: UTF-8 calibration text, for recipes with calibrated passes (decompose.method=hessian).
         bits: average bits a weight to reach; not available before the allocate pass is.
         budget: bytes to reach, e.g. 3.9GB; not available before the allocate pass is.
     """
@@ -86,7 +86,6 @@ def convert(
     from atd.report import conversion_progress, sizes
 
     for option, value, missing in (
-        ("--calib", calib, "calibrated"),
         ("--bits", bits, "allocate"),
         ("--budget", budget, "allocate"),
     ):
@@ -98,7 +97,7 @@ def convert(
     chosen = read_recipe(recipe, overrides)
     chosen = replace(chosen, nonfinite=nonfinite) if nonfinite else chosen
     with conversion_progress() as (say, progress):
-        folder = run(model, out, chosen, overwrite=overwrite, say=say, progress=progress)
+        folder = run(model, out, chosen, calib=calib, overwrite=overwrite, say=say, progress=progress)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     print(
         f"{out}: {sizes(size)} of weights. Next: atd eval {out} --against {model} --data TEXT, atd generate {out}, atd inspect {out}"

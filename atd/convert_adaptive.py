@@ -5,11 +5,9 @@ started again skips the units that are finished and ends in the same bytes. `pyt
 convert`.
 """
 
-import hashlib
 import json
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -17,24 +15,16 @@ import numpy as np
 
 import atd
 from atd import output
+from atd.calibration import Calibration, calibration_windows
 from atd.errors import BadInput, RunFailed
-from atd.ir import Block, Graph, WeightRef
+from atd.ir import Graph
 from atd.models import frontend
 from atd.models.frontend import FORMAT_VERSION
-from atd.pipeline import Context, Pass, Pipeline
+from atd.pipeline import Context, Pipeline
 from atd.recipe import Recipe, read_recipe, with_overrides
 from atd.store import INDEX
-from atd.tokenizer import open_tokenizer
-from atd.weights import Dense, DenseType, bits_per_weight
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a conversion is: weights done of all, and the unit that was finished last."""
-
-    done: int
-    total: int
-    unit: str
+from atd.sweep import Progress, finite, sweep
+from atd.tokenizer import open_tokenizer, read_text
 
 
 def convert(
@@ -43,152 +33,59 @@ def convert(
     recipe: str | Path | Recipe | Pipeline = "ternary2",
     *,
     overrides: Sequence[str] = (),
+    calib: str | Path | None = None,
     overwrite: bool = False,
     say: Callable[[str], None] = print,
     progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Path:
-    """Converts the checkpoint `model` (Hugging Face folder or GGUF file) into the folder `out` by a recipe, and returns
-    `out`.
+    """Converts the checkpoint `model` (Hugging Face folder or GGUF file) into the folder `out` and returns `out`.
 
-    `recipe`: a name (`atd.recipe.recipe_names`), a TOML file, a `Recipe` or a `Pipeline`. `overrides`:
-    "pass.option=value". Raises BadInput before any weight is read for whatever cannot work, RunFailed for a full disk
-    or a failed verification.
+    recipe: a name (`atd.recipe.recipe_names`), a TOML file, a `Recipe` or a `Pipeline`. overrides: "pass.option=value".
+    calib: a UTF-8 text, for passes that need activations. say, progress: where lines and progress go.
+    Raises BadInput before any weight is read for whatever cannot work, RunFailed for a full disk or a failed
+    verification.
     """
     if isinstance(recipe, Pipeline):
         recipe = Recipe(recipe)
     recipe = with_overrides(recipe, overrides) if isinstance(recipe, Recipe) else read_recipe(recipe, overrides)
     source, target = Path(model), Path(out).absolute()
-    graph = _finite(frontend.open(source), recipe.nonfinite, say)
-    final = recipe.pipeline.preflight(graph)
+    graph = finite(frontend.open(source), recipe.nonfinite, say)
+    final = recipe.pipeline.preflight(graph, calibrated=calib is not None)
     output.check_target(target, source, overwrite)
     tokenizer = tokenizer_files(source, say)
+    calibration = _calibration(calib, source, graph, recipe) if calib is not None else None
     with output.open_partial(target) as partial:
         output.check_space(partial, sum(ref.type.nbytes for _, ref in final.weights()) - _bytes_written(partial))
         sweeps = recipe.pipeline.sweeps()
         total = len(sweeps) * sum(int(np.prod(ref.type.shape)) for _, ref in graph.weights())
         done = 0
+
+        def advance(weights: int, unit: str) -> None:
+            nonlocal done
+            done += weights
+            progress(Progress(done, total, unit))
+
         for i, (passes, after) in enumerate(sweeps):
-            last = i == len(sweeps) - 1
-            folder = partial if last else partial / f"sweep-{i}"
+            folder = partial if i == len(sweeps) - 1 else partial / f"sweep-{i}"
             folder.mkdir(exist_ok=True)
-            context = Context(seed=recipe.seed, say=say)
-            entries, done = _sweep(graph, passes, context, recipe, folder, done, total, progress)
-            _write_metadata(folder, Pipeline(passes)(graph, Context()), recipe, entries, tokenizer)
+            context = Context(seed=recipe.seed, calibration=calibration, say=say)
+            rewritten, entries = sweep(graph, passes, context, recipe, folder, advance)
+            _write_metadata(folder, rewritten, recipe, entries, tokenizer)
             graph = frontend.open(folder)
+            digests = {name: sha256 for entry in entries for name, sha256 in entry.tensors.items()}
             for step in after:
-                step(
-                    graph,
-                    replace(
-                        context, written_digests={name: sha for entry in entries for name, sha in entry.tensors.items()}
-                    ),
-                )
+                step(graph, replace(context, written_digests=digests))
         kept = _write_summary(partial, source, recipe, entries, tokenizer)
         output.finish(target, partial, kept)
     return target
 
 
-def _sweep(
-    graph: Graph,
-    passes: Sequence[Pass],
-    context: Context,
-    recipe: Recipe,
-    folder: Path,
-    done: int,
-    total: int,
-    progress: Callable,
-) -> tuple[list[output.JournalEntry], int]:
-    """Carries the passes out unit by unit: load, rewrite, write the shard, one journal line, drop."""
-    rewritten = Pipeline(passes)(graph, context)
-    journal, entries = output.read_journal(folder), []
-    for i, (before, after) in enumerate(zip(graph.units, rewritten.units, strict=True)):
-        shard = f"model-{i + 1:05d}-of-{len(graph.units):05d}.safetensors"
-        key = _unit_key(before, passes, recipe)
-        entry = journal.get(shard)
-        if (
-            entry is None
-            or entry.key != key
-            or not (folder / shard).is_file()
-            or output.file_digest(folder / shard) != entry.sha256
-        ):
-            started = time.perf_counter()
-            tensors = output.write_shard(folder / shard, [ref for node in after.nodes for ref in node.weights.values()])
-            rows = _report(after, context, time.perf_counter() - started)
-            entry = output.JournalEntry(
-                before.name or "epilogue", key, shard, output.file_digest(folder / shard), tensors, rows
-            )
-            output.append_journal(folder, entry)
-        entries.append(entry)
-        done += sum(int(np.prod(ref.type.shape)) for node in before.nodes for ref in node.weights.values())
-        progress(Progress(done, total, entry.unit))
-    return entries, done
-
-
-def _unit_key(unit: Block, passes: Sequence[Pass], recipe: Recipe) -> str:
-    """Equal keys: equal bytes. Hash of the source tensors' identity, the unit's text, the passes, the seed and the versions that compute."""
-    sources = [ref.source for node in unit.nodes for ref in node.weights.values()]
-    versions = (FORMAT_VERSION, atd.__version__, jax.__version__)
-    parts = [versions, sources, unit.name, str(unit), [str(step) for step in passes], recipe.seed, recipe.nonfinite]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _finite(graph: Graph, nonfinite: str, say: Callable[[str], None]) -> Graph:
-    """The graph whose weights are looked at as they are read: NaN and Inf are refused by name, or become 0."""
-
-    def checked(ref: WeightRef) -> WeightRef:
-        if not isinstance(ref.type, DenseType):
-            return ref
-
-        def load() -> Dense:
-            weight = ref.load()
-            assert isinstance(weight, Dense)
-            array = np.asarray(weight.array)
-            finite = np.isfinite(array)
-            if finite.all():
-                return weight
-            place = [int(i) for i in np.argwhere(~finite)[0]]
-            found = f"{ref.tensor} holds {int((~finite).sum())} NaN or Inf values, the first at {place}"
-            if nonfinite == "refuse":
-                raise BadInput(
-                    f"{found}; the checkpoint is damaged. To convert it with zeros in their place: --nonfinite zero"
-                )
-            say(f"warning: {found}; replaced by 0")
-            return Dense(np.where(finite, array, np.zeros((), array.dtype)))
-
-        return replace(ref, load=load)
-
-    def unit(block: Block) -> Block:
-        return replace(
-            block, nodes=tuple(replace(n, weights={s: checked(r) for s, r in n.weights.items()}) for n in block.nodes)
-        )
-
-    return graph.with_units(tuple(unit(block) for block in graph.units))
-
-
-def _report(unit: Block, context: Context, seconds: float) -> list[dict]:
-    """A row for each weight matrix: parts of a joined linear have rows of their own. `seconds` is the unit's, shared out by weights."""
-    rows = []
-    for node in unit.nodes:
-        if "weight" not in node.weights or len(node.weights["weight"].type.shape) != 2:
-            continue
-        type = node.weights["weight"].type
-        parts = [
-            (p.name, p.attrs["stop"] - p.attrs["start"])
-            for p in unit.nodes
-            if p.op == "slice" and p.inputs == (node.name,)
-        ]
-        for name, out in parts or [(node.name, type.shape[0])]:
-            full = f"{unit.name}.{name}" if unit.name else name
-            weights, bits = out * type.shape[1], bits_per_weight(type)
-            row = {
-                "node": full,
-                "type": str(type),
-                "weights": weights,
-                "bits": bits,
-                "bytes": round(bits * weights / 8),
-            }
-            rows.append({**row, "error": context.figures.get(full, {}).get("error")})
-    total = sum(row["weights"] for row in rows)
-    return [{**row, "seconds": seconds * row["weights"] / total} for row in rows]
+def _calibration(text: str | Path, source: Path, graph: Graph, recipe: Recipe) -> Calibration:
+    """The streams of the calibration text, cut as the recipe says."""
+    limit = graph.config.get("max_position_embeddings") or recipe.calibration_context
+    context = min(recipe.calibration_context, limit)
+    tokens = open_tokenizer(source).encode(read_text(text))
+    return Calibration(calibration_windows(tokens, recipe.calibration_tokens, context))
 
 
 def tokenizer_files(source: Path, say: Callable[[str], None]) -> dict[str, bytes]:

@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 
 from atd import output
-from atd.convert_adaptive import Progress, tokenizer_files
+from atd.convert_adaptive import tokenizer_files
 from atd.errors import RunFailed
 from atd.ir import Block, Node, WeightRef
 from atd.models import frontend
+from atd.passes.rotate import absorb
 from atd.store import INDEX
+from atd.sweep import Progress
 from atd.weights import DTYPES, Dense, DenseType
 
 TORCH_DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
@@ -33,7 +35,7 @@ def export_hf(
     overflows.
     """
     source, target = Path(model), Path(out).absolute()
-    graph = frontend.open(source)
+    graph = absorb(frontend.open(source))  # a rotated stream behind a tied head has nodes that other tools do not know
     output.check_target(target, source, overwrite)
     tokenizer = tokenizer_files(source, say)
     config = {key: value for key, value in graph.config.items() if key not in ("quantization_config", "dtype")} | {

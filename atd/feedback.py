@@ -43,7 +43,7 @@ TARGET_DAMPING = 0.02
 MOST_DAMPING = 10.0  # what needs more is no second moment
 BLOCK = 64  # columns
 ROWS = 256  # rows of a chunk on a CPU: the errors of a block stay in its cache
-REFIT_FLOATS = 1 << 22  # most that the normal equations of the rows in flight may take
+REFIT_FLOATS = 1 << 20  # what the normal equations of the rows in flight may take: again, what stays near the core
 
 _matmul = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 _einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
@@ -130,7 +130,7 @@ def decompose(
     step = ROWS if jax.default_backend() == "cpu" else out
 
     def carry(start: int) -> tuple[np.ndarray, np.ndarray]:
-        rows, scale = (_rows(array, start, step) for array in (weight, scales))
+        rows, scale = _rows(weight, start, step), _rows(scales, start, step)
         target = _columns(rows, factor.order)
         visit = partial(_visit, target, order=factor.order, **options)
         quantized = visit(target, matrix=factor.feedback, scales=scale)
@@ -143,8 +143,9 @@ def decompose(
 
     starts = range(0, out, step)
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        trits, scales = zip(*threads.map(carry, starts), strict=True)
-    return np.concatenate(trits)[:out], np.concatenate(scales)[:out].astype(dtype)
+        parts = list(threads.map(carry, starts))
+    trits, fitted = (np.concatenate(arrays)[:out] for arrays in zip(*parts, strict=True))
+    return trits, fitted.astype(dtype)
 
 
 @jax.jit

@@ -50,8 +50,7 @@ def _fields_of_byte(codes):
     return _namespace(codes).stack([(codes >> (2 * j)) & 3 for j in range(4)], axis=-1)
 
 
-# --- interleaved: dense base 3
-# -----------------------------------------------------------------------------------------
+# --- interleaved: dense base 3 ----------------------------------------------------------------------------------------
 
 
 def _interleaved_shape(out: int, inputs: int, bases: int) -> tuple[int, ...]:
@@ -60,7 +59,9 @@ def _interleaved_shape(out: int, inputs: int, bases: int) -> tuple[int, ...]:
 
 def _interleaved_pack(trits):
     out, _, bases = trits.shape
-    cells = _pad_inputs(trits, TRITS_PER_BYTE).reshape(out, -1, TRITS_PER_BYTE * bases)  # t(p0,b0) t(p0,b1) ... t(p4,bN)
+    cells = _pad_inputs(trits, TRITS_PER_BYTE).reshape(
+        out, -1, TRITS_PER_BYTE * bases
+    )  # t(p0,b0) t(p0,b1) ... t(p4,bN)
     digits = (cells + 1).astype(np.uint8).reshape(out, -1, bases, TRITS_PER_BYTE)  # the cell's 5N trits: N bytes of 5
     value = digits[..., 0]
     for j in range(1, TRITS_PER_BYTE):
@@ -81,8 +82,7 @@ def _interleaved_unpack(codes, inputs: int, bases: int):
     return (cells.reshape(codes.shape[0], -1, bases) - 1)[:, :inputs].astype(np.int8)
 
 
-# --- bit-ttt: 2 bits, interleaved
-# --------------------------------------------------------------------------------------
+# --- bit-ttt: 2 bits, interleaved -------------------------------------------------------------------------------------
 
 
 def _bit_ttt_shape(out: int, inputs: int, bases: int) -> tuple[int, ...]:
@@ -101,8 +101,7 @@ def _bit_ttt_unpack(codes, inputs: int, bases: int):
     return trits.swapaxes(2, 3).reshape(codes.shape[0], -1, bases)[:, :inputs]
 
 
-# --- hf-bitnet: 2 bits, N = 1, strided rows
-# ----------------------------------------------------------------------------
+# --- hf-bitnet: 2 bits, N = 1, strided rows ---------------------------------------------------------------------------
 
 
 def _hf_bitnet_shape(out: int, inputs: int, bases: int) -> tuple[int, ...]:
@@ -120,8 +119,7 @@ def _hf_bitnet_unpack(codes, inputs: int, bases: int):
     return (fields.astype(np.int8) - 1).reshape(-1, inputs, 1)
 
 
-# --- tq2_0: GGUF's order
-# -----------------------------------------------------------------------------------------------
+# --- tq2_0: GGUF's order ----------------------------------------------------------------------------------------------
 
 
 def _tq2_0_shape(out: int, inputs: int, bases: int) -> tuple[int, ...]:
@@ -143,8 +141,7 @@ def _tq2_0_unpack(codes, inputs: int, bases: int):
     return (fields - 1).transpose(0, 1, 3, 5, 4, 2).reshape(codes.shape[0], -1, bases)[:, :inputs]
 
 
-# --- the table
-# ---------------------------------------------------------------------------------------------------------
+# --- the table --------------------------------------------------------------------------------------------------------
 
 
 def _valid_table(codes) -> np.ndarray:

@@ -16,15 +16,17 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401  safetensors finds bfloat16 in numpy once this is imported
 import numpy as np
+from safetensors import safe_open
 
 from atd.errors import BadInput, RunFailed
-from atd.ir import WeightRef
-from atd.weights import stored
+from atd.ir import Block, WeightRef
+from atd.weights import build, stored
 
 MANIFEST = "manifest.json"
 GRAPH = "atd_graph.json"
@@ -51,8 +53,7 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# --- folders
-# -----------------------------------------------------------------------------------------------------------
+# --- folders ----------------------------------------------------------------------------------------------------------
 
 
 def partial_folder(target: Path) -> Path:
@@ -163,8 +164,7 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-# --- shards
-# ------------------------------------------------------------------------------------------------------------
+# --- shards -----------------------------------------------------------------------------------------------------------
 
 
 def write_shard(path: Path, refs: Iterable[WeightRef]) -> dict[str, str]:
@@ -215,8 +215,29 @@ def _write_at(file, position: int, content) -> None:
             view, position = view[written:], position + written
 
 
-# --- journal
-# -----------------------------------------------------------------------------------------------------------
+def written(unit: Block, shard: Path) -> Block:
+    """The unit with its weights as they lie in a shard that `write_shard` wrote."""
+
+    def from_shard(ref: WeightRef) -> WeightRef:
+        def load():
+            with safe_open(shard, "np") as file:
+                names = stored(ref.tensor, ref.type)
+                return build(ref.type, {field: file.get_tensor(name) for field, (name, *_) in names.items()})
+
+        return replace(ref, load=load)
+
+    return replace(
+        unit,
+        nodes=tuple(replace(n, weights={s: from_shard(ref) for s, ref in n.weights.items()}) for n in unit.nodes),
+    )
+
+
+def is_intact(path: Path, sha256: str) -> bool:
+    """The file is there and has this digest."""
+    return path.is_file() and file_digest(path) == sha256
+
+
+# --- journal ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

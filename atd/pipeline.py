@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from atd.calibration import Calibration
 from atd.errors import BadInput, nearest
 from atd.ir import Block, Graph, InvalidGraph, Node, verify
 
@@ -44,6 +45,7 @@ class Context:
 
     `feature_weights`: importance of each input feature of a node, f32 [in], by full node name: `decompose` weights its
     errors with them. `record(node, error=...)`: figures of a node for report.json, made while its weight is loaded.
+    `calibration`: second moments of what reaches each linear; there for passes that need "activations".
     `written_digests`: sha256 of each stored tensor as it was in memory when written; there for passes that need
     "written".
     """
@@ -52,6 +54,7 @@ class Context:
     feature_weights: Mapping[str, np.ndarray] = field(default_factory=dict)
     figures: dict[str, dict] = field(default_factory=dict)
     written_digests: Mapping[str, str] = field(default_factory=dict)
+    calibration: Calibration | None = None
     say: Callable[[str], None] = print
 
     def record(self, node: str, **figures: float) -> None:
@@ -84,9 +87,11 @@ class Pass:
 
     name: ClassVar[str]
     scope: ClassVar[Literal["node", "block", "graph"]]
-    needs: ClassVar[frozenset[str]] = frozenset()
-
     rules: tuple[Rule, ...] = ()
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset()
 
     def requires(self, graph: Graph) -> str | None:
         return None
@@ -183,8 +188,7 @@ def parse_pass(text: str) -> Pass:
     return make_pass(match[1], options)
 
 
-# --- registry
-# ----------------------------------------------------------------------------------------------------------
+# --- registry ---------------------------------------------------------------------------------------------------------
 
 
 def registered() -> dict[str, str]:
@@ -266,8 +270,7 @@ def _rule(cls: type[Pass], table: Any) -> Rule:
     return Rule(match, bool(skip), tuple((key, _checked(cls, key, value)) for key, value in options.items()))
 
 
-# --- pipelines
-# ---------------------------------------------------------------------------------------------------------
+# --- pipelines --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -287,13 +290,11 @@ class Pipeline:
                 graph = step(graph, context)
         return graph
 
-    def preflight(self, graph: Graph) -> Graph:
+    def preflight(self, graph: Graph, calibrated: bool = False) -> Graph:
         """Refuses, before any weight is read, what cannot work; returns the graph as it will be."""
         for step in self.passes:
-            if "activations" in step.needs:
-                raise BadInput(
-                    f"pass {step.name} needs calibration activations, which this version does not provide yet"
-                )
+            if "activations" in step.needs and not calibrated:
+                raise BadInput(f"pass {step.name} needs calibration activations: give a text with --calib FILE")
         return self(graph, Context(say=lambda line: None))
 
     def sweeps(self) -> list[tuple[tuple[Pass, ...], tuple[Pass, ...]]]:

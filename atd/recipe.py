@@ -11,7 +11,7 @@ bases = 3
 
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +29,18 @@ class Recipe:
     description: str = ""
     seed: int = 0
     nonfinite: str = "refuse"
+    calibration_tokens: int = 32768  # of the calibration text, from its beginning
+    calibration_context: int = 512  # a window, or the model's context where that is shorter
 
     def __post_init__(self):
+        if self.seed < 0:
+            raise BadInput(f"seed must be 0 or more, not {self.seed}")
         if self.nonfinite not in ("refuse", "zero"):
             raise BadInput(f"nonfinite must be 'refuse' or 'zero', not {self.nonfinite!r}")
 
     def to_toml(self) -> str:
         """The whole recipe with every option spelled out; reading it back gives an equal recipe."""
-        lines = [
-            f"{key} = {toml_value(value)}"
-            for key, value in (("description", self.description), ("seed", self.seed), ("nonfinite", self.nonfinite))
-        ]
+        lines = [f"{f.name} = {toml_value(getattr(self, f.name))}" for f in fields(self) if f.name != "pipeline"]
         for step in self.pipeline.passes:
             options = step.options()
             rules = options.pop("rules", [])
@@ -88,12 +89,14 @@ def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
 
 
 def _recipe(data: dict[str, Any], overrides: Sequence[str]) -> Recipe:
-    known = ("description", "seed", "nonfinite", "passes")
+    known = [field.name for field in fields(Recipe) if field.name != "pipeline"] + ["passes"]
     for key in data:
         if key not in known:
             raise BadInput(f"unknown key {key!r}{nearest(key, known)}")
-    for key, kind in (("description", str), ("seed", int), ("nonfinite", str), ("passes", list)):
-        if key in data and not isinstance(data[key], kind):
+    kinds = {"description": str, "nonfinite": str, "passes": list}
+    for key in data:
+        kind = kinds.get(key, int)
+        if type(data[key]) is not kind:
             raise BadInput(f"{key} must be {kind.__name__}, not {data[key]!r}")
     tables = data.get("passes", [])
     if not tables:

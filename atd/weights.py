@@ -146,8 +146,7 @@ def bits_per_weight(type: WeightType) -> float:
     return 8 * type.nbytes / math.prod(type.shape)
 
 
-# --- values
-# ------------------------------------------------------------------------------------------------------------
+# --- values -----------------------------------------------------------------------------------------------------------
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=[])
@@ -225,8 +224,7 @@ class Packed:
 Weight = Dense | Ternary | Packed
 
 
-# --- stored names
-# ------------------------------------------------------------------------------------------------------
+# --- stored names -----------------------------------------------------------------------------------------------------
 
 
 def stored(tensor: str, type: WeightType) -> dict[str, tuple[str, tuple[int, ...], np.dtype]]:

@@ -1,24 +1,29 @@
 """decompose: a dense matrix becomes a sum of N ternary bases, `w = sum_i s_i t_i`.
 
 1. Takes every `linear` and `embed` whose full name matches `nodes` and whose weight is dense; norms and biases stay.
-2. `method = "als"`: scales fitted jointly, per group, with exhaustive re-assignment (`atd.ternary.als`). `method =
-   "greedy"`: the historic one,
-   scale = mean|residual|, base by base (`atd.ternary.greedy`); with `group = "tensor"` one scale a tensor.
+2. `method = "als"`: scales fitted jointly, per group, with exhaustive re-assignment (`atd.ternary.als`).
+   `method = "greedy"`: the historic one, scale = mean|residual|, base by base (`atd.ternary.greedy`); with
+   `group = "tensor"` one scale a tensor.
+   `method = "hessian"`: calibrated. Scales under the second moments of the inputs, error feedback, coordinate descent,
+   refits (`atd.feedback`); the target is corrected for what the layers before have changed (GPTAQ). Embedding tables
+   read no activations and get als.
 3. Errors are weighted by `context.feature_weights[node]` where somebody has put them there (als only).
 """
 
 import re
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 
-from atd import ternary
+from atd import feedback, ternary
+from atd.calibration import Moments
 from atd.errors import BadInput, nearest
 from atd.ir import Graph, Node, WeightRef
 from atd.pipeline import Context, Pass
-from atd.weights import DTYPES, Dense, DenseType, Ternary, TernaryType
+from atd.weights import DTYPES, Dense, DenseType, Group, Ternary, TernaryType
 
-METHODS = ("als", "greedy")
+METHODS = ("als", "greedy", "hessian")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +38,13 @@ class Decompose(Pass):
     group: int | str = 128  # inputs that share their scales
     scales: str = "free"  # or "tied": s_i = s_0 / 3^i, one stored scale a group
     dtype: str = "f16"  # of the stored scales
-    nodes: str = r"model\.layers\..*"  # which linears (the whole name must match); add model.embed_tokens and lm_head for the whole model
+    nodes: str = r"model\.layers\..*"  # which linears (whole names); ".*" takes model.embed_tokens and lm_head as well
+    # hessian alone:
+    sweeps: int = 2  # of coordinate descent after the error feedback
+    refits: int = 0  # rounds of (scales in closed form, one more sweep)
+    damping: float = 0.01  # of the second moments, relative to their mean diagonal
+    order: bool = True  # visit inputs by descending second moment (act-order)
+    asymmetric: float = 1.0  # share of the correction toward the dense model's outputs; 0: none
 
     def __post_init__(self):
         if self.method not in METHODS:
@@ -48,10 +59,19 @@ class Decompose(Pass):
             raise BadInput("decompose.method greedy fits free scales only; use method als for tied ones")
         if self.dtype not in ("f16", "bf16", "f32"):
             raise BadInput(f"decompose.dtype must be f16, bf16 or f32, not {self.dtype!r}")
+        if self.method == "hessian" and self.group == "tensor":
+            raise BadInput("decompose.method hessian works on rows: group must be a size or 'row', not 'tensor'")
+        if min(self.sweeps, self.refits) < 0 or self.damping < 0 or not 0 <= self.asymmetric <= 1:
+            raise BadInput("decompose: sweeps, refits and damping must be 0 or more, asymmetric from 0 to 1")
         try:
             re.compile(self.nodes)
         except re.error as error:
             raise BadInput(f"decompose.nodes {self.nodes!r} is no regular expression: {error}") from None
+
+    @property
+    def needs(self) -> frozenset[str]:
+        methods = {self.method, *(dict(rule.options).get("method") for rule in self.rules)}
+        return frozenset({"activations"}) if "hessian" in methods else frozenset()
 
     def requires(self, graph: Graph) -> str | None:
         dense = [name for name, node in graph.nodes() if _is_dense_matrix(node)]
@@ -80,6 +100,8 @@ class Decompose(Pass):
             weight = np.asarray(dense.array).astype(np.float32)
             if self.method == "greedy":
                 trits, scales = ternary.greedy(weight, self.bases, DTYPES[self.dtype], group)
+            elif self.method == "hessian" and node.op == "linear":
+                trits, scales = self._calibrated(name, weight, group, context)
             else:
                 features = context.feature_weights.get(name)
                 trits, scales = ternary.als(
@@ -89,6 +111,37 @@ class Decompose(Pass):
             return Ternary(trits, scales, type)
 
         return replace(node, weights=node.weights | {"weight": WeightRef(ref.tensor, type, load, ref.source)})
+
+    def _calibrated(
+        self, name: str, weight: np.ndarray, group: Group, context: Context
+    ) -> tuple[np.ndarray, np.ndarray]:
+        if context.calibration is None:
+            raise BadInput(f"{name}: decompose.method hessian needs calibration text: convert with --calib FILE")
+        moments = context.calibration.moments(name)
+        factor, target = _factor(moments, self.damping, self.order), weight
+        if self.asymmetric:
+            corrected = feedback.asymmetric_target(weight, moments.hessian, moments.cross)
+            target = weight + self.asymmetric * (np.asarray(corrected) - weight)
+        trits, scales = feedback.decompose(
+            target,
+            factor,
+            moments.hessian,
+            bases=self.bases,
+            group=group,
+            tied=self.scales == "tied",
+            dtype=DTYPES[self.dtype],
+            sweeps=self.sweeps,
+            refits=self.refits,
+        )
+        if factor.damping > self.damping:
+            context.record(name, damping=factor.damping)
+        return trits, scales
+
+
+@lru_cache(maxsize=1)
+def _factor(moments: Moments, damping: float, order: bool) -> feedback.Factor:
+    """Shared by the linears that share an input, which are worked on one after the other."""
+    return feedback.factor(moments.hessian, damping, order)
 
 
 def _is_dense_matrix(node: Node) -> bool:

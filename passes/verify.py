@@ -22,7 +22,10 @@ class Verify(Pass):
 
     name = "verify"
     scope = "graph"
-    needs = frozenset({"written"})
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"written"})
 
     def rewrite(self, graph: Graph, context: Context) -> Graph | None:
         for _, ref in graph.weights():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from atd import cli
+from atd import cli, report
 
 ROOT = Path(__file__).parents[1]
 
@@ -107,7 +107,7 @@ def test_generate_gives_the_same_text_packed_and_unpacked(atd, converted):
 
 
 def test_inspect_by_layer_and_by_node(atd, converted, stories260k, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(report.console, "width", 200)
     assert "model.layers.4" in atd("inspect", converted)[1]
     nodes = atd("inspect", converted, "--nodes")[1]
     assert "model.layers.4.mlp.gate_up_proj" in nodes
@@ -162,7 +162,8 @@ def test_convert_refuses(atd, stories260k, converted, tmp_path):
     refused(atd("convert", stories260k, out, "--set", "decompose.base=2"), "no option 'base'; did you mean 'bases'?")
     refused(atd("convert", stories260k, out, "--bits", 3.4), "--bits needs the allocate pass")
     refused(atd("convert", stories260k, out, "--budget", "1GB"), "--budget needs the allocate pass")
-    refused(atd("convert", stories260k, out, "--calib", "x.txt"), "--calib needs the calibrated pass")
+    refused(atd("convert", stories260k, out, "--recipe", "hessian2"), "--calib FILE")
+    refused(atd("convert", stories260k, out, "--recipe", "hessian2", "--calib", tmp_path / "x.txt"), "x.txt")
     refused(atd("convert", stories260k, stories260k, "--overwrite"), "must lie outside")
     assert os.listdir(tmp_path) == []
 
