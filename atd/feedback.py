@@ -35,7 +35,17 @@ from jax import lax
 from numpy.typing import DTypeLike
 
 from atd.errors import BadInput
-from atd.ternary import RIDGE, _ascending, _descending, _digits, _levels, _nearest, _nonzero, _round, _top, als
+from atd.levels import (
+    ascending_levels,
+    descending_scales,
+    nearest_codes,
+    nonzero,
+    ranked_levels,
+    round_scales,
+    top_level,
+    trits_of,
+)
+from atd.ternary import RIDGE, als
 from atd.weights import Group
 
 DAMPING = 0.01  # of the mean diagonal, added to the diagonal: second moments are estimates, and often singular
@@ -200,7 +210,7 @@ def _feedback(hessian, order, damping):
 def _descent(hessian, order):
     """Row j, column i: H_ij / H_jj for i != j, in the order of visits."""
     matrix = hessian[order][:, order]
-    return jnp.fill_diagonal(matrix / _nonzero(jnp.diagonal(matrix))[:, None], 0.0, inplace=False)
+    return jnp.fill_diagonal(matrix / nonzero(jnp.diagonal(matrix))[:, None], 0.0, inplace=False)
 
 
 @jax.jit
@@ -247,7 +257,7 @@ def _visit(target, quantized, *, matrix, scales, order, bases, size, tied):
     block = min(BLOCK, inputs)
     group = order // size
     grid = _grid(scales, tied)
-    snap = partial(_snap_tied, top=_top(bases)) if tied else _snap_free
+    snap = partial(_snap_tied, top=top_level(bases)) if tied else _snap_free
 
     def visit_block(number, carry):
         quantized, error = carry
@@ -278,12 +288,12 @@ def _grid(scales, tied):
     rows, groups, bases = scales.shape
     if tied:
         return scales[..., 0].T
-    level, _, rank = _levels(scales.reshape(-1, bases).T)  # [L, rows * groups]
-    return _ascending(level, rank).reshape(-1, rows, groups).transpose(2, 0, 1)
+    level, _, rank = ranked_levels(scales.reshape(-1, bases).T)  # [L, rows * groups]
+    return ascending_levels(level, rank).reshape(-1, rows, groups).transpose(2, 0, 1)
 
 
 def _snap_tied(x, least, top):
-    return jnp.clip(jnp.round(x / _nonzero(least)), -top, top) * least
+    return jnp.clip(jnp.round(x / nonzero(least)), -top, top) * least
 
 
 def _snap_free(x, level):
@@ -304,7 +314,7 @@ def _refit(weight, quantized, scales, hessian, order, *, bases, size, tied, dtyp
     """
     codes = _codes(_natural(quantized, order), scales, bases=bases, size=size, tied=tied)
     codes = (
-        codes.astype(jnp.float32)[..., None] if tied else _digits(codes, bases).astype(jnp.float32)
+        codes.astype(jnp.float32)[..., None] if tied else trits_of(codes, bases).astype(jnp.float32)
     )  # [rows, groups, size, C]
     rows, groups, _, count = codes.shape
     short = groups * size - len(hessian)
@@ -319,7 +329,7 @@ def _refit(weight, quantized, scales, hessian, order, *, bases, size, tied, dtyp
         current = current.reshape(-1)
         ridge = RIDGE * jnp.mean(jnp.diagonal(gram)) + 1e-30
         new = jax.scipy.linalg.solve(gram + ridge * jnp.eye(len(gram)), right + ridge * current, assume_a="pos")
-        new = jnp.where(new < 0, -1.0, 1.0) * _round(jnp.abs(new), dtype)
+        new = jnp.where(new < 0, -1.0, 1.0) * round_scales(jnp.abs(new), dtype)
 
         def cost(s):  # less that of no codes at all
             return s @ _matmul(gram, s) - 2 * right @ s
@@ -330,7 +340,7 @@ def _refit(weight, quantized, scales, hessian, order, *, bases, size, tied, dtyp
     batch = min(rows, 1 << batch.bit_length() - 1)  # divides ROWS: a remainder would be compiled apart
     scales = lax.map(solve, (codes, projected, scales), batch_size=batch)
     quantized = _einsum("rgkc,rgc->rgk", codes, scales).reshape(rows, -1)[:, : len(hessian)]
-    return quantized.T[order], jnp.moveaxis(_descending(jnp.moveaxis(jnp.abs(scales), -1, 0)), 0, -1)
+    return quantized.T[order], jnp.moveaxis(descending_scales(jnp.moveaxis(jnp.abs(scales), -1, 0)), 0, -1)
 
 
 # --- codes -------------------------------------------------------------------------------------------------------------
@@ -340,8 +350,8 @@ def _codes(quantized, scales, *, bases, size, tied):
     """quantized [rows, in], each on a level of its group -> int8 [rows, groups, size], the integers sum_i t_i 3^(N-1-i)."""
     groups = _grouped(quantized, size)
     if tied:
-        return jnp.clip(jnp.round(groups / _nonzero(scales)), -_top(bases), _top(bases)).astype(jnp.int8)
-    codes = _nearest(jnp.abs(groups).reshape(-1, size), scales.reshape(-1, bases).T).reshape(groups.shape)
+        return jnp.clip(jnp.round(groups / nonzero(scales)), -top_level(bases), top_level(bases)).astype(jnp.int8)
+    codes = nearest_codes(jnp.abs(groups).reshape(-1, size), scales.reshape(-1, bases).T).reshape(groups.shape)
     return jnp.where(groups < 0, -codes, codes)
 
 
@@ -349,5 +359,5 @@ def _codes(quantized, scales, *, bases, size, tied):
 def _trits(quantized, scales, order, *, bases, size, tied):
     """[in, rows] -> int8 [rows, in, bases]."""
     codes = _codes(_natural(quantized, order), scales, bases=bases, size=size, tied=tied)
-    trits = _digits(codes, bases) * (scales != 0)[:, :, None, :]
+    trits = trits_of(codes, bases) * (scales != 0)[:, :, None, :]
     return trits.reshape(len(scales), -1, bases)[:, : len(quantized)]

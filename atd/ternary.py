@@ -15,16 +15,25 @@ A matrix is cut into chunks of equal shape: matrices that share group size, base
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import product
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jax import lax
 from numpy.typing import DTypeLike
 
 from atd.errors import BadInput
+from atd.levels import (
+    descending_scales,
+    half_codes,
+    midpoints,
+    nearest_codes,
+    nonzero,
+    ranked_levels,
+    round_scales,
+    top_level,
+    trits_of,
+)
 from atd.weights import Group, level_weights
 
 MOST_BASES = 4
@@ -206,7 +215,7 @@ def _take(array: np.ndarray, rows: slice, step: int) -> np.ndarray:
 
 @partial(jax.jit, static_argnames=("bases", "dtype", "pooled"))
 def _greedy_chunk(weight, importance, *, bases, dtype, pooled):
-    scales, trits, _ = _greedy(weight, importance, bases, pooled, partial(_round, dtype=dtype))
+    scales, trits, _ = _greedy(weight, importance, bases, pooled, partial(round_scales, dtype=dtype))
     return jnp.stack(trits, axis=-1), scales.T.astype(dtype)
 
 
@@ -219,17 +228,17 @@ def _als_chunk(weight, importance, *, bases, dtype, pooled, tied, iterations):
     size = size / unit[:, None]
 
     def rounded(scales):
-        return _round(scales * unit, dtype) / unit
+        return round_scales(scales * unit, dtype) / unit
 
     least = _best_grid(size, importance, bases, pooled, rounded)
     if tied:
         least = _refine_grid(size, importance, least, bases, pooled, rounded, iterations)
-        codes = jnp.minimum(jnp.round(size / _nonzero(least)[:, None]), _top(bases)).astype(jnp.int8)
+        codes = jnp.minimum(jnp.round(size / nonzero(least)[:, None]), top_level(bases)).astype(jnp.int8)
         scales = least[None]
     else:
         scales = _best_scales(size, importance, least, bases, pooled, rounded, iterations)
-        codes = _nearest(size, scales)
-    trits = _digits(jnp.where(weight < 0, -codes, codes), bases)
+        codes = nearest_codes(size, scales)
+    trits = trits_of(jnp.where(weight < 0, -codes, codes), bases)
     return trits * (scales != 0).T[:, None, :], (scales * unit).T.astype(dtype)
 
 
@@ -238,23 +247,6 @@ def _squares_chunk(weight, trits, scales):
     """Sums of squares of the error and of the weights."""
     approximation = sum(trits[..., i] * scales[:, None, i] for i in range(trits.shape[2]))
     return jnp.square(weight - approximation).sum(), jnp.square(weight).sum()
-
-
-def _round(scales, dtype):
-    """scales as `dtype` would store them, inf where it can not. Not by a cast there and back: XLA drops that as excess precision."""
-    if dtype.itemsize >= 4:
-        return scales
-    info = ml_dtypes.finfo(dtype)
-    exponent = jnp.maximum(jnp.frexp(scales)[1] - 1, int(info.minexp)) - int(info.nmant)
-    quantum = jnp.ldexp(
-        1.0, jnp.maximum(exponent, -126)
-    )  # of float32's own denormals, which are flushed, nothing is left to round
-    rounded = jnp.round(scales / quantum) * quantum
-    return jnp.where(rounded > float(info.max), jnp.inf, rounded)
-
-
-def _nonzero(scale):
-    return jnp.where(scale > 0, scale, jnp.inf)
 
 
 def _sum(values, pooled: bool):
@@ -276,18 +268,13 @@ def _energy(size, importance, pooled):
     return _sum(_weighted(jnp.square(size), importance), pooled)
 
 
-def _top(bases: int) -> int:
-    """The largest sum of a tied decomposition: its levels are u * -top..top."""
-    return (3**bases - 1) // 2
-
-
 def _greedy(residual, importance, bases, pooled, rounded):
     """-> scales [N, C], trits N x int8 [C, size], what remains of the weights [C, size]."""
     total = _total_importance(residual, importance, pooled)
     scales, trits = [], []
     for _ in range(bases):
         scale = rounded(_sum(_weighted(jnp.abs(residual), importance), pooled) / jnp.maximum(total, 1e-30))
-        trit = jnp.clip(jnp.round(residual / _nonzero(scale)[:, None]), -1, 1)
+        trit = jnp.clip(jnp.round(residual / nonzero(scale)[:, None]), -1, 1)
         residual = residual - scale[:, None] * trit
         scales.append(scale)
         trits.append(trit.astype(jnp.int8))
@@ -299,7 +286,7 @@ def _greedy(residual, importance, bases, pooled, rounded):
 
 def _grid_moments(size, importance, least, bases, pooled):
     """q'Dw and q'Dq of the nearest assignment to the grid `least` [C]."""
-    q = jnp.minimum(jnp.round(size / _nonzero(least)[:, None]), _top(bases))
+    q = jnp.minimum(jnp.round(size / nonzero(least)[:, None]), top_level(bases))
     weighted = _weighted(q, importance)
     return _sum(weighted * size, pooled), _sum(weighted * q, pooled)
 
@@ -314,7 +301,7 @@ def _best_grid(size, importance, bases, pooled, rounded):
 
     def fit(fraction):
         top = low * (high / jnp.maximum(low, 1e-30)) ** fraction
-        wq, qq = _grid_moments(size, importance, top / _top(bases), bases, pooled)
+        wq, qq = _grid_moments(size, importance, top / top_level(bases), bases, pooled)
         scale = wq / jnp.maximum(qq, 1e-30)
         return scale, wq * scale  # the error is the energy less this
 
@@ -338,39 +325,9 @@ def _refine_grid(size, importance, least, bases, pooled, rounded, iterations):
 # --- free: N scales ------------------------------------------------------------------------------------------------------
 
 
-def _half_codes(bases: int) -> np.ndarray:
-    """[L, N]: zero, then of each pair of opposite codes the one whose first trit that is not zero is +1."""
-    codes = np.array(list(product((-1, 0, 1), repeat=bases)))
-    return codes[len(codes) // 2 :].astype(np.float32)
-
-
-def _levels(scales):
-    """scales [N, C] -> each half code's |sum| [L, C], the sign of its sum, and its rank among them by size."""
-    signed = sum(code[:, None] * scale for code, scale in zip(_half_codes(len(scales)).T, scales, strict=True))
-    level = jnp.abs(signed)
-    number = jnp.arange(len(level))
-
-    def rank(own):  # ranks by counting: for so few levels a sort is several times slower
-        own_level, own_number = own
-        before = (level < own_level) | ((level == own_level) & (number < own_number)[:, None])
-        return jnp.sum(before, axis=0, dtype=jnp.int32)
-
-    return level, jnp.where(signed < 0, -1.0, 1.0), lax.map(rank, (level, number))
-
-
-def _ascending(values, rank):
-    """values [L, C] of the half codes, those of the lowest level first."""
-    return jnp.put_along_axis(jnp.zeros_like(values), rank, values, axis=0, inplace=False)
-
-
-def _midpoints(level, rank):
-    ascending = _ascending(level, rank)
-    return (ascending[1:] + ascending[:-1]) / 2
-
-
 def _normal_equations(size, importance, scales, pooled):
     """T'DT [N, N, C] and T'Dw [N, C] of the nearest assignment to `scales` [N, C]."""
-    level, sign, rank = _levels(scales)
+    level, sign, rank = ranked_levels(scales)
     weighted = _weighted(size, importance)
 
     def above(midpoint):
@@ -385,8 +342,8 @@ def _normal_equations(size, importance, scales, pooled):
         above = jnp.concatenate([jnp.zeros_like(above[:1]), above, jnp.zeros_like(above[:1])])
         return jnp.take_along_axis(above[:-1] - above[1:], rank, axis=0)
 
-    count, total = (by_level(sums) for sums in lax.map(above, _midpoints(level, rank)))
-    codes = _half_codes(len(scales)).T  # [N, L]
+    count, total = (by_level(sums) for sums in lax.map(above, midpoints(level, rank)))
+    codes = half_codes(len(scales)).T  # [N, L]
     gram = jnp.einsum("ijl,lc->ijc", codes[:, None] * codes, count, precision=lax.Precision.HIGHEST)
     return gram, jnp.einsum("il,lc->ic", codes, sign * total, precision=lax.Precision.HIGHEST)
 
@@ -394,7 +351,7 @@ def _normal_equations(size, importance, scales, pooled):
 def _best_scales(size, importance, least, bases, pooled, rounded, iterations):
     """The best scales [N, C] of all starts; those whose ratio is given span what the grid `least` spans."""
     shapes = [np.cumprod([1.0, *(1 / ratio for ratio in ratios)]) for ratios in START_RATIOS[bases]]
-    starts = jnp.stack([rounded((shape / shape.sum())[:, None] * (_top(bases) * least)) for shape in shapes])
+    starts = jnp.stack([rounded((shape / shape.sum())[:, None] * (top_level(bases) * least)) for shape in shapes])
 
     scales, errors = lax.map(lambda s: _refine_scales(size, importance, s, pooled, rounded, iterations), starts)
     greedy, _, residual = _greedy(size, importance, bases, pooled, rounded)  # als is never behind greedy
@@ -415,7 +372,7 @@ def _refine_scales(size, importance, scales, pooled, rounded, iterations):
         best, best_error = jnp.where(better, scales, best), jnp.where(better, error, best_error)
         gram = gram + ridge * jnp.eye(len(scales))[:, :, None]
         new = _solve(gram, right + ridge * scales)
-        return (rounded(_descending(jnp.abs(new))), best, best_error), None  # a negative scale: flipped trits
+        return (rounded(descending_scales(jnp.abs(new))), best, best_error), None  # a negative scale: flipped trits
 
     start = (scales, scales, jnp.full_like(scales[0], jnp.inf))
     return lax.scan(iterate, start, length=iterations)[0][1:]
@@ -434,33 +391,3 @@ def _solve(matrix, right):
     for i in reversed(range(n)):
         right[i] = (right[i] - sum(matrix[i][j] * right[j] for j in range(i + 1, n))) / matrix[i][i]
     return jnp.stack(right)
-
-
-def _descending(scales):
-    """Sorts [N, C] along its few rows, the largest first."""
-    rows = list(scales)
-    for last in range(len(rows) - 1, 0, -1):
-        for i in range(last):
-            rows[i], rows[i + 1] = jnp.maximum(rows[i], rows[i + 1]), jnp.minimum(rows[i], rows[i + 1])
-    return jnp.stack(rows)
-
-
-def _nearest(size, scales):
-    """int8 [C, size]: the code of the level nearest to each |w|, as the integer sum_i t_i 3^(N-1-i)."""
-    bases = len(scales)
-    level, sign, rank = _levels(scales)
-    integers = sign * (_half_codes(bases) @ level_weights(bases))[:, None]  # [L, C]
-    ascending = _ascending(integers, rank).astype(jnp.int8)
-
-    def climb(codes, step):
-        midpoint, rise = step
-        return codes + jnp.where(size > midpoint[:, None], rise[:, None], 0), None
-
-    steps = _midpoints(level, rank), ascending[1:] - ascending[:-1]
-    return lax.scan(climb, jnp.zeros(size.shape, jnp.int8), steps)[0]
-
-
-def _digits(integers, bases: int):
-    """int8 integers in -top..top -> trits int8 [..., N], the most significant first: integer = sum_i t_i 3^(N-1-i)."""
-    digits = (integers + _top(bases)).astype(jnp.uint8)
-    return jnp.stack([((digits // 3 ** (bases - 1 - i)) % 3).astype(jnp.int8) - 1 for i in range(bases)], axis=-1)

@@ -9,7 +9,8 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [  # from the ground up; a module imports from floors below its own, or from its own
     {"layout", "errors", "__init__"},
     {"weights"},
-    {"ir", "ternary"},
+    {"ir", "levels"},
+    {"ternary"},
     {"kernels", "store", "gguf_header", "gguf_source", "output"},
     {"models", "tokenizer", "gguf_tokenizer"},
     {"calibration", "feedback"},

@@ -15,7 +15,8 @@ from numpy.typing import DTypeLike
 from safetensors.numpy import load_file
 
 from atd.errors import BadInput
-from atd.ternary import START_RATIOS, _round, als, decomposition_rmse, greedy, relative_rmse
+from atd.levels import round_scales
+from atd.ternary import START_RATIOS, als, decomposition_rmse, greedy, relative_rmse
 from atd.weights import SHORT, TernaryType, combine, level_weights
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -170,7 +171,7 @@ def test_rounding_is_that_of_the_dtype(dtype, values):
     array = np.array(values, np.float32)
     with np.errstate(over="ignore"):
         expected = array.astype(dtype).astype(np.float32)
-    np.testing.assert_array_equal(_round(array, np.dtype(dtype)), expected)
+    np.testing.assert_array_equal(round_scales(array, np.dtype(dtype)), expected)
 
 
 def brute_force(w: np.ndarray, bases: int) -> float:
