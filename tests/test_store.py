@@ -101,7 +101,7 @@ def test_source_identifies_the_bytes(tmp_path):
 
 
 def test_eight_billion_weights_open_at_once(tmp_path):
-    """Headers alone: 16 GB of zeros that are on no disk (a sparse file)."""
+    """Headers alone: 16 GB of zeros that are on no disk (a sparse file). Processor time, for the machine may be busy."""
     header, end = {}, 0
     shapes = {
         "self_attn.q_proj": (4096, 4096),
@@ -121,9 +121,9 @@ def test_eight_billion_weights_open_at_once(tmp_path):
     path = folder_of(tmp_path / "m")
     (path / SINGLE).write_bytes(raw_safetensors(header))
     os.truncate(path / SINGLE, (path / SINGLE).stat().st_size + end)
-    start = time.perf_counter()
+    start = time.process_time()
     checkpoint = open_checkpoint(path)
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
     assert sum(tensor.shape[0] * tensor.shape[1] for tensor in checkpoint.tensors.values()) > 6.9e9
 
 
