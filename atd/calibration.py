@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from atd.errors import BadInput
-from atd.ir import Block, Node, WeightRef
+from atd.ir import Block, Node
 from atd.models import ops
 from atd.weights import Dense, Weight
 
@@ -118,17 +118,10 @@ def _compiled(op: str, attrs: tuple) -> Callable:
 
 def _loaded_once(block: Block) -> Block:
     """The block whose weights are kept once they were loaded: the shard and the stream ask for the same ones."""
-
-    def keep(ref: WeightRef) -> WeightRef:
-        return replace(ref, load=cache(ref.load))
-
-    return replace(
-        block,
-        nodes=tuple(replace(node, weights={s: keep(ref) for s, ref in node.weights.items()}) for node in block.nodes),
-    )
+    return block.map_weights(lambda ref: replace(ref, load=cache(ref.load)))
 
 
-@partial(jax.jit)
+@jax.jit
 def _products(dense, quantized):
     """[B, T, in] twice -> X_q' X_q, X_d' X_q, both [in, in]."""
     dense, quantized = (x.reshape(-1, x.shape[-1]) for x in (dense, quantized))

@@ -132,10 +132,11 @@ def evaluate(
         context: window length in tokens.
         tokens: use the first so many tokens of the text alone.
         bos: put the begin-of-sequence token in front of each window (counted in its length).
-        convention: "llama.cpp" leaves the first half of each window unscored and puts BOS in front, as its perplexity
-        tool does. backend: xla keeps weights packed in memory, xla-unpacked unpacks them once at load (faster on CPUs);
-        auto takes the latter. batch: windows a step. tokenizer: folder or .gguf file to take the tokenizer from, where
-        MODEL has none. json: also write the figures to this file.
+        convention: "llama.cpp" scores the second half of each window alone, BOS in front, as its perplexity tool does.
+        backend: xla keeps weights packed in memory, xla-unpacked unpacks them once at load (faster on CPUs), as does auto.
+        batch: windows a step.
+        tokenizer: folder or .gguf file to take the tokenizer from, where MODEL has none.
+        json: also write the figures to this file.
     """
     import json as json_module
 
@@ -217,8 +218,8 @@ def generate(
         top_k: sample among the k likeliest tokens (0: all).
         top_p: sample among the likeliest tokens that hold this much probability.
         seed: same seed, same text.
-        backend: xla keeps weights packed in memory, xla-unpacked unpacks them once at load (faster on CPUs); auto takes
-        the latter. tokenizer: folder or .gguf file to take the tokenizer from, where MODEL has none.
+        backend: xla keeps weights packed in memory, xla-unpacked unpacks them once at load (faster on CPUs), as does auto.
+        tokenizer: folder or .gguf file to take the tokenizer from, where MODEL has none.
     """
     import time
 

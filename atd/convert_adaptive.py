@@ -53,7 +53,7 @@ def convert(
     final = recipe.pipeline.preflight(graph, calibrated=calib is not None)
     output.check_target(target, source, overwrite)
     tokenizer = tokenizer_files(source, say)
-    calibration = _calibration(calib, source, graph, recipe) if calib is not None else None
+    windows = _calibration_windows(calib, source, graph, recipe) if calib is not None else None
     with output.open_partial(target) as partial:
         output.check_space(partial, sum(ref.type.nbytes for _, ref in final.weights()) - _bytes_written(partial))
         sweeps = recipe.pipeline.sweeps()
@@ -68,6 +68,7 @@ def convert(
         for i, (passes, after) in enumerate(sweeps):
             folder = partial if i == len(sweeps) - 1 else partial / f"sweep-{i}"
             folder.mkdir(exist_ok=True)
+            calibration = None if windows is None else Calibration(windows)  # its streams start in front of the model
             context = Context(seed=recipe.seed, calibration=calibration, say=say)
             rewritten, entries = sweep(graph, passes, context, recipe, folder, advance)
             _write_metadata(folder, rewritten, recipe, entries, tokenizer)
@@ -80,12 +81,12 @@ def convert(
     return target
 
 
-def _calibration(text: str | Path, source: Path, graph: Graph, recipe: Recipe) -> Calibration:
-    """The streams of the calibration text, cut as the recipe says."""
+def _calibration_windows(text: str | Path, source: Path, graph: Graph, recipe: Recipe) -> np.ndarray:
+    """int32 [windows, context] of the calibration text, cut as the recipe says."""
     limit = graph.config.get("max_position_embeddings") or recipe.calibration_context
     context = min(recipe.calibration_context, limit)
     tokens = open_tokenizer(source).encode(read_text(text))
-    return Calibration(calibration_windows(tokens, recipe.calibration_tokens, context))
+    return calibration_windows(tokens, recipe.calibration_tokens, context)
 
 
 def tokenizer_files(source: Path, say: Callable[[str], None]) -> dict[str, bytes]:

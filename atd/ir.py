@@ -84,6 +84,14 @@ class Block:
     def replace_node(self, new: Node) -> "Block":
         return replace(self, nodes=tuple(new if node.name == new.name else node for node in self.nodes))
 
+    def map_weights(self, function: Callable[[WeightRef], WeightRef]) -> "Block":
+        """The block with every weight replaced by what the function makes of it."""
+
+        def mapped(node: Node) -> Node:
+            return replace(node, weights={slot: function(ref) for slot, ref in node.weights.items()})
+
+        return replace(self, nodes=tuple(mapped(node) for node in self.nodes))
+
     def __str__(self) -> str:
         return "\n".join(f"  {node}" for node in self.nodes)
 

@@ -227,10 +227,7 @@ def written(unit: Block, shard: Path) -> Block:
 
         return replace(ref, load=load)
 
-    return replace(
-        unit,
-        nodes=tuple(replace(n, weights={s: from_shard(ref) for s, ref in n.weights.items()}) for n in unit.nodes),
-    )
+    return unit.map_weights(from_shard)
 
 
 def is_intact(path: Path, sha256: str) -> bool:

@@ -111,12 +111,7 @@ def finite(graph: Graph, nonfinite: str, say: Callable[[str], None]) -> Graph:
 
         return replace(ref, load=load)
 
-    def unit(block: Block) -> Block:
-        return replace(
-            block, nodes=tuple(replace(n, weights={s: checked(r) for s, r in n.weights.items()}) for n in block.nodes)
-        )
-
-    return graph.with_units(tuple(unit(block) for block in graph.units))
+    return graph.with_units(tuple(unit.map_weights(checked) for unit in graph.units))
 
 
 def _report(unit: Block, context: Context, seconds: float) -> list[dict]:

@@ -1,7 +1,9 @@
 """The command line, in process: what each command prints, and one clear message for each kind of bad input."""
 
+import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -60,6 +62,9 @@ def test_every_option_has_a_help_text(atd, command):
     code, out, _ = atd(command, "--help")
     assert code == 0
     assert "usage: atd" in out
+    function = getattr(cli, "evaluate" if command == "eval" else command)
+    for option in inspect.signature(function).parameters:
+        assert re.search(rf"^ +{option}: \S", function.__doc__, re.MULTILINE), f"--{option} has no help text"
 
 
 def test_eval_writes_what_it_prints(atd, converted, stories260k, text, tmp_path):
