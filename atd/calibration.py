@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atd.errors import BadInput
 from atd.ir import Block, Node
 from atd.models import ops
 from atd.weights import Dense, Weight
@@ -42,6 +41,7 @@ class Calibration:
     """The two streams of one run. `tokens` int32 [windows, context]."""
 
     def __init__(self, tokens: np.ndarray):
+        self.tokens = tokens
         self.digest = hashlib.sha256(np.ascontiguousarray(tokens).tobytes() + str(tokens.shape).encode()).hexdigest()
         batches = [np.asarray(tokens[i : i + BATCH], np.int32) for i in range(0, len(tokens), BATCH)]
         self._dense, self._quantized = _Stream(batches), _Stream(batches)
@@ -137,18 +137,3 @@ def _moments(dense: list, quantized: list) -> Moments:
     positions = sum(q.shape[0] * q.shape[1] for q in quantized)
     hessian, cross = (sums / positions).astype(np.float32)
     return Moments(hessian, cross, positions)
-
-
-def calibration_windows(tokens: np.ndarray, count: int, context: int) -> np.ndarray:
-    """The first `count` tokens as windows [windows, context] that do not overlap; raises BadInput where there are too few."""
-    windows = count // context
-    if windows < 1:
-        raise BadInput(
-            f"{count} calibration tokens are not one window of {context}; ask for more, or a smaller context"
-        )
-    if len(tokens) < windows * context:
-        raise BadInput(
-            f"the calibration text has {len(tokens):,} tokens, {windows * context:,} are needed; give a longer text, "
-            f"or set calibration_tokens in the recipe to at most {len(tokens) // context * context}"
-        )
-    return tokens[: windows * context].reshape(windows, context)

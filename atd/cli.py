@@ -32,7 +32,7 @@ app = tyro.extras.SubcommandApp()
 def demo(
     *,
     out: Path = Path("demo"),
-    recipe: str = "ternary3",
+    recipe: str = "datafree3",
     data: Path | None = None,
     tokens: int = 6144,
     context: int = 512,
@@ -41,7 +41,7 @@ def demo(
 
     Args:
         out: folder for the converted model and the picture; a former demo there is replaced.
-        recipe: recipe to convert with (ternary2, ternary3, greedy3, or a .toml file).
+        recipe: recipe to convert with (datafree2, datafree3, greedy3, adaptive, ..., or a .toml file).
         data: UTF-8 text to evaluate on; by default the English of Python's own help topics, which is on every machine.
         tokens: how many tokens of it to score.
         context: window length in tokens.
@@ -56,11 +56,11 @@ def convert(
     model: Model,
     out: Annotated[Positional[Path], tyro.conf.arg(metavar="OUT")],
     *,
-    recipe: str = "ternary2",
+    recipe: str = "adaptive",
     overrides: Annotated[UseAppendAction[tuple[str, ...]], tyro.conf.arg(name="set", metavar="PASS.OPTION=VALUE")] = (),
     nonfinite: Literal["refuse", "zero"] | None = None,
     overwrite: bool = False,
-    calib: Path | None = None,
+    calib: UseAppendAction[tuple[str, ...]] = (),
     bits: float | None = None,
     budget: str | None = None,
 ) -> None:
@@ -72,36 +72,40 @@ def convert(
     Args:
         model: Hugging Face folder or .gguf file.
         out: folder to write.
-        recipe: ternary2 (3.45 bits), ternary3 (5.18 bits), greedy3 (historic), or the path of a .toml file.
+        recipe: adaptive (N by layer, under --bits or --budget), ternary1, ternary2, ternary3 (one N), llama3-8b-4gb,
+            datafree2, datafree3 (quick, no calibration), greedy3 (historic), or the path of a .toml file.
         overrides: change one option of a pass, e.g. --set decompose.bases=3 --set decompose.group=row.
         nonfinite: what NaN and Inf weights get: refused (default), or zero.
         overwrite: replace OUT if atd made it.
-        calib: UTF-8 calibration text, for recipes with calibrated passes (decompose.method=hessian).
-        bits: average bits a weight to reach; not available before the allocate pass is.
-        budget: bytes to reach, e.g. 3.9GB; not available before the allocate pass is.
+        calib: UTF-8 calibration text, or self (default): text that the model writes. Give it again to mix several.
+        bits: average bits a weight of the decoder's linears, scales and padding included; embedding and head stay dense.
+        budget: bytes of the whole checkpoint, embedding and head included, e.g. 3.9GB, 75MB.
     """
     from dataclasses import replace
 
+    from atd.allocation_report import allocation_table, read_rows
     from atd.convert_adaptive import convert as run
     from atd.recipe import read_recipe
-    from atd.report import conversion_progress, sizes
+    from atd.report import console, conversion_progress, sizes
 
-    for option, value, missing in (
-        ("--bits", bits, "allocate"),
-        ("--budget", budget, "allocate"),
-    ):
-        if value is not None:
-            raise BadInput(
-                f"{option} needs the {missing} pass, "
-                "which this version does not have; choose N per layer with rules in a recipe (see configs/ternary2.toml)"
-            )
+    if bits is not None and budget is not None:
+        raise BadInput("--bits and --budget are two ways to say one thing; give one of them")
+    chosen = read_recipe(recipe)
+    allocates = any(step.name == "allocate" for step in chosen.pipeline.passes)
+    if (given := "bits" if bits is not None else "budget" if budget is not None else "") and not allocates:
+        raise BadInput(f"--{given} needs the allocate pass, which recipe {recipe} does not have; adaptive does")
+    if given:
+        overrides = (*overrides, f"allocate.bits={bits or 0.0}", f"allocate.budget={budget or ''!r}")
     chosen = read_recipe(recipe, overrides)
     chosen = replace(chosen, nonfinite=nonfinite) if nonfinite else chosen
     with conversion_progress() as (say, progress):
         folder = run(model, out, chosen, calib=calib, overwrite=overwrite, say=say, progress=progress)
+    if allocates:
+        console.print(allocation_table(read_rows(folder)))
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    look = f"atd inspect {out}{f' --plot {out}.png' if allocates else ''}"
     print(
-        f"{out}: {sizes(size)} of weights. Next: atd eval {out} --against {model} --data TEXT, atd generate {out}, atd inspect {out}"
+        f"{out}: {sizes(size)} of weights. Next: atd eval {out} --against {model} --data TEXT, atd generate {out}, {look}"
     )
 
 
@@ -194,6 +198,51 @@ def evaluate(
 
 
 @app.command
+def sweep(
+    model: Model,
+    out: Annotated[Positional[Path], tyro.conf.arg(metavar="OUT")],
+    *,
+    recipe: Annotated[UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="RECIPE")] = (),
+    vary: Annotated[UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="PASS.OPTION=VALUE,...")] = (),
+    data: Annotated[UseAppendAction[tuple[Path, ...]], tyro.conf.arg(metavar="TEXT")] = (),
+    calib: UseAppendAction[tuple[str, ...]] = (),
+    context: int = 512,
+    tokens: int | None = None,
+    keep: bool = False,
+) -> None:
+    """Convert and evaluate a grid of recipes x options: one table, and a picture of bits against KL divergence.
+
+    OUT gets results.csv, pareto.png and a folder for each point. A sweep that was interrupted goes on where it stopped
+    when the same command is given again; one with more values does what is new.
+
+    Args:
+        model: Hugging Face folder or .gguf file.
+        out: folder for the table, the picture and the points.
+        recipe: a recipe or the path of a .toml file; give it again for more.
+        vary: values of one option, e.g. --vary decompose.bases=1,2,3 --vary decompose.group=64,128,row: all combinations.
+        data: UTF-8 text to evaluate on; give it again for more.
+        calib: UTF-8 calibration text for recipes with calibrated passes, or self (default): text that the model writes.
+            Give it again to mix several.
+        context: window length in tokens.
+        tokens: use the first so many tokens of each text alone.
+        keep: keep the weights of each point (else deleted once evaluated; what is left repeats them to the byte).
+    """
+    from atd import grid, pareto, results
+    from atd.report import console, progress_bar
+
+    pareto.need_matplotlib()
+    with progress_bar() as bar:
+        say = lambda line: bar.console.print(line, markup=False, highlight=False, soft_wrap=True)  # noqa: E731
+        shared = {"calib": calib, "context": context, "tokens": tokens, "keep": keep, "bar": bar, "say": say}
+        rows, failed = grid.run(model, out, recipe, vary, data=data, **shared)
+    if rows:
+        console.print(results.table(rows))
+        results.picture(rows, out / results.PICTURE)
+        console.print(f"table: {out / results.RESULTS}; picture: {out / results.PICTURE}")
+    grid.raise_failed(failed)
+
+
+@app.command
 def generate(
     model: Model,
     *,
@@ -264,17 +313,22 @@ def generate(
 
 
 @app.command
-def inspect(model: Model, *, nodes: bool = False) -> None:
+def inspect(model: Model, *, nodes: bool = False, plot: Path | None = None) -> None:
     """Type, bits and size of the weights by layer, from the headers alone.
 
     Args:
         model: Hugging Face folder, .gguf file or converted folder.
         nodes: a row for each weight matrix rather than each layer.
+        plot: draw what allocate gave each matrix into this file (.png, .svg, .pdf).
     """
+    from atd.allocation_report import allocation_picture, read_rows
     from atd.models import frontend
     from atd.report import console, graph_table
 
     console.print(graph_table(frontend.open(model), nodes=nodes))
+    if plot is not None:
+        allocation_picture(read_rows(model), plot)
+        print(f"picture: {plot}")
 
 
 @app.command

@@ -5,7 +5,9 @@ started again skips the units that are finished and ends in the same bytes. `pyt
 convert`.
 """
 
+import hashlib
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,33 +17,38 @@ import numpy as np
 
 import atd
 from atd import output
-from atd.calibration import Calibration, calibration_windows
+from atd.calibration import Calibration
+from atd.calibration_text import SELF, calibration_text, with_digest
 from atd.errors import BadInput, RunFailed
 from atd.ir import Graph
 from atd.models import frontend
 from atd.models.frontend import FORMAT_VERSION
-from atd.pipeline import Context, Pipeline
+from atd.pipeline import Context, Pass, Pipeline
 from atd.recipe import Recipe, read_recipe, with_overrides
+from atd.sampling import default_cache
 from atd.store import INDEX
-from atd.sweep import Progress, finite, sweep
-from atd.tokenizer import open_tokenizer, read_text
+from atd.sweep import Progress, figures_of, finite, sweep
+from atd.tokenizer import open_tokenizer
 
 
 def convert(
     model: str | Path,
     out: str | Path,
-    recipe: str | Path | Recipe | Pipeline = "ternary2",
+    recipe: str | Path | Recipe | Pipeline = "adaptive",
     *,
     overrides: Sequence[str] = (),
-    calib: str | Path | None = None,
+    calib: str | Path | Sequence[str | Path] = (),
     overwrite: bool = False,
+    cache: Path | None = None,
     say: Callable[[str], None] = print,
     progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Path:
     """Converts the checkpoint `model` (Hugging Face folder or GGUF file) into the folder `out` and returns `out`.
 
     recipe: a name (`atd.recipe.recipe_names`), a TOML file, a `Recipe` or a `Pipeline`. overrides: "pass.option=value".
-    calib: a UTF-8 text, for passes that need activations. say, progress: where lines and progress go.
+    calib: UTF-8 texts for passes that need activations, or "self" for text that the model writes; else as the recipe
+    says. cache: folder for what other runs can use again (`atd.sampling.default_cache()` by default). say, progress:
+    where lines and progress go.
     Raises BadInput before any weight is read for whatever cannot work, RunFailed for a full disk or a failed
     verification.
     """
@@ -49,16 +56,25 @@ def convert(
         recipe = Recipe(recipe)
     recipe = with_overrides(recipe, overrides) if isinstance(recipe, Recipe) else read_recipe(recipe, overrides)
     source, target = Path(model), Path(out).absolute()
+    cache = default_cache() if cache is None else cache
+    if given := [str(c) for c in ((calib,) if isinstance(calib, str | Path) else calib)]:
+        recipe = replace(recipe, calibration=tuple(given))
+    calibrated = any("activations" in step.needs for step in recipe.pipeline.passes)
+    if given and not calibrated:
+        say("warning: no pass of this recipe reads calibration text; --calib changes nothing")
     graph = finite(frontend.open(source), recipe.nonfinite, say)
-    final = recipe.pipeline.preflight(graph, calibrated=calib is not None)
+    final = recipe.pipeline.preflight(graph)
     output.check_target(target, source, overwrite)
     tokenizer = tokenizer_files(source, say)
-    windows = _calibration_windows(calib, source, graph, recipe) if calib is not None else None
+    windows = None
+    if calibrated:
+        windows = calibration_text(recipe, source, graph, cache, say, progress)
+        recipe = with_digest(recipe, windows)
     with output.open_partial(target) as partial:
         output.check_space(partial, sum(ref.type.nbytes for _, ref in final.weights()) - _bytes_written(partial))
         sweeps = recipe.pipeline.sweeps()
         total = len(sweeps) * sum(int(np.prod(ref.type.shape)) for _, ref in graph.weights())
-        done = 0
+        done, dense, figures = 0, None, {}
 
         def advance(weights: int, unit: str) -> None:
             nonlocal done
@@ -69,24 +85,48 @@ def convert(
             folder = partial if i == len(sweeps) - 1 else partial / f"sweep-{i}"
             folder.mkdir(exist_ok=True)
             calibration = None if windows is None else Calibration(windows)  # its streams start in front of the model
-            context = Context(seed=recipe.seed, calibration=calibration, say=say)
+            context = Context(recipe.seed, calibration=calibration, dense=dense, cache=cache, say=say)
+            context.advance = lambda what, done, total: progress(Progress(done, total, what))
+            context.figures = figures
             rewritten, entries = sweep(graph, passes, context, recipe, folder, advance)
+            dense, figures = context.dense, figures_of(entries)
             _write_metadata(folder, rewritten, recipe, entries, tokenizer)
             graph = frontend.open(folder)
-            digests = {name: sha256 for entry in entries for name, sha256 in entry.tensors.items()}
-            for step in after:
-                step(graph, replace(context, written_digests=digests))
-        kept = _write_summary(partial, source, recipe, entries, tokenizer)
+            context.written_digests = {name: sha256 for entry in entries for name, sha256 in entry.tensors.items()}
+            for number, step in enumerate(after):
+                keys = [entry.key for entry in entries]
+                made_from = f"{recipe.calibration_sha256} {keys} {[str(s) for s in after[: number + 1]]}"
+                graph = _kept(step, graph, context, recipe, folder / f"after-{number}", made_from, tokenizer)
+        kept = _write_summary(partial, source, recipe, entries, tokenizer, windows)
         output.finish(target, partial, kept)
     return target
 
 
-def _calibration_windows(text: str | Path, source: Path, graph: Graph, recipe: Recipe) -> np.ndarray:
-    """int32 [windows, context] of the calibration text, cut as the recipe says."""
-    limit = graph.config.get("max_position_embeddings") or recipe.calibration_context
-    context = min(recipe.calibration_context, limit)
-    tokens = open_tokenizer(source).encode(read_text(text))
-    return calibration_windows(tokens, recipe.calibration_tokens, context)
+def _kept(
+    step: Pass,
+    graph: Graph,
+    context: Context,
+    recipe: Recipe,
+    folder: Path,
+    made_from: str,
+    tokenizer: dict[str, bytes],
+) -> Graph:
+    """What a pass makes of a written model, written itself, so that a run that was cut off need not do it again."""
+    key = hashlib.sha256(made_from.encode()).hexdigest()
+    mark = folder / "made_from"
+    if not (mark.is_file() and mark.read_text() == key):
+        after = step(graph, context)
+        if after is graph:  # it only looked
+            return graph
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        named = after.with_units(
+            tuple(unit.map_weights(lambda ref: replace(ref, source=f"{key} {ref.tensor}")) for unit in after.units)
+        )
+        rewritten, entries = sweep(named, (), Context(say=context.say), recipe, folder, lambda weights, unit: None)
+        _write_metadata(folder, rewritten, recipe, entries, tokenizer)
+        output.write_file(mark, key)
+    return frontend.open(folder)
 
 
 def tokenizer_files(source: Path, say: Callable[[str], None]) -> dict[str, bytes]:
@@ -127,7 +167,12 @@ def _write_metadata(
 
 
 def _write_summary(
-    folder: Path, source: Path, recipe: Recipe, entries: Sequence[output.JournalEntry], tokenizer: dict[str, bytes]
+    folder: Path,
+    source: Path,
+    recipe: Recipe,
+    entries: Sequence[output.JournalEntry],
+    tokenizer: dict[str, bytes],
+    windows: np.ndarray | None,
 ) -> list[str]:
     """recipe.toml (resolved), report.json, and the manifest of digests; returns the names of all files of the
     checkpoint.
@@ -144,10 +189,21 @@ def _write_summary(
         "format_version": FORMAT_VERSION,
         "atd": atd.__version__,
         "jax": jax.__version__,
+        "platform": jax.default_backend(),
+        **({} if windows is None else {"calibration": _calibration(recipe, windows)}),
         "files": dict(sorted(digests.items())),
     }
     output.write_file(folder / output.MANIFEST, json.dumps(manifest, indent=1) + "\n")
     return [*digests, output.REPORT, output.MANIFEST]
+
+
+def _calibration(recipe: Recipe, windows: np.ndarray) -> dict:
+    """What a model was calibrated on, for its manifest."""
+    return {
+        "texts": [text if text == SELF else Path(text).name for text in recipe.calibration],
+        "tokens_sha256": recipe.calibration_sha256,
+        "windows": list(windows.shape),
+    }
 
 
 def read_manifest(folder: Path) -> dict[str, str]:

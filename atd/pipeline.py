@@ -20,6 +20,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -30,7 +31,10 @@ from atd.ir import Block, Graph, InvalidGraph, Node, verify
 
 ENTRY_POINTS = "atd.passes"
 BUILTIN = {
+    "calibrate": "atd.passes.calibrate:Calibrate",
+    "allocate": "atd.passes.allocate:Allocate",
     "decompose": "atd.passes.decompose:Decompose",
+    "equalize": "atd.passes.equalize:Equalize",
     "fold_norms": "atd.passes.fold_norms:FoldNorms",
     "fuse": "atd.passes.fuse:Fuse",
     "pack": "atd.passes.pack:Pack",
@@ -46,6 +50,9 @@ class Context:
     `feature_weights`: importance of each input feature of a node, f32 [in], by full node name: `decompose` weights its
     errors with them. `record(node, error=...)`: figures of a node for report.json, made while its weight is loaded.
     `calibration`: second moments of what reaches each linear; there for passes that need "activations".
+    `dense`: the model before the first pass that changes its function, for passes that calibrate against it.
+    `advance(what, done, total)`: hears of the progress of long passes.
+    `cache`: folder for what can be used again by other runs over the same model, or None.
     `written_digests`: sha256 of each stored tensor as it was in memory when written; there for passes that need
     "written".
     """
@@ -55,10 +62,13 @@ class Context:
     figures: dict[str, dict] = field(default_factory=dict)
     written_digests: Mapping[str, str] = field(default_factory=dict)
     calibration: Calibration | None = None
+    dense: Graph | None = None
+    cache: Path | None = None
     say: Callable[[str], None] = print
+    advance: Callable[[str, int, int], None] = lambda what, done, total: None
 
     def record(self, node: str, **figures: float) -> None:
-        self.figures.setdefault(node, {}).update(figures)
+        self.figures.setdefault(node, {}).update({name: float(value) for name, value in figures.items()})
 
 
 @dataclass(frozen=True)
@@ -81,12 +91,14 @@ class Pass:
         block   rewrite(block, context) -> Block | None, for prologue, blocks and epilogue
         graph   rewrite(graph, context) -> Graph | None
     `needs` holds "activations" for a pass that asks for calibration activations, "written" for a graph pass that must
-    see its input re-read from disk. `requires(graph)` says, on shapes alone, why the pass cannot run on it (or None);
-    `ensures(before, after)` says what it broke (or None).
+    see its input re-read from disk; one that also changes it says so with `rewrites`. `requires(graph)` says, on shapes
+    alone, why the pass cannot run on it (or None); `ensures(before, after)` says what it broke (or None);
+    `unfinished(graph)` why no pipeline with this pass can end in the graph (or None).
     """
 
     name: ClassVar[str]
     scope: ClassVar[Literal["node", "block", "graph"]]
+    rewrites: ClassVar[bool] = True
     rules: tuple[Rule, ...] = ()
 
     @property
@@ -100,6 +112,9 @@ class Pass:
         raise NotImplementedError(f"pass {self.name!r} has no rewrite")
 
     def ensures(self, before: Graph, after: Graph) -> str | None:
+        return None
+
+    def unfinished(self, graph: Graph) -> str | None:
         return None
 
     # --- the contract: requires, rewrite, ensures, verify ---
@@ -290,12 +305,18 @@ class Pipeline:
                 graph = step(graph, context)
         return graph
 
-    def preflight(self, graph: Graph, calibrated: bool = False) -> Graph:
+    def preflight(self, graph: Graph) -> Graph:
         """Refuses, before any weight is read, what cannot work; returns the graph as it will be."""
+        context = Context(say=lambda line: None)
         for step in self.passes:
-            if "activations" in step.needs and not calibrated:
-                raise BadInput(f"pass {step.name} needs calibration activations: give a text with --calib FILE")
-        return self(graph, Context(say=lambda line: None))
+            if "written" not in step.needs:
+                graph = step(graph, context)
+            elif reason := step.requires(graph):
+                raise BadInput(f"pass {step.name}: {reason}")
+        for step in self.passes:
+            if reason := step.unfinished(graph):
+                raise BadInput(f"pass {step.name}: {reason}")
+        return graph
 
     def sweeps(self) -> list[tuple[tuple[Pass, ...], tuple[Pass, ...]]]:
         """Cut into sweeps: (passes carried out unit by unit, then the passes that read what the sweep wrote)."""
@@ -305,6 +326,8 @@ class Pipeline:
             if not written and sweeps[-1][1]:
                 sweeps.append(([], []))
             sweeps[-1][written].append(step)
+        if sweeps[-1][1] and any(step.rewrites for step in sweeps[-1][1]):
+            sweeps.append(([], []))  # what they make is still to be written
         return [(tuple(passes), tuple(after)) for passes, after in sweeps]
 
     def __str__(self) -> str:

@@ -29,14 +29,20 @@ class Recipe:
     description: str = ""
     seed: int = 0
     nonfinite: str = "refuse"
-    calibration_tokens: int = 32768  # of the calibration text, from its beginning
+    calibration: tuple[str, ...] = ("self",)  # texts for calibrated passes: files, or what the model itself writes
+    calibration_tokens: int = 32768  # of all texts together, from their beginnings
     calibration_context: int = 512  # a window, or the model's context where that is shorter
+    calibration_sha256: str = ""  # of the tokens, in the recipe of a converted model: other text is refused
 
     def __post_init__(self):
         if self.seed < 0:
             raise BadInput(f"seed must be 0 or more, not {self.seed}")
         if self.nonfinite not in ("refuse", "zero"):
             raise BadInput(f"nonfinite must be 'refuse' or 'zero', not {self.nonfinite!r}")
+        if not self.calibration or not all(isinstance(text, str) and text for text in self.calibration):
+            raise BadInput(f"calibration must be a list of texts, or ['self'], not {list(self.calibration)!r}")
+        if self.calibration_tokens < 1 or self.calibration_context < 2:
+            raise BadInput("calibration_tokens must be at least 1 and calibration_context at least 2")
 
     def to_toml(self) -> str:
         """The whole recipe with every option spelled out; reading it back gives an equal recipe."""
@@ -93,7 +99,7 @@ def _recipe(data: dict[str, Any], overrides: Sequence[str]) -> Recipe:
     for key in data:
         if key not in known:
             raise BadInput(f"unknown key {key!r}{nearest(key, known)}")
-    kinds = {"description": str, "nonfinite": str, "passes": list}
+    kinds = {"description": str, "nonfinite": str, "passes": list, "calibration": list, "calibration_sha256": str}
     for key in data:
         kind = kinds.get(key, int)
         if type(data[key]) is not kind:
@@ -109,7 +115,10 @@ def _recipe(data: dict[str, Any], overrides: Sequence[str]) -> Recipe:
     passes = [
         make_pass(table["name"], {key: value for key, value in table.items() if key != "name"}) for table in tables
     ]
-    return Recipe(Pipeline(passes), **{key: value for key, value in data.items() if key != "passes"})
+    options: dict[str, Any] = {key: value for key, value in data.items() if key != "passes"}
+    if "calibration" in options:
+        options["calibration"] = tuple(options["calibration"])
+    return Recipe(Pipeline(passes), **options)
 
 
 def _override(tables: list[dict[str, Any]], override: str) -> None:

@@ -297,6 +297,6 @@ def conversion_progress(
             bar.console.print(line, markup=False, highlight=False)
 
         def progress(at) -> None:
-            bar.update(task, completed=at.done, total=at.total, description=at.unit)
+            bar.update(task, completed=at.done, total=at.total, description=at.unit, unit=at.counted)
 
         yield say, progress

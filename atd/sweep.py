@@ -25,14 +25,17 @@ from atd.pipeline import Context, Pass, Pipeline
 from atd.recipe import Recipe
 from atd.weights import Dense, DenseType, bits_per_weight
 
+_MEASURED = ("node", "type", "weights", "bits", "bytes")  # keys of a row of the report that no pass records
+
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a conversion is: weights done of all, and the unit that was finished last."""
+    """How far a conversion is: so much done of all, and what it is at (the unit of the model that was finished last)."""
 
     done: int
     total: int
     unit: str
+    counted: str = "weights"
 
 
 def sweep(
@@ -48,10 +51,12 @@ def sweep(
     Units that the journal knows by the same key, and whose shard has the digest it had, are not done again.
     `progress(weights, unit)` hears of each unit.
     """
-    rewritten = Pipeline(passes)(graph, context)
-    uncalibrated = tuple(takewhile(lambda step: "activations" not in step.needs, passes))
-    calibration = context.calibration if len(uncalibrated) < len(passes) else None
-    dense = Pipeline(uncalibrated)(graph, context) if calibration else graph
+    preparing, rest = prefix(passes)
+    dense = Pipeline(preparing)(graph, context)
+    context.dense = dense if context.dense is None else context.dense
+    rewritten = Pipeline(rest)(dense, context)
+    calibrated = any("activations" in step.needs for step in rest)
+    calibration = context.calibration if calibrated else None
     journal, entries, previous = output.read_journal(folder), [], calibration.digest if calibration else ""
     for i, (before, reference, after) in enumerate(zip(graph.units, dense.units, rewritten.units, strict=True)):
         shard = folder / f"model-{i + 1:05d}-of-{len(graph.units):05d}.safetensors"
@@ -74,6 +79,15 @@ def sweep(
         entries.append(entry)
         progress(sum(int(np.prod(ref.type.shape)) for n in before.nodes for ref in n.weights.values()), entry.unit)
     return rewritten, entries
+
+
+def prefix(passes: Sequence[Pass]) -> tuple[tuple[Pass, ...], tuple[Pass, ...]]:
+    """(the passes that keep the model's function, the rest): up to the first node or block pass that asks for activations.
+
+    Passes of graph scope that do (equalize, allocate) ask on behalf of those behind them.
+    """
+    count = len(list(takewhile(lambda step: step.scope == "graph" or "activations" not in step.needs, passes)))
+    return tuple(passes[:count]), tuple(passes[count:])
 
 
 def _unit_key(before: Block, after: Block, passes: Sequence[Pass], recipe: Recipe, previous: str) -> str:
@@ -115,7 +129,8 @@ def finite(graph: Graph, nonfinite: str, say: Callable[[str], None]) -> Graph:
 
 
 def _report(unit: Block, context: Context, seconds: float) -> list[dict]:
-    """A row for each weight matrix: parts of a joined linear have rows of their own. `seconds` is the unit's, shared out by weights."""
+    """A row for each weight matrix: parts of a joined linear have rows of their own. `seconds` is the unit's, shared out
+    by weights; "error" and what else passes recorded for the node (predicted_kl, damping, ...) follow."""
     rows = []
     for node in unit.nodes:
         if "weight" not in node.weights or len(node.weights["weight"].type.shape) != 2:
@@ -136,6 +151,15 @@ def _report(unit: Block, context: Context, seconds: float) -> list[dict]:
                 "bits": bits,
                 "bytes": round(bits * weights / 8),
             }
-            rows.append({**row, "error": context.figures.get(full, {}).get("error")})
+            rows.append({"error": None} | context.figures.get(full, {}) | row)
     total = sum(row["weights"] for row in rows)
-    return [{**row, "seconds": seconds * row["weights"] / total} for row in rows]
+    return [{key: row[key] for key in _MEASURED} | {"seconds": seconds * row["weights"] / total} | row for row in rows]
+
+
+def figures_of(entries: Sequence[output.JournalEntry]) -> dict[str, dict]:
+    """What passes recorded for each node up to the end of a sweep: the next one's report goes on from there."""
+    return {
+        row["node"]: {key: value for key, value in row.items() if key not in (*_MEASURED, "seconds")}
+        for entry in entries
+        for row in entry.report
+    }

@@ -1,6 +1,6 @@
 """Speed and peak memory of `atd convert` on Llama-3-8B's shapes with few blocks: memory must not grow with depth.
 
-    python benchmarks/convert.py [--blocks 1 2 4] [--recipe ternary2]      about 3 minutes and 6 GB of disk
+    python benchmarks/convert.py [--blocks 1 2 4] [--recipe datafree2]      about 3 minutes and 6 GB of disk
     python benchmarks/convert.py --tiny                                    seconds, for CI
 
 Weights are random bf16 normal numbers, one shard a block, embedding and head as wide as the real ones (untied). Each
@@ -109,7 +109,7 @@ def convert(model: Path, out: Path, recipe: str) -> tuple[float, float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--recipe", default="ternary2")
+    parser.add_argument("--recipe", default="datafree2")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--folder", type=Path, help="where to write the checkpoints; a temporary folder by default")

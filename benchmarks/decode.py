@@ -1,6 +1,6 @@
 """Decode and prefill speed of one model: dense, converted and packed in memory, converted and unpacked at load.
 
-    python benchmarks/decode.py MODEL [--recipe ternary2] [--json FILE] [--tiny]
+    python benchmarks/decode.py MODEL [--recipe datafree2] [--json FILE] [--tiny]
 
 Every figure is the median over repeats, and the variants take turns within each repeat, so that a busy machine slows
 all of them alike. Decoding: one sequence, greedy, each token waited for. Dispatch: the share of a decode step in which
@@ -99,7 +99,7 @@ def table(rows: list[dict], title: str) -> Table:
 def main(
     model: Annotated[Path, tyro.conf.Positional],
     *,
-    recipe: str = "ternary2",
+    recipe: str = "datafree2",
     converted: Path | None = None,
     dtype: str = "float32",
     prompt: int = 128,

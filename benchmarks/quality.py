@@ -1,6 +1,6 @@
 """Quality of recipes on one model: bits a weight, perplexity, KL divergence and top-1 agreement against the dense one.
 
-    python benchmarks/quality.py MODEL --data TEXT --context 512 --recipes ternary2 ternary3     any model, any text
+    python benchmarks/quality.py MODEL --data TEXT --context 512 --recipes datafree2 datafree3     any model, any text
     python benchmarks/quality.py --protocol P1      stories15M on held-out TinyStories, context 256         1 minute
     python benchmarks/quality.py --protocol P2      SmolLM2-135M on WikiText-2 raw test, first 4,096 tokens,
                                                     context 512                                           10 minutes
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument(
         "--recipes",
         nargs="+",
-        default=["greedy3", "ternary2", "ternary3"],
+        default=["greedy3", "datafree2", "datafree3"],
         help=f"of {', '.join(recipe_names())}, or files",
     )
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="PASS.OPTION=VALUE")
@@ -86,7 +86,9 @@ def main() -> None:
                 model,
                 Path(folder) / Path(name).stem,
                 recipe,
-                calib=calib if any("activations" in step.needs for step in recipe.pipeline.passes) else None,
+                calib=()
+                if calib is None or not any("activations" in step.needs for step in recipe.pipeline.passes)
+                else calib,
                 say=bar.console.print,
                 progress=lambda at, task=task: bar.update(task, completed=at.done, total=at.total),
             )

@@ -7,7 +7,9 @@
    `method = "hessian"`: calibrated. Scales under the second moments of the inputs, error feedback, coordinate descent,
    refits (`atd.feedback`); the target is corrected for what the layers before have changed (GPTAQ). Embedding tables
    read no activations and get als.
-3. Errors are weighted by `context.feature_weights[node]` where somebody has put them there (als only).
+3. Where `allocate` ran before, each matrix bears its decision, and that alone counts: which nodes, bases, group, scales
+   and dtype are this pass's options only for matrices without one, and rules are refused. How is still this pass's.
+4. Errors are weighted by `context.feature_weights[node]` where somebody has put them there (als only).
 """
 
 import re
@@ -17,6 +19,7 @@ from functools import lru_cache
 import numpy as np
 
 from atd import feedback, ternary
+from atd.allocation import DECISION, decided_type
 from atd.calibration import Moments
 from atd.errors import BadInput, nearest
 from atd.ir import Graph, Node, WeightRef
@@ -77,6 +80,13 @@ class Decompose(Pass):
         dense = [name for name, node in graph.nodes() if _is_dense_matrix(node)]
         if not dense:
             return "no dense matrix is left to decompose (is the model converted already?)"
+        if _is_decided(graph):
+            if self.rules:
+                return (
+                    f"allocate has decided on every matrix, and the rule {self.rules[0].match!r} would have no say; "
+                    "take the rules out, or leave the choice to them and take allocate out"
+                )
+            return None
         if not any(re.fullmatch(self.nodes, name) for name in dense):
             return f"nodes = {self.nodes!r} matches none of the dense matrices; names are like {dense[0]!r}"
         for rule in self.rules:
@@ -87,8 +97,24 @@ class Decompose(Pass):
         return None
 
     def rewrite(self, name: str, node: Node, context: Context) -> Node | None:
+        if DECISION in node.attrs:
+            return self._as_decided(name, node, context)
         if not _is_dense_matrix(node) or not re.fullmatch(self.nodes, name):
             return None
+        return self._decomposed(name, node, context)
+
+    def _as_decided(self, name: str, node: Node, context: Context) -> Node:
+        """What `allocate` decided for the node, and the attr goes."""
+        attrs = {key: value for key, value in node.attrs.items() if key != DECISION}
+        type = decided_type(node.attrs[DECISION], node.weights["weight"].type.shape)
+        node = replace(node, attrs=attrs)
+        if type is None:
+            return node
+        scales = "tied" if type.tied else "free"
+        step = replace(self, bases=type.bases, group=type.group, scales=scales, dtype=type.dtype, rules=())
+        return step._decomposed(name, node, context)
+
+    def _decomposed(self, name: str, node: Node, context: Context) -> Node:
         ref = node.weights["weight"]
         out, inputs = ref.type.shape
         group = "row" if isinstance(self.group, int) and self.group >= inputs else self.group
@@ -142,6 +168,10 @@ class Decompose(Pass):
 def _factor(moments: Moments, damping: float, order: bool) -> feedback.Factor:
     """Shared by the linears that share an input, which are worked on one after the other."""
     return feedback.factor(moments.hessian, damping, order)
+
+
+def _is_decided(graph: Graph) -> bool:
+    return any(DECISION in node.attrs for _, node in graph.nodes())
 
 
 def _is_dense_matrix(node: Node) -> bool:

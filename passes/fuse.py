@@ -31,7 +31,8 @@ class Fuse(Pass):
         for node in block.nodes:
             if node.op == "linear" and "weight" in node.weights and _joinable(node.weights["weight"].type):
                 types = tuple((slot, _with_rows(node.weights[slot].type, 0)) for slot in sorted(node.weights))
-                groups.setdefault((node.inputs, types), []).append(node)
+                alike = node.inputs, types, str(sorted(node.attrs.items()))
+                groups.setdefault(alike, []).append(node)
         joined = {part.name: parts for parts in groups.values() if len(parts) > 1 for part in parts}
         if not joined:
             return None

@@ -22,6 +22,7 @@ class Verify(Pass):
 
     name = "verify"
     scope = "graph"
+    rewrites = False
 
     @property
     def needs(self) -> frozenset[str]:

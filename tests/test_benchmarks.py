@@ -37,7 +37,7 @@ def test_decode(stories260k, tmp_path):
 
 def test_quality(stories260k, shared_data, tmp_path):
     text = shared_data / "text" / "tinystories_sample.txt"
-    arguments = (stories260k, "--data", text, "--context", 64, "--tokens", 512, "--recipes", "greedy3", "ternary3")
+    arguments = (stories260k, "--data", text, "--context", 64, "--tokens", 512, "--recipes", "greedy3", "datafree3")
     run("quality.py", *arguments, "--json", tmp_path / "f.json")
     greedy, als = json.loads((tmp_path / "f.json").read_text())["rows"]
     assert als["kl_mean"] < 0.2 * greedy["kl_mean"]

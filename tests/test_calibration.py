@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from atd import output
-from atd.calibration import Calibration, calibration_windows
+from atd.calibration import Calibration
+from atd.calibration_text import calibration_windows
 from atd.convert_adaptive import convert, read_manifest
 from atd.errors import BadInput
 from atd.evaluate import evaluate
@@ -70,7 +71,7 @@ def test_inputs_inside_a_unit_are_those_of_its_quantized_linears():
 @pytest.fixture(scope="module")
 def calibrated(stories260k, calib, tmp_path_factory):
     out = tmp_path_factory.mktemp("calibrated") / "out"
-    return convert(stories260k, out, "hessian2", overrides=OVERRIDES, calib=calib, say=quiet)
+    return convert(stories260k, out, "ternary2", overrides=OVERRIDES, calib=calib, say=quiet)
 
 
 def test_calibration_beats_data_free_at_the_same_bits(stories260k, calibrated, shared_data):
@@ -98,19 +99,17 @@ def test_an_interrupted_calibrated_run_ends_in_the_same_bytes(stories260k, calib
 
     monkeypatch.setattr(output, "write_shard", stop)
     with pytest.raises(KeyboardInterrupt):
-        convert(stories260k, tmp_path / "out", "hessian2", overrides=OVERRIDES, calib=calib, say=quiet)
-    again = convert(stories260k, tmp_path / "out", "hessian2", overrides=OVERRIDES, calib=calib, say=quiet)
+        convert(stories260k, tmp_path / "out", "ternary2", overrides=OVERRIDES, calib=calib, say=quiet)
+    again = convert(stories260k, tmp_path / "out", "ternary2", overrides=OVERRIDES, calib=calib, say=quiet)
     assert calls[4] == calls[3], "finished units were written again"
     assert read_manifest(again) == read_manifest(calibrated)
 
 
 def test_what_calibration_needs_is_said(stories260k, calib, tmp_path):
-    with pytest.raises(BadInput, match="decompose needs calibration activations: give a text with --calib"):
-        convert(stories260k, tmp_path / "out", "hessian2", say=quiet)
     short = tmp_path / "short.txt"
     short.write_text("Once upon a time there was a little girl.")
     with pytest.raises(BadInput, match=r"has \d+ tokens, 32,768 are needed"):
-        convert(stories260k, tmp_path / "out", "hessian2", calib=short, say=quiet)
+        convert(stories260k, tmp_path / "out", "ternary2", calib=short, say=quiet)
     with pytest.raises(BadInput, match="are not one window of 512"):
         calibration_windows(np.zeros(1000), 100, 512)
     assert not (tmp_path / "out").exists()
@@ -120,4 +119,4 @@ def test_one_layer_calibrated_by_a_rule_needs_activations():
     rule = Rule(r".*down_proj", options=(("method", "hessian"),))
     assert Decompose(rules=(rule,)).needs == {"activations"}
     assert Decompose().needs == frozenset()
-    assert read_recipe("hessian2").calibration_tokens == 32768
+    assert read_recipe("ternary2").calibration_tokens == 32768

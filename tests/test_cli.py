@@ -35,7 +35,7 @@ def atd(monkeypatch, capsys):
 @pytest.fixture(scope="module")
 def converted(stories260k, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("cli") / "out"
-    subprocess.run([sys.executable, "-m", "atd.cli", "convert", str(stories260k), str(out)], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, "-m", "atd.cli", "convert", str(stories260k), str(out), "--recipe", "datafree2"], check=True, cwd=ROOT)
     return out
 
 
@@ -51,12 +51,12 @@ def test_help_teaches_without_importing_jax():
     code = "import sys; sys.argv = ['atd', '--help']\nimport atd.cli\ntry: atd.cli.main()\nexcept SystemExit: print('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.splitlines()[-1] == "False"
-    for command in ("demo", "convert", "eval", "generate", "inspect", "verify", "export", "experiment"):
+    for command in ("demo", "convert", "eval", "generate", "inspect", "verify", "export", "experiment", "sweep"):
         assert command in done.stdout
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "convert", "eval", "generate", "inspect", "verify", "export", "experiment"]
+    "command", ["demo", "convert", "eval", "generate", "inspect", "verify", "export", "experiment", "sweep"]
 )
 def test_every_option_has_a_help_text(atd, command):
     code, out, _ = atd(command, "--help")
@@ -126,7 +126,7 @@ def test_verify(atd, converted):
 
 def test_set_reaches_the_recipe(atd, stories260k, tmp_path):
     code, _, err = atd(
-        "convert", stories260k, tmp_path / "o", "--set", "decompose.bases=1", "--set", "decompose.group=row"
+        "convert", stories260k, tmp_path / "o", "--recipe", "datafree2", "--set", "decompose.bases=1", "--set", "decompose.group=row"
     )
     assert code == 0, err
     assert "packed n=1 g=row" in (tmp_path / "o" / "atd_graph.json").read_text()
@@ -165,10 +165,12 @@ def test_convert_refuses(atd, stories260k, converted, tmp_path):
     refused(atd("convert", stories260k, converted), "exists", "--overwrite")
     refused(atd("convert", stories260k, out, "--recipe", "ternary4"), "no recipe 'ternary4'", "did you mean")
     refused(atd("convert", stories260k, out, "--set", "decompose.base=2"), "no option 'base'; did you mean 'bases'?")
-    refused(atd("convert", stories260k, out, "--bits", 3.4), "--bits needs the allocate pass")
-    refused(atd("convert", stories260k, out, "--budget", "1GB"), "--budget needs the allocate pass")
-    refused(atd("convert", stories260k, out, "--recipe", "hessian2"), "--calib FILE")
-    refused(atd("convert", stories260k, out, "--recipe", "hessian2", "--calib", tmp_path / "x.txt"), "x.txt")
+    refused(atd("convert", stories260k, out, "--recipe", "ternary2", "--bits", 3.4), "--bits needs the allocate pass")
+    refused(atd("convert", stories260k, out, "--recipe", "greedy3", "--budget", "1MB"), "--budget needs the allocate")
+    refused(atd("convert", stories260k, out, "--bits", 3.4, "--budget", "1MB"), "give one of them")
+    refused(atd("convert", stories260k, out, "--bits", 0.3), "is below what is possible: the minimum is")
+    refused(atd("convert", stories260k, out, "--budget", "much"), "much")
+    refused(atd("convert", stories260k, out, "--recipe", "ternary2", "--calib", tmp_path / "x.txt"), "x.txt")
     refused(atd("convert", stories260k, stories260k, "--overwrite"), "must lie outside")
     assert os.listdir(tmp_path) == []
 

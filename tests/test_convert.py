@@ -33,7 +33,7 @@ def quiet(line: str) -> None:
 
 @pytest.fixture(scope="module")
 def converted(stories260k, tmp_path_factory) -> Path:
-    return convert(stories260k, tmp_path_factory.mktemp("converted") / "out", "ternary2", say=quiet)
+    return convert(stories260k, tmp_path_factory.mktemp("converted") / "out", "datafree2", say=quiet)
 
 
 def test_the_folder_says_how_it_was_made(converted, stories260k):
@@ -67,7 +67,7 @@ def test_what_was_written_is_what_was_computed(converted, stories260k):
 
 def test_a_converted_model_is_no_input_for_another_decomposition(converted, tmp_path):
     with pytest.raises(BadInput, match="matches none of the dense matrices"):
-        convert(converted, tmp_path / "twice", say=quiet)
+        convert(converted, tmp_path / "twice", "datafree2", say=quiet)
 
 
 def test_a_converted_model_can_be_laid_anew(converted, tmp_path):
@@ -116,7 +116,7 @@ def test_the_pass_verify_finds_a_disk_that_lies(stories260k, tmp_path, monkeypat
 
     monkeypatch.setattr(output, "write_shard", lying)
     with pytest.raises(RunFailed, match="read back from the disk is not what was written"):
-        convert(stories260k, tmp_path / "out", say=quiet)
+        convert(stories260k, tmp_path / "out", "datafree2", say=quiet)
     assert not (tmp_path / "out").exists()
 
 
@@ -140,14 +140,14 @@ def test_nan_is_refused_by_name_or_becomes_zero(with_nan, tmp_path):
     with pytest.raises(
         BadInput, match=r"model\.layers\.2\.mlp\.up_proj\.weight holds 1 NaN or Inf values, the first at \[3, 5\]"
     ):
-        convert(with_nan, tmp_path / "out", say=quiet)
+        convert(with_nan, tmp_path / "out", "datafree2", say=quiet)
     assert not (tmp_path / "out").exists()
     said = []
     from dataclasses import replace
 
     from atd.recipe import read_recipe
 
-    out = convert(with_nan, tmp_path / "out", replace(read_recipe("ternary2"), nonfinite="zero"), say=said.append)
+    out = convert(with_nan, tmp_path / "out", replace(read_recipe("datafree2"), nonfinite="zero"), say=said.append)
     assert any("replaced by 0" in line for line in said)
     assert np.isfinite(
         frontend.open(out).blocks[2].node("mlp.gate_up_proj").weights["weight"].load().dequantize()
@@ -158,7 +158,7 @@ def test_nan_is_refused_by_name_or_becomes_zero(with_nan, tmp_path):
 
 
 def run_convert(model: Path, out: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "atd.convert_adaptive", str(model), str(out), "--recipe", "ternary3"]
+    command = [sys.executable, "-m", "atd.convert_adaptive", str(model), str(out), "--recipe", "datafree3"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT
@@ -215,7 +215,7 @@ def test_ctrl_c_leaves_one_line_and_a_run_that_goes_on(stories15m, tmp_path):
         for entry in finished.values()
     }
     assert times
-    convert(stories15m, tmp_path / "out", "ternary3", say=quiet)
+    convert(stories15m, tmp_path / "out", "datafree3", say=quiet)
     assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in times} == times, (
         "finished units were written again"
     )
@@ -232,9 +232,9 @@ def test_another_recipe_does_not_take_up_what_the_first_left(stories260k, conver
 
     monkeypatch.setattr(output, "write_shard", stop_after_three)
     with pytest.raises(KeyboardInterrupt):
-        convert(stories260k, tmp_path / "out", "ternary3", say=quiet)
+        convert(stories260k, tmp_path / "out", "datafree3", say=quiet)
     monkeypatch.setattr(output, "write_shard", write)
-    assert read_manifest(convert(stories260k, tmp_path / "out", "ternary2", say=quiet)) == read_manifest(converted)
+    assert read_manifest(convert(stories260k, tmp_path / "out", "datafree2", say=quiet)) == read_manifest(converted)
 
 
 def test_a_source_that_changed_is_converted_again(stories260k, tmp_path):
@@ -242,12 +242,12 @@ def test_a_source_that_changed_is_converted_again(stories260k, tmp_path):
     shutil.copytree(stories260k, source)
     os.chmod(source, 0o755)
     tensors = load_file(source / "model.safetensors")
-    first = convert(source, tmp_path / "out", say=quiet)
+    first = convert(source, tmp_path / "out", "datafree2", say=quiet)
     before = read_manifest(first)
     os.remove(source / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"] * np.float16(2)
     save_file(tensors, source / "model.safetensors")
-    after = read_manifest(convert(source, tmp_path / "out", overwrite=True, say=quiet))
+    after = read_manifest(convert(source, tmp_path / "out", "datafree2", overwrite=True, say=quiet))
     assert {name for name in before if before[name] != after[name]} == {"model-00002-of-00007.safetensors"}
 
 
@@ -258,9 +258,9 @@ def test_an_existing_output_is_not_touched(stories260k, converted, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(converted, out)
     with pytest.raises(BadInput, match="exists; choose another name, or replace it with --overwrite"):
-        convert(stories260k, out, say=quiet)
+        convert(stories260k, out, "datafree2", say=quiet)
     assert read_manifest(out) == read_manifest(converted)
-    convert(stories260k, out, "ternary3", overwrite=True, say=quiet)
+    convert(stories260k, out, "datafree3", overwrite=True, say=quiet)
     assert verify_checkpoint(out)
     assert read_manifest(out) != read_manifest(converted)
 
@@ -268,11 +268,11 @@ def test_an_existing_output_is_not_touched(stories260k, converted, tmp_path):
 def test_a_full_disk_is_seen_before_the_work(stories260k, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(BadInput, match=r"the disk has 0\.0 MB free"):
-        convert(stories260k, tmp_path / "out", say=quiet)
+        convert(stories260k, tmp_path / "out", "datafree2", say=quiet)
 
 
 def test_names_at_the_top(stories260k, tmp_path):
     """The five lines of the README."""
-    out = atd.convert(stories260k, tmp_path / "out", recipe="ternary3")
+    out = atd.convert(stories260k, tmp_path / "out", recipe="datafree3")
     model = atd.load(out)
     assert model(np.zeros((1, 4), np.int32)).shape == (1, 4, 512)

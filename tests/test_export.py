@@ -21,7 +21,7 @@ def tensors(folder) -> dict:
     return {name: array for file in sorted(folder.glob("*.safetensors")) for name, array in load_file(file).items()}
 
 
-@pytest.mark.parametrize("recipe", ["ternary2", "greedy3"])
+@pytest.mark.parametrize("recipe", ["datafree2", "greedy3"])
 def test_export_is_the_converted_model(stories260k, tmp_path, recipe):
     converted = convert(stories260k, tmp_path / "converted", recipe, say=quiet)
     exported = export_hf(converted, tmp_path / "dense", say=quiet)

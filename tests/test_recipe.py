@@ -10,14 +10,23 @@ from atd.recipe import Recipe, read_recipe, recipe_names, with_overrides
 
 
 def test_the_recipes_that_come_with_atd():
-    assert recipe_names() == ["greedy3", "hessian2", "ternary2", "ternary3"]
+    assert recipe_names() == [
+        "adaptive",
+        "datafree2",
+        "datafree3",
+        "greedy3",
+        "llama3-8b-4gb",
+        "ternary1",
+        "ternary2",
+        "ternary3",
+    ]
     for name in recipe_names():
         recipe = read_recipe(name)
         assert recipe.description
         assert "decompose" in {step.name for step in recipe.pipeline.passes}
     options = read_recipe("greedy3").pipeline.passes[0].options()
     assert options | {"method": "greedy", "bases": 3, "group": "tensor"} == options
-    assert isinstance(read_recipe("ternary2").pipeline.passes[0], Decompose)
+    assert isinstance(read_recipe("datafree2").pipeline.passes[0], Decompose)
 
 
 def test_toml_round_trip(tmp_path):
@@ -30,7 +39,7 @@ def test_toml_round_trip(tmp_path):
 
 def test_overrides():
     recipe = read_recipe(
-        "ternary2", ["decompose.bases=3", "decompose.group=row", "decompose.scales = 'tied'", "pack.layout=bit-ttt"]
+        "datafree2", ["decompose.bases=3", "decompose.group=row", "decompose.scales = 'tied'", "pack.layout=bit-ttt"]
     )
     assert recipe.pipeline.passes[0] == Decompose(bases=3, group="row", scales="tied")
     assert recipe.pipeline.passes[2] == Pack(layout="bit-ttt")

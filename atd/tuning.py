@@ -1,0 +1,303 @@
+"""Gradients through a converted model, a unit at a time: what `calibrate` needs of mathematics.
+
+A unit (embedding, block, final norm and head) is a function of tunable parameters, so that the weights of a converted
+model follow a gradient:
+
+    scales   s exp(theta), theta float32 shaped like the scales: relative steps, and a scale stays positive
+    gains    g (1 + gamma) of RMS norms
+    codes    latent weights v = q + delta u with q the weights as they were decomposed and u the smallest scale of the
+             group: delta is counted in levels. The weight is the level nearest to v; the gradient passes straight through
+             (Bengio 1308.3432; EfficientQAT 2407.11062), and not where v lies beyond the outermost level
+
+Gradient checkpointing per block: `forward` keeps nothing but a unit's input, and `backward` computes the unit again.
+Both are compiled once for all units of one structure, whatever their bases, so compile time does not grow with depth,
+and the gradient of one unit at a time exists.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from atd.ir import Block, Node, WeightRef, in_memory
+from atd.levels import descending_scales, nearest_codes, nonzero, round_scales, top_level, trits_of
+from atd.models import ops
+from atd.weights import DTYPES, Dense, DenseType, Packed, PackedType, Ternary, TernaryType, Weight, level_weights
+
+Parameters = dict[str, dict[str, jax.Array]]  # node -> kind ("scales", "gain", "codes") -> what is tuned
+PRECISION = jax.lax.Precision.HIGHEST
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["codes", "scales", "top"], meta_fields=["size", "tied"])
+@dataclass(frozen=True)
+class Grid:
+    """A ternary matrix as it stands before tuning: weights sum_i s_i t_i on the levels of their group.
+
+    `top` (the outermost tied level) is data, so tied matrices of different bases share a compilation.
+    """
+
+    codes: jax.Array  # int8 [out, in]: sum_i t_i 3^(N-1-i)
+    scales: jax.Array  # float32 [rows, groups, N or 1]; rows = 1: one for the tensor
+    top: jax.Array  # float32 []
+    size: int  # inputs a group
+    tied: bool
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A block that can be tuned: its structure without weights, what is fixed and what moves."""
+
+    block: Block
+    structure: Block
+    fixed: dict[str, dict[str, Any]]  # node -> slot -> Grid, or float32 array
+    parameters: Parameters
+
+
+def tunable(block: Block, *, scales: bool = True, gains: bool = True, codes: bool = False) -> Unit:
+    """The unit of a block whose weights are loaded now; what may move starts at zero, where it changes nothing."""
+    fixed: dict[str, dict[str, Any]] = {}
+    parameters: Parameters = {}
+    for node in block.nodes:
+        for slot, ref in node.weights.items():
+            value = grid_of(ref.load()) if _ternary(ref.type) else jnp.asarray(ref.load().dequantize())
+            fixed.setdefault(node.name, {})[slot] = value
+            moves = parameters.setdefault(node.name, {})
+            if isinstance(value, Grid) and not _is_rotation(node):
+                if scales:
+                    moves["scales"] = jnp.zeros_like(value.scales)
+                if codes and node.op == "linear":
+                    moves["codes"] = jnp.zeros(value.codes.shape, jnp.float32)
+            elif node.op == "rms_norm" and gains and not isinstance(value, Grid):
+                moves["gain"] = jnp.zeros_like(value)
+    structure = Block("", tuple(replace(node, weights={}) for node in block.nodes))
+    return Unit(block, structure, fixed, {name: moves for name, moves in parameters.items() if moves})
+
+
+def _ternary(type) -> TernaryType | None:
+    return type.ternary if isinstance(type, PackedType) else type if isinstance(type, TernaryType) else None
+
+
+def _is_rotation(node: Node) -> bool:
+    """rotate's own matrices, whose trits are signs of an orthogonal matrix."""
+    return node.name in ("rotate_in", "rotate_out")
+
+
+def grid_of(weight: Weight) -> Grid:
+    weight = weight.unpack() if isinstance(weight, Packed) else weight
+    assert isinstance(weight, Ternary)
+    type = weight.type
+    places = level_weights(type.bases).astype(np.int8)
+    codes = sum(np.asarray(weight.trits)[:, :, i] * places[i] for i in range(type.bases))
+    top = jnp.float32(top_level(type.bases))
+    return Grid(jnp.asarray(codes), jnp.asarray(weight.scales, jnp.float32), top, type.group_size, type.tied)
+
+
+# --- weights as functions of parameters ---------------------------------------------------------------------------------
+
+
+def weights(fixed: dict[str, dict[str, Any]], parameters: Parameters) -> ops.Weights:
+    """Every weight of a unit as a dense float32 one, differentiable in the parameters."""
+
+    def value(moves: dict[str, jax.Array], given) -> Dense:
+        if isinstance(given, Grid):
+            return Dense(dequantize(given, moves))
+        return Dense(given * (1 + moves["gain"]) if "gain" in moves else given)
+
+    return {
+        name: {
+            slot: value(parameters.get(name, {}) if slot == "weight" else {}, given) for slot, given in slots.items()
+        }
+        for name, slots in fixed.items()
+    }
+
+
+def dequantize(grid: Grid, moves: dict[str, jax.Array]) -> jax.Array:
+    """The weights [out, in] of a grid that has moved; gradients to scales are exact, to codes straight through."""
+    scales = grid.scales * jnp.exp(moves["scales"]) if "scales" in moves else grid.scales
+    if "codes" not in moves:
+        return _combine(_signed(grid.codes, grid), scales, grid)
+    unit = _spread(grid.scales[..., -1], grid)  # [rows, in]: one level, in weights
+    start = _combine(_signed(grid.codes, grid), grid.scales, grid)
+    latent = start + moves["codes"] * unit
+    codes, inside = nearest(jax.lax.stop_gradient(latent), jax.lax.stop_gradient(scales), grid)
+    passed = jnp.where(inside, latent - jax.lax.stop_gradient(latent), 0.0)
+    return _combine(_signed(codes, grid), scales, grid) + passed
+
+
+def nearest(latent, scales, grid: Grid) -> tuple[jax.Array, jax.Array]:
+    """(codes int8 [out, in] of the levels nearest to the latent weights, where these lie within half a level of the range)."""
+    if grid.tied:
+        level = latent / nonzero(_spread(scales[..., 0], grid))
+        return jnp.clip(jnp.round(level), -grid.top, grid.top).astype(jnp.int8), jnp.abs(level) <= grid.top + 0.5
+    out, inputs = latent.shape
+    scales = descending_scales(
+        jnp.moveaxis(jnp.broadcast_to(scales, (out, *scales.shape[1:])), -1, 0)
+    )  # [N, out, groups]
+    grouped = jnp.pad(latent, ((0, 0), (0, -inputs % grid.size))).reshape(-1, grid.size)  # [out * groups, size]
+    codes = nearest_codes(jnp.abs(grouped), scales.reshape(len(scales), -1))
+    limit = scales.sum(0).reshape(-1, 1) + scales[-1].reshape(-1, 1) / 2
+    codes, inside = jnp.where(grouped < 0, -codes, codes), jnp.abs(grouped) <= limit
+    return (a.reshape(out, -1)[:, :inputs] for a in (codes, inside))  # type: ignore[return-value]
+
+
+def _signed(codes, grid: Grid) -> list[jax.Array]:
+    """What each stored scale is multiplied by, float32 [out, in] each: the integer (tied), or the trits."""
+    if grid.tied:
+        return [codes.astype(jnp.float32)]
+    trits = trits_of(codes, grid.scales.shape[-1]).astype(jnp.float32)
+    return [trits[..., i] for i in range(trits.shape[-1])]
+
+
+def _combine(signed: list[jax.Array], scales, grid: Grid) -> jax.Array:
+    return sum(part * _spread(scales[..., i], grid) for i, part in enumerate(signed))  # type: ignore[return-value]
+
+
+def _spread(scale, grid: Grid) -> jax.Array:
+    """[rows, groups] -> [rows, in], or [rows, 1] where a row has one group."""
+    if scale.shape[1] == 1:
+        return scale
+    return jnp.repeat(scale, grid.size, axis=1, total_repeat_length=grid.size * scale.shape[1])[
+        :, : grid.codes.shape[1]
+    ]
+
+
+# --- units as functions ------------------------------------------------------------------------------------------------
+
+
+def forward(unit: Unit, parameters: Parameters, x, embedding: Dense | None = None):
+    """x [B, T, D] (token ids [B, T] in the prologue) -> the unit's output."""
+    return _programs(unit.structure)[0](parameters, unit.fixed, x, embedding)
+
+
+def backward(unit: Unit, parameters: Parameters, x, gradient):
+    """The unit's input and the gradient at its output -> gradients of the parameters and at its input.
+
+    The prologue's input are token ids, which have none: None.
+    """
+    return _programs(unit.structure)[1](parameters, unit.fixed, x, gradient)
+
+
+@cache
+def _programs_of(text: str) -> dict:
+    return {}
+
+
+def _programs(structure: Block) -> tuple[Callable, Callable]:
+    """Compiled forward and backward of all units that read the same."""
+    made = _programs_of(str(structure))
+    if not made:
+
+        def run(parameters, fixed, x, embedding=None):
+            positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
+            return ops.run_block(structure, weights(fixed, parameters), x, positions, embedding=embedding)[0]
+
+        def back(parameters, fixed, x, gradient):
+            if jnp.issubdtype(x.dtype, jnp.integer):
+                return jax.vjp(lambda p: run(p, fixed, x), parameters)[1](gradient)[0], None
+            return jax.vjp(lambda p, x: run(p, fixed, x), parameters, x)[1](gradient)
+
+        made["programs"] = jax.jit(run), jax.jit(back)
+    return made["programs"]
+
+
+def table(unit: Unit, parameters: Parameters) -> jax.Array:
+    """The embedding [V, D] of a prologue, for a head that is tied to it."""
+    return _table(_embedding(unit), parameters.get(_embed_name(unit), {}))
+
+
+def table_backward(unit: Unit, parameters: Parameters, gradient) -> Parameters:
+    """Gradients of the prologue's parameters from that of its table [V, D]."""
+    name = _embed_name(unit)
+    moved = _table_back(_embedding(unit), parameters.get(name, {}), gradient)
+    return {n: moved if n == name else jax.tree.map(jnp.zeros_like, moves) for n, moves in parameters.items()}
+
+
+def _embed_name(unit: Unit) -> str:
+    return next(node.name for node in unit.structure.nodes if node.op == "embed")
+
+
+def _embedding(unit: Unit):
+    return unit.fixed[_embed_name(unit)]["weight"]
+
+
+@jax.jit
+def _table(given, moves):
+    return dequantize(given, moves) if isinstance(given, Grid) else given
+
+
+@jax.jit
+def _table_back(given, moves, gradient):
+    return jax.vjp(lambda moves: _table(given, moves), moves)[1](gradient)[0]
+
+
+# --- losses ------------------------------------------------------------------------------------------------------------
+
+
+def divergence(
+    head: Unit, parameters: Parameters, hidden, teacher: Unit, target, embedding: jax.Array | None, teacher_embedding
+):
+    """Mean KL(dense || converted) in nats of all positions that have a next token: hidden, target [P, D] in front of the heads.
+
+    embedding, teacher_embedding: the tables of tied heads [V, D], or None.
+    """
+
+    def logits(unit: Unit, parameters: Parameters, x, table):
+        given = None if table is None else Dense(table)
+        return jax.nn.log_softmax(
+            ops.run_block(unit.structure, weights(unit.fixed, parameters), x[None], None, embedding=given)[0][0]
+        )
+
+    dense = jax.lax.stop_gradient(logits(teacher, {}, target, teacher_embedding))
+    return jnp.mean(jnp.sum(jnp.exp(dense) * (dense - logits(head, parameters, hidden, embedding)), axis=-1))
+
+
+# --- back to a graph ---------------------------------------------------------------------------------------------------
+
+
+def settled(unit: Unit, parameters: Parameters) -> Block:
+    """The block with the weights that the parameters make, of the types that they had: scales rounded to theirs, codes
+    those of the rounded scales, gains that moved no longer marked as ones."""
+
+    def node(node: Node) -> Node:
+        moves = parameters.get(node.name)
+        if not moves:
+            return node
+        ref, given = node.weights["weight"], unit.fixed[node.name]["weight"]
+        if isinstance(given, Grid):
+            weight = _weight(ref.type, given, moves)
+            return replace(node, weights=node.weights | {"weight": _kept(ref, weight)})
+        assert isinstance(ref.type, DenseType)
+        gain = np.asarray(given * (1 + moves["gain"])).astype(np.float32)
+        kept = _kept(replace(ref, type=DenseType(ref.type.shape, "f32")), Dense(gain))
+        attrs = {key: value for key, value in node.attrs.items() if key != "unit_gain"}
+        return replace(node, weights=node.weights | {"weight": kept}, attrs=attrs)
+
+    return replace(unit.block, nodes=tuple(node(n) for n in unit.block.nodes))
+
+
+def _kept(ref: WeightRef, weight: Weight) -> WeightRef:
+    return in_memory(ref.tensor, weight) if weight.type == ref.type else replace(ref, load=lambda: weight)
+
+
+def _weight(type, grid: Grid, moves: dict[str, jax.Array]) -> Weight:
+    ternary = _ternary(type)
+    assert ternary is not None
+    scales = grid.scales * jnp.exp(moves["scales"]) if "scales" in moves else grid.scales
+    scales = round_scales(scales, DTYPES[ternary.dtype])
+    codes = grid.codes
+    if "codes" in moves:
+        start = _combine(_signed(grid.codes, grid), grid.scales, grid)
+        codes, _ = nearest(start + moves["codes"] * _spread(grid.scales[..., -1], grid), scales, grid)
+        if not grid.tied:  # nearest() counts in the order of descending scales
+            scales = jnp.moveaxis(descending_scales(jnp.moveaxis(scales, -1, 0)), 0, -1)
+    trits = np.asarray(trits_of(codes, ternary.bases))
+    made = Ternary(trits, np.asarray(scales).astype(DTYPES[ternary.dtype]), ternary)
+    if isinstance(type, PackedType):
+        from atd.layout import LAYOUTS
+
+        return Packed(LAYOUTS[type.layout].pack(made.trits), made.scales, type)
+    return made

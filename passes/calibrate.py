@@ -1,0 +1,339 @@
+"""calibrate: scales, norm gains and codes of a decomposed model follow a gradient toward the dense model (optax).
+
+1. Takes the converted model as it was written, and the dense model before the first calibrated pass.
+2. `against = "logits"`: end to end. KL(dense || converted) of the next-token distributions, all blocks at once, one unit's
+   gradient in memory at a time (checkpointing per block).
+   `against = "block"`: block by block (EfficientQAT's block-AP, 2407.11062). Mean square error of a block's output on the
+   quantized stream against the dense block's on the dense stream, relative to what the block adds to the stream.
+3. What moves: `scales` (relative steps), `gains` of RMS norms, `codes` (latent weights, straight through; of linears). Adam,
+   a few warm-up steps, cosine to zero.
+4. Every eighth calibration window is held out. Their loss is looked at `checks` times; the best state is kept, and a run that got worse
+   for `patience` checks, or diverged, stops. A run that improved nothing says so and leaves the model as it was.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from atd.errors import BadInput, nearest
+from atd.ir import Block, Graph
+from atd.pipeline import Context, Pass
+from atd.tuning import Parameters, Unit, backward, divergence, forward, settled, table, table_backward, tunable
+from atd.weights import DenseType
+
+AGAINST = ("logits", "block")
+HELD_OUT = 8  # one window in so many
+WARM_UP = 4  # steps
+DIVERGED = 1.5  # times the loss at the start
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrate(Pass):
+    """Options: see the fields."""
+
+    name = "calibrate"
+    scope = "graph"
+
+    against: str = "logits"  # or "block"
+    scales: bool = True
+    gains: bool = True
+    codes: bool = True
+    steps: int = 96  # of the optimizer; with "block" for each block
+    batch: int = 8  # windows a step
+    learning_rate: float = 2e-3  # of scales and gains, relative to their size
+    codes_learning_rate: float = 0.02  # of latent weights, in levels
+    checks: int = 6
+    patience: int = 2
+
+    def __post_init__(self):
+        if self.against not in AGAINST:
+            raise BadInput(f"calibrate.against {self.against!r} is unknown{nearest(self.against, AGAINST)}")
+        if not (self.scales or self.gains or self.codes):
+            raise BadInput("calibrate with scales, gains and codes all off has nothing to move; leave it out")
+        if min(self.steps, self.batch, self.checks, self.patience) < 1:
+            raise BadInput("calibrate: steps, batch, checks and patience must be at least 1")
+        if min(self.learning_rate, self.codes_learning_rate) <= 0:
+            raise BadInput("calibrate: learning rates must be above 0")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"activations", "written"})
+
+    def requires(self, graph: Graph) -> str | None:
+        if all(isinstance(ref.type, DenseType) for _, ref in graph.weights()):
+            return "there is no ternary weight to calibrate; put decompose before it"
+        return None
+
+    def rewrite(self, graph: Graph, context: Context) -> Graph | None:
+        if context.calibration is None or context.dense is None:
+            raise BadInput("pass calibrate needs calibration activations: convert with --calib")
+        windows = context.calibration.tokens
+        held = np.arange(len(windows)) % HELD_OUT == HELD_OUT - 1
+        if len(windows) < HELD_OUT:
+            raise BadInput(
+                f"pass calibrate holds one window in {HELD_OUT} out: {len(windows)} windows of {windows.shape[1]} tokens are too "
+                f"few; give at least {HELD_OUT * windows.shape[1]:,} tokens"
+            )
+        data = _Data(windows[~held], windows[held], np.random.default_rng(context.seed))
+        tune = _against_logits if self.against == "logits" else _against_blocks
+        return tune(self, graph, context, data)
+
+    # --- the optimizer ---
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """Adam with a rate of its own for codes, warm-up and cosine; the codes' momentum in bfloat16."""
+
+        def cosine(rate: float) -> optax.Schedule:
+            return optax.warmup_cosine_decay_schedule(0.0, rate, min(WARM_UP, self.steps - 1), self.steps)
+
+        def labels(parameters):
+            return {
+                name: {kind: "codes" if kind == "codes" else "rest" for kind in moves}
+                for name, moves in parameters.items()
+            }
+
+        codes = optax.chain(
+            optax.scale_by_factored_rms(min_dim_size_to_factor=2),
+            optax.ema(0.9, accumulator_dtype=jnp.bfloat16),
+            optax.scale_by_learning_rate(cosine(self.codes_learning_rate)),
+        )
+        rest = optax.adam(cosine(self.learning_rate), b1=0.9, b2=0.95)
+        return optax.multi_transform({"codes": codes, "rest": rest}, labels)
+
+    def unit(self, block: Block) -> Unit:
+        return tunable(block, scales=self.scales, gains=self.gains, codes=self.codes)
+
+
+@dataclass
+class _Data:
+    """Windows to train on and windows held out, int32 [n, T]."""
+
+    train: np.ndarray
+    held: np.ndarray
+    rng: np.random.Generator
+
+    def batches(self, count: int, size: int):
+        """`count` batches of indices, every window once before any comes again."""
+        size = min(size, len(self.train))
+        order: list[int] = []
+        for _ in range(count):
+            if len(order) < size:
+                order = list(self.rng.permutation(len(self.train)))
+            batch, order = order[:size], order[size:]
+            yield np.array(batch)
+
+
+@dataclass
+class _Watch:
+    """Keeps the state of the least held-out loss, and knows when to stop."""
+
+    patience: int
+    start: float
+    best: float
+    state: Any
+    worse: int = 0
+
+    def look(self, loss: float, state) -> str | None:
+        """Why to stop, or None."""
+        if not math.isfinite(loss) or loss > DIVERGED * self.start:
+            return f"diverged (held-out loss {self.start:.4f} -> {loss:.4f})"
+        if loss < self.best:
+            self.best, self.state, self.worse = loss, state, 0
+            return None
+        self.worse += 1
+        return "stopped early" if self.worse >= self.patience else None
+
+
+class _Tuned:
+    """A unit, its parameters and the state of its optimizer."""
+
+    def __init__(self, unit: Unit, optimizer: optax.GradientTransformation, update: Callable):
+        self.unit, self.parameters, self._update = unit, unit.parameters, update
+        self._state = optimizer.init(unit.parameters)
+
+    def move(self, gradients: Parameters) -> None:
+        if self.parameters:
+            self.parameters, self._state = self._update(gradients, self._state, self.parameters)
+
+
+def _updater(optimizer: optax.GradientTransformation) -> Callable:
+    @jax.jit
+    def update(gradients, state, parameters):
+        updates, state = optimizer.update(gradients, state, parameters)
+        return optax.apply_updates(parameters, updates), state
+
+    return update
+
+
+# --- end to end --------------------------------------------------------------------------------------------------------
+
+
+def _against_logits(step: Calibrate, graph: Graph, context: Context, data: _Data) -> Graph | None:
+    dense = context.dense
+    assert dense is not None
+    targets, held_targets = (_hidden(dense, windows, step.batch) for windows in (data.train, data.held))
+    fixed = partial(tunable, scales=False, gains=False)
+    teacher, teacher_table = fixed(dense.epilogue), _tied_table(dense, fixed(dense.prologue))
+    optimizer = step.optimizer()
+    update = _updater(optimizer)
+    prologue, *blocks, head = (_Tuned(step.unit(block), optimizer, update) for block in graph.units)
+    tied = _is_tied(graph)
+
+    def loss(parameters, fixed_head, hidden, target, embedding, teacher_fixed, teacher_embedding):
+        """Mean over windows, one at a time: logits of one window [T, V] exist."""
+
+        @jax.checkpoint
+        def window(pair):
+            made, wanted = pair
+            return divergence(fixed_head, parameters, made, teacher_fixed, wanted, embedding, teacher_embedding)
+
+        return jnp.mean(jax.lax.map(window, (hidden, target)))
+
+    def of_head(parameters, fixed_weights, hidden, target, embedding, teacher_weights, teacher_embedding):
+        made = Unit(head.unit.block, head.unit.structure, fixed_weights, {})
+        wanted = Unit(teacher.block, teacher.structure, teacher_weights, {})
+        return loss(parameters, made, hidden, target, embedding, wanted, teacher_embedding)
+
+    measure = jax.jit(of_head)
+    differentiate = jax.jit(jax.value_and_grad(of_head, argnums=(0, 2, 4) if tied else (0, 2)))
+
+    def run(tokens) -> tuple[list, Any]:
+        """Inputs of prologue and blocks, and the hidden state behind the last one."""
+        x, inputs = jnp.asarray(tokens, jnp.int32), []
+        for tuned in (prologue, *blocks):
+            inputs.append(x)
+            x = forward(tuned.unit, tuned.parameters, x)
+        return inputs, x
+
+    def embedding():
+        return table(prologue.unit, prologue.parameters) if tied else None
+
+    def held_out() -> float:
+        total = 0.0
+        for start in range(0, len(data.held), step.batch):
+            tokens = data.held[start : start + step.batch]
+            _, hidden = run(tokens)
+            target = held_targets[start : start + step.batch]
+            total += len(tokens) * float(
+                measure(head.parameters, head.unit.fixed, hidden, target, embedding(), teacher.fixed, teacher_table)
+            )
+        return total / len(data.held)
+
+    def state() -> list[Parameters]:
+        return [tuned.parameters for tuned in (prologue, *blocks, head)]
+
+    start = held_out()
+    watch, every = _Watch(step.patience, start, start, None), max(1, round(step.steps / step.checks))
+    reason = None
+    for i, batch in enumerate(data.batches(step.steps, step.batch)):
+        inputs, hidden = run(data.train[batch])
+        _, gradients = differentiate(
+            head.parameters, head.unit.fixed, hidden, targets[batch], embedding(), teacher.fixed, teacher_table
+        )
+        gradient = gradients[1]
+        head.move(gradients[0])
+        for tuned, x in zip(reversed(blocks), reversed(inputs[1:]), strict=True):
+            moves, gradient = backward(tuned.unit, tuned.parameters, x, gradient)
+            tuned.move(moves)
+        if prologue.parameters:
+            moves, _ = backward(prologue.unit, prologue.parameters, inputs[0], gradient)
+            if tied:
+                moves = jax.tree.map(jnp.add, moves, table_backward(prologue.unit, prologue.parameters, gradients[2]))
+            prologue.move(moves)
+        context.advance("calibrate", i + 1, step.steps)
+        if ((i + 1) % every == 0 or i + 1 == step.steps) and (reason := watch.look(held_out(), state())):
+            break
+    context.say(_summary("KL(dense || converted)", watch, reason))
+    if watch.state is None:
+        return None
+    units = [
+        settled(tuned.unit, parameters)
+        for tuned, parameters in zip((prologue, *blocks, head), watch.state, strict=True)
+    ]
+    return graph.with_units(tuple(units))
+
+
+def _summary(what: str, watch: _Watch, reason: str | None) -> str:
+    ended = f"; {reason}, the best state is kept" if reason else ""
+    if watch.state is None:
+        return f"calibrate improved nothing: {what} on held-out windows stays {watch.start:.4f}{ended}"
+    return f"calibrate: {what} on held-out windows {watch.start:.4f} -> {watch.best:.4f}{ended}"
+
+
+def _is_tied(graph: Graph) -> bool:
+    return any(node.op == "linear" and "weight" not in node.weights for node in graph.epilogue.nodes)
+
+
+def _tied_table(graph: Graph, prologue: Unit):
+    return table(prologue, {}) if _is_tied(graph) else None
+
+
+def _hidden(graph: Graph, windows: np.ndarray, batch: int) -> np.ndarray:
+    """The residual stream in front of the epilogue, float32 [n, T, D]; one unit's weights in memory at a time."""
+    values = [jnp.asarray(windows[i : i + batch], jnp.int32) for i in range(0, len(windows), batch)]
+    for block in graph.units[:-1]:
+        unit = tunable(block, scales=False, gains=False)
+        values = [forward(unit, {}, x) for x in values]
+    return np.concatenate([np.asarray(x) for x in values])
+
+
+# --- block by block ----------------------------------------------------------------------------------------------------
+
+
+def _against_blocks(step: Calibrate, graph: Graph, context: Context, data: _Data) -> Graph | None:
+    dense = context.dense
+    assert dense is not None
+    optimizer = step.optimizer()
+    update = _updater(optimizer)
+
+    def inputs(windows: np.ndarray) -> tuple[list, list]:
+        tokens = [jnp.asarray(windows[i : i + 1], jnp.int32) for i in range(len(windows))]
+        return tuple(  # type: ignore[return-value]
+            [np.asarray(forward(unit, {}, x)) for x in tokens]
+            for unit in (tunable(g.prologue, scales=False, gains=False) for g in (dense, graph))
+        )
+
+    streams = {"train": inputs(data.train), "held": inputs(data.held)}
+    units, gained = [graph.prologue], 0
+    for number, (wanted, block) in enumerate(zip(dense.blocks, graph.blocks, strict=True)):
+        tuned, reference = _Tuned(step.unit(block), optimizer, update), tunable(wanted, scales=False, gains=False)
+        targets = {key: [np.asarray(forward(reference, {}, x)) for x in stream[0]] for key, stream in streams.items()}
+        # What the block adds to the stream, so that losses of blocks can be compared.
+        scale = float(
+            np.mean([np.mean((y - x) ** 2) for y, x in zip(targets["train"], streams["train"][0], strict=True)])
+        )
+
+        def error(output, target, scale=scale):
+            return jnp.mean((output - target) ** 2) / scale
+
+        slope = jax.jit(jax.grad(error))
+
+        def held_out(tuned=tuned, targets=targets, error=error) -> float:
+            pairs = zip(streams["held"][1], targets["held"], strict=True)
+            return float(np.mean([error(forward(tuned.unit, tuned.parameters, x), y) for x, y in pairs]))
+
+        start = held_out()
+        watch, every = _Watch(step.patience, start, start, None), max(1, round(step.steps / step.checks))
+        reason = None
+        for i, batch in enumerate(data.batches(step.steps, step.batch)):
+            x, y = (jnp.concatenate([stream[j] for j in batch]) for stream in (streams["train"][1], targets["train"]))
+            gradient = slope(forward(tuned.unit, tuned.parameters, x), y)
+            tuned.move(backward(tuned.unit, tuned.parameters, x, gradient)[0])
+            context.advance(f"calibrate {block.name}", number * step.steps + i + 1, len(graph.blocks) * step.steps)
+            if ((i + 1) % every == 0 or i + 1 == step.steps) and (reason := watch.look(held_out(), tuned.parameters)):
+                break
+        context.say(_summary(f"{block.name}: relative square error", watch, reason))
+        best = block if watch.state is None else settled(tuned.unit, watch.state)
+        gained += watch.state is not None
+        units.append(best)
+        after = tunable(best, scales=False, gains=False)
+        for key, stream in streams.items():
+            streams[key] = (targets[key], [np.asarray(forward(after, {}, x)) for x in stream[1]])
+    return graph.with_units((*units, graph.epilogue)) if gained else None

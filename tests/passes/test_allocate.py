@@ -1,0 +1,232 @@
+"""allocate: budgets kept to the byte, decisions that decompose follows, refusals before data is read, table and picture."""
+
+import io
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from atd.allocation_report import allocation_picture, allocation_rows, allocation_table
+from atd.errors import BadInput
+from atd.ir import WeightRef
+from atd.models import frontend
+from atd.passes import allocate as module
+from atd.passes.allocate import Allocate
+from atd.passes.decompose import Decompose
+from atd.pipeline import Context, Pipeline, Rule, make_pass, parse_pass
+from atd.report import graph_size
+from atd.tokenizer import open_tokenizer, read_text
+from atd.weights import PackedType
+from tests.models.tiny import tiny_graph
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+def context_of(windows, **options) -> Context:
+    """With an object that has of a Calibration what the pass looks at."""
+    calibration = SimpleNamespace(tokens=windows, digest=str(windows.tobytes().__hash__()))
+    return Context(calibration=calibration, say=options.pop("say", quiet), **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def windows():
+    return np.random.default_rng(0).integers(0, 40, (4, 16)).astype(np.int32)
+
+
+def decisions(graph) -> dict[str, str]:
+    return {name: node.attrs["ternary"] for name, node in graph.nodes() if "ternary" in node.attrs}
+
+
+def packed(graph, windows, *passes):
+    return Pipeline([*passes, "decompose", "fuse", "pack"])(graph, context_of(windows))
+
+
+@pytest.mark.parametrize("bits", [2.8, 3.4, 4.1, 5.0])
+def test_bits_are_kept_over_all_bytes_of_the_linears(windows, bits):
+    graph = tiny_graph(layers=4, hidden=64, mlp=160, heads=4)
+    found, _ = graph_size(packed(graph, windows, Allocate(bits=bits)))
+    assert 0.96 * bits < found <= bits
+    types = dict(packed(graph, windows, Allocate(bits=bits)).weights())
+    assert str(types["model.embed_tokens"].type).startswith("dense")
+    assert str(types["lm_head"].type).startswith("dense")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+def test_a_budget_counts_every_stored_byte(windows, tied, share):
+    """Also with the matrices that rotate puts around a tied model, and fuse's and pack's shapes; met to a few permille."""
+    graph = tiny_graph(layers=4, hidden=64, mlp=160, heads=4, tied=tied, vocabulary=80)
+    before = ("fold_norms", "rotate")
+    with pytest.raises(BadInput, match="the minimum is") as refused:
+        Pipeline([*before, Allocate(budget="1kB")])(graph)
+    least = int(re.search(r"minimum is ([\d,]+) bytes", str(refused.value))[1].replace(",", ""))  # type: ignore[index]
+    budget = int(least * (1 + share))
+    options = {"groups": (32, "row"), "fused": False}
+    after = packed(graph, windows, *before, Allocate(budget=f"{budget}B", **options))
+    used = sum(ref.type.nbytes for _, ref in after.weights())
+    assert 0.99 * budget < used <= budget
+    exactly = packed(graph, windows, *before, Allocate(budget=f"{least}B"))
+    assert sum(ref.type.nbytes for _, ref in exactly.weights()) == least
+
+
+def test_shares_of_an_input_are_shared_choices(windows):
+    """So that fuse joins them: q, k and v, gate and up; unless they are told apart."""
+    graph = tiny_graph(layers=3)
+    together = packed(graph, windows, Allocate(bits=3.4))
+    names = {name.rpartition(".")[2] for name, ref in together.weights() if isinstance(ref.type, PackedType)}
+    assert names == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+    apart = decisions(Allocate(bits=4.2, fused=False)(graph, context_of(windows)))
+    assert any(len({apart[f"model.layers.{i}.self_attn.{n}_proj"] for n in "qkv"}) > 1 for i in range(3))
+
+
+def test_decompose_follows_and_takes_the_attr_away(windows):
+    graph = tiny_graph()
+    decided = Allocate(bits=3.4)(graph, context_of(windows))
+    rule = Rule(r".*down_proj", skip=True)
+    after = Decompose(bases=4, group=32, nodes=r".*q_proj", rules=(rule,))(decided)
+    wanted = {name: text for name, text in decisions(decided).items() if text != "dense"}
+    types = {name: str(ref.type) for name, ref in after.weights() if not str(ref.type).startswith("dense")}
+    assert types.keys() == wanted.keys()
+    assert all(types[name].startswith(f"ternary {text}[") for name, text in wanted.items())
+    assert decisions(decided)["lm_head"] == "dense"
+    assert not decisions(after)
+
+
+def test_nodes_that_are_no_choice_stay_dense(windows):
+    graph = tiny_graph(layers=2)
+    decided = Allocate(bits=20.0, nodes=r"model\.layers\.1\..*")(graph, context_of(windows))
+    assert {text for name, text in decisions(decided).items() if ".0." in name} == {"dense"}
+    assert {text for name, text in decisions(decided).items() if ".1." in name} == {"n=3 g=row tied f16"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, r"Set allocate.bits=3.4 or allocate.budget=3.9GB"),
+        ({"bits": 1.0}, r"bits = 1.0 is below what is possible: the minimum is [\d.]+ bits with N = 1"),
+        ({"bits": 40.0}, r"bits = 40.0 is above dense: 32.000 bits is what the dense model takes"),
+        ({"budget": "5kB"}, r"budget 5kB \(5,000 bytes\) is below what is possible: .* embedding and head N = 2"),
+        ({"budget": "1GB"}, r"budget 1GB \(1,000,000,000 bytes\) is above dense: [\d,]+ bytes"),
+        ({"bits": 3.0, "nodes": "nothing"}, r"matches no dense linear of the blocks; names are like 'model.layers.0"),
+    ],
+)
+def test_refused_on_shapes_alone(options, message):
+    def unread():
+        raise AssertionError("a weight was read")
+
+    graph = tiny_graph()
+    graph = graph.with_units(
+        tuple(u.map_weights(lambda ref: WeightRef(ref.tensor, ref.type, unread)) for u in graph.units)
+    )
+    with pytest.raises(BadInput, match=message):
+        Pipeline([Allocate(**options)]).preflight(graph)
+    fine = Pipeline([Allocate(bits=3.4), "decompose", "fuse", "pack"]).preflight(graph)
+    assert 3.0 < graph_size(fine)[0] <= 3.4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits": 3.0, "budget": "1MB"}, "one of the two"),
+        ({"budget": "much"}, "is no size"),
+        ({"bases": (0, 1)}, "allocate.bases must be"),
+        ({"groups": ("tensor",)}, "allocate.groups must be"),
+        ({"scales": ()}, "allocate.scales must be"),
+        ({"sensitivity": "guess"}, "allocate.sensitivity 'guess' is unknown"),
+        ({"layout": "other"}, "allocate.layout 'other' is unknown"),
+    ],
+)
+def test_options_that_cannot_be(options, message):
+    with pytest.raises(BadInput, match=message):
+        Allocate(**options)
+
+
+def test_options_round_trip():
+    step = make_pass("allocate", {"bits": 3, "groups": [64, "row"], "bases": [1, 2, 3, 4]})
+    assert step == Allocate(bits=3.0, groups=(64, "row"), bases=(1, 2, 3, 4))
+    assert parse_pass(str(step)) == step
+    assert step.needs == {"activations"}
+
+
+def test_decided_twice_and_converted_already(windows):
+    decided = Allocate(bits=3.4)(tiny_graph(), context_of(windows))
+    with pytest.raises(BadInput, match="another allocate has decided already"):
+        Allocate(bits=3.4)(decided)
+    with pytest.raises(BadInput, match="no dense matrix is left"):
+        Allocate(bits=3.4)(Decompose(nodes=".*")(tiny_graph()))
+
+
+def test_what_it_says_and_records(windows):
+    lines: list[str] = []
+    context = context_of(windows, say=lines.append)
+    Allocate(bits=3.4)(tiny_graph(), context)
+    (line,) = lines
+    assert re.fullmatch(
+        r"allocate: 3\.\d+ bits a weight, [\d,]+ of [\d,]+ bytes \(\d+\.\d+%\), predicted KL \d\.\d+", line
+    )
+    total = sum(figures["predicted_kl"] for figures in context.figures.values())
+    assert total == pytest.approx(float(line.rpartition(" ")[2]), abs=1e-4)
+    assert len(context.figures) == 14
+
+
+def test_sensitivities_are_kept_and_used_again(windows, tmp_path, monkeypatch):
+    graph = tiny_graph()
+    first = decisions(Allocate(bits=3.4)(graph, context_of(windows, cache=tmp_path)))
+    (file,) = tmp_path.glob("sensitivity-*.json")
+    Allocate(bits=3.4)(tiny_graph(seed=1), context_of(windows, cache=tmp_path))
+    assert len(list(tmp_path.iterdir())) == 2, "another model's sensitivities are others"
+
+    def again(*arguments):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(module, "fisher_losses", again)
+    assert decisions(Allocate(bits=3.4)(graph, context_of(windows, cache=tmp_path))) == first
+    Allocate(bits=4.0)(graph, context_of(windows, cache=tmp_path))  # the budget is none of their business
+    file.write_text("[{")
+    with pytest.raises(AssertionError, match="measured again"):
+        Allocate(bits=3.4)(graph, context_of(windows, cache=tmp_path))
+
+
+def test_measured(windows):
+    decided = decisions(Allocate(bits=3.4, sensitivity="measured")(tiny_graph(), context_of(windows)))
+    assert {text for name, text in decided.items() if "layers" in name} <= {f"n={n} g=row tied f16" for n in (1, 2, 3)}
+
+
+def test_better_than_chance_on_a_real_model(stories260k, shared_data):
+    """At equal bytes, the predicted KL of the optimum is below that of the stand-in's choice, which knows nothing."""
+    tokens = open_tokenizer(stories260k).encode(read_text(shared_data / "text" / "tinystories_197k.txt"))
+    windows = np.asarray(tokens[: 16 * 128], np.int32).reshape(16, 128)
+    graph = Pipeline(["fold_norms", "rotate"])(frontend.open(stories260k))
+    step, context = Allocate(bits=3.6), context_of(windows)
+    problem = step._problem(graph)
+    losses = step._losses(problem, graph, context)
+    blind = decisions(step(graph, Context(say=quiet)))
+    seen = step.decide(graph, context)
+    options = [module.decision(type) for type in problem.candidates[problem.choices[0][0]]]
+    blind_kl = sum(
+        loss.sum(axis=0)[options.index(blind[names[0]])] for names, loss in zip(problem.choices, losses, strict=True)
+    )
+    assert seen.used <= seen.budget
+    assert seen.predicted_kl < blind_kl
+
+
+def test_table_and_picture(windows, tmp_path):
+    context = context_of(windows)
+    graph = Pipeline([Allocate(budget="30kB", groups=(32, "row")), "decompose"])(tiny_graph(), context)
+    rows = allocation_rows(graph, context.figures)
+    console = Console(file=io.StringIO(), width=120)
+    console.print(allocation_table(rows))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "model.layers.1" in text
+    assert "model.embed_tokens" in text
+    assert re.search(r"\b[123]/(32|row)", text)
+    allocation_picture(rows, tmp_path / "who.png")
+    assert (tmp_path / "who.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(BadInput, match="nothing was allocated"):
+        allocation_table([{**row, "predicted_kl": None} for row in rows])
+    with pytest.raises(BadInput, match="cannot be written"):
+        allocation_picture(rows, tmp_path / "who.nothing")
