@@ -69,10 +69,18 @@ def convert(
     windows = None
     if calibrated:
         windows = calibration_text(recipe, source, graph, cache, say, progress)
+        for step in recipe.pipeline.passes:
+            if len(windows) < step.least_windows:
+                raise BadInput(
+                    f"pass {step.name} needs at least {step.least_windows} calibration windows, there are {len(windows)} of "
+                    f"{windows.shape[1]} tokens; set calibration_tokens to at least {step.least_windows * windows.shape[1]:,}"
+                )
         recipe = with_digest(recipe, windows)
     with output.open_partial(target) as partial:
-        output.check_space(partial, sum(ref.type.nbytes for _, ref in final.weights()) - _bytes_written(partial))
         sweeps = recipe.pipeline.sweeps()
+        copies = len(sweeps) + sum(step.rewrites for _, after in sweeps for step in after)
+        size = sum(ref.type.nbytes for _, ref in final.weights())
+        output.check_space(partial, copies * size - _bytes_written(partial))
         total = len(sweeps) * sum(int(np.prod(ref.type.shape)) for _, ref in graph.weights())
         done, dense, figures = 0, None, {}
 
@@ -114,9 +122,15 @@ def _kept(
     """What a pass makes of a written model, written itself, so that a run that was cut off need not do it again."""
     key = hashlib.sha256(made_from.encode()).hexdigest()
     mark = folder / "made_from"
-    if not (mark.is_file() and mark.read_text() == key):
+    made = mark.read_text() if mark.is_file() else ""
+    if made == f"{key} unchanged":
+        return graph
+    if made != key:
         after = step(graph, context)
-        if after is graph:  # it only looked
+        if after is graph:  # it only looked, or found nothing to do
+            if step.rewrites:
+                folder.mkdir(exist_ok=True)
+                output.write_file(mark, f"{key} unchanged")
             return graph
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
@@ -141,7 +155,7 @@ def tokenizer_files(source: Path, say: Callable[[str], None]) -> dict[str, bytes
 
 
 def _bytes_written(partial: Path) -> int:
-    return sum(path.stat().st_size for path in partial.glob("model-*.safetensors"))
+    return sum(path.stat().st_size for path in partial.rglob("model-*.safetensors"))
 
 
 def _write_metadata(

@@ -186,7 +186,7 @@ def _study(
         cut(text.tokens, context, None)
         texts.append(text)
     calib_sha256 = {SELF: SELF}
-    for name in dict.fromkeys(text for p in grid if p.calibrated for text in calib or p.recipe.calibration):
+    for name in dict.fromkeys([*calib, *(text for p in grid if p.calibrated for text in p.recipe.calibration)]):
         if name != SELF:
             read_text(name)  # refused now rather than at each point
             calib_sha256[name] = output.file_digest(Path(name))

@@ -99,6 +99,7 @@ class Pass:
     name: ClassVar[str]
     scope: ClassVar[Literal["node", "block", "graph"]]
     rewrites: ClassVar[bool] = True
+    least_windows: ClassVar[int] = 0  # of calibration text, without which the pass cannot work
     rules: tuple[Rule, ...] = ()
 
     @property

@@ -36,7 +36,7 @@ HEAD = 256  # positions whose logits exist at a time
 ROWS = 1024  # of a matrix that are rounded to see how large errors are: relative to their size, its rows are alike
 # What two sweeps of descent leave of feedback's loss: means over stories15M's linears, rotated, tied, one scale a row;
 # they spread by .03 for one base and .01 for more. One base clips what is fed back, which eats the gain.
-LEFT = {1: 1.0, 2: 0.95, 3: 0.95, 4: 0.95}
+LEFT = {1: 1.5, 2: 0.95, 3: 0.95, 4: 0.95}
 
 Candidate = TernaryType | DenseType
 Candidates = Mapping[str, Sequence[Candidate]]  # full name of a node -> what its matrix may become

@@ -10,7 +10,6 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from pathlib import Path
 
 import jax
@@ -51,8 +50,7 @@ def sweep(
     Units that the journal knows by the same key, and whose shard has the digest it had, are not done again.
     `progress(weights, unit)` hears of each unit.
     """
-    preparing, rest = prefix(passes)
-    dense = Pipeline(preparing)(graph, context)
+    dense, rest = prepared(graph, passes, context)
     context.dense = dense if context.dense is None else context.dense
     rewritten = Pipeline(rest)(dense, context)
     calibrated = any("activations" in step.needs for step in rest)
@@ -81,13 +79,24 @@ def sweep(
     return rewritten, entries
 
 
-def prefix(passes: Sequence[Pass]) -> tuple[tuple[Pass, ...], tuple[Pass, ...]]:
-    """(the passes that keep the model's function, the rest): up to the first node or block pass that asks for activations.
+def prepared(graph: Graph, passes: Sequence[Pass], context: Context) -> tuple[Graph, Sequence[Pass]]:
+    """(the graph behind the passes that keep the model's function, the other passes): up to the first node or block pass
+    that asks for activations or makes a dense weight ternary.
 
-    Passes of graph scope that do (equalize, allocate) ask on behalf of those behind them.
+    Passes of graph scope that ask (equalize, allocate) do so on behalf of those behind them.
     """
-    count = len(list(takewhile(lambda step: step.scope == "graph" or "activations" not in step.needs, passes)))
-    return tuple(passes[:count]), tuple(passes[count:])
+
+    def dense_weights(graph: Graph) -> int:
+        return sum(isinstance(ref.type, DenseType) for _, ref in graph.weights())
+
+    for i, step in enumerate(passes):
+        if step.scope != "graph" and "activations" in step.needs:
+            return graph, passes[i:]
+        after = step(graph, context)
+        if step.scope != "graph" and dense_weights(after) < dense_weights(graph):
+            return graph, passes[i:]
+        graph = after
+    return graph, ()
 
 
 def _unit_key(before: Block, after: Block, passes: Sequence[Pass], recipe: Recipe, previous: str) -> str:

@@ -29,7 +29,7 @@ from atd.models import ops
 from atd.weights import DTYPES, Dense, DenseType, Packed, PackedType, Ternary, TernaryType, Weight, level_weights
 
 Parameters = dict[str, dict[str, jax.Array]]  # node -> kind ("scales", "gain", "codes") -> what is tuned
-PRECISION = jax.lax.Precision.HIGHEST
+CLOSE = 0.45  # levels that a latent weight may start away from its own, at most: half a level is the next one's
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["codes", "scales", "top"], meta_fields=["size", "tied"])
@@ -57,8 +57,14 @@ class Unit:
     parameters: Parameters
 
 
-def tunable(block: Block, *, scales: bool = True, gains: bool = True, codes: bool = False) -> Unit:
-    """The unit of a block whose weights are loaded now; what may move starts at zero, where it changes nothing."""
+def tunable(
+    block: Block, *, scales: bool = True, gains: bool = True, codes: bool = False, dense: Block | None = None
+) -> Unit:
+    """The unit of a block whose weights are loaded now; what may move starts where it changes nothing.
+
+    dense: the block before it was decomposed. Latent weights then start as far toward the dense ones as their codes
+    allow, so that those that were rounded against a close call move first; else in the middle of their level.
+    """
     fixed: dict[str, dict[str, Any]] = {}
     parameters: Parameters = {}
     for node in block.nodes:
@@ -66,22 +72,39 @@ def tunable(block: Block, *, scales: bool = True, gains: bool = True, codes: boo
             value = grid_of(ref.load()) if _ternary(ref.type) else jnp.asarray(ref.load().dequantize())
             fixed.setdefault(node.name, {})[slot] = value
             moves = parameters.setdefault(node.name, {})
-            if isinstance(value, Grid) and not _is_rotation(node):
+            if isinstance(value, Grid) and not is_rotation(node):
                 if scales:
                     moves["scales"] = jnp.zeros_like(value.scales)
                 if codes and node.op == "linear":
-                    moves["codes"] = jnp.zeros(value.codes.shape, jnp.float32)
+                    moves["codes"] = _latent(value, dense, node)
             elif node.op == "rms_norm" and gains and not isinstance(value, Grid):
                 moves["gain"] = jnp.zeros_like(value)
     structure = Block("", tuple(replace(node, weights={}) for node in block.nodes))
     return Unit(block, structure, fixed, {name: moves for name, moves in parameters.items() if moves})
 
 
+def _latent(grid: Grid, dense: Block | None, node: Node) -> jax.Array:
+    """Where the latent weights start, in levels from the quantized ones, float32 [out, in]."""
+    before = dense and next((n for n in dense.nodes if n.name == node.name and "weight" in n.weights), None)
+    if not before:
+        return jnp.zeros(grid.codes.shape, jnp.float32)
+    wanted = jnp.asarray(before.weights["weight"].load().dequantize())
+    return _toward(grid, wanted)
+
+
+@jax.jit
+def _toward(grid: Grid, wanted) -> jax.Array:
+    quantized, level = _combine(_signed(grid.codes, grid), grid.scales, grid), _spread(grid.scales[..., -1], grid)
+    start = jnp.clip((wanted - quantized) / nonzero(level), -CLOSE, CLOSE)
+    codes, _ = nearest(quantized + start * level, grid.scales, grid)  # free levels may lie closer than that
+    return jnp.where(codes == grid.codes, start, 0.0)
+
+
 def _ternary(type) -> TernaryType | None:
     return type.ternary if isinstance(type, PackedType) else type if isinstance(type, TernaryType) else None
 
 
-def _is_rotation(node: Node) -> bool:
+def is_rotation(node: Node) -> bool:
     """rotate's own matrices, whose trits are signs of an orthogonal matrix."""
     return node.name in ("rotate_in", "rotate_out")
 
@@ -125,7 +148,12 @@ def dequantize(grid: Grid, moves: dict[str, jax.Array]) -> jax.Array:
     latent = start + moves["codes"] * unit
     codes, inside = nearest(jax.lax.stop_gradient(latent), jax.lax.stop_gradient(scales), grid)
     passed = jnp.where(inside, latent - jax.lax.stop_gradient(latent), 0.0)
-    return _combine(_signed(codes, grid), scales, grid) + passed
+    return _combine(_signed(codes, grid), _descending(scales), grid) + passed
+
+
+def _descending(scales) -> jax.Array:
+    """Scales [rows, groups, N] in the order in which `nearest` counts codes, should they have crossed."""
+    return jnp.moveaxis(descending_scales(jnp.moveaxis(scales, -1, 0)), 0, -1)
 
 
 def nearest(latent, scales, grid: Grid) -> tuple[jax.Array, jax.Array]:
@@ -292,8 +320,7 @@ def _weight(type, grid: Grid, moves: dict[str, jax.Array]) -> Weight:
     if "codes" in moves:
         start = _combine(_signed(grid.codes, grid), grid.scales, grid)
         codes, _ = nearest(start + moves["codes"] * _spread(grid.scales[..., -1], grid), scales, grid)
-        if not grid.tied:  # nearest() counts in the order of descending scales
-            scales = jnp.moveaxis(descending_scales(jnp.moveaxis(scales, -1, 0)), 0, -1)
+        scales = _descending(scales)
     trits = np.asarray(trits_of(codes, ternary.bases))
     made = Ternary(trits, np.asarray(scales).astype(DTYPES[ternary.dtype]), ternary)
     if isinstance(type, PackedType):

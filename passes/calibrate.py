@@ -25,10 +25,22 @@ import optax
 from atd.errors import BadInput, nearest
 from atd.ir import Block, Graph
 from atd.pipeline import Context, Pass
-from atd.tuning import Parameters, Unit, backward, divergence, forward, settled, table, table_backward, tunable
+from atd.tuning import (
+    Parameters,
+    Unit,
+    backward,
+    divergence,
+    forward,
+    is_rotation,
+    settled,
+    table,
+    table_backward,
+    tunable,
+)
 from atd.weights import DenseType
 
 AGAINST = ("logits", "block")
+LATENT = ("dense", "level")
 HELD_OUT = 8  # one window in so many
 WARM_UP = 4  # steps
 DIVERGED = 1.5  # times the loss at the start
@@ -40,21 +52,27 @@ class Calibrate(Pass):
 
     name = "calibrate"
     scope = "graph"
+    least_windows = HELD_OUT
 
     against: str = "logits"  # or "block"
     scales: bool = True
     gains: bool = True
     codes: bool = True
     steps: int = 96  # of the optimizer; with "block" for each block
-    batch: int = 8  # windows a step
+    batch: int = 2048  # tokens a step, at least one window
     learning_rate: float = 2e-3  # of scales and gains, relative to their size
     codes_learning_rate: float = 0.02  # of latent weights, in levels
+    latent: str = (
+        "dense"  # where latent weights start: toward the dense ones, or in the middle of their level ("level")
+    )
     checks: int = 6
     patience: int = 2
 
     def __post_init__(self):
         if self.against not in AGAINST:
             raise BadInput(f"calibrate.against {self.against!r} is unknown{nearest(self.against, AGAINST)}")
+        if self.latent not in LATENT:
+            raise BadInput(f"calibrate.latent {self.latent!r} is unknown{nearest(self.latent, LATENT)}")
         if not (self.scales or self.gains or self.codes):
             raise BadInput("calibrate with scales, gains and codes all off has nothing to move; leave it out")
         if min(self.steps, self.batch, self.checks, self.patience) < 1:
@@ -67,13 +85,14 @@ class Calibrate(Pass):
         return frozenset({"activations", "written"})
 
     def requires(self, graph: Graph) -> str | None:
-        if all(isinstance(ref.type, DenseType) for _, ref in graph.weights()):
+        decomposed = (node for _, node in graph.nodes() if not is_rotation(node))
+        if all(isinstance(ref.type, DenseType) for node in decomposed for ref in node.weights.values()):
             return "there is no ternary weight to calibrate; put decompose before it"
         return None
 
     def rewrite(self, graph: Graph, context: Context) -> Graph | None:
         if context.calibration is None or context.dense is None:
-            raise BadInput("pass calibrate needs calibration activations: convert with --calib")
+            raise BadInput("pass calibrate needs calibration text and the dense model: it runs within atd.convert")
         windows = context.calibration.tokens
         held = np.arange(len(windows)) % HELD_OUT == HELD_OUT - 1
         if len(windows) < HELD_OUT:
@@ -81,7 +100,8 @@ class Calibrate(Pass):
                 f"pass calibrate holds one window in {HELD_OUT} out: {len(windows)} windows of {windows.shape[1]} tokens are too "
                 f"few; give at least {HELD_OUT * windows.shape[1]:,} tokens"
             )
-        data = _Data(windows[~held], windows[held], np.random.default_rng(context.seed))
+        size = max(1, self.batch // windows.shape[1])
+        data = _Data(windows[~held], windows[held], size, np.random.default_rng(context.seed))
         tune = _against_logits if self.against == "logits" else _against_blocks
         return tune(self, graph, context, data)
 
@@ -107,8 +127,14 @@ class Calibrate(Pass):
         rest = optax.adam(cosine(self.learning_rate), b1=0.9, b2=0.95)
         return optax.multi_transform({"codes": codes, "rest": rest}, labels)
 
-    def unit(self, block: Block) -> Unit:
-        return tunable(block, scales=self.scales, gains=self.gains, codes=self.codes)
+    def unit(self, block: Block, dense: Block) -> Unit:
+        return tunable(
+            block,
+            scales=self.scales,
+            gains=self.gains,
+            codes=self.codes,
+            dense=dense if self.latent == "dense" else None,
+        )
 
 
 @dataclass
@@ -117,11 +143,12 @@ class _Data:
 
     train: np.ndarray
     held: np.ndarray
+    size: int  # windows a step
     rng: np.random.Generator
 
-    def batches(self, count: int, size: int):
+    def batches(self, count: int):
         """`count` batches of indices, every window once before any comes again."""
-        size = min(size, len(self.train))
+        size = min(self.size, len(self.train))
         order: list[int] = []
         for _ in range(count):
             if len(order) < size:
@@ -178,12 +205,15 @@ def _updater(optimizer: optax.GradientTransformation) -> Callable:
 def _against_logits(step: Calibrate, graph: Graph, context: Context, data: _Data) -> Graph | None:
     dense = context.dense
     assert dense is not None
-    targets, held_targets = (_hidden(dense, windows, step.batch) for windows in (data.train, data.held))
+    targets, held_targets = (_hidden(dense, windows, data.size) for windows in (data.train, data.held))
     fixed = partial(tunable, scales=False, gains=False)
     teacher, teacher_table = fixed(dense.epilogue), _tied_table(dense, fixed(dense.prologue))
     optimizer = step.optimizer()
     update = _updater(optimizer)
-    prologue, *blocks, head = (_Tuned(step.unit(block), optimizer, update) for block in graph.units)
+    prologue, *blocks, head = (
+        _Tuned(step.unit(block, before), optimizer, update)
+        for block, before in zip(graph.units, dense.units, strict=True)
+    )
     tied = _is_tied(graph)
 
     def loss(parameters, fixed_head, hidden, target, embedding, teacher_fixed, teacher_embedding):
@@ -217,10 +247,10 @@ def _against_logits(step: Calibrate, graph: Graph, context: Context, data: _Data
 
     def held_out() -> float:
         total = 0.0
-        for start in range(0, len(data.held), step.batch):
-            tokens = data.held[start : start + step.batch]
+        for start in range(0, len(data.held), data.size):
+            tokens = data.held[start : start + data.size]
             _, hidden = run(tokens)
-            target = held_targets[start : start + step.batch]
+            target = held_targets[start : start + data.size]
             total += len(tokens) * float(
                 measure(head.parameters, head.unit.fixed, hidden, target, embedding(), teacher.fixed, teacher_table)
             )
@@ -232,7 +262,7 @@ def _against_logits(step: Calibrate, graph: Graph, context: Context, data: _Data
     start = held_out()
     watch, every = _Watch(step.patience, start, start, None), max(1, round(step.steps / step.checks))
     reason = None
-    for i, batch in enumerate(data.batches(step.steps, step.batch)):
+    for i, batch in enumerate(data.batches(step.steps)):
         inputs, hidden = run(data.train[batch])
         _, gradients = differentiate(
             head.parameters, head.unit.fixed, hidden, targets[batch], embedding(), teacher.fixed, teacher_table
@@ -303,7 +333,10 @@ def _against_blocks(step: Calibrate, graph: Graph, context: Context, data: _Data
     streams = {"train": inputs(data.train), "held": inputs(data.held)}
     units, gained = [graph.prologue], 0
     for number, (wanted, block) in enumerate(zip(dense.blocks, graph.blocks, strict=True)):
-        tuned, reference = _Tuned(step.unit(block), optimizer, update), tunable(wanted, scales=False, gains=False)
+        tuned, reference = (
+            _Tuned(step.unit(block, wanted), optimizer, update),
+            tunable(wanted, scales=False, gains=False),
+        )
         targets = {key: [np.asarray(forward(reference, {}, x)) for x in stream[0]] for key, stream in streams.items()}
         # What the block adds to the stream, so that losses of blocks can be compared.
         scale = float(
@@ -322,7 +355,7 @@ def _against_blocks(step: Calibrate, graph: Graph, context: Context, data: _Data
         start = held_out()
         watch, every = _Watch(step.patience, start, start, None), max(1, round(step.steps / step.checks))
         reason = None
-        for i, batch in enumerate(data.batches(step.steps, step.batch)):
+        for i, batch in enumerate(data.batches(step.steps)):
             x, y = (jnp.concatenate([stream[j] for j in batch]) for stream in (streams["train"][1], targets["train"]))
             gradient = slope(forward(tuned.unit, tuned.parameters, x), y)
             tuned.move(backward(tuned.unit, tuned.parameters, x, gradient)[0])

@@ -1,5 +1,9 @@
 """Calibration: the streams see what the models compute, and calibrated conversion is better, repeats and resumes."""
 
+import json
+from dataclasses import replace
+
+import jax
 import numpy as np
 import pytest
 
@@ -103,6 +107,28 @@ def test_an_interrupted_calibrated_run_ends_in_the_same_bytes(stories260k, calib
     again = convert(stories260k, tmp_path / "out", "ternary2", overrides=OVERRIDES, calib=calib, say=quiet)
     assert calls[4] == calls[3], "finished units were written again"
     assert read_manifest(again) == read_manifest(calibrated)
+
+
+def test_its_own_recipe_makes_the_same_bytes_and_refuses_another_text(
+    stories260k, calib, calibrated, shared_data, tmp_path
+):
+    recipe = calibrated / "recipe.toml"
+    again = convert(stories260k, tmp_path / "again", recipe, say=quiet)
+    assert read_manifest(again) == read_manifest(calibrated)
+    manifest = json.loads((again / output.MANIFEST).read_text())
+    assert manifest["platform"] == jax.default_backend()
+    assert manifest["calibration"] == {
+        "texts": [calib.name],
+        "tokens_sha256": read_recipe(recipe).calibration_sha256,
+        "windows": [64, 512],
+    }
+    other = shared_data / "text" / "wikitext2_raw_test.txt"
+    with pytest.raises(BadInput, match=r"calibrated on other text: .*wikitext2_raw_test.txt gives tokens of sha256"):
+        convert(stories260k, tmp_path / "other", recipe, calib=other, say=quiet)
+    short = replace(read_recipe(recipe), calibration=("self",), calibration_tokens=1024)
+    with pytest.raises(BadInput, match="calibrated on other text: self gives"):
+        convert(stories260k, tmp_path / "other", short, say=quiet)
+    assert not (tmp_path / "other").exists()
 
 
 def test_what_calibration_needs_is_said(stories260k, calib, tmp_path):

@@ -35,7 +35,11 @@ def atd(monkeypatch, capsys):
 @pytest.fixture(scope="module")
 def converted(stories260k, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("cli") / "out"
-    subprocess.run([sys.executable, "-m", "atd.cli", "convert", str(stories260k), str(out), "--recipe", "datafree2"], check=True, cwd=ROOT)
+    subprocess.run(
+        [sys.executable, "-m", "atd.cli", "convert", str(stories260k), str(out), "--recipe", "datafree2"],
+        check=True,
+        cwd=ROOT,
+    )
     return out
 
 
@@ -126,11 +130,42 @@ def test_verify(atd, converted):
 
 def test_set_reaches_the_recipe(atd, stories260k, tmp_path):
     code, _, err = atd(
-        "convert", stories260k, tmp_path / "o", "--recipe", "datafree2", "--set", "decompose.bases=1", "--set", "decompose.group=row"
+        "convert",
+        stories260k,
+        tmp_path / "o",
+        "--recipe",
+        "datafree2",
+        "--set",
+        "decompose.bases=1",
+        "--set",
+        "decompose.group=row",
     )
     assert code == 0, err
     assert "packed n=1 g=row" in (tmp_path / "o" / "atd_graph.json").read_text()
     assert "bases = 1" in (tmp_path / "o" / "recipe.toml").read_text()
+
+
+def test_an_allocation_is_shown_and_drawn(atd, stories260k, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(report.console, "width", 140)
+    recipe = tmp_path / "small.toml"
+    recipe.write_text(
+        'calibration_tokens = 1024\ncalibration_context = 128\n[[passes]]\nname = "allocate"\nbits = 3.4\ntokens = 512\n'
+        '[[passes]]\nname = "decompose"\n[[passes]]\nname = "pack"\n[[passes]]\nname = "fuse"\n'
+    )
+    out = tmp_path / "o"
+    code, printed, err = atd("convert", stories260k, out, "--recipe", recipe, "--calib", text, "--bits", 4.2)
+    assert code == 0, err
+    (first,) = (line.split() for line in printed.splitlines() if "model.layers.0" in line)
+    assert set(first[1:8]) <= {"1", "2", "3"}
+    assert f"atd inspect {out} --plot {out}.png" in printed
+    rows = json.loads((out / "report.json").read_text())["nodes"]
+    assert all(row["predicted_kl"] > 0 and row["error"] > 0 for row in rows if "layers" in row["node"])
+    assert 'budget = ""' in (out / "recipe.toml").read_text()
+    assert "bits = 4.2" in (out / "recipe.toml").read_text()
+    code, printed, err = atd("inspect", out, "--plot", tmp_path / "who.png")
+    assert code == 0, err
+    assert (tmp_path / "who.png").read_bytes().startswith(b"\x89PNG")
+    refused(atd("inspect", stories260k, "--plot", tmp_path / "who.png"), "not a folder that atd made")
 
 
 def test_the_historic_name_is_the_converter(stories260k, tmp_path):

@@ -86,14 +86,15 @@ def test_shares_of_an_input_are_shared_choices(windows):
 def test_decompose_follows_and_takes_the_attr_away(windows):
     graph = tiny_graph()
     decided = Allocate(bits=3.4)(graph, context_of(windows))
-    rule = Rule(r".*down_proj", skip=True)
-    after = Decompose(bases=4, group=32, nodes=r".*q_proj", rules=(rule,))(decided)
+    after = Decompose(bases=4, group=32, nodes=r".*q_proj")(decided)
     wanted = {name: text for name, text in decisions(decided).items() if text != "dense"}
     types = {name: str(ref.type) for name, ref in after.weights() if not str(ref.type).startswith("dense")}
     assert types.keys() == wanted.keys()
     assert all(types[name].startswith(f"ternary {text}[") for name, text in wanted.items())
     assert decisions(decided)["lm_head"] == "dense"
     assert not decisions(after)
+    with pytest.raises(BadInput, match=r"rule '.*down_proj' would have no say"):
+        Decompose(rules=(Rule(r".*down_proj", skip=True),))(decided)
 
 
 def test_nodes_that_are_no_choice_stay_dense(windows):
