@@ -48,7 +48,7 @@ def allocation_rows(graph: Graph, figures: Mapping[str, Mapping], layout: str = 
 
 
 def allocation_table(rows: Sequence[Row]) -> Table:
-    """A line a block, a column a kind of linear, in it N (and group and kind of scales where they differ); then bits a
+    """A line a block, a column a kind of linear, in it N (and kind and group of scales where they differ); then bits a
     weight, size and predicted KL. Embedding and head follow; the last line is all of it.
 
     Raises BadInput where no row has a predicted KL: nothing was allocated.
@@ -56,13 +56,14 @@ def allocation_table(rows: Sequence[Row]) -> Table:
     rows, blocks, others, kinds = _sorted(rows)
     types = [_ternary(row) for row in rows]
     plain = len({(type.group, type.tied) for type in types if type is not None}) < 2
-    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("block", overflow="fold", min_width=14)
+    caption = None if plain else "N bases; f: free scales, else tied; /64: group size, else one group a row"
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), caption=caption)
+    table.add_column("block", overflow="fold")
     for title in (*(kind.removesuffix("_proj") for kind in kinds), "bits", "size", "predicted\nKL"):
         table.add_column(title, justify="right", no_wrap=True)
     for block, nodes in blocks.items():
         cells = [_option(nodes[kind], plain) if kind in nodes else "" for kind in kinds]
-        table.add_row(block, *cells, *_figures(list(nodes.values())))
+        table.add_row(block.rpartition(".")[2], *cells, *_figures(list(nodes.values())))
     table.add_section()
     for row in others:
         table.add_row(f"{row['node']}: {_option(row, plain)}", *[""] * len(kinds), *_figures([row]))
@@ -137,11 +138,13 @@ def _ternary(row: Row) -> TernaryType | None:
 
 
 def _option(row: Row, plain: bool) -> str:
-    """N, or "dense"; with group and kind of scales where matrices differ in them: "2/64", "2/row free"."""
+    """N, or "dense"; where matrices differ in their scales with "f" for free ones and the group's size: "2", "2f", "2f/64"."""
     type = _ternary(row)
     if type is None:
         return "dense"
-    return str(type.bases) if plain else f"{type.bases}/{type.group}{'' if type.tied else ' free'}"
+    if plain:
+        return str(type.bases)
+    return f"{type.bases}{'' if type.tied else 'f'}{'' if type.group == 'row' else f'/{type.group}'}"
 
 
 def _figures(rows: Sequence[Row]) -> tuple[str, str, str]:

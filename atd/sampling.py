@@ -37,7 +37,7 @@ from atd.tokenizer import Tokenizer
 
 VERSION = 1  # of what is drawn for a seed: part of the cache's key
 BATCH = 64  # windows that are drawn together, at most: more gain nothing on a CPU
-CACHE_BYTES = 2 << 30  # of keys and values, at most, unless one window takes more
+CACHE_BYTES = 1 << 29  # of keys and values, at most, unless one window takes more
 CACHE_STEP = 128  # positions that the keys and values grow by: a step of decoding reads all that is allocated
 RUN = 256  # tokens whose probabilities are summed together, when one is looked up
 

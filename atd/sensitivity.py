@@ -33,7 +33,7 @@ from atd.weights import DTYPES, Dense, DenseType, Ternary, TernaryType
 
 BATCH = 2048  # positions that run together
 HEAD = 256  # positions whose logits exist at a time
-ROWS = 1024  # of a matrix that are rounded to see how large errors are: relative to their size, its rows are alike
+ROWS = 512  # of a matrix that are rounded to see how large errors are: relative to their size, its rows are alike
 # What two sweeps of descent leave of feedback's loss: means over stories15M's linears, rotated, tied, one scale a row;
 # they spread by .03 for one base and .01 for more. One base clips what is fed back, which eats the gain.
 LEFT = {1: 1.5, 2: 0.95, 3: 0.95, 4: 0.95}

@@ -29,7 +29,6 @@ from atd.models import ops
 from atd.weights import DTYPES, Dense, DenseType, Packed, PackedType, Ternary, TernaryType, Weight, level_weights
 
 Parameters = dict[str, dict[str, jax.Array]]  # node -> kind ("scales", "gain", "codes") -> what is tuned
-CLOSE = 0.45  # levels that a latent weight may start away from its own, at most: half a level is the next one's
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["codes", "scales", "top"], meta_fields=["size", "tied"])
@@ -57,13 +56,11 @@ class Unit:
     parameters: Parameters
 
 
-def tunable(
-    block: Block, *, scales: bool = True, gains: bool = True, codes: bool = False, dense: Block | None = None
-) -> Unit:
-    """The unit of a block whose weights are loaded now; what may move starts where it changes nothing.
+def tunable(block: Block, *, scales: bool = True, gains: bool = True, codes: bool = False) -> Unit:
+    """The unit of a block whose weights are loaded now; what may move starts at zero, where it changes nothing.
 
-    dense: the block before it was decomposed. Latent weights then start as far toward the dense ones as their codes
-    allow, so that those that were rounded against a close call move first; else in the middle of their level.
+    Latent weights start in the middle of their level. Starting toward the dense weights was tried: after error feedback
+    a third of all weights lie near the edge of their level, the first steps flip them together, and the loss triples.
     """
     fixed: dict[str, dict[str, Any]] = {}
     parameters: Parameters = {}
@@ -76,28 +73,11 @@ def tunable(
                 if scales:
                     moves["scales"] = jnp.zeros_like(value.scales)
                 if codes and node.op == "linear":
-                    moves["codes"] = _latent(value, dense, node)
+                    moves["codes"] = jnp.zeros(value.codes.shape, jnp.float32)
             elif node.op == "rms_norm" and gains and not isinstance(value, Grid):
                 moves["gain"] = jnp.zeros_like(value)
     structure = Block("", tuple(replace(node, weights={}) for node in block.nodes))
     return Unit(block, structure, fixed, {name: moves for name, moves in parameters.items() if moves})
-
-
-def _latent(grid: Grid, dense: Block | None, node: Node) -> jax.Array:
-    """Where the latent weights start, in levels from the quantized ones, float32 [out, in]."""
-    before = dense and next((n for n in dense.nodes if n.name == node.name and "weight" in n.weights), None)
-    if not before:
-        return jnp.zeros(grid.codes.shape, jnp.float32)
-    wanted = jnp.asarray(before.weights["weight"].load().dequantize())
-    return _toward(grid, wanted)
-
-
-@jax.jit
-def _toward(grid: Grid, wanted) -> jax.Array:
-    quantized, level = _combine(_signed(grid.codes, grid), grid.scales, grid), _spread(grid.scales[..., -1], grid)
-    start = jnp.clip((wanted - quantized) / nonzero(level), -CLOSE, CLOSE)
-    codes, _ = nearest(quantized + start * level, grid.scales, grid)  # free levels may lie closer than that
-    return jnp.where(codes == grid.codes, start, 0.0)
 
 
 def _ternary(type) -> TernaryType | None:

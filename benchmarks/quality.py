@@ -102,7 +102,7 @@ def main() -> None:
                     arguments.json.write_text(
                         json.dumps({"model": model.name, "context": context, "rows": rows}, indent=1) + "\n"
                     )
-    Console().print(table(rows, [text.stem for text in texts]))
+    Console(width=120).print(table(rows, [text.stem for text in texts]))
 
 
 def measured(name, recipe, model, dense, ids, context, calib, folder, bar) -> dict:

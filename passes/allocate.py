@@ -48,7 +48,7 @@ from atd.sensitivity import Candidate, fisher_losses, measured_losses
 from atd.weights import DenseType, Group, TernaryType
 
 SENSITIVITIES = ("fisher", "measured")
-VERSION = 1  # of the stored sensitivities
+VERSION = 2  # of the stored sensitivities
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,8 @@ class Allocate(Pass):
     embedding_bases: tuple[int, ...] = (2, 3, 4)  # of embedding and head
     embedding_groups: tuple[Group, ...] = (64, "row")
     sensitivity: str = "fisher"  # or "measured"
-    tokens: int = 2048  # of the calibration text, for gradients or measurements; moments are of all of it
+    tokens: int = 2048  # of the calibration text, for gradients or measurements
+    moment_tokens: int = 8192  # for second moments
     fused: bool = True  # linears of one input share one option
     layout: str = DEFAULT_LAYOUT  # that `pack` will use: its padding counts
     nodes: str = r"model\.layers\..*"  # linears of the blocks that are choices (whole names); others stay dense
@@ -118,8 +119,8 @@ class Allocate(Pass):
             )
         if self.layout not in LAYOUTS:
             raise BadInput(f"allocate.layout {self.layout!r} is unknown{nearest(self.layout, LAYOUTS)}")
-        if self.tokens < 1:
-            raise BadInput(f"allocate.tokens must be at least 1, not {self.tokens}")
+        if min(self.tokens, self.moment_tokens) < 1:
+            raise BadInput("allocate: tokens and moment_tokens must be at least 1")
         try:
             re.compile(self.nodes)
         except re.error as error:
@@ -267,7 +268,8 @@ class Allocate(Pass):
                 np.array([[_stand_in(type) for type in problem.candidates[name]] for name in names])
                 for names in problem.choices
             ]
-        windows, key = context.calibration.tokens, self._key(problem, graph, context)
+        tokens, key = context.calibration.tokens, self._key(problem, graph, context)
+        windows = tokens[: max(1, -(-self.moment_tokens // tokens.shape[1]))]
         path = None if context.cache is None else context.cache / f"sensitivity-{key[:32]}.json"
         if (stored := _stored(path, problem)) is not None:
             return stored

@@ -5,8 +5,9 @@
    gradient in memory at a time (checkpointing per block).
    `against = "block"`: block by block (EfficientQAT's block-AP, 2407.11062). Mean square error of a block's output on the
    quantized stream against the dense block's on the dense stream, relative to what the block adds to the stream.
-3. What moves: `scales` (relative steps), `gains` of RMS norms, `codes` (latent weights, straight through; of linears). Adam,
-   a few warm-up steps, cosine to zero.
+3. What moves: `scales` (relative steps), `gains` of RMS norms, `codes` (latent weights, straight through; of linears). Adam
+   for scales and gains, Adafactor for codes, so that those of the largest gradients move and not all alike; a few
+   warm-up steps, cosine to zero.
 4. Every eighth calibration window is held out. Their loss is looked at `checks` times; the best state is kept, and a run that got worse
    for `patience` checks, or diverged, stops. A run that improved nothing says so and leaves the model as it was.
 """
@@ -40,7 +41,6 @@ from atd.tuning import (
 from atd.weights import DenseType
 
 AGAINST = ("logits", "block")
-LATENT = ("dense", "level")
 HELD_OUT = 8  # one window in so many
 WARM_UP = 4  # steps
 DIVERGED = 1.5  # times the loss at the start
@@ -58,25 +58,20 @@ class Calibrate(Pass):
     scales: bool = True
     gains: bool = True
     codes: bool = True
-    steps: int = 96  # of the optimizer; with "block" for each block
+    steps: int = 40  # of the optimizer; with "block" for each block; 0: none, the model stays as it is
     batch: int = 2048  # tokens a step, at least one window
     learning_rate: float = 2e-3  # of scales and gains, relative to their size
     codes_learning_rate: float = 0.02  # of latent weights, in levels
-    latent: str = (
-        "dense"  # where latent weights start: toward the dense ones, or in the middle of their level ("level")
-    )
     checks: int = 6
     patience: int = 2
 
     def __post_init__(self):
         if self.against not in AGAINST:
             raise BadInput(f"calibrate.against {self.against!r} is unknown{nearest(self.against, AGAINST)}")
-        if self.latent not in LATENT:
-            raise BadInput(f"calibrate.latent {self.latent!r} is unknown{nearest(self.latent, LATENT)}")
         if not (self.scales or self.gains or self.codes):
             raise BadInput("calibrate with scales, gains and codes all off has nothing to move; leave it out")
-        if min(self.steps, self.batch, self.checks, self.patience) < 1:
-            raise BadInput("calibrate: steps, batch, checks and patience must be at least 1")
+        if self.steps < 0 or min(self.batch, self.checks, self.patience) < 1:
+            raise BadInput("calibrate: steps must be 0 or more, batch, checks and patience at least 1")
         if min(self.learning_rate, self.codes_learning_rate) <= 0:
             raise BadInput("calibrate: learning rates must be above 0")
 
@@ -93,6 +88,8 @@ class Calibrate(Pass):
     def rewrite(self, graph: Graph, context: Context) -> Graph | None:
         if context.calibration is None or context.dense is None:
             raise BadInput("pass calibrate needs calibration text and the dense model: it runs within atd.convert")
+        if not self.steps:
+            return None
         windows = context.calibration.tokens
         held = np.arange(len(windows)) % HELD_OUT == HELD_OUT - 1
         if len(windows) < HELD_OUT:
@@ -127,14 +124,8 @@ class Calibrate(Pass):
         rest = optax.adam(cosine(self.learning_rate), b1=0.9, b2=0.95)
         return optax.multi_transform({"codes": codes, "rest": rest}, labels)
 
-    def unit(self, block: Block, dense: Block) -> Unit:
-        return tunable(
-            block,
-            scales=self.scales,
-            gains=self.gains,
-            codes=self.codes,
-            dense=dense if self.latent == "dense" else None,
-        )
+    def unit(self, block: Block) -> Unit:
+        return tunable(block, scales=self.scales, gains=self.gains, codes=self.codes)
 
 
 @dataclass
@@ -210,10 +201,7 @@ def _against_logits(step: Calibrate, graph: Graph, context: Context, data: _Data
     teacher, teacher_table = fixed(dense.epilogue), _tied_table(dense, fixed(dense.prologue))
     optimizer = step.optimizer()
     update = _updater(optimizer)
-    prologue, *blocks, head = (
-        _Tuned(step.unit(block, before), optimizer, update)
-        for block, before in zip(graph.units, dense.units, strict=True)
-    )
+    prologue, *blocks, head = (_Tuned(step.unit(block), optimizer, update) for block in graph.units)
     tied = _is_tied(graph)
 
     def loss(parameters, fixed_head, hidden, target, embedding, teacher_fixed, teacher_embedding):
@@ -334,7 +322,7 @@ def _against_blocks(step: Calibrate, graph: Graph, context: Context, data: _Data
     units, gained = [graph.prologue], 0
     for number, (wanted, block) in enumerate(zip(dense.blocks, graph.blocks, strict=True)):
         tuned, reference = (
-            _Tuned(step.unit(block, wanted), optimizer, update),
+            _Tuned(step.unit(block), optimizer, update),
             tunable(wanted, scales=False, gains=False),
         )
         targets = {key: [np.asarray(forward(reference, {}, x)) for x in stream[0]] for key, stream in streams.items()}

@@ -222,9 +222,9 @@ def test_table_and_picture(windows, tmp_path):
     console = Console(file=io.StringIO(), width=120)
     console.print(allocation_table(rows))
     text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "model.layers.1" in text
+    assert re.search(r"^1 ", text, re.MULTILINE)
     assert "model.embed_tokens" in text
-    assert re.search(r"\b[123]/(32|row)", text)
+    assert re.search(r"\b[123](/32)?\b", text)
     allocation_picture(rows, tmp_path / "who.png")
     assert (tmp_path / "who.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(BadInput, match="nothing was allocated"):
