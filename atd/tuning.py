@@ -59,8 +59,8 @@ class Unit:
 def tunable(block: Block, *, scales: bool = True, gains: bool = True, codes: bool = False) -> Unit:
     """The unit of a block whose weights are loaded now; what may move starts at zero, where it changes nothing.
 
-    Latent weights start in the middle of their level. Starting toward the dense weights was tried: after error feedback
-    a third of all weights lie near the edge of their level, the first steps flip them together, and the loss triples.
+    Latent weights start in the middle of their level. Starting toward the dense weights was tried: error feedback leaves
+    many of them near the edge of their level, the first steps flip them together, and the loss triples.
     """
     fixed: dict[str, dict[str, Any]] = {}
     parameters: Parameters = {}

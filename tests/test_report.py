@@ -193,7 +193,7 @@ def test_in_a_log_there_is_a_line_now_and_then_and_one_at_the_end(monkeypatch):
 
 def test_conversion_progress_says_and_counts():
     class At:
-        done, total, unit = 3, 3, "model.layers.0"
+        done, total, unit, counted = 3, 3, "model.layers.0", "weights"
 
     console = Console(file=io.StringIO(), width=100)
     with conversion_progress(console) as (say, progress):

@@ -106,6 +106,7 @@ def test_predicted_kl_is_measured_kl_where_errors_are_small(stories260k, shared_
     assert predicted[0] > 4 * predicted[1]
 
 
+@pytest.mark.slow
 def test_measured_and_predicted_rank_alike(stories260k, shared_data):
     """Of every linear and option of a real model, rotated."""
     graph = Pipeline(["fold_norms", "rotate"])(frontend.open(stories260k))

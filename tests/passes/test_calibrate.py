@@ -130,7 +130,7 @@ def test_too_few_windows(stories260k, recipe, tmp_path):
     context = Context(calibration=Calibration(windows), dense=graph)
     with pytest.raises(BadInput, match=rf"7 windows of 16 tokens are too few; give at least {HELD_OUT * 16:,} tokens"):
         Calibrate().rewrite(graph, context)
-    with pytest.raises(BadInput, match="needs calibration activations"):
+    with pytest.raises(BadInput, match="needs calibration text and the dense model"):
         Calibrate().rewrite(graph, Context())
 
 
@@ -141,7 +141,7 @@ def test_options():
     for options, message in (
         ("against = 'logit'", "did you mean 'logits'"),
         ("scales = false, gains = false, codes = false", "nothing to move"),
-        ("steps = 0", "at least 1"),
+        ("steps = -1", "at least 1"),
         ("learning_rate = 0", "above 0"),
     ):
         with pytest.raises(BadInput, match=message):
