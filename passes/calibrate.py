@@ -14,8 +14,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -197,85 +196,93 @@ def _against_logits(step: Calibrate, graph: Graph, context: Context, data: _Data
     dense = context.dense
     assert dense is not None
     targets, held_targets = (_hidden(dense, windows, data.size) for windows in (data.train, data.held))
-    fixed = partial(tunable, scales=False, gains=False)
-    teacher, teacher_table = fixed(dense.epilogue), _tied_table(dense, fixed(dense.prologue))
-    optimizer = step.optimizer()
-    update = _updater(optimizer)
-    prologue, *blocks, head = (_Tuned(step.unit(block), optimizer, update) for block in graph.units)
-    tied = _is_tied(graph)
-
-    def loss(parameters, fixed_head, hidden, target, embedding, teacher_fixed, teacher_embedding):
-        """Mean over windows, one at a time: logits of one window [T, V] exist."""
-
-        @jax.checkpoint
-        def window(pair):
-            made, wanted = pair
-            return divergence(fixed_head, parameters, made, teacher_fixed, wanted, embedding, teacher_embedding)
-
-        return jnp.mean(jax.lax.map(window, (hidden, target)))
-
-    def of_head(parameters, fixed_weights, hidden, target, embedding, teacher_weights, teacher_embedding):
-        made = Unit(head.unit.block, head.unit.structure, fixed_weights, {})
-        wanted = Unit(teacher.block, teacher.structure, teacher_weights, {})
-        return loss(parameters, made, hidden, target, embedding, wanted, teacher_embedding)
-
-    measure = jax.jit(of_head)
-    differentiate = jax.jit(jax.value_and_grad(of_head, argnums=(0, 2, 4) if tied else (0, 2)))
-
-    def run(tokens) -> tuple[list, Any]:
-        """Inputs of prologue and blocks, and the hidden state behind the last one."""
-        x, inputs = jnp.asarray(tokens, jnp.int32), []
-        for tuned in (prologue, *blocks):
-            inputs.append(x)
-            x = forward(tuned.unit, tuned.parameters, x)
-        return inputs, x
-
-    def embedding():
-        return table(prologue.unit, prologue.parameters) if tied else None
+    model = _Converted(step, graph, dense)
 
     def held_out() -> float:
-        total = 0.0
-        for start in range(0, len(data.held), data.size):
-            tokens = data.held[start : start + data.size]
-            _, hidden = run(tokens)
-            target = held_targets[start : start + data.size]
-            total += len(tokens) * float(
-                measure(head.parameters, head.unit.fixed, hidden, target, embedding(), teacher.fixed, teacher_table)
-            )
-        return total / len(data.held)
-
-    def state() -> list[Parameters]:
-        return [tuned.parameters for tuned in (prologue, *blocks, head)]
+        parts = range(0, len(data.held), data.size)
+        losses = [model.loss(data.held[i : i + data.size], held_targets[i : i + data.size]) for i in parts]
+        return float(np.average(losses, weights=[len(data.held[i : i + data.size]) for i in parts]))
 
     start = held_out()
     watch, every = _Watch(step.patience, start, start, None), max(1, round(step.steps / step.checks))
     reason = None
     for i, batch in enumerate(data.batches(step.steps)):
-        inputs, hidden = run(data.train[batch])
-        _, gradients = differentiate(
-            head.parameters, head.unit.fixed, hidden, targets[batch], embedding(), teacher.fixed, teacher_table
-        )
-        gradient = gradients[1]
-        head.move(gradients[0])
-        for tuned, x in zip(reversed(blocks), reversed(inputs[1:]), strict=True):
-            moves, gradient = backward(tuned.unit, tuned.parameters, x, gradient)
-            tuned.move(moves)
-        if prologue.parameters:
-            moves, _ = backward(prologue.unit, prologue.parameters, inputs[0], gradient)
-            if tied:
-                moves = jax.tree.map(jnp.add, moves, table_backward(prologue.unit, prologue.parameters, gradients[2]))
-            prologue.move(moves)
+        model.move(data.train[batch], targets[batch])
         context.advance("calibrate", i + 1, step.steps)
-        if ((i + 1) % every == 0 or i + 1 == step.steps) and (reason := watch.look(held_out(), state())):
+        if ((i + 1) % every == 0 or i + 1 == step.steps) and (reason := watch.look(held_out(), model.state())):
             break
     context.say(_summary("KL(dense || converted)", watch, reason))
     if watch.state is None:
         return None
-    units = [
-        settled(tuned.unit, parameters)
-        for tuned, parameters in zip((prologue, *blocks, head), watch.state, strict=True)
-    ]
+    units = (settled(tuned.unit, parameters) for tuned, parameters in zip(model.units, watch.state, strict=True))
     return graph.with_units(tuple(units))
+
+
+class _Converted:
+    """The converted model as it moves, and the heads of both models."""
+
+    def __init__(self, step: Calibrate, graph: Graph, dense: Graph):
+        optimizer = step.optimizer()
+        update = _updater(optimizer)
+        self.units = [_Tuned(step.unit(block), optimizer, update) for block in graph.units]
+        self._prologue, *self._blocks, self._head = self.units
+        self._tied = _is_tied(graph)
+        self._teacher = tunable(dense.epilogue, scales=False, gains=False)
+        self._teacher_table = None
+        if _is_tied(dense):
+            self._teacher_table = table(tunable(dense.prologue, scales=False, gains=False), {})
+        self._moves_table = self._tied and bool(self._prologue.parameters)
+        self._measure = jax.jit(self._divergence)
+        # by the head's parameters, by the hidden states, and where the head is the embedding by its table
+        self._differentiate = jax.jit(jax.grad(self._divergence, argnums=(0, 1, 2) if self._moves_table else (0, 1)))
+
+    def _divergence(self, parameters, hidden, embedding, target, fixed, teacher_fixed, teacher_table):
+        """Mean over windows [B, T, D], one at a time, so that logits of one window exist; weights are arguments, or
+        they would be constants of the compiled program."""
+        head = replace(self._head.unit, fixed=fixed)
+        teacher = replace(self._teacher, fixed=teacher_fixed)
+
+        @jax.checkpoint
+        def window(pair):
+            return divergence(head, parameters, pair[0], teacher, pair[1], embedding, teacher_table)
+
+        return jnp.mean(jax.lax.map(window, (hidden, target)))
+
+    def _arguments(self, hidden, target) -> tuple:
+        embedding = table(self._prologue.unit, self._prologue.parameters) if self._tied else None
+        fixed = self._head.unit.fixed, self._teacher.fixed, self._teacher_table
+        return self._head.parameters, hidden, embedding, target, *fixed
+
+    def _run(self, tokens) -> tuple[list, jax.Array]:
+        """Inputs of prologue and blocks, and the hidden states behind the last one."""
+        x, inputs = jnp.asarray(tokens, jnp.int32), []
+        for tuned in self.units[:-1]:
+            inputs.append(x)
+            x = forward(tuned.unit, tuned.parameters, x)
+        return inputs, x
+
+    def loss(self, tokens, target) -> float:
+        """KL(dense || converted), mean over the positions of the windows; target: the dense model's hidden states."""
+        return float(self._measure(*self._arguments(self._run(tokens)[1], target)))
+
+    def move(self, tokens, target) -> None:
+        """One step of the optimizer: forward, and backward a unit at a time, each moved as soon as its gradient is known."""
+        inputs, hidden = self._run(tokens)
+        moves, gradient, *by_table = self._differentiate(*self._arguments(hidden, target))
+        self._head.move(moves)
+        for tuned, x in zip(reversed(self._blocks), reversed(inputs[1:]), strict=True):
+            moves, gradient = backward(tuned.unit, tuned.parameters, x, gradient)
+            tuned.move(moves)
+        prologue = self._prologue
+        if prologue.parameters:
+            moves, _ = backward(prologue.unit, prologue.parameters, inputs[0], gradient)
+            if by_table:
+                by_head = table_backward(prologue.unit, prologue.parameters, by_table[0])
+                moves = jax.tree.map(jnp.add, moves, by_head)
+            prologue.move(moves)
+
+    def state(self) -> list[Parameters]:
+        return [tuned.parameters for tuned in self.units]
 
 
 def _summary(what: str, watch: _Watch, reason: str | None) -> str:
@@ -287,10 +294,6 @@ def _summary(what: str, watch: _Watch, reason: str | None) -> str:
 
 def _is_tied(graph: Graph) -> bool:
     return any(node.op == "linear" and "weight" not in node.weights for node in graph.epilogue.nodes)
-
-
-def _tied_table(graph: Graph, prologue: Unit):
-    return table(prologue, {}) if _is_tied(graph) else None
 
 
 def _hidden(graph: Graph, windows: np.ndarray, batch: int) -> np.ndarray:
