@@ -96,6 +96,8 @@ def convert(
         raise BadInput(f"--{given} needs the allocate pass, which recipe {recipe} does not have; adaptive does")
     if given:
         overrides = (*overrides, f"allocate.bits={bits or 0.0}", f"allocate.budget={budget or ''!r}")
+    if budget and any(step.name == "rotate" for step in chosen.pipeline.passes):
+        overrides = ("rotate.embedding=true", *overrides)  # it is quantized too, unless it was said otherwise
     chosen = read_recipe(recipe, overrides)
     chosen = replace(chosen, nonfinite=nonfinite) if nonfinite else chosen
     with conversion_progress() as (say, progress):

@@ -86,7 +86,7 @@ def _ternary(type) -> TernaryType | None:
 
 def is_rotation(node: Node) -> bool:
     """rotate's own matrices, whose trits are signs of an orthogonal matrix."""
-    return node.name in ("rotate_in", "rotate_out")
+    return node.name in ("rotate_in", "rotate_out", "rotate_head")
 
 
 def grid_of(weight: Weight) -> Grid:

@@ -52,7 +52,8 @@ def conversions(arguments) -> list[tuple[str, Recipe]]:
     overrides = arguments.overrides
     asked = [(f"adaptive {bits:g} bits", "adaptive", [f"allocate.bits={bits}"]) for bits in arguments.bits]
     asked += [
-        (f"adaptive {size}", "adaptive", [f"allocate.budget='{size}'", "allocate.bits=0"]) for size in arguments.budgets
+        (f"adaptive {size}", "adaptive", [f"allocate.budget='{size}'", "allocate.bits=0", "rotate.embedding=true"])
+        for size in arguments.budgets
     ]
     asked += [(name, name, []) for name in arguments.recipes]
     recipes = [(name, read_recipe(recipe, [*changes, *overrides])) for name, recipe, changes in asked]

@@ -17,6 +17,9 @@ The hidden features of the MLP are not rotated: silu does not commute with a rot
    `rotate_in` follows the embedding and `rotate_out` goes before the final norm. As entries +-1/sqrt(n) they are
    ternary matrices of one base and one scale: exact, 1.6 bits a weight when packed (66 kB each for a width of 576,
    against 57 MB for a second f16 matrix of SmolLM2), and a token pays two multiplications by [D, D].
+   `embedding = true`, for recipes that quantize the embedding: E -> E R1, no `rotate_in`, and a node `rotate_head`
+   between the final norm and the head, x g R1 (E R1)^T = x g E^T. Rounded to N = 3, SmolLM2's embedding costs a KL of
+   .25 as it is and .04 rotated.
    fold_norms{untie = true} before it gives case 2 instead; `absorb` does so afterwards, for formats without such nodes.
 4. Seeds: the recipe's together with `seed`. Equal seeds, equal bytes.
 5. Importances of single features (`Context.feature_weights`) must have been measured on the rotated model.
@@ -39,7 +42,7 @@ from atd.passes.fold_norms import unit_gain
 from atd.pipeline import Context, Pass
 from atd.weights import DTYPES, Dense, DenseType, Ternary, TernaryType
 
-IN, OUT = "rotate_in", "rotate_out"
+IN, OUT, HEAD = "rotate_in", "rotate_out", "rotate_head"
 _DTYPES = ("f32", "f16", "bf16")
 _SYLVESTER = 64  # largest factor; more factors are fewer operations, and more passes over memory
 _CHUNK = 1 << 18  # float64 values that are rotated at a time: what stays in a core's cache
@@ -147,6 +150,7 @@ class Rotate(Pass):
     seed: int = 0
     r1: bool = True  # the residual stream
     r2: bool = True  # the values of each head
+    embedding: bool = False  # rotate a tied embedding as well; one with a head beside it is rotated anyway
     dtype: str = "f32"  # of the rotated weights; f32 keeps the function to rounding
 
     def __post_init__(self):
@@ -172,7 +176,7 @@ class Rotate(Pass):
             return replace(unit, nodes=tuple(nodes))
 
         if stream is not None and _is_tied(graph):
-            graph = _rotate_around(graph, stream)
+            graph = _rotate_around(graph, stream, self.embedding)
         return graph.with_units(tuple(rotated(unit) for unit in graph.units))
 
     def _plan(self, graph: Graph, seed: int) -> tuple[Rotation | None, dict[str, Sides]]:
@@ -182,12 +186,13 @@ class Rotate(Pass):
         if self.r1:
             embed = graph.prologue.nodes[-1]
             name = graph.prologue.full_name(embed)
-            if embed.op != "embed":
+            if embed.op != "embed" or any(node.name == OUT for node in graph.epilogue.nodes):
                 raise BadInput(f"{name} stands between the embedding and the blocks; is the model rotated already?")
             stream = random_rotation(np.random.default_rng((seed, self.seed, 0)), embed.weights["weight"].type.shape[1])
             units = graph.blocks
-            if not _is_tied(graph):
+            if self.embedding or not _is_tied(graph):
                 _give(plan, graph.prologue, embed, "inputs", stream)
+            if not _is_tied(graph):
                 units = (*units, graph.epilogue)
             for unit in units:
                 if _plan_stream(plan, unit, stream) != (unit is not graph.epilogue):
@@ -309,8 +314,9 @@ def _by_rows(rotate: Callable[[np.ndarray], np.ndarray], array: np.ndarray, dtyp
     return out.reshape(array.shape)
 
 
-def _rotate_around(graph: Graph, rotation: Rotation) -> Graph:
-    """The graph with a node that rotates what the prologue gives, and one that turns what the epilogue gets back."""
+def _rotate_around(graph: Graph, rotation: Rotation, embedding: bool) -> Graph:
+    """The graph with a node that rotates what the prologue gives, and one that turns what the epilogue gets back; where
+    the embedding itself is rotated, with one in front of the head instead of the first."""
 
     def linear(unit: Block, name: str, value: str, transpose: bool) -> Node:
         tensor = f"{unit.full_name(Node(name, 'linear', ()))}.weight"
@@ -319,10 +325,13 @@ def _rotate_around(graph: Graph, rotation: Rotation) -> Graph:
     prologue, epilogue = graph.prologue, graph.epilogue
     into = linear(prologue, IN, prologue.nodes[-1].name, transpose=True)  # x W^T = x R
     out = linear(epilogue, OUT, "x", transpose=False)  # x W^T = x R^T
-    nodes = (replace(n, inputs=tuple(OUT if value == "x" else value for value in n.inputs)) for n in epilogue.nodes)
+    nodes = [replace(n, inputs=tuple(OUT if value == "x" else value for value in n.inputs)) for n in epilogue.nodes]
+    if embedding:
+        back = linear(epilogue, HEAD, nodes[-1].inputs[0], transpose=True)
+        nodes[-1:] = [back, replace(nodes[-1], inputs=(HEAD,))]
     return replace(
         graph,
-        prologue=replace(prologue, nodes=(*prologue.nodes, into)),
+        prologue=prologue if embedding else replace(prologue, nodes=(*prologue.nodes, into)),
         epilogue=replace(epilogue, nodes=(out, *nodes)),
     )
 
@@ -343,24 +352,28 @@ def _matrix(tensor: str, rotation: Rotation, transpose: bool) -> WeightRef:
 
 
 def absorb(graph: Graph) -> Graph:
-    """The same function without `rotate_in` and `rotate_out`: multiplied into a rotated embedding E R1 and a head E
-    diag(g) R1 of its own, both dense f32. The same graph where it has no such nodes."""
+    """The same function without rotate's nodes: multiplied into a rotated embedding E R1 and a head E diag(g) R1 of its
+    own, both dense f32. The same graph where it has no such nodes."""
     prologue, epilogue = graph.prologue, graph.epilogue
-    if prologue.nodes[-1].name != IN:
+    if not any(node.name == OUT for node in epilogue.nodes):
         return graph
-    into, out = prologue.nodes[-1], epilogue.node(OUT)
-    embed = prologue.node(into.inputs[0])
+    embed, into, out = prologue.nodes[0], prologue.nodes[-1], epilogue.node(OUT)
+    rotated = into.name != IN  # the embedding already
     norm = next(node for node in epilogue.nodes if node.inputs == (OUT,))
-    head = next(node for node in epilogue.nodes if node.inputs == (norm.name,))
+    head = next(node for node in epilogue.nodes if node.inputs == (HEAD if rotated else norm.name,))
     embedding, gain = embed.weights["weight"], norm.weights["weight"]
     type = DenseType(embedding.type.shape, "f32")
 
     def load_embedding() -> Dense:
+        if rotated:
+            return Dense(_array(embedding))
         matrix = _array(into.weights["weight"]).T
         return Dense(_by_rows(lambda rows: rows @ matrix, _array(embedding), DTYPES["f32"]))
 
     def load_head() -> Dense:
-        matrix = _array(gain)[:, None] * _array(out.weights["weight"])
+        rotation = _array(out.weights["weight"])  # R: x W^T = x R^T
+        matrix = _array(gain)[:, None] * rotation
+        matrix = rotation.T @ matrix if rotated else matrix
         return Dense(_by_rows(lambda rows: rows @ matrix, _array(embedding), DTYPES["f32"]))
 
     tensor = f"{epilogue.full_name(head)}.weight"
@@ -368,11 +381,14 @@ def absorb(graph: Graph) -> Graph:
     embed = replace(embed, weights={"weight": replace(embedding, type=type, load=load_embedding)})
     head_weight = WeightRef(tensor, type, load_head, embedding.source)
     head = replace(head, weights=head.weights | {"weight": head_weight}, attrs=attrs)
+    head = replace(head, inputs=(norm.name,))
     norm = replace(unit_gain(norm), inputs=("x",))
     nodes = (head if n.name == head.name else norm if n.name == norm.name else n for n in epilogue.nodes)
     return replace(
         graph,
         config=graph.config | {"tie_word_embeddings": False},
-        prologue=replace(prologue, nodes=tuple(embed if n.name == embed.name else n for n in prologue.nodes[:-1])),
-        epilogue=replace(epilogue, nodes=tuple(n for n in nodes if n.name != OUT)),
+        prologue=replace(
+            prologue, nodes=tuple(embed if n.name == embed.name else n for n in prologue.nodes if n.name != IN)
+        ),
+        epilogue=replace(epilogue, nodes=tuple(n for n in nodes if n.name not in (OUT, HEAD))),
     )

@@ -98,6 +98,21 @@ def test_untied_and_absorbed_heads_keep_the_function(name):
         assert distance(after, golden(name)) < TOLERANCE
 
 
+@pytest.mark.parametrize("name", TIED)
+def test_a_rotated_tied_embedding_keeps_the_function(name):
+    graph = frontend.open(GOLDEN / name)
+    after = rotated(graph, embedding=True)
+    assert [node.name for node in after.prologue.nodes] == ["embed_tokens"]
+    assert [node.name for node in after.epilogue.nodes] == ["rotate_out", "model.norm", "rotate_head", "lm_head"]
+    assert np.abs(array(after.prologue.nodes[0]) - array(graph.prologue.nodes[0])).max() > 0.05
+    assert distance(after, golden(name)) < TOLERANCE
+    alone = absorb(after)
+    assert "rotate_" not in str(alone)
+    assert distance(alone, golden(name)) < TOLERANCE
+    with pytest.raises(BadInput, match="rotated already"):
+        Rotate()(after)
+
+
 @pytest.mark.parametrize("options", [{"r1": False}, {"r2": False}])
 def test_either_rotation_alone_keeps_the_function(options):
     graph = tiny_graph(tied=True)
