@@ -155,7 +155,7 @@ def test_an_allocation_is_shown_and_drawn(atd, stories260k, text, tmp_path, monk
     out = tmp_path / "o"
     code, printed, err = atd("convert", stories260k, out, "--recipe", recipe, "--calib", text, "--bits", 4.2)
     assert code == 0, err
-    (first,) = (line.split() for line in printed.splitlines() if "model.layers.0" in line)
+    (first,) = (line.split() for line in printed.splitlines() if line.split()[:1] == ["0"])
     assert set(first[1:8]) <= {"1", "2", "3"}
     assert f"atd inspect {out} --plot {out}.png" in printed
     rows = json.loads((out / "report.json").read_text())["nodes"]
