@@ -14,7 +14,7 @@ from atd.ir import Graph
 from atd.layout import DEFAULT_LAYOUT, LAYOUTS
 from atd.output import REPORT
 from atd.report import sizes
-from atd.weights import PackedType, TernaryType, WeightType, bits_per_weight, parse_type
+from atd.weights import PackedType, TernaryType, bits_per_weight, parse_type, ternary_of
 
 Row = Mapping[str, Any]  # of report.json: node, type, weights, bits, bytes and, where it was decided on, predicted_kl
 _BLOCK = re.compile(r"(.*\.\d+)\..*?([^.]+)")
@@ -54,7 +54,7 @@ def allocation_table(rows: Sequence[Row]) -> Table:
     Raises BadInput where no row has a predicted KL: nothing was allocated.
     """
     rows, blocks, others, kinds = _sorted(rows)
-    types = [_ternary(row) for row in rows]
+    types = [ternary_of(parse_type(row["type"])) for row in rows]
     plain = len({(type.group, type.tied) for type in types if type is not None}) < 2
     caption = None if plain else "N bases; f: free scales, else tied; /64: group size, else one group a row"
     table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), caption=caption)
@@ -132,14 +132,9 @@ def _place(kind: str) -> tuple[int, str]:
     return (_ORDER.index(kind) if kind in _ORDER else len(_ORDER), kind)
 
 
-def _ternary(row: Row) -> TernaryType | None:
-    type: WeightType = parse_type(row["type"])
-    return type.ternary if isinstance(type, PackedType) else type if isinstance(type, TernaryType) else None
-
-
 def _option(row: Row, plain: bool) -> str:
     """N, or "dense"; where matrices differ in their scales with "f" for free ones and the group's size: "2", "2f", "2f/64"."""
-    type = _ternary(row)
+    type = ternary_of(parse_type(row["type"]))
     if type is None:
         return "dense"
     if plain:

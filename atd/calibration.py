@@ -42,7 +42,7 @@ class Calibration:
 
     def __init__(self, tokens: np.ndarray):
         self.tokens = tokens
-        self.digest = hashlib.sha256(np.ascontiguousarray(tokens).tobytes() + str(tokens.shape).encode()).hexdigest()
+        self.digest = tokens_digest(tokens)
         batches = [np.asarray(tokens[i : i + BATCH], np.int32) for i in range(0, len(tokens), BATCH)]
         self._dense, self._quantized = _Stream(batches), _Stream(batches)
         self._moments: dict[str, Moments] = {}
@@ -67,6 +67,11 @@ class Calibration:
         if value not in self._moments:
             self._moments[value] = _moments(self._dense.value(value), self._quantized.value(value))
         return self._moments[value]
+
+
+def tokens_digest(tokens: np.ndarray) -> str:
+    """sha256 of calibration windows int32 [windows, context], their shape included."""
+    return hashlib.sha256(np.ascontiguousarray(tokens).tobytes() + str(tokens.shape).encode()).hexdigest()
 
 
 class _Stream:

@@ -1,12 +1,11 @@
 """Which text a conversion is calibrated on: files, text that the model writes itself, or several of them in equal parts."""
 
-import hashlib
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from atd.calibration import tokens_digest
 from atd.errors import BadInput
 from atd.ir import Graph
 from atd.recipe import Recipe
@@ -37,9 +36,8 @@ def calibration_text(
     def drawn(done: int, total: int) -> None:
         progress(Progress(done, total, "writing calibration text", "tokens"))
 
-    parts = []
+    words, parts = open_tokenizer(source), []
     for text in recipe.calibration:
-        words = open_tokenizer(source)
         if text == SELF:
             parts.append(
                 cached_self_text(
@@ -50,22 +48,13 @@ def calibration_text(
             parts.append(calibration_windows(words.encode(read_text(text)), count, context, text))
     shortest = min(map(len, parts))
     windows = np.stack([part[:shortest] for part in parts], axis=1).reshape(-1, context)  # one of each in turns
-    if recipe.calibration_sha256 not in ("", digest(windows)):
+    if recipe.calibration_sha256 not in ("", digest := tokens_digest(windows)):
         raise BadInput(
-            f"the recipe was calibrated on other text: {', '.join(recipe.calibration)} gives tokens of sha256 {digest(windows)[:12]}..., "
+            f"the recipe was calibrated on other text: {', '.join(recipe.calibration)} gives tokens of sha256 {digest[:12]}..., "
             f"it names {recipe.calibration_sha256[:12]}...; give that text with --calib, or remove calibration_sha256 from the recipe"
         )
     say(f"calibration: {len(windows)} windows of {context} tokens, {' and '.join(recipe.calibration)}")
     return windows
-
-
-def with_digest(recipe: Recipe, windows: np.ndarray) -> Recipe:
-    """The recipe that names the windows it was calibrated on."""
-    return replace(recipe, calibration_sha256=digest(windows))
-
-
-def digest(windows: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(windows, np.int32).tobytes() + str(windows.shape).encode()).hexdigest()
 
 
 def calibration_windows(tokens: np.ndarray, count: int, context: int, text: str = "the calibration text") -> np.ndarray:

@@ -17,8 +17,8 @@ import numpy as np
 
 import atd
 from atd import output
-from atd.calibration import Calibration
-from atd.calibration_text import SELF, calibration_text, with_digest
+from atd.calibration import Calibration, tokens_digest
+from atd.calibration_text import SELF, calibration_text
 from atd.errors import BadInput, RunFailed
 from atd.ir import Graph
 from atd.models import frontend
@@ -59,7 +59,7 @@ def convert(
     cache = default_cache() if cache is None else cache
     if given := [str(c) for c in ((calib,) if isinstance(calib, str | Path) else calib)]:
         recipe = replace(recipe, calibration=tuple(given))
-    calibrated = any("activations" in step.needs for step in recipe.pipeline.passes)
+    calibrated = recipe.pipeline.calibrated
     if given and not calibrated:
         say("warning: no pass of this recipe reads calibration text; --calib changes nothing")
     graph = finite(frontend.open(source), recipe.nonfinite, say)
@@ -75,7 +75,7 @@ def convert(
                     f"pass {step.name} needs at least {step.least_windows} calibration windows, there are {len(windows)} of "
                     f"{windows.shape[1]} tokens; set calibration_tokens to at least {step.least_windows * windows.shape[1]:,}"
                 )
-        recipe = with_digest(recipe, windows)
+        recipe = replace(recipe, calibration_sha256=tokens_digest(windows))
     with output.open_partial(target) as partial:
         sweeps = recipe.pipeline.sweeps()
         copies = len(sweeps) + sum(step.rewrites for _, after in sweeps for step in after)
@@ -93,9 +93,15 @@ def convert(
             folder = partial if i == len(sweeps) - 1 else partial / f"sweep-{i}"
             folder.mkdir(exist_ok=True)
             calibration = None if windows is None else Calibration(windows)  # its streams start in front of the model
-            context = Context(recipe.seed, calibration=calibration, dense=dense, cache=cache, say=say)
-            context.advance = lambda what, done, total: progress(Progress(done, total, what))
-            context.figures = figures
+            context = Context(
+                recipe.seed,
+                figures=figures,
+                calibration=calibration,
+                dense=dense,
+                cache=cache,
+                say=say,
+                advance=lambda what, done, total: progress(Progress(done, total, what)),
+            )
             rewritten, entries = sweep(graph, passes, context, recipe, folder, advance)
             dense, figures = context.dense, figures_of(entries)
             _write_metadata(folder, rewritten, recipe, entries, tokenizer)

@@ -66,7 +66,7 @@ class Point:
 
     @property
     def calibrated(self) -> bool:
-        return any("activations" in step.needs for step in self.recipe.pipeline.passes)
+        return self.recipe.pipeline.calibrated
 
 
 def points(recipes: Sequence[str], vary: Sequence[str] = (), say: Callable[[str], None] = print) -> list[Point]:

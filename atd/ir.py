@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from atd.weights import Weight, WeightType, parse_type
+from atd.weights import DenseType, Weight, WeightType, parse_type
 
 Attr = Any  # a JSON value: str, int, float, bool or a tuple of such
 
@@ -54,6 +54,15 @@ class Node:
     inputs: tuple[str, ...]
     weights: dict[str, WeightRef] = field(default_factory=dict)
     attrs: dict[str, Attr] = field(default_factory=dict)
+
+    @property
+    def is_dense_matrix(self) -> bool:
+        """A linear or an embedding with a dense weight of its own."""
+        return (
+            self.op in ("linear", "embed")
+            and "weight" in self.weights
+            and isinstance(self.weights["weight"].type, DenseType)
+        )
 
     def __str__(self) -> str:
         attrs = "".join(f" {key}={_text(value)}" for key, value in sorted(self.attrs.items()))
@@ -109,6 +118,11 @@ class Graph:
     def units(self) -> tuple[Block, ...]:
         """Prologue, blocks, epilogue: what the sweeps carry out one at a time."""
         return (self.prologue, *self.blocks, self.epilogue)
+
+    @property
+    def is_tied(self) -> bool:
+        """The head takes the embedding's matrix."""
+        return any(node.op == "linear" and "weight" not in node.weights for node in self.epilogue.nodes)
 
     def with_units(self, units: tuple[Block, ...]) -> "Graph":
         return replace(self, prologue=units[0], blocks=tuple(units[1:-1]), epilogue=units[-1])
@@ -183,6 +197,10 @@ def _tuples(value):
 # --- rules ------------------------------------------------------------------------------------------------------------
 
 
+# Names of the linears by which `rotate` turns the residual stream into another basis and back.
+ROTATIONS = ("rotate_in", "rotate_out", "rotate_head")
+
+
 @dataclass(frozen=True)
 class Op:
     """What a node of this op must have. Widths are numbers of features on the last axis."""
@@ -191,11 +209,14 @@ class Op:
     slots: tuple[str, ...] = ()  # required
     optional: tuple[str, ...] = ()
     attrs: tuple[str, ...] = ()  # required
+    optional_attrs: tuple[str, ...] = ()  # that change what it computes; any others are notes of passes to passes
 
 
 OPS = {
     "embed": Op(1, ("weight",)),  # token ids -> rows of the table
-    "rms_norm": Op(1, ("weight",), attrs=("eps",)),  # over the last axis, or each run of `head_dim` features of it
+    "rms_norm": Op(
+        1, ("weight",), attrs=("eps",), optional_attrs=("head_dim",)
+    ),  # over the last axis, or each run of `head_dim` features of it
     "linear": Op(
         1, (), ("weight", "bias")
     ),  # x @ weight.T + bias; no weight but attrs tied_to="model.embed_tokens": the embedding's

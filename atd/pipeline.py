@@ -177,6 +177,14 @@ class Pass:
         return f"{self.name}{toml_value(self.options())}"
 
 
+def check_pattern(option: str, pattern: str) -> None:
+    """Raises BadInput where the value of an option is no regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise BadInput(f"{option} {pattern!r} is no regular expression: {error}") from None
+
+
 def toml_value(value: Any) -> str:
     """A Python value as inline TOML."""
     if isinstance(value, dict):
@@ -298,6 +306,11 @@ class Pipeline:
     def __init__(self, passes):
         object.__setattr__(self, "passes", tuple(parse_pass(p) if isinstance(p, str) else p for p in passes))
 
+    @property
+    def calibrated(self) -> bool:
+        """A pass asks for calibration activations."""
+        return any("activations" in step.needs for step in self.passes)
+
     def __call__(self, graph: Graph, context: Context | None = None) -> Graph:
         """The graph after all passes. Types change now, data on load(). Passes that re-read written files are left to `atd.convert`."""
         context = Context() if context is None else context
@@ -327,7 +340,7 @@ class Pipeline:
             if not written and sweeps[-1][1]:
                 sweeps.append(([], []))
             sweeps[-1][written].append(step)
-        if sweeps[-1][1] and any(step.rewrites for step in sweeps[-1][1]):
+        if any(step.rewrites for step in sweeps[-1][1]):
             sweeps.append(([], []))  # what they make is still to be written
         return [(tuple(passes), tuple(after)) for passes, after in sweeps]
 

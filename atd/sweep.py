@@ -52,9 +52,9 @@ def sweep(
     """
     dense, rest = prepared(graph, passes, context)
     context.dense = dense if context.dense is None else context.dense
-    rewritten = Pipeline(rest)(dense, context)
-    calibrated = any("activations" in step.needs for step in rest)
-    calibration = context.calibration if calibrated else None
+    pipeline = Pipeline(rest)
+    rewritten = pipeline(dense, context)
+    calibration = context.calibration if pipeline.calibrated else None
     journal, entries, previous = output.read_journal(folder), [], calibration.digest if calibration else ""
     for i, (before, reference, after) in enumerate(zip(graph.units, dense.units, rewritten.units, strict=True)):
         shard = folder / f"model-{i + 1:05d}-of-{len(graph.units):05d}.safetensors"

@@ -141,6 +141,11 @@ def parse_type(text: str) -> WeightType:
     return PackedType(ternary, layout)
 
 
+def ternary_of(type: WeightType) -> TernaryType | None:
+    """The ternary type behind a type that has one, packed or not."""
+    return type.ternary if isinstance(type, PackedType) else type if isinstance(type, TernaryType) else None
+
+
 def bits_per_weight(type: WeightType) -> float:
     """All stored bytes, padding and scales included, in bits over the number of weights."""
     return 8 * type.nbytes / math.prod(type.shape)

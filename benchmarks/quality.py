@@ -114,7 +114,7 @@ def measured(name, recipe, model, dense, ids, context, calib, folder, bar) -> di
         model,
         folder / "out",
         recipe,
-        calib=calib if any("activations" in step.needs for step in recipe.pipeline.passes) else (),
+        calib=calib if recipe.pipeline.calibrated else (),
         overwrite=True,
         say=lambda line: bar.console.print(line, highlight=False, soft_wrap=True),
         progress=lambda at: bar.update(task, completed=at.done, total=at.total),

@@ -43,7 +43,7 @@ from atd.allocation import (
 from atd.errors import BadInput, nearest
 from atd.ir import Block, Graph, Node
 from atd.layout import DEFAULT_LAYOUT, LAYOUTS
-from atd.pipeline import Context, Pass
+from atd.pipeline import Context, Pass, check_pattern
 from atd.sensitivity import Candidate, fisher_losses, measured_losses
 from atd.weights import DenseType, Group, TernaryType
 
@@ -121,10 +121,7 @@ class Allocate(Pass):
             raise BadInput(f"allocate.layout {self.layout!r} is unknown{nearest(self.layout, LAYOUTS)}")
         if min(self.tokens, self.moment_tokens) < 1:
             raise BadInput("allocate: tokens and moment_tokens must be at least 1")
-        try:
-            re.compile(self.nodes)
-        except re.error as error:
-            raise BadInput(f"allocate.nodes {self.nodes!r} is no regular expression: {error}") from None
+        check_pattern("allocate.nodes", self.nodes)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -135,13 +132,13 @@ class Allocate(Pass):
     def requires(self, graph: Graph) -> str | None:
         if not (self.bits or self.budget):
             return "how many bytes? Set allocate.bits=3.4 or allocate.budget=3.9GB"
-        matrices = [name for name, node in graph.nodes() if _is_dense_matrix(node)]
+        matrices = [name for name, node in graph.nodes() if node.is_dense_matrix]
         if not matrices:
             return "no dense matrix is left to decide on (is the model converted already?)"
         if any(DECISION in node.attrs for _, node in graph.nodes()):
             return "another allocate has decided already"
         linears = [(block.full_name(n), n) for block in graph.blocks for n in block.nodes if n.op == "linear"]
-        if linears and not any(_is_dense_matrix(node) for _, node in linears):
+        if linears and not any(node.is_dense_matrix for _, node in linears):
             return f"{linears[0][0]} is {linears[0][1].weights['weight'].type} already; put allocate before decompose"
         try:
             self._problem(graph)
@@ -161,7 +158,7 @@ class Allocate(Pass):
             context.record(name, predicted_kl=loss)
 
         def marked(unit: Block, node: Node) -> Node:
-            if not _is_dense_matrix(node):
+            if not node.is_dense_matrix:
                 return node
             type = decided.types.get(unit.full_name(node), node.weights["weight"].type)
             assert isinstance(type, DenseType | TernaryType)
@@ -198,9 +195,7 @@ class Allocate(Pass):
             for node in block.nodes
             if node.op == "linear" and "weight" in node.weights
         }
-        mine = {
-            name: node for name, node in linears.items() if _is_dense_matrix(node) and re.fullmatch(self.nodes, name)
-        }
+        mine = {name: node for name, node in linears.items() if node.is_dense_matrix and re.fullmatch(self.nodes, name)}
         if not mine:
             example = next(iter(linears), "")
             raise BadInput(f"nodes = {self.nodes!r} matches no dense linear of the blocks; names are like {example!r}")
@@ -322,20 +317,12 @@ class _Problem:
         return tuple(sum(column) for column in zip(*sizes, strict=True))
 
 
-def _is_dense_matrix(node: Node) -> bool:
-    return (
-        node.op in ("linear", "embed")
-        and "weight" in node.weights
-        and isinstance(node.weights["weight"].type, DenseType)
-    )
-
-
 def _ends(graph: Graph) -> dict[str, Node]:
     """Embedding and head, as far as they are dense and have a matrix of their own. Other linears beside them (a rotation
     that is not Hadamard's) stay."""
     embed, head = graph.prologue.nodes[0], graph.epilogue.nodes[-1]
     named = {graph.prologue.full_name(embed): embed, graph.epilogue.full_name(head): head}
-    return {name: node for name, node in named.items() if _is_dense_matrix(node)}
+    return {name: node for name, node in named.items() if node.is_dense_matrix}
 
 
 def _stand_in(type: Candidate) -> float:

@@ -23,8 +23,8 @@ from atd.allocation import DECISION, decided_type
 from atd.calibration import Moments
 from atd.errors import BadInput, nearest
 from atd.ir import Graph, Node, WeightRef
-from atd.pipeline import Context, Pass
-from atd.weights import DTYPES, Dense, DenseType, Group, Ternary, TernaryType
+from atd.pipeline import Context, Pass, check_pattern
+from atd.weights import DTYPES, Dense, Group, Ternary, TernaryType
 
 METHODS = ("als", "greedy", "hessian")
 
@@ -66,10 +66,7 @@ class Decompose(Pass):
             raise BadInput("decompose.method hessian works on rows: group must be a size or 'row', not 'tensor'")
         if min(self.sweeps, self.refits) < 0 or self.damping < 0 or not 0 <= self.asymmetric <= 1:
             raise BadInput("decompose: sweeps, refits and damping must be 0 or more, asymmetric from 0 to 1")
-        try:
-            re.compile(self.nodes)
-        except re.error as error:
-            raise BadInput(f"decompose.nodes {self.nodes!r} is no regular expression: {error}") from None
+        check_pattern("decompose.nodes", self.nodes)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -77,7 +74,7 @@ class Decompose(Pass):
         return frozenset({"activations"}) if "hessian" in methods else frozenset()
 
     def requires(self, graph: Graph) -> str | None:
-        dense = [name for name, node in graph.nodes() if _is_dense_matrix(node)]
+        dense = [name for name, node in graph.nodes() if node.is_dense_matrix]
         if not dense:
             return "no dense matrix is left to decompose (is the model converted already?)"
         if _is_decided(graph):
@@ -99,7 +96,7 @@ class Decompose(Pass):
     def rewrite(self, name: str, node: Node, context: Context) -> Node | None:
         if DECISION in node.attrs:
             return self._as_decided(name, node, context)
-        if not _is_dense_matrix(node) or not re.fullmatch(self.nodes, name):
+        if not node.is_dense_matrix or not re.fullmatch(self.nodes, name):
             return None
         return self._decomposed(name, node, context)
 
@@ -172,11 +169,3 @@ def _factor(moments: Moments, damping: float, order: bool) -> feedback.Factor:
 
 def _is_decided(graph: Graph) -> bool:
     return any(DECISION in node.attrs for _, node in graph.nodes())
-
-
-def _is_dense_matrix(node: Node) -> bool:
-    return (
-        node.op in ("linear", "embed")
-        and "weight" in node.weights
-        and isinstance(node.weights["weight"].type, DenseType)
-    )

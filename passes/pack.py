@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from atd.errors import BadInput, nearest
 from atd.ir import Graph, Node, WeightRef
 from atd.layout import DEFAULT_LAYOUT, LAYOUTS
-from atd.pipeline import Context, Pass
-from atd.weights import Packed, PackedType, Ternary, TernaryType
+from atd.pipeline import Context, Pass, check_pattern
+from atd.weights import Packed, PackedType, Ternary, ternary_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,19 +27,16 @@ class Pack(Pass):
     def __post_init__(self):
         if self.layout not in LAYOUTS:
             raise BadInput(f"pack.layout {self.layout!r} is unknown{nearest(self.layout, LAYOUTS)}")
-        try:
-            re.compile(self.nodes)
-        except re.error as error:
-            raise BadInput(f"pack.nodes {self.nodes!r} is no regular expression: {error}") from None
+        check_pattern("pack.nodes", self.nodes)
 
     def requires(self, graph: Graph) -> str | None:
-        if any(_ternary(ref.type) and re.fullmatch(self.nodes, name) for name, ref in graph.weights()):
+        if any(ternary_of(ref.type) and re.fullmatch(self.nodes, name) for name, ref in graph.weights()):
             return None
         return f"there is no ternary weight among the nodes {self.nodes!r}; put decompose before it"
 
     def rewrite(self, name: str, node: Node, context: Context) -> Node | None:
         ref = node.weights.get("weight")
-        ternary = ref and _ternary(ref.type)
+        ternary = ref and ternary_of(ref.type)
         if ref is None or not ternary or not re.fullmatch(self.nodes, name):
             return None
         type = PackedType(ternary, self.layout)
@@ -56,8 +53,3 @@ class Pack(Pass):
             return Packed(layout.pack(weight.trits), weight.scales, type)
 
         return replace(node, weights=node.weights | {"weight": WeightRef(ref.tensor, type, load, ref.source)})
-
-
-def _ternary(type) -> TernaryType | None:
-    """The ternary type of a weight that has one."""
-    return type.ternary if isinstance(type, PackedType) else type if isinstance(type, TernaryType) else None

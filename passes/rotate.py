@@ -37,12 +37,12 @@ from functools import reduce
 import numpy as np
 
 from atd.errors import BadInput, nearest
-from atd.ir import Block, Graph, Node, WeightRef
+from atd.ir import ROTATIONS, Block, Graph, Node, WeightRef
 from atd.passes.fold_norms import unit_gain
 from atd.pipeline import Context, Pass
 from atd.weights import DTYPES, Dense, DenseType, Ternary, TernaryType
 
-IN, OUT, HEAD = "rotate_in", "rotate_out", "rotate_head"
+IN, OUT, HEAD = ROTATIONS
 _DTYPES = ("f32", "f16", "bf16")
 _SYLVESTER = 64  # largest factor; more factors are fewer operations, and more passes over memory
 _CHUNK = 1 << 18  # float64 values that are rotated at a time: what stays in a core's cache
@@ -175,7 +175,7 @@ class Rotate(Pass):
             nodes = (_rotated_node(node, plan.get(unit.full_name(node), {}), self.dtype) for node in unit.nodes)
             return replace(unit, nodes=tuple(nodes))
 
-        if stream is not None and _is_tied(graph):
+        if stream is not None and graph.is_tied:
             graph = _rotate_around(graph, stream, self.embedding)
         return graph.with_units(tuple(rotated(unit) for unit in graph.units))
 
@@ -190,9 +190,9 @@ class Rotate(Pass):
                 raise BadInput(f"{name} stands between the embedding and the blocks; is the model rotated already?")
             stream = random_rotation(np.random.default_rng((seed, self.seed, 0)), embed.weights["weight"].type.shape[1])
             units = graph.blocks
-            if self.embedding or not _is_tied(graph):
+            if self.embedding or not graph.is_tied:
                 _give(plan, graph.prologue, embed, "inputs", stream)
-            if not _is_tied(graph):
+            if not graph.is_tied:
                 units = (*units, graph.epilogue)
             for unit in units:
                 if _plan_stream(plan, unit, stream) != (unit is not graph.epilogue):
@@ -201,10 +201,6 @@ class Rotate(Pass):
             for i, block in enumerate(graph.blocks):
                 _plan_values(plan, block, np.random.default_rng((seed, self.seed, 1 + i)))
         return stream, plan
-
-
-def _is_tied(graph: Graph) -> bool:
-    return any(node.op == "linear" and "weight" not in node.weights for node in graph.epilogue.nodes)
 
 
 def _give(plan: dict[str, Sides], unit: Block, node: Node, side: str, rotation: Rotation) -> None:
