@@ -96,7 +96,7 @@ class _Stream:
             node = self.block.node(name)
             inputs = [self.value(source) for source in node.inputs]
             weights = {slot: Dense(jnp.asarray(ref.load().dequantize())) for slot, ref in node.weights.items()}
-            run = _program(replace(node, weights={}))
+            run = _program(node)
             self._values[name] = [run(values, weights) for values in zip(*inputs, strict=True)]
             self._readers.subtract(node.inputs)
             for source in set(node.inputs) - {"x"}:
@@ -107,7 +107,7 @@ class _Stream:
 
 def _program(node: Node) -> Callable:
     """(values of the inputs, weights) -> value, compiled; nodes of one op and attrs share it whatever they are called."""
-    return _compiled(node.op, tuple(sorted(node.attrs.items())))
+    return _compiled(node.op, tuple(sorted(ops.bare_node(node).attrs.items())))
 
 
 @cache
@@ -115,8 +115,7 @@ def _compiled(op: str, attrs: tuple) -> Callable:
     node = Node("value", op, (), {}, dict(attrs))
 
     def run(inputs, weights: dict[str, Weight]):
-        positions = jnp.broadcast_to(jnp.arange(inputs[0].shape[1], dtype=jnp.int32), inputs[0].shape[:2])
-        return ops.run_node(node, inputs, weights, positions)[0]
+        return ops.run_node(node, inputs, weights, ops.from_start(inputs[0]))[0]
 
     return jax.jit(run)
 

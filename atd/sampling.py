@@ -113,7 +113,7 @@ def cached_self_text(
         path = cache / f"self-text-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.npy"
         if (kept := _read(path, (windows, context))) is not None:
             return kept
-        _make_folder(cache)
+        make_cache(cache)
     model = load(graph, backend="xla-unpacked")
     text = self_text(model, words, tokens=tokens, context=context, seed=seed, progress=progress)
     if path is not None:
@@ -227,7 +227,8 @@ def _read(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
     return text if text.shape == shape and text.dtype == np.int32 else None
 
 
-def _make_folder(folder: Path) -> None:
+def make_cache(folder: Path) -> None:
+    """Makes the cache folder. Raises BadInput where it cannot be made or written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

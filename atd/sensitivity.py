@@ -18,8 +18,8 @@ that by a factor that hardly depends on the layer (LEFT). So a candidate costs o
 Sources: Babai's view of GPTQ 2507.18553; Fisher weights as in SqueezeLLM 2306.07629 and GuidedQuant 2505.07004.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -29,6 +29,7 @@ import numpy as np
 from atd import feedback, ternary
 from atd.ir import Block, Graph, Node
 from atd.models import ops
+from atd.models.ops import Structure, structure_of
 from atd.weights import DTYPES, Dense, DenseType, Ternary, TernaryType
 
 BATCH = 2048  # positions that run together
@@ -122,7 +123,7 @@ def _errors(
     inputs [windows, context, ...] of the first tokens)."""
     readers, errors, inputs, kept = _readers(graph, candidates), {}, [], _windows_of(windows, tokens)
     embedding = _array(graph.prologue.nodes[0]) if any(f != name for f, name in readers.items()) else None
-    for unit, weights, x, moments in _moments(graph, windows, readers):
+    for unit, weights, x, moments in dense_moments(graph, windows, readers):
         inputs.append(x[:kept])
         for value, hessian in moments.items():
             pivots = feedback_pivots(hessian)
@@ -247,7 +248,7 @@ def _decomposed(graph: Graph, windows: np.ndarray, candidates: Candidates) -> di
             return Ternary(*ternary.als(weight, **options), type)
         return Ternary(*feedback.decompose(weight, factor, hessian, **options), type)
 
-    for unit, weights, _, moments in _moments(graph, windows, own):
+    for unit, weights, _, moments in dense_moments(graph, windows, own):
         for value, hessian in [*moments.items(), (None, None)]:
             factor = None if hessian is None else feedback.factor(hessian)
             for node in unit.nodes:
@@ -283,7 +284,7 @@ def _readers(graph: Graph, candidates: Candidates) -> dict[str, str]:
     return {full: name for full, name in named.items() if name in candidates}
 
 
-def _moments(graph: Graph, windows: np.ndarray, readers: Mapping[str, str]):
+def dense_moments(graph: Graph, windows: np.ndarray, readers: Collection[str]):
     """Yields (unit, its dense weights, its inputs [windows, context, ...], H float32 [in, in] by value) for each unit.
 
     H of the values that `readers` read; the logits are not computed.
@@ -314,8 +315,7 @@ def _array(node: Node) -> np.ndarray:
 
 
 def _tied_embedding(graph: Graph) -> Dense | None:
-    tied = any("tied_to" in node.attrs for node in graph.epilogue.nodes)
-    return Dense(jnp.asarray(_array(graph.prologue.nodes[0]))) if tied else None
+    return Dense(jnp.asarray(_array(graph.prologue.nodes[0]))) if graph.is_tied else None
 
 
 def weights_of(block: Block) -> ops.Weights:
@@ -324,20 +324,6 @@ def weights_of(block: Block) -> ops.Weights:
         node.name: {slot: Dense(jnp.asarray(ref.load().dequantize())) for slot, ref in node.weights.items()}
         for node in block.nodes
     }
-
-
-@dataclass(frozen=True)
-class Structure:
-    """A block without weights and name: those that read the same share compilations."""
-
-    text: str
-    block: Block = field(compare=False)
-
-
-def structure_of(block: Block) -> Structure:
-    """The block's structure, to be a static argument of jitted functions."""
-    bare = Block("", tuple(replace(node, weights={}) for node in block.nodes))
-    return Structure(str(bare), bare)
 
 
 def _behind_embedding(prologue: Block) -> Block:
@@ -351,7 +337,7 @@ def _behind_embedding(prologue: Block) -> Block:
 
 def _values(block: Block, weights: ops.Weights, x, embedding=None, offsets: Mapping = {}) -> dict[str, jax.Array]:
     """The value of each node, and "" for the last; `offsets` are added to the values of that name."""
-    positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
+    positions = ops.from_start(x)
     values = {"x": x, "": x}
     for node in block.nodes:
         inputs = [values[name] for name in node.inputs]

@@ -23,10 +23,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atd.ir import Block, Node, WeightRef, in_memory
+from atd.ir import ROTATIONS, Block, Node
+from atd.layout import LAYOUTS
 from atd.levels import descending_scales, nearest_codes, nonzero, round_scales, top_level, trits_of
 from atd.models import ops
-from atd.weights import DTYPES, Dense, DenseType, Packed, PackedType, Ternary, TernaryType, Weight, level_weights
+from atd.models.ops import Structure, structure_of
+from atd.weights import DTYPES, Dense, DenseType, Packed, PackedType, Ternary, Weight, level_weights, ternary_of
 
 Parameters = dict[str, dict[str, jax.Array]]  # node -> kind ("scales", "gain", "codes") -> what is tuned
 
@@ -51,7 +53,7 @@ class Unit:
     """A block that can be tuned: its structure without weights, what is fixed and what moves."""
 
     block: Block
-    structure: Block
+    structure: Structure
     fixed: dict[str, dict[str, Any]]  # node -> slot -> Grid, or float32 array
     parameters: Parameters
 
@@ -66,27 +68,22 @@ def tunable(block: Block, *, scales: bool = True, gains: bool = True, codes: boo
     parameters: Parameters = {}
     for node in block.nodes:
         for slot, ref in node.weights.items():
-            value = grid_of(ref.load()) if _ternary(ref.type) else jnp.asarray(ref.load().dequantize())
+            value = grid_of(ref.load()) if ternary_of(ref.type) else jnp.asarray(ref.load().dequantize())
             fixed.setdefault(node.name, {})[slot] = value
             moves = parameters.setdefault(node.name, {})
-            if isinstance(value, Grid) and not is_rotation(node):
+            if isinstance(value, Grid) and node.name not in ROTATIONS:  # whose trits are those of an orthogonal matrix
                 if scales:
                     moves["scales"] = jnp.zeros_like(value.scales)
                 if codes and node.op == "linear":
                     moves["codes"] = jnp.zeros(value.codes.shape, jnp.float32)
             elif node.op == "rms_norm" and gains and not isinstance(value, Grid):
                 moves["gain"] = jnp.zeros_like(value)
-    structure = Block("", tuple(replace(node, weights={}) for node in block.nodes))
-    return Unit(block, structure, fixed, {name: moves for name, moves in parameters.items() if moves})
+    return Unit(block, structure_of(block), fixed, {name: moves for name, moves in parameters.items() if moves})
 
 
-def _ternary(type) -> TernaryType | None:
-    return type.ternary if isinstance(type, PackedType) else type if isinstance(type, TernaryType) else None
-
-
-def is_rotation(node: Node) -> bool:
-    """rotate's own matrices, whose trits are signs of an orthogonal matrix."""
-    return node.name in ("rotate_in", "rotate_out", "rotate_head")
+def frozen(block: Block) -> Unit:
+    """The unit of a block in which nothing moves."""
+    return tunable(block, scales=False, gains=False)
 
 
 def grid_of(weight: Weight) -> Grid:
@@ -120,15 +117,23 @@ def weights(fixed: dict[str, dict[str, Any]], parameters: Parameters) -> ops.Wei
 
 def dequantize(grid: Grid, moves: dict[str, jax.Array]) -> jax.Array:
     """The weights [out, in] of a grid that has moved; gradients to scales are exact, to codes straight through."""
-    scales = grid.scales * jnp.exp(moves["scales"]) if "scales" in moves else grid.scales
+    scales = _scales(grid, moves)
     if "codes" not in moves:
         return _combine(_signed(grid.codes, grid), scales, grid)
-    unit = _spread(grid.scales[..., -1], grid)  # [rows, in]: one level, in weights
-    start = _combine(_signed(grid.codes, grid), grid.scales, grid)
-    latent = start + moves["codes"] * unit
+    latent = _latent(grid, moves)
     codes, inside = nearest(jax.lax.stop_gradient(latent), jax.lax.stop_gradient(scales), grid)
     passed = jnp.where(inside, latent - jax.lax.stop_gradient(latent), 0.0)
     return _combine(_signed(codes, grid), _descending(scales), grid) + passed
+
+
+def _scales(grid: Grid, moves: dict[str, jax.Array]) -> jax.Array:
+    return grid.scales * jnp.exp(moves["scales"]) if "scales" in moves else grid.scales
+
+
+def _latent(grid: Grid, moves: dict[str, jax.Array]) -> jax.Array:
+    """The latent weights [out, in]: as many levels away from those at the start as the codes have moved."""
+    start = _combine(_signed(grid.codes, grid), grid.scales, grid)
+    return start + moves["codes"] * _spread(grid.scales[..., -1], grid)
 
 
 def _descending(scales) -> jax.Array:
@@ -142,14 +147,12 @@ def nearest(latent, scales, grid: Grid) -> tuple[jax.Array, jax.Array]:
         level = latent / nonzero(_spread(scales[..., 0], grid))
         return jnp.clip(jnp.round(level), -grid.top, grid.top).astype(jnp.int8), jnp.abs(level) <= grid.top + 0.5
     out, inputs = latent.shape
-    scales = descending_scales(
-        jnp.moveaxis(jnp.broadcast_to(scales, (out, *scales.shape[1:])), -1, 0)
-    )  # [N, out, groups]
+    scales = jnp.moveaxis(_descending(jnp.broadcast_to(scales, (out, *scales.shape[1:]))), -1, 0)  # [N, out, groups]
     grouped = jnp.pad(latent, ((0, 0), (0, -inputs % grid.size))).reshape(-1, grid.size)  # [out * groups, size]
     codes = nearest_codes(jnp.abs(grouped), scales.reshape(len(scales), -1))
     limit = scales.sum(0).reshape(-1, 1) + scales[-1].reshape(-1, 1) / 2
     codes, inside = jnp.where(grouped < 0, -codes, codes), jnp.abs(grouped) <= limit
-    return (a.reshape(out, -1)[:, :inputs] for a in (codes, inside))  # type: ignore[return-value]
+    return codes.reshape(out, -1)[:, :inputs], inside.reshape(out, -1)[:, :inputs]
 
 
 def _signed(codes, grid: Grid) -> list[jax.Array]:
@@ -176,9 +179,9 @@ def _spread(scale, grid: Grid) -> jax.Array:
 # --- units as functions ------------------------------------------------------------------------------------------------
 
 
-def forward(unit: Unit, parameters: Parameters, x, embedding: Dense | None = None):
+def forward(unit: Unit, parameters: Parameters, x):
     """x [B, T, D] (token ids [B, T] in the prologue) -> the unit's output."""
-    return _programs(unit.structure)[0](parameters, unit.fixed, x, embedding)
+    return _programs(unit.structure)[0](parameters, unit.fixed, x)
 
 
 def backward(unit: Unit, parameters: Parameters, x, gradient):
@@ -190,26 +193,18 @@ def backward(unit: Unit, parameters: Parameters, x, gradient):
 
 
 @cache
-def _programs_of(text: str) -> dict:
-    return {}
-
-
-def _programs(structure: Block) -> tuple[Callable, Callable]:
+def _programs(structure: Structure) -> tuple[Callable, Callable]:
     """Compiled forward and backward of all units that read the same."""
-    made = _programs_of(str(structure))
-    if not made:
 
-        def run(parameters, fixed, x, embedding=None):
-            positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
-            return ops.run_block(structure, weights(fixed, parameters), x, positions, embedding=embedding)[0]
+    def run(parameters, fixed, x):
+        return ops.run_block(structure.block, weights(fixed, parameters), x, ops.from_start(x))[0]
 
-        def back(parameters, fixed, x, gradient):
-            if jnp.issubdtype(x.dtype, jnp.integer):
-                return jax.vjp(lambda p: run(p, fixed, x), parameters)[1](gradient)[0], None
-            return jax.vjp(lambda p, x: run(p, fixed, x), parameters, x)[1](gradient)
+    def back(parameters, fixed, x, gradient):
+        if jnp.issubdtype(x.dtype, jnp.integer):
+            return jax.vjp(lambda p: run(p, fixed, x), parameters)[1](gradient)[0], None
+        return jax.vjp(lambda p, x: run(p, fixed, x), parameters, x)[1](gradient)
 
-        made["programs"] = jax.jit(run), jax.jit(back)
-    return made["programs"]
+    return jax.jit(run), jax.jit(back)
 
 
 def table(unit: Unit, parameters: Parameters) -> jax.Array:
@@ -225,7 +220,7 @@ def table_backward(unit: Unit, parameters: Parameters, gradient) -> Parameters:
 
 
 def _embed_name(unit: Unit) -> str:
-    return next(node.name for node in unit.structure.nodes if node.op == "embed")
+    return next(node.name for node in unit.block.nodes if node.op == "embed")
 
 
 def _embedding(unit: Unit):
@@ -248,7 +243,7 @@ def _table_back(given, moves, gradient):
 def divergence(
     head: Unit, parameters: Parameters, hidden, teacher: Unit, target, embedding: jax.Array | None, teacher_embedding
 ):
-    """Mean KL(dense || converted) in nats of all positions that have a next token: hidden, target [P, D] in front of the heads.
+    """Mean KL(dense || converted) in nats of all positions: hidden, target [P, D] in front of the heads.
 
     embedding, teacher_embedding: the tables of tied heads [V, D], or None.
     """
@@ -256,7 +251,7 @@ def divergence(
     def logits(unit: Unit, parameters: Parameters, x, table):
         given = None if table is None else Dense(table)
         return jax.nn.log_softmax(
-            ops.run_block(unit.structure, weights(unit.fixed, parameters), x[None], None, embedding=given)[0][0]
+            ops.run_block(unit.structure.block, weights(unit.fixed, parameters), x[None], None, embedding=given)[0][0]
         )
 
     dense = jax.lax.stop_gradient(logits(teacher, {}, target, teacher_embedding))
@@ -277,34 +272,26 @@ def settled(unit: Unit, parameters: Parameters) -> Block:
         ref, given = node.weights["weight"], unit.fixed[node.name]["weight"]
         if isinstance(given, Grid):
             weight = _weight(ref.type, given, moves)
-            return replace(node, weights=node.weights | {"weight": _kept(ref, weight)})
+            return replace(node, weights=node.weights | {"weight": replace(ref, load=lambda: weight)})
         assert isinstance(ref.type, DenseType)
         gain = np.asarray(given * (1 + moves["gain"])).astype(np.float32)
-        kept = _kept(replace(ref, type=DenseType(ref.type.shape, "f32")), Dense(gain))
+        kept = replace(ref, type=DenseType(ref.type.shape, "f32"), load=lambda: Dense(gain))
         attrs = {key: value for key, value in node.attrs.items() if key != "unit_gain"}
         return replace(node, weights=node.weights | {"weight": kept}, attrs=attrs)
 
     return replace(unit.block, nodes=tuple(node(n) for n in unit.block.nodes))
 
 
-def _kept(ref: WeightRef, weight: Weight) -> WeightRef:
-    return in_memory(ref.tensor, weight) if weight.type == ref.type else replace(ref, load=lambda: weight)
-
-
 def _weight(type, grid: Grid, moves: dict[str, jax.Array]) -> Weight:
-    ternary = _ternary(type)
+    ternary = ternary_of(type)
     assert ternary is not None
-    scales = grid.scales * jnp.exp(moves["scales"]) if "scales" in moves else grid.scales
-    scales = round_scales(scales, DTYPES[ternary.dtype])
+    scales = round_scales(_scales(grid, moves), DTYPES[ternary.dtype])
     codes = grid.codes
     if "codes" in moves:
-        start = _combine(_signed(grid.codes, grid), grid.scales, grid)
-        codes, _ = nearest(start + moves["codes"] * _spread(grid.scales[..., -1], grid), scales, grid)
+        codes, _ = nearest(_latent(grid, moves), scales, grid)
         scales = _descending(scales)
     trits = np.asarray(trits_of(codes, ternary.bases))
     made = Ternary(trits, np.asarray(scales).astype(DTYPES[ternary.dtype]), ternary)
     if isinstance(type, PackedType):
-        from atd.layout import LAYOUTS
-
         return Packed(LAYOUTS[type.layout].pack(made.trits), made.scales, type)
     return made

@@ -40,10 +40,12 @@ from atd.allocation import (
     ternary_types,
     total_bytes,
 )
+from atd.calibration import tokens_digest
 from atd.errors import BadInput, nearest
 from atd.ir import Block, Graph, Node
 from atd.layout import DEFAULT_LAYOUT, LAYOUTS
 from atd.pipeline import Context, Pass, check_pattern
+from atd.sampling import make_cache
 from atd.sensitivity import Candidate, fisher_losses, measured_losses
 from atd.weights import DenseType, Group, TernaryType
 
@@ -263,11 +265,15 @@ class Allocate(Pass):
                 np.array([[_stand_in(type) for type in problem.candidates[name]] for name in names])
                 for names in problem.choices
             ]
-        tokens, key = context.calibration.tokens, self._key(problem, graph, context)
+        tokens = context.calibration.tokens
         windows = tokens[: max(1, -(-self.moment_tokens // tokens.shape[1]))]
-        path = None if context.cache is None else context.cache / f"sensitivity-{key[:32]}.json"
-        if (stored := _stored(path, problem)) is not None:
-            return stored
+        path = None
+        if context.cache is not None:
+            key = self._key(problem, graph, windows, context.seed)
+            path = context.cache / f"sensitivity-{key[:32]}.json"
+            if (stored := _stored(path, problem)) is not None:
+                return stored
+            make_cache(context.cache)
         if self.sensitivity == "fisher":
             by_node = fisher_losses(graph, windows, problem.candidates, self.tokens, context.seed)
             losses = [np.array([by_node[name] for name in names]) for names in problem.choices]
@@ -281,22 +287,18 @@ class Allocate(Pass):
             rows = [
                 {"nodes": names, "losses": loss.tolist()} for names, loss in zip(problem.choices, losses, strict=True)
             ]
-            path.parent.mkdir(parents=True, exist_ok=True)
             output.write_file(path, json.dumps(rows, indent=1) + "\n")
         return losses
 
-    def _key(self, problem: "_Problem", graph: Graph, context: Context) -> str:
+    def _key(self, problem: "_Problem", graph: Graph, windows: np.ndarray, seed: int) -> str:
         """Equal keys: equal sensitivities. The data of the first block stand for what earlier passes do to weights."""
-        if context.cache is None:
-            return ""
-        assert context.calibration is not None
         digest = hashlib.sha256()
         for name, ref in graph.weights():
             digest.update(f"{name} {ref.source}\n".encode())
             if not ref.source or name.startswith(graph.blocks[0].name + "."):
                 digest.update(np.ascontiguousarray(ref.load().dequantize()).tobytes())
         options = {name: [decision(type) for type in types] for name, types in problem.candidates.items()}
-        asked = [self.sensitivity, self.tokens, context.seed, context.calibration.digest, options, problem.choices]
+        asked = [self.sensitivity, self.tokens, seed, tokens_digest(windows), options, problem.choices]
         digest.update(json.dumps([VERSION, atd.__version__, str(graph), asked]).encode())
         return digest.hexdigest()
 
@@ -333,11 +335,11 @@ def _stand_in(type: Candidate) -> float:
     return math.prod(type.shape) * 9.0**-type.bases * min(finer, 0.97) * (1.0 if type.tied else 0.97)
 
 
-def _stored(path: Path | None, problem: _Problem) -> list[np.ndarray] | None:
+def _stored(path: Path, problem: _Problem) -> list[np.ndarray] | None:
     """The sensitivities that an earlier run left; None where there are none, or they are damaged."""
     try:
-        rows = json.loads(path.read_text()) if path is not None else []
+        rows = json.loads(path.read_text())
         found = {tuple(row["nodes"]): np.array(row["losses"], float) for row in rows}
-        return [found[names] for names in problem.choices] if found else None
+        return [found[names] for names in problem.choices]
     except (OSError, ValueError, KeyError, TypeError):
         return None

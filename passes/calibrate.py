@@ -23,7 +23,7 @@ import numpy as np
 import optax
 
 from atd.errors import BadInput, nearest
-from atd.ir import Block, Graph
+from atd.ir import ROTATIONS, Block, Graph
 from atd.pipeline import Context, Pass
 from atd.tuning import (
     Parameters,
@@ -31,7 +31,7 @@ from atd.tuning import (
     backward,
     divergence,
     forward,
-    is_rotation,
+    frozen,
     settled,
     table,
     table_backward,
@@ -79,7 +79,7 @@ class Calibrate(Pass):
         return frozenset({"activations", "written"})
 
     def requires(self, graph: Graph) -> str | None:
-        decomposed = (node for _, node in graph.nodes() if not is_rotation(node))
+        decomposed = (node for _, node in graph.nodes() if node.name not in ROTATIONS)
         if all(isinstance(ref.type, DenseType) for node in decomposed for ref in node.weights.values()):
             return "there is no ternary weight to calibrate; put decompose before it"
         return None
@@ -154,18 +154,44 @@ class _Watch:
     patience: int
     start: float
     best: float
-    state: Any
+    state: Any = None
     worse: int = 0
+    reason: str | None = None  # why the run stopped before its last step
 
-    def look(self, loss: float, state) -> str | None:
-        """Why to stop, or None."""
+    def stops(self, loss: float, state) -> bool:
         if not math.isfinite(loss) or loss > DIVERGED * self.start:
-            return f"diverged (held-out loss {self.start:.4f} -> {loss:.4f})"
-        if loss < self.best:
+            self.reason = f"diverged (held-out loss {self.start:.4f} -> {loss:.4f})"
+        elif loss < self.best:
             self.best, self.state, self.worse = loss, state, 0
-            return None
-        self.worse += 1
-        return "stopped early" if self.worse >= self.patience else None
+        else:
+            self.worse += 1
+            self.reason = "stopped early" if self.worse >= self.patience else None
+        return self.reason is not None
+
+    def summary(self, what: str) -> str:
+        ended = f"; {self.reason}, the best state is kept" if self.reason else ""
+        if self.state is None:
+            return f"calibrate improved nothing: {what} on held-out windows stays {self.start:.4f}{ended}"
+        return f"calibrate: {what} on held-out windows {self.start:.4f} -> {self.best:.4f}{ended}"
+
+
+def _watched(
+    step: Calibrate,
+    data: _Data,
+    move: Callable[[np.ndarray], None],
+    held_out: Callable[[], float],
+    state: Callable[[], Any],
+    advance: Callable[[int], None],
+) -> _Watch:
+    """Moves by one batch of indices after the other, looking at the held-out loss now and then."""
+    start, every = held_out(), max(1, round(step.steps / step.checks))
+    watch = _Watch(step.patience, start, start)
+    for i, batch in enumerate(data.batches(step.steps), start=1):
+        move(batch)
+        advance(i)
+        if (i % every == 0 or i == step.steps) and watch.stops(held_out(), state()):
+            break
+    return watch
 
 
 class _Tuned:
@@ -203,15 +229,15 @@ def _against_logits(step: Calibrate, graph: Graph, context: Context, data: _Data
         losses = [model.loss(data.held[i : i + data.size], held_targets[i : i + data.size]) for i in parts]
         return float(np.average(losses, weights=[len(data.held[i : i + data.size]) for i in parts]))
 
-    start = held_out()
-    watch, every = _Watch(step.patience, start, start, None), max(1, round(step.steps / step.checks))
-    reason = None
-    for i, batch in enumerate(data.batches(step.steps)):
-        model.move(data.train[batch], targets[batch])
-        context.advance("calibrate", i + 1, step.steps)
-        if ((i + 1) % every == 0 or i + 1 == step.steps) and (reason := watch.look(held_out(), model.state())):
-            break
-    context.say(_summary("KL(dense || converted)", watch, reason))
+    watch = _watched(
+        step,
+        data,
+        lambda batch: model.move(data.train[batch], targets[batch]),
+        held_out,
+        model.state,
+        lambda done: context.advance("calibrate", done, step.steps),
+    )
+    context.say(watch.summary("KL(dense || converted)"))
     if watch.state is None:
         return None
     units = (settled(tuned.unit, parameters) for tuned, parameters in zip(model.units, watch.state, strict=True))
@@ -226,11 +252,11 @@ class _Converted:
         update = _updater(optimizer)
         self.units = [_Tuned(step.unit(block), optimizer, update) for block in graph.units]
         self._prologue, *self._blocks, self._head = self.units
-        self._tied = _is_tied(graph)
-        self._teacher = tunable(dense.epilogue, scales=False, gains=False)
+        self._tied = graph.is_tied
+        self._teacher = frozen(dense.epilogue)
         self._teacher_table = None
-        if _is_tied(dense):
-            self._teacher_table = table(tunable(dense.prologue, scales=False, gains=False), {})
+        if dense.is_tied:
+            self._teacher_table = table(frozen(dense.prologue), {})
         self._moves_table = self._tied and bool(self._prologue.parameters)
         self._measure = jax.jit(self._divergence)
         # by the head's parameters, by the hidden states, and where the head is the embedding by its table
@@ -285,22 +311,11 @@ class _Converted:
         return [tuned.parameters for tuned in self.units]
 
 
-def _summary(what: str, watch: _Watch, reason: str | None) -> str:
-    ended = f"; {reason}, the best state is kept" if reason else ""
-    if watch.state is None:
-        return f"calibrate improved nothing: {what} on held-out windows stays {watch.start:.4f}{ended}"
-    return f"calibrate: {what} on held-out windows {watch.start:.4f} -> {watch.best:.4f}{ended}"
-
-
-def _is_tied(graph: Graph) -> bool:
-    return any(node.op == "linear" and "weight" not in node.weights for node in graph.epilogue.nodes)
-
-
 def _hidden(graph: Graph, windows: np.ndarray, batch: int) -> np.ndarray:
     """The residual stream in front of the epilogue, float32 [n, T, D]; one unit's weights in memory at a time."""
     values = [jnp.asarray(windows[i : i + batch], jnp.int32) for i in range(0, len(windows), batch)]
     for block in graph.units[:-1]:
-        unit = tunable(block, scales=False, gains=False)
+        unit = frozen(block)
         values = [forward(unit, {}, x) for x in values]
     return np.concatenate([np.asarray(x) for x in values])
 
@@ -317,17 +332,13 @@ def _against_blocks(step: Calibrate, graph: Graph, context: Context, data: _Data
     def inputs(windows: np.ndarray) -> tuple[list, list]:
         tokens = [jnp.asarray(windows[i : i + 1], jnp.int32) for i in range(len(windows))]
         return tuple(  # type: ignore[return-value]
-            [np.asarray(forward(unit, {}, x)) for x in tokens]
-            for unit in (tunable(g.prologue, scales=False, gains=False) for g in (dense, graph))
+            [np.asarray(forward(unit, {}, x)) for x in tokens] for unit in (frozen(g.prologue) for g in (dense, graph))
         )
 
     streams = {"train": inputs(data.train), "held": inputs(data.held)}
     units, gained = [graph.prologue], 0
     for number, (wanted, block) in enumerate(zip(dense.blocks, graph.blocks, strict=True)):
-        tuned, reference = (
-            _Tuned(step.unit(block), optimizer, update),
-            tunable(wanted, scales=False, gains=False),
-        )
+        tuned, reference = _Tuned(step.unit(block), optimizer, update), frozen(wanted)
         targets = {key: [np.asarray(forward(reference, {}, x)) for x in stream[0]] for key, stream in streams.items()}
         # What the block adds to the stream, so that losses of blocks can be compared.
         scale = float(
@@ -343,21 +354,20 @@ def _against_blocks(step: Calibrate, graph: Graph, context: Context, data: _Data
             pairs = zip(streams["held"][1], targets["held"], strict=True)
             return float(np.mean([error(forward(tuned.unit, tuned.parameters, x), y) for x, y in pairs]))
 
-        start = held_out()
-        watch, every = _Watch(step.patience, start, start, None), max(1, round(step.steps / step.checks))
-        reason = None
-        for i, batch in enumerate(data.batches(step.steps)):
+        def move(batch, tuned=tuned, targets=targets, slope=slope) -> None:
             x, y = (jnp.concatenate([stream[j] for j in batch]) for stream in (streams["train"][1], targets["train"]))
             gradient = slope(forward(tuned.unit, tuned.parameters, x), y)
             tuned.move(backward(tuned.unit, tuned.parameters, x, gradient)[0])
-            context.advance(f"calibrate {block.name}", number * step.steps + i + 1, len(graph.blocks) * step.steps)
-            if ((i + 1) % every == 0 or i + 1 == step.steps) and (reason := watch.look(held_out(), tuned.parameters)):
-                break
-        context.say(_summary(f"{block.name}: relative square error", watch, reason))
+
+        def advance(done: int, name=f"calibrate {block.name}", before=number * step.steps) -> None:
+            context.advance(name, before + done, len(graph.blocks) * step.steps)
+
+        watch = _watched(step, data, move, held_out, lambda tuned=tuned: tuned.parameters, advance)
+        context.say(watch.summary(f"{block.name}: relative square error"))
         best = block if watch.state is None else settled(tuned.unit, watch.state)
         gained += watch.state is not None
         units.append(best)
-        after = tunable(best, scales=False, gains=False)
+        after = frozen(best)
         for key, stream in streams.items():
             streams[key] = (targets[key], [np.asarray(forward(after, {}, x)) for x in stream[1]])
     return graph.with_units((*units, graph.epilogue)) if gained else None

@@ -18,17 +18,18 @@ second moment of x in the dense model. Where that is a = 0 the site stays as it 
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 
 from atd import ternary
-from atd.calibration import Calibration
 from atd.errors import BadInput
 from atd.feedback import proxy_loss
 from atd.ir import Block, Graph, Node, WeightRef
 from atd.pipeline import Context, Pass
+from atd.sensitivity import dense_moments
 from atd.weights import Dense, DenseType, Group, TernaryType, combine
 
 LEAST = 1e-3  # of the root mean square over all features: one that is hardly ever there gets no boundless scale
@@ -90,15 +91,14 @@ class Equalize(Pass):
             blocks = [_scaled_block(block, [(site, None) for site in sites(block)]) for block in graph.blocks]
             return replace(graph, blocks=tuple(blocks))
         tokens = context.calibration.tokens
-        calibration = Calibration(tokens[: max(1, self.tokens // tokens.shape[1])])
-        calibration.begin(graph.prologue, graph.prologue)
+        windows = tokens[: max(1, self.tokens // tokens.shape[1])]
+        asked = {block.full_name(block.node(site.readers[0])) for block in graph.blocks for site in sites(block)}
         blocks, chosen, losses = [], Counter(), np.zeros(2)
-        for block in graph.blocks:
-            calibration.finish()  # the unit before, which the last block need not be
-            calibration.begin(block, block)
+        units = islice(dense_moments(graph, windows, asked), 1, None)  # the prologue has no sites
+        for block, (_, _, _, moments) in zip(graph.blocks, units, strict=False):  # nor has the epilogue
             found = []
             for site in sites(block):
-                a, scale, loss = self._search(block, site, calibration)
+                a, scale, loss = self._search(block, site, moments)
                 chosen[a] += 1
                 losses += loss
                 for reader in site.readers:
@@ -113,11 +113,11 @@ class Equalize(Pass):
         return replace(graph, blocks=tuple(blocks))
 
     def _search(
-        self, block: Block, site: Site, calibration: Calibration
+        self, block: Block, site: Site, moments: Mapping[str, np.ndarray]
     ) -> tuple[float, np.ndarray | None, tuple[float, float]]:
         """(a, s float32 [in], or None for a = 0, (loss for a = 0, loss for a), zeros where nothing was searched)."""
         nodes = [block.node(name) for name in site.readers]
-        hessian = calibration.moments(block.full_name(nodes[0])).hessian
+        hessian = moments[nodes[0].inputs[0]]
         if len(self.grid) == 1:
             (a,) = self.grid
             return a, None if a == 0 else scales_of(np.diagonal(hessian), a, site.heads), (0.0, 0.0)

@@ -37,7 +37,7 @@ def test_predicted_losses_are_what_feedback_leaves(stories15m, shared_data, opti
     graph = Pipeline(["fold_norms", "rotate"])(frontend.open(stories15m))
     windows = windows_of(stories15m, shared_data / "text" / "tinystories_197k.txt", 32)
     readers = {f"model.layers.0.{name}": "" for name in ("self_attn.k_proj", "mlp.down_proj")}
-    for unit, weights, _, moments in sensitivity._moments(graph, windows, readers):
+    for unit, weights, _, moments in sensitivity.dense_moments(graph, windows, readers):
         for value, hessian in moments.items():
             factor, pivots = feedback.factor(hessian), sensitivity.feedback_pivots(hessian)
             (node,) = (n for n in unit.nodes if n.inputs == (value,) and unit.full_name(n) in readers)
@@ -66,7 +66,7 @@ def test_gradients_are_those_of_the_whole_model(tied):
     """The walk backward block by block, against one gradient through the model by a constant added to a linear's bias."""
     graph = tiny_graph(tied=tied)
     windows = np.random.default_rng(0).integers(0, 40, (3, 16)).astype(np.int32)
-    inputs = [x for _, _, x, _ in sensitivity._moments(graph, windows, {})]
+    inputs = [x for _, _, x, _ in sensitivity.dense_moments(graph, windows, {})]
     name = "model.layers.0.mlp.up_proj"
     squares, gradient = sensitivity._gradients(graph, inputs, {name: ()}, seed=3)
 
@@ -89,7 +89,7 @@ def test_gradients_are_those_of_the_whole_model(tied):
 def test_the_heads_squares_are_the_variance_of_its_labels():
     graph = tiny_graph()
     windows = np.random.default_rng(0).integers(0, 40, (2, 16)).astype(np.int32)
-    inputs = [x for _, _, x, _ in sensitivity._moments(graph, windows, {})]
+    inputs = [x for _, _, x, _ in sensitivity.dense_moments(graph, windows, {})]
     squares, _ = sensitivity._gradients(graph, inputs, {}, seed=0)
     p = np.asarray(jax.nn.softmax(load(graph)(windows)), np.float64)
     np.testing.assert_allclose(squares["lm_head"], (p * (1 - p)).mean((0, 1)), rtol=1e-4)

@@ -22,7 +22,7 @@ import numpy as np
 from flax import nnx
 
 from atd.errors import BadInput, nearest
-from atd.ir import Block, Graph, Node, WeightRef
+from atd.ir import Block, Graph, WeightRef
 from atd.models import ops
 from atd.weights import Dense, DenseType, Weight
 
@@ -68,17 +68,16 @@ class Program:
     """The compiled functions of all blocks that read the same. A model makes one for each different block."""
 
     def __init__(self, block: Block):
-        structure = Block("", tuple(_without_weights(node) for node in block.nodes))
-        run = partial(ops.run_block, structure)
+        run = partial(ops.run_block, ops.structure_of(block).block)
 
         def embed(weights, tokens, positions):
             return run(weights, tokens, positions)[0]
 
         def forward(weights, x):
-            return run(weights, x, _from_start(x))[0]
+            return run(weights, x, ops.from_start(x))[0]
 
         def begin(weights, x, cache):
-            return run(weights, x, _from_start(x), cache)
+            return run(weights, x, ops.from_start(x), cache)
 
         def step(weights, x, positions, cache):
             return run(weights, x, positions, cache)
@@ -95,20 +94,10 @@ class Program:
         self.logits = jax.jit(logits)
 
 
-def _without_weights(node: Node) -> Node:
-    """The node without the references to its weights, which may keep data alive."""
-    return Node(node.name, node.op, node.inputs, {}, node.attrs)
-
-
 def _attention_shapes(block: Block) -> tuple[tuple[str, int, int], ...]:
     """(name, kv_heads, head_dim) of the attention nodes, which need a cache."""
     attrs: list[tuple[str, Any]] = [(node.name, node.attrs) for node in block.nodes if node.op == "attention"]
     return tuple((name, attr["kv_heads"], attr["head_dim"]) for name, attr in attrs)
-
-
-def _from_start(x) -> jax.Array:
-    """int32 [B, T]: positions 0, 1, ... of x [B, T, ...]."""
-    return jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
 
 
 @dataclass(frozen=True)
@@ -162,7 +151,7 @@ class Model(nnx.Module):
             blocks=tuple(program(block) for block in graph.blocks),
             epilogue=program(graph.epilogue),
             embed=next(node.name for node in graph.prologue.nodes if node.op == "embed"),
-            tied=any(node.op == "linear" and "weight" not in node.weights for node in graph.epilogue.nodes),
+            tied=graph.is_tied,
             attention=tuple(_attention_shapes(block) for block in graph.blocks),
         )
 

@@ -11,17 +11,44 @@ places 0..t alone, and each of these has been written before.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atd.ir import Block, Node
+from atd.ir import OPS, Block, Node
 from atd.kernels import matmul as kernels
 from atd.weights import Weight
 
 Cache = tuple[jax.Array, jax.Array]
 Weights = dict[str, dict[str, Weight]]  # node name -> slot -> weight
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What of a block its values depend on besides weights, fit to be a static argument: equal ones share compilations."""
+
+    text: str
+    block: Block = field(compare=False)
+
+
+def structure_of(block: Block) -> Structure:
+    """The block without its name, its weights, and the attrs by which passes talk to passes."""
+    bare = Block("", tuple(bare_node(node) for node in block.nodes))
+    return Structure(str(bare), bare)
+
+
+def bare_node(node: Node) -> Node:
+    """The node without weights, which may keep data alive, and with the attrs alone that its op reads."""
+    op = OPS[node.op]
+    attrs = {key: node.attrs[key] for key in (*op.attrs, *op.optional_attrs) if key in node.attrs}
+    return Node(node.name, node.op, node.inputs, {}, attrs)
+
+
+def from_start(x) -> jax.Array:
+    """int32 [B, T]: positions 0, 1, ... of x [B, T, ...]."""
+    return jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
 
 
 def rms_norm(x, gain, eps: float, head_dim: int | None = None):
