@@ -13,7 +13,7 @@ from atd.errors import BadInput
 from atd.ir import Graph
 from atd.layout import DEFAULT_LAYOUT, LAYOUTS
 from atd.output import REPORT
-from atd.report import sizes
+from atd.report import need_matplotlib, save_figure, sizes
 from atd.weights import PackedType, TernaryType, bits_per_weight, parse_type, ternary_of
 
 Row = Mapping[str, Any]  # of report.json: node, type, weights, bits, bytes and, where it was decided on, predicted_kl
@@ -77,11 +77,10 @@ def allocation_picture(rows: Sequence[Row], path: str | Path) -> None:
 
     Raises BadInput where matplotlib is missing, nothing was allocated or the picture cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise BadInput("drawing needs matplotlib: pip install 'atd-jax[report]'") from None
+    need_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     rows, blocks, others, kinds = _sorted(rows)
     bits = [[nodes[kind]["bits"] if kind in nodes else float("nan") for kind in kinds] for nodes in blocks.values()]
     known = [value for line in bits for value in line if value == value]
@@ -106,10 +105,7 @@ def allocation_picture(rows: Sequence[Row], path: str | Path) -> None:
     notes = [f"N by matrix; {sizes(total)}, {8 * total / weights:.2f} bits a weight, predicted KL {_kl(rows):.4f}"]
     notes += [f"{row['node'].split('.')[-1]} N = {_option(row, plain=True)}" for row in others]
     cells.set_title("; ".join(notes), loc="left", fontsize=9)
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:  # ValueError: an ending that is no picture format
-        raise BadInput(f"{path}: the picture cannot be written: {error}") from None
+    save_figure(figure, path)
 
 
 def _sorted(rows: Sequence[Row]) -> tuple[list[Row], dict[str, dict[str, Row]], list[Row], list[str]]:

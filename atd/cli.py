@@ -85,23 +85,14 @@ def convert(
 
     from atd.allocation_report import allocation_table, read_rows
     from atd.convert_adaptive import convert as run
-    from atd.recipe import read_recipe
+    from atd.recipe import under_budget
     from atd.report import console, conversion_progress, sizes
 
-    if bits is not None and budget is not None:
-        raise BadInput("--bits and --budget are two ways to say one thing; give one of them")
-    chosen = read_recipe(recipe)
-    allocates = any(step.name == "allocate" for step in chosen.pipeline.passes)
-    if (given := "bits" if bits is not None else "budget" if budget is not None else "") and not allocates:
-        raise BadInput(f"--{given} needs the allocate pass, which recipe {recipe} does not have; adaptive does")
-    if given:
-        overrides = (*overrides, f"allocate.bits={bits or 0.0}", f"allocate.budget={budget or ''!r}")
-    if budget and any(step.name == "rotate" for step in chosen.pipeline.passes):
-        overrides = ("rotate.embedding=true", *overrides)  # it is quantized too, unless it was said otherwise
-    chosen = read_recipe(recipe, overrides)
+    chosen = under_budget(recipe, overrides, bits=bits, budget=budget)
     chosen = replace(chosen, nonfinite=nonfinite) if nonfinite else chosen
     with conversion_progress() as (say, progress):
         folder = run(model, out, chosen, calib=calib, overwrite=overwrite, say=say, progress=progress)
+    allocates = any(step.name == "allocate" for step in chosen.pipeline.passes)
     if allocates:
         console.print(allocation_table(read_rows(folder)))
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
@@ -229,10 +220,10 @@ def sweep(
         tokens: use the first so many tokens of each text alone.
         keep: keep the weights of each point (else deleted once evaluated; what is left repeats them to the byte).
     """
-    from atd import grid, pareto, results
-    from atd.report import console, progress_bar
+    from atd import grid, results
+    from atd.report import console, need_matplotlib, progress_bar
 
-    pareto.need_matplotlib()
+    need_matplotlib()
     with progress_bar() as bar:
         say = lambda line: bar.console.print(line, markup=False, highlight=False, soft_wrap=True)  # noqa: E731
         shared = {"calib": calib, "context": context, "tokens": tokens, "keep": keep, "bar": bar, "say": say}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from atd.errors import BadInput
+from atd.report import need_matplotlib, save_figure
 
 # Okabe and Ito's colours, which stay apart for every kind of colour vision, and a marker each besides.
 _LOOKS = (
@@ -47,20 +48,9 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
     return sorted((i for i in finite if not beaten(i)), key=lambda i: points[i])
 
 
-def need_matplotlib() -> None:
-    """Raises BadInput where matplotlib is missing: to be called before the work whose picture is wanted."""
-    try:
-        import matplotlib.backends.backend_agg  # noqa: F401
-    except ImportError:
-        raise BadInput("drawing needs matplotlib: pip install 'atd-jax[report]'") from None
-
-
 def picture(panels: Mapping[str, Sequence[Mark]], path: str | Path, note: str = "") -> None:
     """Writes `figure(panels, note)` to a file. Raises BadInput as that does, and where the file cannot be written."""
-    try:
-        figure(panels, note).savefig(path)
-    except (OSError, ValueError) as error:  # ValueError: an ending that is no picture format
-        raise BadInput(f"{path}: the picture cannot be written: {error}") from None
+    save_figure(figure(panels, note), path)
 
 
 def figure(panels: Mapping[str, Sequence[Mark]], note: str = "") -> Any:

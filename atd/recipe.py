@@ -87,6 +87,28 @@ def read_recipe(name_or_file: str | Path, overrides: Sequence[str] = ()) -> Reci
         raise BadInput(f"recipe {path.name}: {error}") from None
 
 
+def under_budget(
+    name_or_file: str | Path, overrides: Sequence[str] = (), *, bits: float | None = None, budget: str | None = None
+) -> Recipe:
+    """`read_recipe` with what allocate shares out: `bits` a weight of the decoder's linears, or `budget` of the whole
+    checkpoint ("3.9GB"); neither: as the recipe says.
+
+    With a budget a tied embedding is quantized too, and so rotated as well, unless overrides say otherwise. Raises
+    BadInput for both at once, and for a recipe without allocate.
+    """
+    if bits is None and budget is None:
+        return read_recipe(name_or_file, overrides)
+    if bits is not None and budget is not None:
+        raise BadInput("--bits and --budget are two ways to say one thing; give one of them")
+    names = {step.name for step in read_recipe(name_or_file).pipeline.passes}
+    if "allocate" not in names:
+        given = "bits" if budget is None else "budget"
+        raise BadInput(f"--{given} needs the allocate pass, which recipe {name_or_file} does not have; adaptive does")
+    rotated = ["rotate.embedding=true"] if budget is not None and "rotate" in names else []
+    shared_out = [f"allocate.bits={bits or 0.0}", f"allocate.budget={budget or ''!r}"]
+    return read_recipe(name_or_file, [*rotated, *overrides, *shared_out])
+
+
 def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     """The recipe with overrides `pass.option=value` put in; an override applies to every pass of that name."""
     if not overrides:

@@ -142,6 +142,23 @@ _OTHER_KIND = ("#777777", "*")
 _BLOCK = re.compile(r".*\.(\d+)\..*?([^.]+)")
 
 
+def need_matplotlib() -> None:
+    """Raises BadInput where matplotlib is missing: to be called before the work whose picture is wanted."""
+    try:
+        import matplotlib.backends.backend_agg
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        raise BadInput("drawing needs matplotlib: pip install 'atd-jax[report]'") from None
+
+
+def save_figure(figure: Any, path: str | Path) -> None:
+    """Writes a matplotlib Figure. Raises BadInput where the file cannot be written."""
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:  # ValueError: an ending that is no picture format
+        raise BadInput(f"{path}: the picture cannot be written: {error}") from None
+
+
 def layers_picture(report: Sequence[dict[str, Any]], path: str | Path) -> None:
     """Draws bits a weight and relative error (|W' - W| / |W|, Frobenius) by block, apart for each kind of linear.
 
@@ -149,12 +166,11 @@ def layers_picture(report: Sequence[dict[str, Any]], path: str | Path) -> None:
     the blocks (embedding, head) is noted in the title. Raises BadInput where matplotlib is missing, no row belongs to a
     block or the picture cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ImportError:
-        raise BadInput("drawing needs matplotlib: pip install 'atd-jax[report]'") from None
+    need_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     lines: dict[str, list[tuple[int, dict]]] = {}
     outside = []
     for row in report:
@@ -211,10 +227,7 @@ def layers_picture(report: Sequence[dict[str, Any]], path: str | Path) -> None:
     notes = [f"{len(rows)} linears, {_three_digits(weights)} weights, {mean:.2f} bits a weight"]
     notes += [f"{row['node'].split('.')[-1]} {row['bits']:.2f} bits" for row in outside]
     axes[0].set_title("; ".join(notes), loc="left", fontsize=10)
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:  # ValueError: an ending that is no picture format
-        raise BadInput(f"{path}: the picture cannot be written: {error}") from None
+    save_figure(figure, path)
 
 
 # --- progress ---------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from atd.demo import demo_model
 from atd.evaluate import evaluate
 from atd.models import frontend
 from atd.models.model import load
-from atd.recipe import Recipe, read_recipe, recipe_names
+from atd.recipe import Recipe, read_recipe, recipe_names, under_budget
 from atd.report import graph_size, progress_bar, sizes
 from atd.tokenizer import open_tokenizer, read_text
 
@@ -50,13 +50,9 @@ def protocol(name: str) -> tuple[Path, list[Path], int, int | None]:
 def conversions(arguments) -> list[tuple[str, Recipe]]:
     """(name of the row, recipe) of everything that is asked for."""
     overrides = arguments.overrides
-    asked = [(f"adaptive {bits:g} bits", "adaptive", [f"allocate.bits={bits}"]) for bits in arguments.bits]
-    asked += [
-        (f"adaptive {size}", "adaptive", [f"allocate.budget='{size}'", "allocate.bits=0", "rotate.embedding=true"])
-        for size in arguments.budgets
-    ]
-    asked += [(name, name, []) for name in arguments.recipes]
-    recipes = [(name, read_recipe(recipe, [*changes, *overrides])) for name, recipe, changes in asked]
+    recipes = [(f"adaptive {bits:g} bits", under_budget("adaptive", overrides, bits=bits)) for bits in arguments.bits]
+    recipes += [(f"adaptive {size}", under_budget("adaptive", overrides, budget=size)) for size in arguments.budgets]
+    recipes += [(name, read_recipe(name, overrides)) for name in arguments.recipes]
     if arguments.calibration_tokens:
         recipes = [(name, replace(recipe, calibration_tokens=arguments.calibration_tokens)) for name, recipe in recipes]
     return recipes

@@ -1,9 +1,12 @@
 """Real weights and text for tests: at $ATD_SHARED_DATA or ../shared/data; tests that need them skip where they are absent."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
+
+from atd import cli
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -30,3 +33,19 @@ def stories260k(shared_data: Path) -> Path:
 @pytest.fixture(scope="session")
 def stories15m(shared_data: Path) -> Path:
     return shared_data / "models" / "stories15M"
+
+
+@pytest.fixture
+def atd(monkeypatch, capsys):
+    """atd("convert", ...) -> (exit code, stdout, stderr)."""
+
+    def run(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["atd", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
+        return code, *capsys.readouterr()
+
+    return run

@@ -16,22 +16,6 @@ from atd import cli, report
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture
-def atd(monkeypatch, capsys):
-    """atd("convert", ...) -> (exit code, stdout, stderr)."""
-
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["atd", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 1
-        return code, *capsys.readouterr()
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def converted(stories260k, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("cli") / "out"

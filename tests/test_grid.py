@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -340,21 +339,12 @@ def test_a_table_of_one_text_fits_80_columns(swept):
     assert "fast" in text.getvalue()
 
 
-def test_the_command(swept, stories260k, fast, texts, tmp_path, monkeypatch, capsys):
+def test_the_command(atd, swept, stories260k, fast, texts, tmp_path, monkeypatch):
     out = tmp_path / "out"
     shutil.copytree(swept[0], out)
 
-    def atd(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["atd", "sweep", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 1
-        return code, *capsys.readouterr()
-
     shared = ["--context", 64, "--tokens", 256, *(part for text in texts for part in ("--data", text))]
-    wanted = [stories260k, out, "--recipe", fast, *shared, "--vary"]
+    wanted = ["sweep", stories260k, out, "--recipe", fast, *shared, "--vary"]
     code, printed, err = atd(*wanted, "decompose.bases=1,2")
     assert code == 0, err
     assert "2 points, 2 of them done before" in err
@@ -369,9 +359,9 @@ def test_the_command(swept, stories260k, fast, texts, tmp_path, monkeypatch, cap
     assert code == 1
     assert "fast bases=3: the disk is full" in err
     assert "Pareto front" in printed  # of those that are done
-    code, _, err = atd(stories260k, tmp_path / "new", *shared)
+    code, _, err = atd("sweep", stories260k, tmp_path / "new", *shared)
     assert (code, "at least one recipe" in err) == (2, True)
-    code, printed, _ = atd("--help")
+    code, printed, _ = atd("sweep", "--help")
     assert code == 0
     for option in inspect.signature(cli.sweep).parameters:
         assert re.search(rf"^ +{option}: \S", cli.sweep.__doc__ or "", re.MULTILINE), f"--{option} has no help text"

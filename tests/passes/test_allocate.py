@@ -187,6 +187,8 @@ def test_sensitivities_are_kept_and_used_again(windows, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "fisher_losses", again)
     assert decisions(Allocate(bits=3.4)(graph, context_of(windows, cache=tmp_path))) == first
     Allocate(bits=4.0)(graph, context_of(windows, cache=tmp_path))  # the budget is none of their business
+    with pytest.raises(AssertionError, match="measured again"):
+        Allocate(bits=3.4, moment_tokens=16)(graph, context_of(windows, cache=tmp_path))
     file.write_text("[{")
     with pytest.raises(AssertionError, match="measured again"):
         Allocate(bits=3.4)(graph, context_of(windows, cache=tmp_path))
