@@ -48,7 +48,8 @@ class Context:
     """What passes may ask for, and where they leave figures.
 
     `feature_weights`: importance of each input feature of a node, f32 [in], by full node name: `decompose` weights its
-    errors with them. `record(node, error=...)`: figures of a node for report.json, made while its weight is loaded.
+    errors with them. `moments`: second moments f32 [in, in] of nodes that read no activations (embeddings), by full name:
+    `allocate` leaves them for `decompose`. `record(node, error=...)`: figures of a node for report.json, made while its weight is loaded.
     `calibration`: second moments of what reaches each linear; there for passes that need "activations".
     `dense`: the model before the first pass that changes its function, for passes that calibrate against it.
     `advance(what, done, total)`: hears of the progress of long passes.
@@ -59,6 +60,7 @@ class Context:
 
     seed: int = 0
     feature_weights: Mapping[str, np.ndarray] = field(default_factory=dict)
+    moments: dict[str, np.ndarray] = field(default_factory=dict)
     figures: dict[str, dict] = field(default_factory=dict)
     written_digests: Mapping[str, str] = field(default_factory=dict)
     calibration: Calibration | None = None

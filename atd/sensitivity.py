@@ -51,39 +51,51 @@ Candidates = Mapping[str, Sequence[Candidate]]  # full name of a node -> what it
 
 def fisher_losses(
     graph: Graph, windows: np.ndarray, candidates: Candidates, tokens: int = 2048, seed: int = 0
-) -> dict[str, np.ndarray]:
-    """1/2 sum_o E[g_o^2] (dW H dW')_oo of each candidate (one base: times BEYOND): nats a position, float64 [candidates], by node.
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(1/2 sum_o E[g_o^2] (dW H dW')_oo of each candidate (one base: times BEYOND): nats a position, float64
+    [candidates], by node; M float32 [D, D] of the embedding by its name, if it is among the candidates).
 
     windows int32 [windows, context]: H is of all of them, gradients of the first `tokens` tokens (at least one window).
-    An embedding counts 1/2 sum_d E[g_d^2 dE_vd^2] over the positions of those tokens, g the gradient at its output and
-    v the token; a tied matrix counts as embedding and as head.
+
+    An embedding is read in two ways. At a position of token v its error costs 1/2 (g dE_v')^2, g the gradient at its
+    output; where the head is tied to it, 1/2 sum_v p_v (1 - p_v) dE_v H dE_v', p the model's next tokens. A token is as
+    frequent as the model expects it, so both are sums over rows with the same weights, and error feedback can work
+    under the sum of both:
+
+        1/2 sum_v a_v dE_v M dE_v',   M = E[g g'] + sum_v E[p_v (1 - p_v)] H,   a_v = E[p_v (1 - p_v)] / their sum
     """
-    errors, inputs = _errors(graph, windows, candidates, tokens)
+    errors, inputs, heads = _errors(graph, windows, candidates, tokens)
     squares, gradient = _gradients(graph, inputs, candidates, seed)
-    losses = {name: np.zeros(len(types)) for name, types in candidates.items()}
-    for reader, name in _readers(graph, candidates).items():
-        beyond = [BEYOND.get(t.bases, 1.0) if isinstance(t, TernaryType) else 1.0 for t in candidates[name]]
-        losses[name] += 0.5 * np.array(beyond) * (errors[reader] @ squares[reader])
-    embed = graph.prologue.nodes[0]
-    if (name := graph.prologue.full_name(embed)) in candidates:
-        # Tokens that the text has not are left out: they are thousands, and rows that training never moved would decide.
-        seen, place = np.unique(inputs[0].ravel(), return_inverse=True)
-        square = np.zeros((len(seen), gradient.shape[-1]))
-        np.add.at(square, place, np.square(gradient, dtype=np.float64).reshape(len(place), -1))  # [positions, D]
-        rows = _array(embed)[seen]
-        for i, type in enumerate(candidates[name]):
-            if isinstance(type, TernaryType):
-                losses[name][i] += 0.5 * np.sum(square * (rows - _als(rows, type, None)) ** 2) / len(place)
-    return losses
+    losses = {
+        name: 0.5 * np.array([_beyond(type) for type in candidates[name]]) * (error @ squares[name])
+        for name, error in errors.items()
+    }
+    embed, head = graph.prologue.nodes[0], graph.epilogue.full_name(graph.epilogue.nodes[-1])
+    if (name := graph.prologue.full_name(embed)) not in candidates:
+        return losses, {}
+    flat = gradient.reshape(-1, gradient.shape[-1]).astype(np.float64)
+    moments = flat.T @ flat / len(flat)
+    if head in heads:
+        moments += squares[head].sum() * heads[head]
+    moments, pivots = moments.astype(np.float32), feedback_pivots(moments)
+    share = squares[head] / squares[head].sum()
+    rows = [feedback_loss(_array(embed), type, moments, pivots) for type in candidates[name]]
+    return losses | {name: 0.5 * np.stack(rows) @ share}, {name: moments}
 
 
 def feedback_loss(weight: np.ndarray, type: Candidate, hessian: np.ndarray, pivots: np.ndarray) -> np.ndarray:
     """What error feedback and descent leave of (w - q) H (w - q)', float64 [out]: LEFT sum_j R_jj^2 e_j^2.
 
     weight float32 [out, in], hessian H [in, in], pivots R_jj^2 [in] as `feedback_pivots` has them. Dense loses nothing.
+    Of more than ROWS rows a sample is rounded; the others lose in proportion to sum_j R_jj^2 w_j^2, their size where
+    errors count. (Not to w H w', which a mean that all inputs share inflates for some rows many times over.)
     """
-    left = 0.0 if isinstance(type, DenseType) else LEFT[type.bases]
-    return left * _row_losses(weight, type, np.diagonal(hessian), lambda e: np.einsum("oi,oi,i->o", e, e, pivots))
+    if isinstance(type, DenseType):
+        return np.zeros(len(weight))
+    step = -(-len(weight) // ROWS)
+    part, size = weight[::step], np.square(weight) @ pivots
+    lost = np.square(part - _als(part, type, np.diagonal(hessian))) @ pivots
+    return LEFT[type.bases] * (lost if step == 1 else size * (lost.sum() / max(size[::step].sum(), 1e-300)))
 
 
 def feedback_pivots(hessian: np.ndarray) -> np.ndarray:
@@ -101,28 +113,21 @@ def feedback_pivots(hessian: np.ndarray) -> np.ndarray:
     return pivots
 
 
-def _row_losses(weight: np.ndarray, type: Candidate, features, cost: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """cost(w - q) of each row, q by als; of more than ROWS rows a sample is rounded, the others in proportion to cost(w)."""
-    if isinstance(type, DenseType):
-        return np.zeros(len(weight))
-    step = -(-len(weight) // ROWS)
-    part = weight[::step]
-    losses = cost(part - _als(part, type, features))
-    return losses if step == 1 else cost(weight) * (losses.sum() / max(cost(part).sum(), 1e-300))
-
-
 def _als(weight: np.ndarray, type: TernaryType, features) -> np.ndarray:
     trits, scales = ternary.als(weight, type.bases, type.group, type.tied, DTYPES[type.dtype], feature_weights=features)
     return np.asarray(Ternary(trits, scales, replace(type, shape=weight.shape)).dequantize())
 
 
+def _beyond(type: Candidate) -> float:
+    return BEYOND.get(type.bases, 1.0) if isinstance(type, TernaryType) else 1.0
+
+
 def _errors(
     graph: Graph, windows: np.ndarray, candidates: Candidates, tokens: int
-) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
-    """Forward through the dense model -> (mean square errors [candidates, out] by reader of a matrix, each unit's
-    inputs [windows, context, ...] of the first tokens)."""
-    readers, errors, inputs, kept = _readers(graph, candidates), {}, [], _windows_of(windows, tokens)
-    embedding = _array(graph.prologue.nodes[0]) if any(f != name for f, name in readers.items()) else None
+) -> tuple[dict[str, np.ndarray], list[np.ndarray], dict[str, np.ndarray]]:
+    """Forward through the dense model -> (mean square errors [candidates, out] of linears with a matrix of their own,
+    each unit's inputs [windows, context, ...] of the first tokens, H of linears that are tied to another's)."""
+    readers, errors, inputs, tied, kept = _readers(graph, candidates), {}, [], {}, _windows_of(windows, tokens)
     for unit, weights, x, moments in dense_moments(graph, windows, readers):
         inputs.append(x[:kept])
         for value, hessian in moments.items():
@@ -131,15 +136,13 @@ def _errors(
                 reader = unit.full_name(node)
                 if node.inputs != (value,) or reader not in readers:
                     continue
-                types = candidates[readers[reader]]
-                if reader == readers[reader]:
-                    weight = np.asarray(weights[node.name]["weight"].dequantize())
-                    rows = [feedback_loss(weight, type, hessian, pivots) for type in types]
-                else:  # tied: it becomes what the embedding does, which knows no inputs to be fed back for
-                    assert embedding is not None
-                    rows = [_row_losses(embedding, t, None, lambda e, h=hessian: np.sum(e @ h * e, 1)) for t in types]
+                if readers[reader] != reader:
+                    tied[reader] = hessian
+                    continue
+                weight = np.asarray(weights[node.name]["weight"].dequantize())
+                rows = [feedback_loss(weight, type, hessian, pivots) for type in candidates[reader]]
                 errors[reader] = np.stack(rows)
-    return errors, inputs
+    return errors, inputs, tied
 
 
 def _gradients(

@@ -63,7 +63,7 @@ def main() -> None:
     candidates = {n: ternary_types(t.shape, (1, 2, 3), ("row",), ("tied",), "f16") for n, t in linears.items()}
 
     clock = time.perf_counter()
-    predicted = sensitivity.fisher_losses(graph, windows, candidates, few)
+    predicted, _ = sensitivity.fisher_losses(graph, windows, candidates, few)
     seconds = {"predicted": time.perf_counter() - clock}
     clock = time.perf_counter()
     measured = sensitivity.measured_losses(graph, windows, [[name] for name in candidates], candidates, few)

@@ -12,15 +12,18 @@
 4. Linears that read the same input (q, k and v; gate and up) share one option, because `fuse` joins equal types alone;
    `fused = false` lets each have its own.
 5. The decision stays in the graph: the attr `ternary` of every dense matrix says "n=2 g=row tied f16" or "dense", and
-   `decompose`, which must follow, does that.
+   `decompose`, which must follow, does that. Second moments for an embedding, which reads no activations, are left in
+   `Context.moments`.
 6. Without calibration (the check before a conversion reads data) feasibility is checked in the same way, and types come
    from a stand-in: all weights alike, and a ninth of the loss with each base.
 """
 
 import hashlib
+import io
 import json
 import math
 import re
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,7 +53,7 @@ from atd.sensitivity import Candidate, fisher_losses, measured_losses
 from atd.weights import DenseType, Group, TernaryType
 
 SENSITIVITIES = ("fisher", "measured")
-VERSION = 2  # of the stored sensitivities
+VERSION = 3  # of the stored sensitivities
 
 
 @dataclass(frozen=True)
@@ -272,10 +275,13 @@ class Allocate(Pass):
             key = self._key(problem, graph, windows, context.seed)
             path = context.cache / f"sensitivity-{key[:32]}.json"
             if (stored := _stored(path, problem)) is not None:
-                return stored
+                losses, moments = stored
+                context.moments.update(moments)
+                return losses
             make_cache(context.cache)
+        moments: dict[str, np.ndarray] = {}
         if self.sensitivity == "fisher":
-            by_node = fisher_losses(graph, windows, problem.candidates, self.tokens, context.seed)
+            by_node, moments = fisher_losses(graph, windows, problem.candidates, self.tokens, context.seed)
             losses = [np.array([by_node[name] for name in names]) for names in problem.choices]
         else:
             together = measured_losses(graph, windows, problem.choices, problem.candidates, self.tokens)
@@ -283,10 +289,14 @@ class Allocate(Pass):
                 np.repeat(loss[None] / len(names), len(names), axis=0)  # nobody knows whose it is
                 for names, loss in zip(problem.choices, together, strict=True)
             ]
+        context.moments.update(moments)
         if path is not None:
             rows = [
                 {"nodes": names, "losses": loss.tolist()} for names, loss in zip(problem.choices, losses, strict=True)
             ]
+            content = io.BytesIO()
+            np.savez(content, **moments)  # type: ignore[arg-type]
+            output.write_file(path.with_suffix(".npz"), content.getvalue())
             output.write_file(path, json.dumps(rows, indent=1) + "\n")
         return losses
 
@@ -335,11 +345,13 @@ def _stand_in(type: Candidate) -> float:
     return math.prod(type.shape) * 9.0**-type.bases * min(finer, 0.97) * (1.0 if type.tied else 0.97)
 
 
-def _stored(path: Path, problem: _Problem) -> list[np.ndarray] | None:
-    """The sensitivities that an earlier run left; None where there are none, or they are damaged."""
+def _stored(path: Path, problem: _Problem) -> tuple[list[np.ndarray], dict[str, np.ndarray]] | None:
+    """The sensitivities and moments that an earlier run left; None where there are none, or they are damaged."""
     try:
         rows = json.loads(path.read_text())
         found = {tuple(row["nodes"]): np.array(row["losses"], float) for row in rows}
-        return [found[names] for names in problem.choices]
-    except (OSError, ValueError, KeyError, TypeError):
+        losses = [found[names] for names in problem.choices]
+        with np.load(path.with_suffix(".npz"), allow_pickle=False) as moments:
+            return losses, dict(moments)
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
         return None

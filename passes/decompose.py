@@ -6,7 +6,7 @@
    `group = "tensor"` one scale a tensor.
    `method = "hessian"`: calibrated. Scales under the second moments of the inputs, error feedback, coordinate descent,
    refits (`atd.feedback`); the target is corrected for what the layers before have changed (GPTAQ). Embedding tables
-   read no activations and get als.
+   read no activations: they get the same under the moments that `allocate` left for them, else als.
 3. Where `allocate` ran before, each matrix bears its decision, and that alone counts: which nodes, bases, group, scales
    and dtype are this pass's options only for matrices without one, and rules are refused. How is still this pass's.
 4. Errors are weighted by `context.feature_weights[node]` where somebody has put them there (als only).
@@ -123,7 +123,7 @@ class Decompose(Pass):
             weight = np.asarray(dense.array).astype(np.float32)
             if self.method == "greedy":
                 trits, scales = ternary.greedy(weight, self.bases, DTYPES[self.dtype], group)
-            elif self.method == "hessian" and node.op == "linear":
+            elif self.method == "hessian" and (node.op == "linear" or name in context.moments):
                 trits, scales = self._calibrated(name, weight, group, context)
             else:
                 features = context.feature_weights.get(name)
@@ -140,15 +140,20 @@ class Decompose(Pass):
     ) -> tuple[np.ndarray, np.ndarray]:
         if context.calibration is None:
             raise BadInput(f"{name}: decompose.method hessian needs calibration text: convert with --calib FILE")
-        moments = context.calibration.moments(name)
-        factor, target = _factor(moments, self.damping, self.order), weight
-        if self.asymmetric:
-            corrected = feedback.asymmetric_target(weight, moments.hessian, moments.cross)
-            target = weight + self.asymmetric * (np.asarray(corrected) - weight)
+        target = weight
+        if name in context.moments:
+            hessian = context.moments[name]
+            factor = feedback.factor(hessian, self.damping, self.order)
+        else:
+            moments = context.calibration.moments(name)
+            hessian, factor = moments.hessian, _factor(moments, self.damping, self.order)
+            if self.asymmetric:
+                corrected = feedback.asymmetric_target(weight, hessian, moments.cross)
+                target = weight + self.asymmetric * (np.asarray(corrected) - weight)
         trits, scales = feedback.decompose(
             target,
             factor,
-            moments.hessian,
+            hessian,
             bases=self.bases,
             group=group,
             tied=self.scales == "tied",
