@@ -78,8 +78,8 @@ def fisher_losses(
     if head in heads:
         moments += squares[head].sum() * heads[head]
     moments, pivots = moments.astype(np.float32), feedback_pivots(moments)
-    share = squares[head] / squares[head].sum()
-    rows = [feedback_loss(_array(embed), type, moments, pivots) for type in candidates[name]]
+    share, table = squares[head] / squares[head].sum(), _array(embed)
+    rows = [feedback_loss(table, type, moments, pivots) for type in candidates[name]]
     return losses | {name: 0.5 * np.stack(rows) @ share}, {name: moments}
 
 
