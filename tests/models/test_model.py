@@ -318,3 +318,17 @@ def test_rms_norm_over_heads():
     y = ops.rms_norm(x, gain, 0.0, head_dim=4)
     expected = np.concatenate([np.arange(1.0, 5) / np.sqrt(7.5), np.arange(5.0, 9) / np.sqrt(43.5)]) * np.tile(gain, 2)
     np.testing.assert_allclose(y[0, 0], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("window", [0, 3, 5])
+@pytest.mark.parametrize("queries", [1, 4, 5, 11, 24])
+def test_sequences_run_by_run_attend_as_if_all_at_once(monkeypatch, queries, window):
+    """With a ragged last run, a last run of one query, and more queries than shortest runs hold."""
+    monkeypatch.setattr(ops, "QUERIES", 4)
+    monkeypatch.setattr(ops, "RUNS", 4)
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.standard_normal((2, queries, 6, 8)), jnp.float32)
+    k, v = (jnp.asarray(rng.standard_normal((2, 3, queries, 8)), jnp.float32) for _ in range(2))
+    positions = ops.from_start(q)
+    expected = ops.attention(q, k, v, positions, window)
+    np.testing.assert_allclose(ops.sequence_attention(q, k, v, positions, window), expected, atol=1e-6)
