@@ -23,7 +23,7 @@ Start with `atd demo` (a real model, under 5 minutes), then `atd convert MODEL O
 --data TEXT`, `atd generate OUT`. MODEL is a Hugging Face folder (safetensors), a .gguf file, or a folder that atd made.
 `--debug` shows the traceback of an error."""
 
-Backend = Literal["auto", "xla", "xla-unpacked"]
+Backend = Literal["auto", "xla", "xla-unpacked", "triton"]
 Model = Annotated[Positional[Path], tyro.conf.arg(metavar="MODEL")]
 app = tyro.extras.SubcommandApp()
 
@@ -130,7 +130,8 @@ def evaluate(
         tokens: use the first so many tokens of the text alone.
         bos: put the begin-of-sequence token in front of each window (counted in its length).
         convention: "llama.cpp" scores the second half of each window alone, BOS in front, as its perplexity tool does.
-        backend: xla keeps weights packed in memory, xla-unpacked unpacks them once at load (faster on CPUs), as does auto.
+        backend: xla keeps weights packed in memory, xla-unpacked unpacks them once at load (faster on CPUs), triton keeps them packed and is
+            fast on NVIDIA GPUs. auto: triton on a GPU that has it, xla-unpacked on a CPU.
         batch: windows a step.
         tokenizer: folder or .gguf file to take the tokenizer from, where MODEL has none.
         json: also write the figures to this file.
@@ -260,7 +261,8 @@ def generate(
         top_k: sample among the k likeliest tokens (0: all).
         top_p: sample among the likeliest tokens that hold this much probability.
         seed: same seed, same text.
-        backend: xla keeps weights packed in memory, xla-unpacked unpacks them once at load (faster on CPUs), as does auto.
+        backend: xla keeps weights packed in memory, xla-unpacked unpacks them once at load (faster on CPUs), triton keeps them packed and is
+            fast on NVIDIA GPUs. auto: triton on a GPU that has it, xla-unpacked on a CPU.
         tokenizer: folder or .gguf file to take the tokenizer from, where MODEL has none.
     """
     import time

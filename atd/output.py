@@ -40,6 +40,7 @@ _SAFETENSORS_DTYPES = {
     "bfloat16": "BF16",
     "float64": "F64",
     "uint8": "U8",
+    "uint32": "U32",
     "int8": "I8",
 }
 

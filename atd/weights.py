@@ -105,7 +105,7 @@ class PackedType:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.codes_shape) + self.ternary.scales_nbytes
+        return math.prod(self.codes_shape) * LAYOUTS[self.layout].dtype.itemsize + self.ternary.scales_nbytes
 
     def __str__(self) -> str:
         return f"packed {self.ternary._options()} layout={LAYOUTS[self.layout]} {self.dtype}[{self.shape[0]},{self.shape[1]}]"
@@ -212,7 +212,7 @@ def _spread(scale, type: TernaryType, xp):
 class Packed:
     """A `Ternary` whose trits are `LAYOUTS[type.layout].unpack(codes)`."""
 
-    codes: jax.Array | np.ndarray  # uint8, shaped by the layout
+    codes: jax.Array | np.ndarray  # shape and dtype are the layout's
     scales: jax.Array | np.ndarray  # [rows, groups, N or 1]
     type: PackedType
 
@@ -242,7 +242,7 @@ def stored(tensor: str, type: WeightType) -> dict[str, tuple[str, tuple[int, ...
     ternary = type.ternary if isinstance(type, PackedType) else type
     scales = (f"{tensor.removesuffix('.weight')}.scales", ternary.scales_shape, DTYPES[ternary.dtype])
     if isinstance(type, PackedType):
-        return {"codes": (f"{tensor}_packed", type.codes_shape, np.dtype(np.uint8)), "scales": scales}
+        return {"codes": (f"{tensor}_packed", type.codes_shape, LAYOUTS[type.layout].dtype), "scales": scales}
     return {"trits": (f"{tensor}_trits", (*ternary.shape, ternary.bases), np.dtype(np.int8)), "scales": scales}
 
 

@@ -1,26 +1,38 @@
 """`matmul(x, weight)`: y = x W^T for a weight of any type, on the backend that suits it.
 
-    xla     always works, and defines the result: fp32 products of x with `weight.dequantize()`, added up in fp32
+    xla                always works, and defines the result: fp32 products of x with `weight.dequantize()`, added in fp32
+    triton             packed weights on NVIDIA GPUs from compute capability 8.0
+    triton-interpret   the same on a CPU, run by jax's interpreter: for tests
 
-A backend is a module with `supports(x, weight) -> str | None`, the reason why it cannot run or None, and `matmul(x,
-weight)`; both see static shapes and types alone, so the choice is made while tracing. A backend that was named and
-cannot run raises with its reason: it is never replaced silently.
+A backend has `supports(x, weight) -> str | None`, the reason why it cannot run or None, and `matmul(x, weight)`; both
+see static shapes and types alone, so the choice is made while tracing. A backend that was named and cannot run raises
+with its reason: it is never replaced silently. Without a name the first of PREFERENCE that supports the call runs, and
+the logger `atd.kernels` says which at level INFO, and why not one before it.
 """
+
+import logging
+from typing import Any
 
 import jax
 
 from atd.kernels import xla
-from atd.weights import Weight
+from atd.kernels.triton import Triton
+from atd.weights import Dense, Weight
 
-BACKENDS = {"xla": xla}
-PREFERENCE = ("xla",)  # without a name: the first of these that supports the call
+BACKENDS: dict[str, Any] = {"xla": xla, "triton": Triton(), "triton-interpret": Triton(interpret=True)}
+PREFERENCE = ("triton", "xla")
+_log = logging.getLogger("atd.kernels")
 
 
 def resolve(x, weight: Weight, backend: str | None = None):
-    """The module that `matmul` calls. Raises ValueError, with the reason, for a named backend that cannot run this
-    call."""
+    """The backend that `matmul` calls. Raises ValueError, with the reason, for a named one that cannot run this call."""
     if backend is None:
-        return next(BACKENDS[name] for name in PREFERENCE if BACKENDS[name].supports(x, weight) is None)
+        for name in PREFERENCE:
+            reason = BACKENDS[name].supports(x, weight)
+            if not isinstance(weight, Dense):  # XLA's own products are no choice
+                _log.info("%s: %s x %s: %s", name, x.shape, weight.type, reason or "chosen")
+            if reason is None:
+                return BACKENDS[name]
     if backend not in BACKENDS:
         raise ValueError(f"unknown matmul backend {backend!r}; known: {', '.join(BACKENDS)}")
     if reason := BACKENDS[backend].supports(x, weight):

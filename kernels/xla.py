@@ -15,7 +15,7 @@ ms (G = 128), where unpacking in the order of the inputs took 47 ms and a dense 
 import math
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import jax
@@ -48,6 +48,8 @@ def matmul(x: jax.Array, weight: Weight) -> jax.Array:
             y = _by_rows([wide], array.shape[0], lambda cut: [cut(array).astype(jnp.float32)])
         case Ternary(trits, scales, type):
             y = _by_rows([wide], type.shape[0], lambda cut: [combine(cut(trits), _cut_scales(cut, scales), type)])
+        case Packed() if weight.type.layout == "words":
+            y = _packed(wide, _as_bytes(weight))
         case Packed() if weight.type.layout == "hf-bitnet":
             y = _hf_bitnet(wide, weight)
         case Packed():
@@ -159,9 +161,17 @@ def _offset_fields(codes: list[jax.Array]):
 
 _PLANES = {
     "interleaved": _Planes(TRITS_PER_BYTE, 1, _base_3),
+    "aligned": _Planes(TRITS_PER_BYTE, 1, _base_3),
     "bit-ttt": _Planes(4, 1, _sign_fields),
     "tq2_0": _Planes(4, 32, _offset_fields),
 }
+
+
+def _as_bytes(weight: Packed) -> Packed:
+    """A weight in layout `words` as one in `aligned`, whose bytes are the same."""
+    codes = lax.bitcast_convert_type(jnp.asarray(weight.codes), jnp.uint8)  # [out, words, 4]
+    codes = codes.reshape(codes.shape[0], -1, weight.type.ternary.bases)
+    return Packed(codes, weight.scales, replace(weight.type, layout="aligned"))
 
 
 def _packed(x: jax.Array, weight: Packed) -> jax.Array:

@@ -23,10 +23,11 @@ from flax import nnx
 
 from atd.errors import BadInput, nearest
 from atd.ir import Block, Graph, WeightRef
+from atd.kernels import triton
 from atd.models import ops
 from atd.weights import Dense, DenseType, Weight
 
-BACKENDS = ("auto", "xla", "xla-unpacked")
+BACKENDS = ("auto", "xla", "xla-unpacked", "triton", "triton-interpret")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
@@ -41,13 +42,16 @@ def load(
 
     Args:
       backend: `xla` keeps ternary weights in memory as they are stored and unpacks them in every multiplication: the
-        least memory. `xla-unpacked` dequantizes them once, here, into dense arrays: the most speed on a CPU. `auto`:
-        xla-unpacked on a CPU, xla elsewhere.
+        least memory. `xla-unpacked` dequantizes them once, here, into dense arrays: the most speed on a CPU. `triton`
+        keeps them packed, in the layout that its kernels read: the most speed on a GPU (`triton-interpret`: the same
+        kernels in jax's interpreter, for tests). `auto`: xla-unpacked on a CPU, triton on a GPU that has it and for the
+        weights that it takes, xla elsewhere; the model's `backend` says which, the logger `atd.kernels` why.
       dtype: float32, bfloat16 or float16, of the dense matrices and the cache. Activations, gains and biases are
         float32.
       progress: called with (tensors read, tensors in all) after each.
 
-    Raises BadInput for an unknown backend or dtype, and whatever opening and reading the checkpoint raises.
+    Raises BadInput for an unknown backend or dtype, for a weight or a device that the backend does not take, and whatever
+    opening and reading the checkpoint raises.
     """
     if backend not in BACKENDS:
         raise BadInput(f"unknown backend {backend!r}{nearest(backend, BACKENDS)}")
@@ -60,15 +64,29 @@ def load(
 
         graph = open(path_or_graph)
     if backend == "auto":
-        backend = "xla-unpacked" if jax.default_backend() == "cpu" else "xla"
-    return Model(graph, backend, dtype, progress)
+        held = "xla-unpacked" if jax.default_backend() == "cpu" else "xla" if triton.device_refuses() else "triton"
+        return Model(graph, held, None, dtype, progress)
+    if backend.startswith("triton"):
+        _check_triton(graph, backend)
+    return Model(graph, backend, None if backend == "xla-unpacked" else backend, dtype, progress)
+
+
+def _check_triton(graph: Graph, backend: str) -> None:
+    """Raises BadInput where the device or a weight is none for the backend, with all reasons."""
+    device = triton.device_refuses() if backend == "triton" else None
+    ternary = [(name, ref.type) for name, ref in graph.weights() if not isinstance(ref.type, DenseType)]
+    refused = [
+        f"{name}: {reason}" for name, type in ternary if (reason := triton.refuses(jnp.dtype(jnp.float32), type))
+    ]
+    if reasons := [*([device] if device else []), *refused]:
+        raise BadInput(f"backend {backend}: " + "\n  ".join(reasons))
 
 
 class Program:
     """The compiled functions of all blocks that read the same. A model makes one for each different block."""
 
-    def __init__(self, block: Block):
-        run = partial(ops.run_block, ops.structure_of(block).block)
+    def __init__(self, block: Block, kernel: str | None):
+        run = partial(ops.run_block, ops.structure_of(block).block, backend=kernel)
 
         def embed(weights, tokens, positions):
             return run(weights, tokens, positions)[0]
@@ -129,14 +147,22 @@ class Model(nnx.Module):
     """A language model, made by `load`. Its parameters: one `nnx.Param` a unit, which holds `{node: {slot:
     weight}}`."""
 
-    def __init__(self, graph: Graph, backend: str, dtype: str, progress: Callable[[int, int], None] | None = None):
+    def __init__(
+        self,
+        graph: Graph,
+        backend: str,
+        kernel: str | None,
+        dtype: str,
+        progress: Callable[[int, int], None] | None = None,
+    ):
+        """backend: how weights are held; kernel: of `atd.kernels.matmul`, None for what suits each."""
         total = sum(len(node.weights) for _, node in graph.nodes())
         programs: dict[str, Program] = {}
 
         def program(block: Block) -> Program:
             text = str(block)
             if text not in programs:
-                programs[text] = Program(block)
+                programs[text] = Program(block, kernel)
             return programs[text]
 
         units = [nnx.Param(weights) for weights in _fill(graph, backend, DTYPES[dtype], total, progress)]
@@ -162,7 +188,7 @@ class Model(nnx.Module):
 
     @property
     def backend(self) -> str:
-        """What `load` chose: xla or xla-unpacked."""
+        """What `load` chose: xla, xla-unpacked or triton."""
         return self._plan.backend
 
     @property
@@ -305,7 +331,10 @@ def _fill(
 
 
 def _place(ref: WeightRef, backend: str, dtype) -> Weight:
-    weight = jax.tree.map(jnp.asarray, ref.load())
+    value = ref.load()
+    if backend.startswith("triton"):
+        value = triton.prepare(value)
+    weight = jax.tree.map(jnp.asarray, value)
     if len(weight.type.shape) < 2:
         dtype = jnp.float32
     if isinstance(weight.type, DenseType) or backend == "xla-unpacked":

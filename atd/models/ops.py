@@ -19,7 +19,7 @@ import numpy as np
 
 from atd.ir import OPS, Block, Node
 from atd.kernels import matmul as kernels
-from atd.weights import Weight
+from atd.weights import Dense, Weight
 
 Cache = tuple[jax.Array, jax.Array]
 Weights = dict[str, dict[str, Weight]]  # node name -> slot -> weight
@@ -138,9 +138,9 @@ def embed(tokens, weight: Weight, dtype=jnp.float32):
     return kernels.take_rows(weight, tokens).astype(dtype)
 
 
-def linear(x, weight: Weight, bias=None):
-    """x @ weight.T + bias, weight [out, in]."""
-    y = kernels.matmul(x, weight)
+def linear(x, weight: Weight, bias=None, backend: str | None = None):
+    """x @ weight.T + bias, weight [out, in]. backend: of `atd.kernels.matmul`, for weights that are not dense."""
+    y = kernels.matmul(x, weight, backend=None if isinstance(weight, Dense) else backend)
     return y if bias is None else y + bias.astype(y.dtype)
 
 
@@ -160,7 +160,13 @@ def update_cache(cache: Cache, k, v, positions) -> Cache:
 
 
 def run_block(
-    block: Block, weights: Weights, x, positions, cache: dict[str, Cache] | None = None, embedding: Weight | None = None
+    block: Block,
+    weights: Weights,
+    x,
+    positions,
+    cache: dict[str, Cache] | None = None,
+    embedding: Weight | None = None,
+    backend: str | None = None,
 ):
     """Executes the nodes in order -> (value of the last one, new cache).
 
@@ -169,12 +175,14 @@ def run_block(
     cache: None, when x holds whole sequences, or `{node: (k, v)}` of the attention nodes. With a cache, x is one token
       of each sequence, which attends to
     the cache, or the beginning of the sequences (positions 0 to T-1), which attends to itself and fills the cache.
+    backend: of `atd.kernels.matmul`, which multiplies by packed weights.
     """
     values, new_cache = {"x": x}, {}
     for node in block.nodes:
         inputs = [values[name] for name in node.inputs]
         places = cache.get(node.name) if cache else None
-        values[node.name], filled = run_node(node, inputs, weights.get(node.name, {}), positions, places, embedding)
+        mine = weights.get(node.name, {})
+        values[node.name], filled = run_node(node, inputs, mine, positions, places, embedding, backend)
         if filled is not None:
             new_cache[node.name] = filled
     return values[block.nodes[-1].name], new_cache
@@ -187,6 +195,7 @@ def run_node(
     positions,
     cache: Cache | None = None,
     embedding: Weight | None = None,
+    backend: str | None = None,
 ) -> tuple[jax.Array, Cache | None]:
     """One node: its inputs' values and its weights by slot -> (its value, its new cache if it had one)."""
     attrs = node.attrs
@@ -198,7 +207,8 @@ def run_node(
         case "linear":
             weight = weights.get("weight") or embedding
             assert weight is not None, f"{node.name} is tied to an embedding that was not given"
-            return linear(inputs[0], weight, weights["bias"].dequantize() if "bias" in weights else None), None
+            bias = weights["bias"].dequantize() if "bias" in weights else None
+            return linear(inputs[0], weight, bias, backend), None
         case "rope":
             return rope(inputs[0], positions, attrs["head_dim"], attrs["theta"], attrs["scaling"]), None
         case "attention":

@@ -1,0 +1,183 @@
+"""What a multiplication by dense base-3 codes needs of each byte, and the activations folded so that it needs no more.
+
+A byte of the layout `interleaved` holds five trits t_1..t_5 as q (see `atd.layout`). With 16 bits to compute in,
+
+    S_j = (3^j q + 128 - 128 3^j) >> 8  =  sum_(i<=j) 3^(j-i) t_i          j = 1..5, |S_j| <= 121: a signed byte
+
+one multiply-add gives a *prefix*, and t_j = S_j - 3 S_(j-1). A sum over trits is a sum over prefixes,
+
+    sum_j a_j t_j = sum_j (a_j - 3 a_(j+1)) S_j,                            a_6 = 0
+
+so the difference goes into the activations, once for all rows, and no trit is ever isolated. Where a_j = 3 a_(j+1) prefix
+j is not needed at all. That is so between the trits of one *tied* weight, u (3^(N-1) t_0 + ... + t_(N-1)), which lie side
+by side: five tied weights need 5, 6, 7, 8 prefixes for N = 1, 2, 3, 4, not 5 N. Several sums over the same prefixes, one
+a base for free scales, cost decoding once.
+
+Activations are integers: x_k = round(x / max|x| * limit), as many bits as keep each coefficient in three signed bytes
+(22 for N = 1 and free scales, 20.7, 19.2 and 17.6 for tied N = 2, 3, 4). Each byte multiplies apart, in int8 with int32
+sums, which are exact: results do not depend on the order of anything.
+
+The *piece* is what one thread takes of a row in a step: 16 bytes (48 for N = 3, so that pieces hold whole cells), and 4
+threads take 4 pieces side by side. `Plan` lists a piece's prefixes, two bytes (a 32-bit word's 0 and 2, or 1 and 3) at a
+time as the two 16-bit halves of a multiplication, and two of those make a word of four prefixes.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from atd.layout import TRITS_PER_BYTE
+
+THREADS_A_ROW = 4
+LARGEST = 127 * (1 + 256 + 65536)  # what three signed bytes hold
+MAX_BASES = 4
+
+
+def multiplier(digit: int) -> tuple[int, int]:
+    """(factor, addend) of both 16-bit halves at once: byte 1 of half * factor + addend is the signed prefix S_digit."""
+    addend = 128 - 128 * 3**digit
+    return 3**digit, (addend * 65536 + addend) & 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Half:
+    """The prefixes S_digit of two bytes of a piece: bytes 4 word + odd and 4 word + odd + 2."""
+
+    word: int
+    odd: int
+    digit: int  # 1 to 5
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """How to multiply by a ternary matrix of N bases: see the module.
+
+    Coefficient of byte b of prefix word w for sum f:  factor[0] x[param[0]] - factor[1] x[param[1]],  all [sums, words, 4].
+    """
+
+    bases: int
+    tied: bool
+    piece_words: int  # 32-bit words
+    halves: tuple[Half, ...]  # two of them make a prefix word: their four bytes in order
+    limit: int  # the largest integer activation
+    param: np.ndarray  # int32 [2, sums, words, 4], parameters of the piece
+    factor: np.ndarray  # int32 [2, sums, words, 4]
+
+    @property
+    def sums(self) -> int:
+        """1 for tied scales, N for free ones, each a linear functional of the activations."""
+        return self.param.shape[1]
+
+    @property
+    def words(self) -> int:
+        """Prefix words of a piece, a multiple of 4."""
+        return len(self.halves) // 2
+
+    @property
+    def piece_params(self) -> int:
+        return self.piece_words * 4 // self.bases * TRITS_PER_BYTE
+
+    @property
+    def step_words(self) -> int:
+        """32-bit words of a row in a step: four pieces."""
+        return THREADS_A_ROW * self.piece_words
+
+    def steps(self, row_words: int) -> int:
+        """Steps that a row of so many words takes; the last may reach beyond its end, where activations are zero."""
+        return -(-row_words // self.step_words)
+
+
+@cache
+def plan(bases: int, tied: bool) -> Plan:
+    """The plan for N bases; for one base tied and free are the same."""
+    piece_words = 12 if bases == 3 else 4
+
+    def trit(byte: int, digit: int) -> tuple[int, int]:
+        """(parameter of the piece, base) of a trit."""
+        cell, position = divmod(byte, bases)
+        parameter, base = divmod(position * TRITS_PER_BYTE + digit - 1, bases)
+        return cell * TRITS_PER_BYTE + parameter, base
+
+    def needed(byte: int) -> set[int]:
+        every = range(1, TRITS_PER_BYTE + 1)
+        return {j for j in every if not tied or j == TRITS_PER_BYTE or trit(byte, j)[0] != trit(byte, j + 1)[0]}
+
+    halves = tuple(
+        Half(word, odd, digit)
+        for word in range(piece_words)
+        for odd in (0, 1)
+        for digit in sorted(needed(4 * word + odd) | needed(4 * word + odd + 2))
+    )
+    sums = 1 if tied else bases
+    param, factor = (
+        np.zeros((2, sums, len(halves) // 2, 4), np.int32),
+        np.zeros((2, sums, len(halves) // 2, 4), np.int32),
+    )
+    for i, half in enumerate(halves):
+        later = [h.digit for h in halves if (h.word, h.odd) == (half.word, half.odd) and h.digit > half.digit]
+        for high in (0, 1):
+            byte, at = 4 * half.word + half.odd + 2 * high, (i // 2, 2 * (i % 2) + high)
+            for f in range(sums):
+                for term, digit in enumerate([half.digit, *later[:1]]):
+                    parameter, base = trit(byte, digit)
+                    value = 3 ** (bases - 1 - base) if tied else int(base == f)
+                    param[term, f][at] = parameter
+                    factor[term, f][at] = value * (3 ** (digit - half.digit) if term else 1)
+    limit = LARGEST // int(factor.sum(axis=0).max())
+    return Plan(bases, tied, piece_words, halves, limit, param, factor)
+
+
+# --- activations ------------------------------------------------------------------------------------------------------
+
+
+def columns(plan: Plan, tokens: int) -> int:
+    """Columns of int8 that so many tokens take: three bytes of each sum of each."""
+    return 3 * plan.sums * tokens
+
+
+def fold(plan: Plan, x: jax.Array, steps: int) -> tuple[jax.Array, jax.Array]:
+    """x [M, in] -> (int32 coefficients [M, sums, steps, 4 threads, words, 4], largest |x| float32 [M]).
+
+    In units of largest / limit. A token with an infinity or a NaN has NaN for its largest, and so for its results.
+    """
+    tokens, inputs = x.shape
+    wide = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(wide), axis=1)
+    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1.0)
+    integers = jnp.round(wide / unit[:, None] * plan.limit).astype(jnp.int32)
+    padded = jnp.pad(integers, ((0, 0), (0, steps * THREADS_A_ROW * plan.piece_params - inputs)))
+    pieces = padded.reshape(tokens, 1, steps, THREADS_A_ROW, plan.piece_params)
+
+    def term(i: int) -> jax.Array:  # [M, sums, steps, threads, words, 4]
+        taken = [jnp.take(pieces[:, 0], plan.param[i, f], axis=-1) * plan.factor[i, f] for f in range(plan.sums)]
+        return jnp.stack(taken, axis=1)
+
+    return term(0) - term(1), jnp.where(jnp.isfinite(largest), largest, jnp.nan)
+
+
+def fragments(coefficients: jax.Array, columns_kept: int) -> jax.Array:
+    """Coefficients of `fold` -> uint32 [steps, words, columns_kept, 4 threads], four signed bytes a word.
+
+    Column (token, sum, byte) holds byte 0, 1 or 2 of the coefficient, value = b0 + 256 b1 + 65536 b2; columns beyond are 0.
+    """
+    tokens, sums, steps, threads, words, _ = coefficients.shape
+    bytes_, rest = [], coefficients
+    for _ in range(3):
+        low = ((rest + 128) & 255) - 128
+        bytes_.append(low)
+        rest = (rest - low) >> 8
+    split = jnp.stack(bytes_, axis=2).astype(jnp.uint32) & 255  # [M, sums, 3, steps, threads, words, 4]
+    word = split[..., 0] | (split[..., 1] << 8) | (split[..., 2] << 16) | (split[..., 3] << 24)
+    flat = word.reshape(tokens * sums * 3, steps, threads, words)
+    padded = jnp.pad(flat, ((0, columns_kept - flat.shape[0]), (0, 0), (0, 0), (0, 0)))
+    return padded.transpose(1, 3, 0, 2)  # [steps, words, columns, threads]
+
+
+def join(plan: Plan, products: jax.Array, tokens: int, largest: jax.Array) -> jax.Array:
+    """Products int32 [columns, rows] of the bytes -> sums float32 [M, sums, rows] over the activations themselves."""
+    parts = products[: columns(plan, tokens)].reshape(tokens, plan.sums, 3, -1).astype(jnp.float32)
+    total = parts[:, :, 2] * 65536.0 + (parts[:, :, 1] * 256.0 + parts[:, :, 0])  # [M, sums, rows]
+    return total * np.float32(1 / plan.limit) * largest[:, None, None]

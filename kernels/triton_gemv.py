@@ -1,0 +1,199 @@
+"""Few tokens times a packed matrix with a scale a row: int8 tensor cores on prefixes, in Pallas for Triton.
+
+    products[c, o] = sum_k X[c, k] prefix[o, k]          int32, exact; c a column of `prefixes.fragments`
+
+A block of threads computes 16 R rows. Its warps take turns at the steps of a row (64 bytes of each row, 192 for N = 3);
+in a step, thread 4 g + t of a warp takes piece t of rows g and g + 8, decodes it (two operations a word, a multiply-add a
+`Half`, a byte permutation a prefix word) and multiplies two prefix words at a time,
+
+    mma.sync m16n8k32   A = prefix words of 16 rows, B = the same words of 8 columns of activations,
+
+which is all that the main loop does: no scale, no conversion, no offset. Codes are read as they are stored; beyond a
+row's end the activations are zero, beyond the last row reads are masked, so any number of inputs and rows will do.
+
+Tensors of a block are flat, and thread and register follow from the index: with 4 consecutive elements a thread, element
+4 (32 w + l) + e is register e of lane l of warp w, and a second half of the tensor makes registers 4 to 7. Triton keeps
+that as long as it can prove that loads are contiguous by 4, which `//`, `%` and `minimum` on tensors would hide from it.
+"""
+
+import functools
+import warnings
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from atd.kernels.prefixes import Plan, fragments, multiplier
+
+with warnings.catch_warnings():
+    warnings.simplefilter(
+        "ignore", DeprecationWarning
+    )  # of the Triton backend as a whole: `mosaic.py` is its successor
+    from jax.experimental.pallas import triton as plt
+
+ROWS = 16  # of one matrix instruction
+MAX_COLUMNS = 16  # two of its results a thread
+
+
+def products(
+    plan: Plan, coefficients: jax.Array, codes: jax.Array, *, warps: int, row_blocks: int, interpret: bool = False
+) -> jax.Array:
+    """int32 [columns, out]: each byte of each coefficient against the prefixes of all rows.
+
+    coefficients: of `prefixes.fold`, [M, sums, steps, 4, words, 4], M so few that they have at most MAX_COLUMNS columns.
+    codes uint32 [out, row words]: the rows as they are stored, whole 16 bytes each. warps: of a block; a power of two.
+    row_blocks: R, groups of 16 rows that share a thread's activations; a power of two.
+    """
+    tokens, sums, steps = coefficients.shape[:3]
+    wanted = 3 * sums * tokens
+    kept = 4 if wanted <= 4 else 8 if wanted <= 8 else 16  # up to 4 columns are loaded once and multiplied twice
+    sets = max(1, kept // 8)  # of 8 columns: results of 4 registers each
+    turns = -(-steps // warps)
+    x = fragments(coefficients, kept)  # [steps, words, columns, 4]
+    x = jnp.pad(x, ((0, turns * warps - steps), (0, 0), (0, 0), (0, 0)))
+    # Four prefix words of one column and thread side by side; sets apart.
+    x = x.reshape(turns * warps, plan.words // 4, 4, sets, -1, 4).transpose(0, 1, 3, 4, 5, 2).reshape(-1)
+    out, row_words = codes.shape
+    blocks = -(-out // (ROWS * row_blocks))
+    kernel = functools.partial(
+        _kernel, plan=plan, turns=turns, warps=warps, row_blocks=row_blocks, sets=sets, lanes_kept=min(kept, 8) * 4,
+        row_words=row_words, total=out * row_words, interpret=interpret,
+    )  # fmt: skip
+    found = pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((blocks * row_blocks * sets * 128,), jnp.int32),
+        grid=(blocks,),
+        compiler_params=plt.CompilerParams(num_warps=warps, num_stages=1),
+        interpret=interpret,
+        name=f"ternary_gemv_n{plan.bases}{'tied' if plan.tied else 'free'}_c{kept}",
+    )(x, codes.reshape(-1))
+    # register e of thread (g, t) of a set: row g + 8 (e >> 1), column 2 t + (e & 1)
+    found = found.reshape(blocks * row_blocks, sets, 8, 4, 2, 2).transpose(1, 3, 5, 0, 4, 2)
+    return found.reshape(sets * 8, -1)[:wanted, :out]  # [columns, rows]
+
+
+def _kernel(
+    x_ref, codes_ref, out_ref, *, plan: Plan, turns: int, warps: int, row_blocks: int, sets: int, lanes_kept: int,
+    row_words: int, total: int, interpret: bool,
+):  # fmt: skip
+    size = warps * 128 * sets
+    block = pl.program_id(0)
+    index = lax.iota(jnp.int32, size)
+
+    def constant(value: int) -> jax.Array:
+        return jnp.full((size,), value, jnp.int32)
+
+    def part(of: int, count: int) -> jax.Array:
+        """Bits of the index: index // of % count."""
+        return lax.rem(lax.div(index, constant(of)), constant(count))
+
+    register, thread, group = part(1, 4), part(4, 4), part(16, 8)
+    warp, half = part(128, warps), lax.div(index, constant(128 * warps))
+    step_words, load = plan.step_words, plan.piece_words // 4
+    in_piece = thread * plan.piece_words + register + warp * step_words
+    # with one set of columns rows g + 8 are a load of their own, with two they are the second half of the tensor
+    row = [group, group + 8] if sets == 1 else [group + half * 8]
+    x_words = plan.words // 4 * sets * lanes_kept * 4
+    x_base = warp * x_words + lax.rem(index, constant(4 * lanes_kept)) + half * (4 * lanes_kept)
+
+    def read(at: jax.Array) -> jax.Array:
+        return plt.load(codes_ref.at[at], mask=at < total, other=jnp.uint32(0))
+
+    def turn(i, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        x = [x_ref[x_base + (i * (warps * x_words) + w * sets * lanes_kept * 4)] for w in range(plan.words // 4)]
+        results = []
+        for r in range(row_blocks):
+            start = (block * row_blocks + r) * ROWS * row_words + i * (warps * step_words)
+            words = [read(part_row * row_words + in_piece + (start + 4 * c)) for c in range(load) for part_row in row]
+            results.append(_multiply(plan, sets, words, x, sums[r], interpret))
+        return tuple(results)
+
+    zero = tuple(jnp.zeros((size,), jnp.int32) for _ in range(row_blocks))
+    sums = lax.fori_loop(0, turns, turn, zero) if turns > 1 else turn(0, zero)
+    places = lax.iota(jnp.int32, 128 * sets)
+    for r in range(row_blocks):
+        total_of_warps = jnp.sum(sums[r].reshape(sets, warps, 128), axis=1).reshape(-1)
+        out_ref[(block * row_blocks + r) * (128 * sets) + places] = total_of_warps
+
+
+def _multiply(
+    plan: Plan, sets: int, words: Sequence[jax.Array], x: Sequence[jax.Array], sums: jax.Array, interpret: bool
+) -> jax.Array:
+    """sums + prefixes of the words times x, in the registers of the module's text."""
+    if interpret:
+        return twin(plan, sets, words, x, sums)
+    text, constraints = assembly(plan, sets)
+    result = [jax.ShapeDtypeStruct(sums.shape, jnp.int32)]
+    operands = [*words, *x, sums]
+    return plt.elementwise_inline_asm(
+        text, args=operands, constraints=constraints, pack=4 * sets, result_shape_dtypes=result
+    )[0]
+
+
+@functools.cache
+def assembly(plan: Plan, sets: int) -> tuple[str, str]:
+    """(PTX, constraints) of one step of one group of 16 rows. Operands: results, words of codes, words of x, sums so far."""
+    results, codes = 4 * sets, 2 * plan.piece_words
+    operands = results + codes + plan.words * sets + results
+
+    def word(row_half: int, w: int) -> str:
+        quad, e = divmod(w, 4)
+        return f"${results + (2 * quad + row_half) * 4 + e}"
+
+    def x(w: int, column_set: int) -> str:
+        quad, e = divmod(w, 4)
+        return f"${results + codes + (quad * sets + column_set) * 4 + e}"
+
+    lines = ["{", ".reg .b32 half<2>, p, q, a<4>;"]
+    lines += [f"mov.b32 ${e}, ${operands - results + e};" for e in range(results)]
+    for w in range(0, plan.words, 2):
+        for k, row_half in ((0, 0), (1, 1), (2, 0), (3, 1)):  # a0, a1 are the first prefix word of both rows
+            first, second = plan.halves[2 * (w + k // 2) : 2 * (w + k // 2) + 2]
+            for name, half in (("p", first), ("q", second)):
+                factor, addend = multiplier(half.digit)
+                selector = "0x4341" if half.odd else "0x4240"  # bytes 1 and 3, or 0 and 2, each below a zero
+                lines.append(f"prmt.b32 {name}, {word(row_half, half.word)}, 0, {selector};")
+                lines.append(f"mad.lo.u32 {name}, {name}, {factor}, {addend};")
+            lines.append(f"prmt.b32 a{k}, p, q, 0x7531;")
+        for s in range(sets):
+            d = ", ".join(f"${4 * s + e}" for e in range(4))
+            lines.append(
+                f"mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {{{d}}}, {{a0, a1, a2, a3}}, "
+                f"{{{x(w, s)}, {x(w + 1, s)}}}, {{{d}}};"
+            )
+    lines.append("}")
+    return "\n".join(lines), ",".join(["=&r"] * results + ["r"] * (operands - results))
+
+
+def twin(plan: Plan, sets: int, words, x, sums):
+    """What `assembly` computes, in jnp, for interpret mode."""
+    threads = (-1, 8, 4)  # warp, g, t
+    by_row = jnp.stack([w.reshape(sets, *threads, 4) for w in words])  # [loads, sets, warps, g, t, e]
+    if sets == 1:  # loads alternate between the two halves of the rows
+        piece = by_row.reshape(-1, 2, *by_row.shape[2:])
+    else:
+        piece = by_row
+    piece = jnp.moveaxis(piece, 0, -2)  # [row half, warps, g, t, quads, e]
+    piece = piece.reshape(*piece.shape[:4], plan.piece_words)
+    prefix = []
+    for half in plan.halves:
+        factor, addend = multiplier(half.digit)
+        pair = (piece[..., half.word] >> (8 * half.odd)) & jnp.uint32(0x00FF00FF)
+        product = pair * jnp.uint32(factor) + jnp.uint32(addend)
+        prefix += [(product >> 8) & 255, product >> 24]
+    a = jnp.stack(prefix, axis=-1).astype(jnp.int32)  # [row half, warps, g, t, 4 words]
+    b = jnp.stack([v.reshape(sets, *threads, 4) for v in x], axis=-2)  # [sets, warps, column, t, quads, e]
+    b = b.reshape(*b.shape[:4], plan.words)
+    b = jnp.stack([(b >> (8 * i)) & 255 for i in range(4)], axis=-1).astype(jnp.int32)
+    b = b.reshape(*b.shape[:4], -1)  # [sets, warps, column, t, 4 words]
+
+    def signed(v):
+        return (v ^ 128) - 128
+
+    c = jnp.einsum("hwgtk,swctk->swghc", signed(a), signed(b))  # [sets, warps, g, row half, column]
+    c = c.reshape(*c.shape[:4], 4, 2).transpose(
+        0, 1, 2, 4, 3, 5
+    )  # column = 2 t + parity -> [sets, warps, g, t, half, parity]
+    return sums + c.reshape(-1)

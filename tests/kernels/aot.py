@@ -1,0 +1,264 @@
+"""Pallas-Triton kernels compiled for NVIDIA GPUs on a machine without one: their PTX, their machine code, what of the
+register file they take.
+
+XLA compiles for a described device as soon as the CUDA plugin is installed (extra gpu-check), and dumps the PTX where
+`xla_dump_emitter_re` asks for it (jax 0.11 and newer; 0.10 did so unasked). ptxas turns that into machine code and names
+registers and spills; nvdisasm lists it.
+"""
+
+import importlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+
+from tests.kernels.ptx_emulator import POISON, run_ptx
+
+PALLAS_CALL = pl.pallas_call
+
+
+class GpuCheckError(RuntimeError):
+    """The tools are not there, or did not do what is expected of them."""
+
+
+@dataclass(frozen=True)
+class Device:
+    name: str
+    capability: tuple[int, int]
+    multiprocessors: int
+    shared_bytes_per_multiprocessor: int
+    bandwidth: float  # bytes/s
+    memory_bytes: float
+    l2_bytes: int
+
+    def target_config(self) -> str:
+        """XLA's GpuTargetConfigProto as text."""
+        major, minor = self.capability
+        threads = 1536 if (major, minor) in {(8, 6), (8, 9), (12, 0)} else 2048
+        return f"""
+            platform_name: "CUDA"
+            device_description_str: "{self.name}"
+            dnn_version_info {{ major: 9 minor: 12 }}
+            runtime_version {{ major: 13 minor: 0 patch: 0 }}
+            gpu_device_info {{
+                cuda_compute_capability {{ major: {major} minor: {minor} }}
+                core_count: {self.multiprocessors}
+                fpus_per_core: 128
+                threads_per_block_limit: 1024
+                threads_per_warp: 32
+                threads_per_core_limit: {threads}
+                registers_per_core_limit: 65536
+                registers_per_block_limit: 65536
+                shared_memory_per_block: 49152
+                shared_memory_per_block_optin: {self.shared_bytes_per_multiprocessor - 1024}
+                shared_memory_per_core: {self.shared_bytes_per_multiprocessor}
+                block_dim_limit_x: 2147483647
+                block_dim_limit_y: 65535
+                block_dim_limit_z: 65535
+                memory_bandwidth: {self.bandwidth:.0f}
+                device_memory_size: {self.memory_bytes:.0f}
+                l2_cache_size: {self.l2_bytes}
+                clock_rate_ghz: 1.7
+            }}"""
+
+
+DEVICES = {
+    "A100": Device("NVIDIA A100-SXM4-80GB", (8, 0), 108, 164 << 10, 2.0e12, 80e9, 40 << 20),
+    "A10": Device("NVIDIA A10", (8, 6), 72, 100 << 10, 6.0e11, 24e9, 6 << 20),
+    "RTX 3050": Device("NVIDIA GeForce RTX 3050", (8, 6), 20, 100 << 10, 2.24e11, 8e9, 2 << 20),
+    "L4": Device("NVIDIA L4", (8, 9), 58, 100 << 10, 3.0e11, 24e9, 48 << 20),
+    "H100": Device("NVIDIA H100 80GB HBM3", (9, 0), 132, 228 << 10, 3.35e12, 80e9, 50 << 20),
+    "H200": Device("NVIDIA H200", (9, 0), 132, 228 << 10, 4.8e12, 141e9, 50 << 20),
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    name: str  # of the kernel
+    ptx: str
+    sass: str
+    registers: int  # a thread
+    spill_bytes: int  # stores and loads together
+    shared_bytes: int  # asked for at launch; what the PTX itself declares is on top
+    grid: tuple[int, int, int]
+
+
+def missing() -> str | None:
+    """Why nothing can be compiled here; None where it can."""
+    plugin = _plugin()
+    if plugin is None:
+        return "needs the CUDA plugin of jax: pip install 'atd-jax[gpu-check]'"
+    version = metadata.version(f"jax-{plugin.removeprefix('jax_plugins.xla_')}-plugin")
+    if version != jax.__version__:
+        return f"needs the CUDA plugin of jax {jax.__version__}, not of {version}"
+    for tool in ("ptxas", "nvdisasm"):
+        if _find(tool) is None:
+            return f"needs {tool}: pip install 'atd-jax[gpu-check]', or a CUDA toolkit on PATH"
+    return None
+
+
+def compile_for(device: str, function: Callable, *shapes: jax.ShapeDtypeStruct, kernel: str | None = None) -> Compiled:
+    """Compiles function, of arguments of these shapes and dtypes, for DEVICES[device]. kernel is the name of the one
+    looked for: that of the `pallas_call`, or of the function within. It may be left out where XLA makes no other."""
+    if reason := missing():
+        raise GpuCheckError(reason)
+    mesh = _mesh(device)
+    whole = NamedSharding(mesh, PartitionSpec())
+    arguments = [jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=whole) for shape in shapes]
+    with tempfile.TemporaryDirectory() as folder, jax.sharding.set_mesh(mesh):
+        lowered = jax.jit(function).trace(*arguments).lower()
+        lowered.compile(
+            compiler_options={
+                "xla_dump_to": folder,
+                "xla_dump_emitter_re": "ptx",  # ".*" dumps Triton's passes too, and takes 4 s instead of .1
+                "xla_gpu_cuda_data_dir": str(_tool("ptxas").parents[1]),
+            }
+        )
+        modules = [path.read_text() for path in sorted(Path(folder).glob("*.ptx"))]
+        launches = "".join(path.read_text() for path in Path(folder).glob("*.thunk_sequence.txt"))
+    entries = {name: ptx for ptx in modules for name in re.findall(r"\.entry\s+(\w+)", ptx)}
+    chosen = [name for name in entries if kernel in (None, name)]
+    if len(chosen) != 1:
+        raise GpuCheckError(f"which kernel is {kernel}? There are: {[*entries]}")
+    name, ptx = chosen[0], entries[chosen[0]]
+    sass, registers, spill_bytes = _assemble(ptx, name)
+    grid, shared_bytes = _launch(launches, name)
+    return Compiled(name, ptx, sass, registers, spill_bytes, shared_bytes, grid)
+
+
+def emulated_pallas_call(device: str) -> Callable:
+    """To be put in the place of `pl.pallas_call`: compiles each kernel for DEVICES[device] and runs its PTX in the emulator,
+    under jit as well. What a kernel does not write is poison."""
+
+    def pallas_call(kernel: Callable, out_shape, **options) -> Callable:
+        call = PALLAS_CALL(kernel, out_shape, **options)
+        outputs = jax.tree.leaves(out_shape)
+
+        def emulate(*arguments):
+            shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in map(jnp.asarray, arguments)]
+            with ThreadPoolExecutor(1) as elsewhere:  # no mesh may be set where jit traces
+                compiled = elsewhere.submit(compile_for, device, call, *shapes).result()
+
+            def run(*inputs):
+                results = [np.full(x.shape, POISON, "u1").repeat(x.dtype.itemsize).view(x.dtype) for x in outputs]
+                results = [result.reshape(x.shape) for result, x in zip(results, outputs, strict=True)]
+                arrays = [np.ascontiguousarray(x) for x in inputs] + results
+                run_ptx(compiled.ptx, compiled.grid, arrays, shared_bytes=compiled.shared_bytes)
+                return jax.tree.unflatten(jax.tree.structure(out_shape), results)
+
+            return jax.pure_callback(run, out_shape, *arguments)
+
+        return emulate
+
+    return pallas_call
+
+
+def main_loop_instructions(sass: str) -> Counter[str]:
+    """How often each instruction ("LDG.E.128", "IMAD", ...) stands in the longest loop, from the target of a backward
+    branch to the branch. Without a loop: in all of the code."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    longest = 0, 0
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line):
+            instructions.append(instruction[1])
+            target = re.search(r"`\((\.L_\w+)\)", instruction[2]) if instruction[1].startswith("BRA") else None
+            start, end = labels.get(target[1], len(instructions)) if target else len(instructions), len(instructions)
+            if end - start > max(longest[1] - longest[0], 1):  # a branch to itself is the trap behind the last EXIT
+                longest = start, end
+    start, end = longest if longest[1] else (0, len(instructions))
+    return Counter(opcode for opcode in instructions[start:end] if opcode != "NOP")
+
+
+def _plugin() -> str | None:
+    for module in ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12"):
+        try:
+            if importlib.util.find_spec(module):
+                return module
+        except ModuleNotFoundError:  # no jax_plugins at all
+            return None
+    return None
+
+
+@cache
+def _mesh(device: str) -> jax.sharding.Mesh:
+    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # cuDNN and its like are not needed to compile
+    options = {"target_config": DEVICES[device].target_config(), "topology": "1x1x1"}
+    try:
+        topology = topologies.get_topology_desc(device, platform="cuda", **options)
+    except NotImplementedError:  # jax looked for plugins before that was set, and left this one out
+        plugin = _plugin()
+        assert plugin
+        importlib.import_module(plugin).initialize()
+        topology = topologies.get_topology_desc(device, platform="cuda", **options)
+    return topologies.make_mesh(topology, (1,), ("x",))
+
+
+def _find(tool: str) -> Path | None:
+    """In the pip packages, on PATH, in a CUDA toolkit where they usually lie."""
+    packages = importlib.util.find_spec("nvidia")
+    roots = [Path(root) for root in (packages.submodule_search_locations or [])] if packages else []
+    candidates = [root / folder / "bin" / tool for root in roots for folder in ("cu13", "cuda_nvcc", "cuda_nvdisasm")]
+    candidates += [Path(found)] if (found := shutil.which(tool)) else []
+    candidates += [Path("/usr/local/cuda/bin") / tool]
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _tool(name: str) -> Path:
+    path = _find(name)
+    if path is None:
+        raise GpuCheckError(f"{name} is not there")
+    return path
+
+
+def _run(*command: str | Path) -> str:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise GpuCheckError(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
+
+
+def _assemble(ptx: str, kernel: str) -> tuple[str, int, int]:
+    """-> machine code, registers, bytes spilled."""
+    target = re.search(r"\.target\s+(\w+)", ptx)
+    assert target
+    with tempfile.TemporaryDirectory() as folder:
+        source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        source.write_text(ptx)
+        report = _run(_tool("ptxas"), "-v", f"-arch={target[1]}", source, "-o", binary)
+        sass = _run(_tool("nvdisasm"), "-c", binary)
+    of_kernel = re.search(rf"entry function '{kernel}'.*?Used (\d+) registers", report, re.DOTALL)
+    of_section = re.search(rf"\.text\.{kernel}:.*?(?=\.section|\Z)", sass, re.DOTALL)
+    if not of_kernel or not of_section:
+        raise GpuCheckError(f"no {kernel} in what ptxas and nvdisasm say:\n{report}")
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", of_kernel[0])
+    return of_section[0], int(of_kernel[1]), sum(map(int, spills))
+
+
+def _launch(launches: str, kernel: str) -> tuple[tuple[int, int, int], int]:
+    """-> grid, bytes of shared memory."""
+    line = next((line for line in launches.splitlines() if re.search(rf"\b{kernel}\b", line)), "")
+    grid = re.search(r"grid: \[(\d+), (\d+), (\d+)\]", line)
+    shared = re.search(r"shared_memory: (\d+)", line)
+    if not grid or not shared:
+        raise GpuCheckError(f"no launch of {kernel} in XLA's list of thunks:\n{launches}")
+    x, y, z = map(int, grid.groups())
+    return (x, y, z), int(shared[1])

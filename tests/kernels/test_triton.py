@@ -1,0 +1,174 @@
+"""The Triton backend without a GPU: choices of way, refusals, self-test, lowering for CUDA. Its numbers: test_matmul.py."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+from atd.kernels import triton, triton_gemv, tuning
+from atd.kernels.matmul import matmul
+from atd.kernels.triton_gemm import Tiles
+from atd.kernels.tuning import Settings
+from atd.layout import LAYOUTS
+from atd.weights import Dense, Packed, PackedType, TernaryType
+
+DEVICES = ["NVIDIA H200", "NVIDIA A10", "NVIDIA L4"]
+
+
+def packed(out, inputs, bases=2, group: int | str = "row", tied=True, layout="words", seed=0) -> Packed:
+    random = np.random.default_rng(seed)
+    type = TernaryType((out, inputs), bases, group, tied, "f16")
+    trits = random.integers(-1, 2, (out, inputs, bases)).astype(np.int8)
+    scales = random.uniform(0.1, 1, type.scales_shape).astype(np.float16)
+    return Packed(jnp.asarray(LAYOUTS[layout].pack(trits)), jnp.asarray(scales), PackedType(type, layout))
+
+
+def activations(tokens, inputs, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(1).standard_normal((tokens, inputs)), dtype)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "group", "way"),
+    [
+        (1, "row", "gemv"),
+        (4, "tensor", "gemv"),
+        (4, 128, "gemm"),
+        (5, "row", "gemm"),
+        (256, "row", "gemm"),
+        (257, 32, "decode"),
+    ],
+)
+def test_ways(tokens, group, way):
+    type = TernaryType((64, 640), 2, group, True, "f16")
+    assert triton.path(tuning.settings("no such GPU", type, tokens), type, tokens) == way
+
+
+@pytest.mark.parametrize("way", ["gemv", "gemm", "decode"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_all_ways_agree(way, tied):
+    weight, x = packed(40, 300, tied=tied), activations(3, 300)
+    settings = {"gemv": Settings(), "gemm": Settings(gemv_tokens=0), "decode": Settings(gemv_tokens=0, gemm_tokens=0)}[
+        way
+    ]
+    found = triton.multiply(x, weight, settings, interpret=True)
+    wanted = x @ weight.dequantize().T
+    np.testing.assert_allclose(found, wanted, atol=2e-5 * np.abs(np.asarray(wanted)).max())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Settings(warps=1),
+        Settings(warps=8, row_blocks=2),
+        Settings(warps=2, row_blocks=4),
+        Settings(gemv_tokens=0, tiles=Tiles(16, 16, 16, 2, 1)),
+        Settings(gemv_tokens=0, tiles=Tiles(128, 64, 64, 8, 3)),
+    ],
+)
+def test_shapes_of_tiles_change_nothing(settings):
+    weight, x = packed(75, 700), activations(5 if settings.gemv_tokens == 0 else 3, 700)
+    found = triton.multiply(x, weight, settings, interpret=True)
+    wanted = x @ weight.dequantize().T
+    np.testing.assert_allclose(found, wanted, atol=2e-5 * np.abs(np.asarray(wanted)).max())
+
+
+@pytest.mark.parametrize("layout", ["words", "aligned", "interleaved"])
+@pytest.mark.parametrize("inputs", [288, 576, 4096])
+def test_stored_layouts_are_read(layout, inputs):
+    weight, x = packed(20, inputs, layout=layout), activations(1, inputs)
+    np.testing.assert_array_equal(
+        triton.multiply(x, weight, interpret=True), triton.multiply(x, packed(20, inputs), interpret=True)
+    )
+
+
+def test_prepare_keeps_the_bytes_of_wide_rows_and_leaves_alone_what_it_does_not_read():
+    aligned = jax.tree.map(np.asarray, packed(4, 4096, layout="aligned"))
+    held = triton.prepare(aligned)
+    assert isinstance(held, Packed)
+    assert held.type.nbytes == aligned.type.nbytes
+    assert np.shares_memory(held.codes, aligned.codes)
+    for other in (Dense(np.ones((3, 4))), packed(4, 64, layout="bit-ttt")):
+        assert triton.prepare(other) is other
+
+
+def test_refusals_name_the_reason_and_the_backend_that_could():
+    x = activations(1, 64)
+    with pytest.raises(
+        ValueError, match=r"'triton-interpret' cannot multiply .* it multiplies weights packed in layout"
+    ):
+        matmul(x, packed(4, 64, layout="bit-ttt"), backend="triton-interpret")
+    with pytest.raises(ValueError, match="up to 4 bases, not 5; backend 'xla' multiplies any"):
+        matmul(x, packed(4, 64, bases=5), backend="triton-interpret")
+    with pytest.raises(ValueError, match="float32, bfloat16 or float16, not int32"):
+        matmul(x.astype(jnp.int32), packed(4, 64), backend="triton-interpret")
+    if jax.default_backend() == "cpu":
+        with pytest.raises(
+            ValueError, match="needs an NVIDIA GPU and this process runs on cpu; backend 'xla' runs there"
+        ):
+            matmul(x, packed(4, 64), backend="triton")
+
+
+def test_an_old_gpu_is_refused(monkeypatch):
+    class Device:
+        platform, device_kind, compute_capability = "gpu", "Tesla T4", "7.5"
+
+    monkeypatch.setattr(jax, "devices", lambda: [Device()])
+    assert "Tesla T4 has compute capability 7.5 and Triton needs 8.0" in (triton.device_refuses() or "")
+    Device.compute_capability = "12.0"  # not less than "8.0", though the text is
+    assert triton.device_refuses() is None
+
+
+@pytest.mark.parametrize("bases", [1, 2, 3, 4])
+@pytest.mark.parametrize("tied", [True, False])
+def test_self_test_sees_a_wrong_kernel(bases, tied, monkeypatch):
+    assert triton.largest_difference(bases, tied, interpret=True) < 1e-4
+    twin = triton_gemv.twin
+    monkeypatch.setattr(
+        triton_gemv, "twin", lambda plan, sets, words, x, sums: twin(plan, sets, [w[::-1] for w in words], x, sums)
+    )
+    assert triton.largest_difference(bases, tied, interpret=True) > 0.1
+
+
+def test_self_test_raises(monkeypatch):
+    monkeypatch.setattr(triton, "largest_difference", lambda bases, tied: 0.5 if bases == 3 else 0.0)
+    triton.self_test.cache_clear()
+    with pytest.raises(
+        RuntimeError, match=r"computes wrong results .* N = 3, tied, off by 5\.0e-01 .* use backend 'xla'"
+    ):
+        triton.self_test()
+    triton.self_test.cache_clear()
+
+
+def lowered(device: str, weight: Packed, tokens: int, dtype, settings=None) -> str:
+    def run(x, weight):
+        return triton.multiply(x, weight, settings)
+
+    mesh = AbstractMesh((), (), abstract_device=AbstractDevice(device_kind=device, num_cores=None, platform="gpu"))
+    shape = jax.ShapeDtypeStruct((tokens, weight.type.shape[1]), dtype)
+    with use_abstract_mesh(mesh):
+        return jax.jit(run).trace(shape, weight).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("bases", "tied"), [(1, True), (2, True), (2, False), (3, True), (3, False), (4, True)])
+@pytest.mark.parametrize(
+    ("tokens", "group", "name"), [(1, "row", "gemv"), (4, "row", "gemv"), (16, "row", "gemm"), (16, 128, "gemm")]
+)
+def test_lowers_for_cuda(device, bases, tied, tokens, group, name):
+    text = lowered(device, packed(64, 640, bases, group, tied), tokens, jnp.bfloat16)
+    assert f"ternary_{name}_n{bases}" in text
+    assert "triton" in text
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
+def test_other_activations_lower_for_cuda(dtype):
+    for tokens in (1, 16, 300):
+        lowered("NVIDIA H200", packed(50, 333, group="row"), tokens, dtype)
+
+
+def test_wide_rows_are_handed_over_as_they_lie():
+    """No operation makes a copy of the codes: the kernel's operand is the argument, reshaped."""
+    text = lowered("NVIDIA H200", packed(64, 4096), 1, jnp.bfloat16)
+    assert text.count("tensor<64x412xui32>") > 0
+    assert "bitcast_convert" not in text
