@@ -158,18 +158,23 @@ def fold(plan: Plan, x: jax.Array, steps: int) -> tuple[jax.Array, jax.Array]:
     return term(0) - term(1), jnp.where(jnp.isfinite(largest), largest, jnp.nan)
 
 
-def fragments(coefficients: jax.Array, columns_kept: int) -> jax.Array:
-    """Coefficients of `fold` -> uint32 [steps, words, columns_kept, 4 threads], four signed bytes a word.
-
-    Column (token, sum, byte) holds byte 0, 1 or 2 of the coefficient, value = b0 + 256 b1 + 65536 b2; columns beyond are 0.
-    """
-    tokens, sums, steps, threads, words, _ = coefficients.shape
+def signed_bytes(coefficients: jax.Array) -> jax.Array:
+    """int32 [M, sums, ...] -> their bytes b0, b1, b2 [M, sums, 3, ...], each -128 to 127: value = b0 + 256 b1 + 65536 b2."""
     bytes_, rest = [], coefficients
     for _ in range(3):
         low = ((rest + 128) & 255) - 128
         bytes_.append(low)
         rest = (rest - low) >> 8
-    split = jnp.stack(bytes_, axis=2).astype(jnp.uint32) & 255  # [M, sums, 3, steps, threads, words, 4]
+    return jnp.stack(bytes_, axis=2)
+
+
+def fragments(coefficients: jax.Array, columns_kept: int) -> jax.Array:
+    """Coefficients of `fold` -> uint32 [steps, words, columns_kept, 4 threads], four signed bytes a word.
+
+    Column (token, sum, byte) holds byte 0, 1 or 2 of the coefficient, as in `signed_bytes`; columns beyond are 0.
+    """
+    tokens, sums, steps, threads, words, _ = coefficients.shape
+    split = signed_bytes(coefficients).astype(jnp.uint32) & 255  # [M, sums, 3, steps, threads, words, 4]
     word = split[..., 0] | (split[..., 1] << 8) | (split[..., 2] << 16) | (split[..., 3] << 24)
     flat = word.reshape(tokens * sums * 3, steps, threads, words)
     padded = jnp.pad(flat, ((0, columns_kept - flat.shape[0]), (0, 0), (0, 0), (0, 0)))

@@ -177,13 +177,16 @@ def twin(plan: Plan, sets: int, words, x, sums):
         piece = by_row
     piece = jnp.moveaxis(piece, 0, -2)  # [row half, warps, g, t, quads, e]
     piece = piece.reshape(*piece.shape[:4], plan.piece_words)
+    period = 3 if plan.bases == 3 else 1  # words after which the prefixes that are needed repeat
+    piece = piece.reshape(*piece.shape[:4], -1, period)
     prefix = []
-    for half in plan.halves:
+    for half in (h for h in plan.halves if h.word < period):
         factor, addend = multiplier(half.digit)
         pair = (piece[..., half.word] >> (8 * half.odd)) & jnp.uint32(0x00FF00FF)
         product = pair * jnp.uint32(factor) + jnp.uint32(addend)
         prefix += [(product >> 8) & 255, product >> 24]
-    a = jnp.stack(prefix, axis=-1).astype(jnp.int32)  # [row half, warps, g, t, 4 words]
+    a = jnp.stack(prefix, axis=-1).astype(jnp.int32)  # [row half, warps, g, t, periods, 4 words of each]
+    a = a.reshape(*a.shape[:4], -1)
     b = jnp.stack([v.reshape(sets, *threads, 4) for v in x], axis=-2)  # [sets, warps, column, t, quads, e]
     b = b.reshape(*b.shape[:4], plan.words)
     b = jnp.stack([(b >> (8 * i)) & 255 for i in range(4)], axis=-1).astype(jnp.int32)

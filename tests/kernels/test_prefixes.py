@@ -57,7 +57,7 @@ def products(plan: prefixes.Plan, x: np.ndarray, trits: np.ndarray):
 
 @pytest.mark.parametrize(("bases", "tied"), KINDS)
 @settings(max_examples=10, deadline=None)
-@given(inputs=st.integers(1, 400), seed=st.integers(0, 99))
+@given(inputs=st.sampled_from([1, 79, 80, 81, 333]), seed=st.integers(0, 99))
 def test_sums_over_prefixes_are_sums_over_trits(bases, tied, inputs, seed):
     plan, random = prefixes.plan(bases, tied), np.random.default_rng(seed)
     trits = random.integers(-1, 2, (3, inputs, bases)).astype(np.int8)

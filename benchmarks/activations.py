@@ -1,0 +1,109 @@
+"""What rounding activations costs a converted model: KL divergence from the dense one, activations exact, in 16 bits or in the
+fixed point of the GPU kernels (`atd.kernels.prefixes`).
+
+    python benchmarks/activations.py CONVERTED --against DENSE --data TEXT [--tokens 2048]
+    python benchmarks/activations.py CONVERTED --against ../shared/data/models/stories15M \\
+        --data ../shared/data/text/tinystories_valid_30k.txt --context 256
+
+Runs on a CPU: only the rounding is the GPU's, one token at a time as there; products are float32. The default of the
+kernels is the row "fixed point", which has to be as good as bfloat16 activations, what a dense model has on a GPU.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from atd.evaluate import evaluate
+from atd.kernels import matmul, prefixes, xla
+from atd.models.frontend import open as open_model
+from atd.models.model import Model, load
+from atd.report import progress_bar
+from atd.tokenizer import open_tokenizer, read_text
+from atd.weights import Packed, Weight, ternary_of
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A backend of `atd.kernels.matmul`: XLA's product of activations that were rounded before."""
+
+    round: Callable[[jax.Array, Weight], jax.Array]
+
+    def supports(self, x: jax.Array, weight: Weight) -> str | None:
+        return None if isinstance(weight, Packed) else "weights have to be packed"
+
+    def matmul(self, x: jax.Array, weight: Weight) -> jax.Array:
+        return xla.matmul(self.round(x, weight), weight)
+
+
+def fixed_point(x: jax.Array, limit: int) -> jax.Array:
+    """x [M, in] as `prefixes.fold` takes it: integers up to limit in units of each token's largest / limit."""
+    unit = jnp.max(jnp.abs(x), axis=1, keepdims=True) / limit
+    return jnp.round(x / jnp.where(unit > 0, unit, 1)) * unit
+
+
+def limit_of(weight: Weight) -> int:
+    ternary = ternary_of(weight.type)
+    assert ternary is not None
+    return prefixes.plan(ternary.bases, ternary.tied).limit
+
+
+ROUNDINGS = {
+    "float32": Rounded(lambda x, weight: x),
+    "fixed point, 18 to 22 bits": Rounded(lambda x, weight: fixed_point(x, limit_of(weight))),
+    "float16": Rounded(lambda x, weight: x.astype(jnp.float16).astype(jnp.float32)),
+    "bfloat16": Rounded(lambda x, weight: x.astype(jnp.bfloat16).astype(jnp.float32)),
+    "fixed point, 14 bits": Rounded(lambda x, weight: fixed_point(x, 2**13 - 1)),
+    "int8": Rounded(lambda x, weight: fixed_point(x, 127)),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("converted", type=Path)
+    parser.add_argument("--against", type=Path, required=True, help="the dense model")
+    parser.add_argument("--data", type=Path, required=True, help="UTF-8 text")
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    console = Console()
+    dense, graph = load(arguments.against), open_model(arguments.converted)
+    ids = open_tokenizer(arguments.converted).encode(read_text(arguments.data))[: arguments.tokens]
+    matmul.BACKENDS.update(ROUNDINGS)
+    rows = []
+    with progress_bar(console) as bar:
+        for name in ROUNDINGS:
+            task = bar.add_task(name, total=len(ids), unit="tokens")
+            result = evaluate(
+                Model(graph, "xla", name, "float32"), ids, context=arguments.context, against=dense,
+                progress=lambda done, total, task=task: bar.update(task, completed=done, total=total),
+            )  # fmt: skip
+            rows.append(
+                {
+                    "activations": name,
+                    "perplexity": result.perplexity,
+                    "kl_mean": result.kl_mean,
+                    "top1": result.top1_agreement,
+                }
+            )
+    table = Table("activations", "perplexity", "KL", "KL against float32", "top-1", box=SIMPLE_HEAD)
+    for row in rows:
+        change = f"{row['kl_mean'] / rows[0]['kl_mean'] - 1:+.4%}"
+        table.add_row(
+            row["activations"], f"{row['perplexity']:.4f}", f"{row['kl_mean']:.6f}", change, f"{row['top1']:.2%}"
+        )
+    console.print(table)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"converted": str(arguments.converted), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""The Triton kernels as machine code, compiled without a GPU: no spills, wide loads, few instructions a weight.
+
+Skipped where the CUDA plugin is not installed (`make gpu-check` installs it). Counts are those of ptxas 13.5.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from atd.kernels import prefixes, triton_gemm, triton_gemv
+from atd.kernels.triton_gemm import Tiles
+from atd.layout import LAYOUTS
+from atd.weights import TernaryType
+from tests.kernels import aot
+
+pytestmark = pytest.mark.skipif(bool(aot.missing()), reason=str(aot.missing()))
+OUT = INPUTS = 4096
+
+
+def compiled_gemv(device: str, bases: int, tied: bool, tokens: int = 1, row_blocks: int = 1) -> tuple[aot.Compiled, int]:
+    """(machine code, weights that a thread multiplies in a turn of the loop)."""
+    plan = prefixes.plan(bases, tied)
+    words = LAYOUTS["words"].codes_shape(OUT, INPUTS, bases)[1]
+    coefficients = (tokens, plan.sums, plan.steps(words), 4, plan.words, 4)
+    function = partial(triton_gemv.products, plan, warps=4, row_blocks=row_blocks)
+    shapes = jax.ShapeDtypeStruct(coefficients, jnp.int32), jax.ShapeDtypeStruct((OUT, words), jnp.uint32)
+    kept = 4 if 3 * plan.sums * tokens <= 4 else 8 if 3 * plan.sums * tokens <= 8 else 16
+    name = f"ternary_gemv_n{bases}{'tied' if tied else 'free'}_c{kept}"
+    return aot.compile_for(device, function, *shapes, kernel=name), 2 * row_blocks * plan.piece_params
+
+
+@pytest.mark.parametrize(
+    ("bases", "tied", "most"),
+    [(1, True, 1.2), (2, True, 1.65), (3, True, 2.6), (4, True, 3.3), (2, False, 2.35), (3, False, 3.7)],
+)
+@pytest.mark.parametrize("device", ["H200", "A10", "L4"])
+def test_instructions_a_weight_of_one_token(device, bases, tied, most):
+    compiled, weights = compiled_gemv(device, bases, tied)
+    loop = aot.main_loop_instructions(compiled.sass)
+    assert compiled.spill_bytes == 0
+    assert loop.total() / weights < most
+    assert {name for name in loop if name.startswith("LDG")} == {"LDG.E.128"}  # 16 bytes at a time, nothing narrower
+    assert compiled.registers <= 64  # 32 warps a multiprocessor
+
+
+@pytest.mark.parametrize(("tokens", "row_blocks"), [(4, 1), (2, 2), (4, 2)])
+def test_more_tokens_and_rows_cost_little_more(tokens, row_blocks):
+    compiled, weights = compiled_gemv("H200", 2, True, tokens, row_blocks)
+    assert compiled.spill_bytes == 0
+    assert aot.main_loop_instructions(compiled.sass).total() / weights < 1.8
+
+
+@pytest.mark.parametrize(("group", "tied"), [("row", True), ("row", False), (128, True)])
+@pytest.mark.parametrize("device", ["H200", "A10"])
+def test_tiles_do_not_spill(device, group, tied):
+    type = TernaryType((OUT, INPUTS), 2, group, tied, "f16")
+    words = LAYOUTS["words"].codes_shape(OUT, INPUTS, 2)[1]
+    compiled = aot.compile_for(
+        device,
+        partial(triton_gemm.matmul, type=type, tiles=Tiles(tokens=16)),
+        jax.ShapeDtypeStruct((16, INPUTS), jnp.bfloat16),
+        jax.ShapeDtypeStruct((OUT, words), jnp.uint32),
+        jax.ShapeDtypeStruct(type.scales_shape, jnp.float16),
+        kernel="ternary_gemm_n2",
+    )
+    assert compiled.spill_bytes == 0
