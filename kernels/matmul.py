@@ -3,6 +3,8 @@
     xla                always works, and defines the result: fp32 products of x with `weight.dequantize()`, added in fp32
     triton             packed weights on NVIDIA GPUs from compute capability 8.0
     triton-interpret   the same on a CPU, run by jax's interpreter: for tests
+    mosaic             packed weights with a scale a row, on Hopper; only where it is asked for, until it is measured
+    mosaic-interpret   the same on a CPU: for tests
 
 A backend has `supports(x, weight) -> str | None`, the reason why it cannot run or None, and `matmul(x, weight)`; both
 see static shapes and types alone, so the choice is made while tracing. A backend that was named and cannot run raises
@@ -15,11 +17,18 @@ from typing import Any
 
 import jax
 
-from atd.kernels import xla
+from atd.kernels import packed, xla
+from atd.kernels.mosaic import Mosaic
 from atd.kernels.triton import Triton
 from atd.weights import Dense, Weight
 
-BACKENDS: dict[str, Any] = {"xla": xla, "triton": Triton(), "triton-interpret": Triton(interpret=True)}
+PACKED: dict[str, packed.Backend] = {
+    "triton": Triton(),
+    "triton-interpret": Triton(interpret=True),
+    "mosaic": Mosaic(),
+    "mosaic-interpret": Mosaic(interpret=True),
+}  # those with kernels for packed weights
+BACKENDS: dict[str, Any] = {"xla": xla, **PACKED}
 PREFERENCE = ("triton", "xla")
 _log = logging.getLogger("atd.kernels")
 

@@ -138,10 +138,18 @@ def columns(plan: Plan, tokens: int) -> int:
     return 3 * plan.sums * tokens
 
 
-def fold(plan: Plan, x: jax.Array, steps: int) -> tuple[jax.Array, jax.Array]:
+def slots_of(plan: Plan, steps: int, group_size: int) -> tuple[np.ndarray, int]:
+    """Scale groups of a step: (the first that each step touches, int [steps]; how many a step touches at most)."""
+    start = np.arange(steps) * THREADS_A_ROW * plan.piece_params
+    first, last = start // group_size, (start + THREADS_A_ROW * plan.piece_params - 1) // group_size
+    return first, int((last - first).max()) + 1
+
+
+def fold(plan: Plan, x: jax.Array, steps: int, group_size: int | None = None) -> tuple[jax.Array, jax.Array]:
     """x [M, in] -> (int32 coefficients [M, sums, steps, 4 threads, words, 4], largest |x| float32 [M]).
 
     In units of largest / limit. A token with an infinity or a NaN has NaN for its largest, and so for its results.
+    group_size: the sums are [sums x slots], sum f of slot s over the parameters of each step's s-th group alone.
     """
     tokens, inputs = x.shape
     wide = x.astype(jnp.float32)
@@ -150,12 +158,19 @@ def fold(plan: Plan, x: jax.Array, steps: int) -> tuple[jax.Array, jax.Array]:
     integers = jnp.round(wide / unit[:, None] * plan.limit).astype(jnp.int32)
     padded = jnp.pad(integers, ((0, 0), (0, steps * THREADS_A_ROW * plan.piece_params - inputs)))
     pieces = padded.reshape(tokens, 1, steps, THREADS_A_ROW, plan.piece_params)
+    if group_size is not None:
+        first, slots = slots_of(plan, steps, group_size)
+        parameter = jnp.arange(padded.shape[1], dtype=jnp.int32).reshape(1, *pieces.shape[2:])
+        slot = parameter // group_size - first.astype(np.int32)[:, None, None]  # [1, steps, threads, params]
+        pieces = jnp.where(slot == jnp.arange(slots, dtype=jnp.int32)[:, None, None, None], pieces, 0)
 
-    def term(i: int) -> jax.Array:  # [M, sums, steps, threads, words, 4]
-        taken = [jnp.take(pieces[:, 0], plan.param[i, f], axis=-1) * plan.factor[i, f] for f in range(plan.sums)]
+    def term(i: int) -> jax.Array:  # [M, sums, slots, steps, threads, words, 4]
+        taken = [jnp.take(pieces, plan.param[i, f], axis=-1) * plan.factor[i, f] for f in range(plan.sums)]
         return jnp.stack(taken, axis=1)
 
-    return term(0) - term(1), jnp.where(jnp.isfinite(largest), largest, jnp.nan)
+    coefficients = term(0) - term(1)
+    coefficients = coefficients.reshape(tokens, -1, *coefficients.shape[3:])
+    return coefficients, jnp.where(jnp.isfinite(largest), largest, jnp.nan)
 
 
 def signed_bytes(coefficients: jax.Array) -> jax.Array:
@@ -168,7 +183,7 @@ def signed_bytes(coefficients: jax.Array) -> jax.Array:
     return jnp.stack(bytes_, axis=2)
 
 
-def fragments(coefficients: jax.Array, columns_kept: int) -> jax.Array:
+def fragments(coefficients: jax.Array, columns_kept: int, columns_a_sum: int = 3) -> jax.Array:
     """Coefficients of `fold` -> uint32 [steps, words, columns_kept, 4 threads], four signed bytes a word.
 
     Column (token, sum, byte) holds byte 0, 1 or 2 of the coefficient, as in `signed_bytes`; columns beyond are 0.
@@ -176,7 +191,8 @@ def fragments(coefficients: jax.Array, columns_kept: int) -> jax.Array:
     tokens, sums, steps, threads, words, _ = coefficients.shape
     split = signed_bytes(coefficients).astype(jnp.uint32) & 255  # [M, sums, 3, steps, threads, words, 4]
     word = split[..., 0] | (split[..., 1] << 8) | (split[..., 2] << 16) | (split[..., 3] << 24)
-    flat = word.reshape(tokens * sums * 3, steps, threads, words)
+    word = jnp.pad(word, ((0, 0), (0, 0), (0, columns_a_sum - 3), (0, 0), (0, 0), (0, 0)))
+    flat = word.reshape(tokens * sums * columns_a_sum, steps, threads, words)
     padded = jnp.pad(flat, ((0, columns_kept - flat.shape[0]), (0, 0), (0, 0), (0, 0)))
     return padded.transpose(1, 3, 0, 2)  # [steps, words, columns, threads]
 

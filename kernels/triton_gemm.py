@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from atd.kernels.packed import split
 from atd.kernels.triton_gemv import plt
 from atd.layout import TRITS_PER_BYTE
 from atd.weights import TernaryType, level_weights
@@ -63,12 +64,6 @@ def matmul(
         interpret=interpret,
         name=f"ternary_gemm_n{type.bases}",
     )(x_planes, codes.reshape(-1), scales.reshape(-1))[: x.shape[0]]
-
-
-def split(value: jax.Array, dtype=jnp.bfloat16) -> list[jax.Array]:
-    """float32 -> two of a 16-bit dtype that add up to it, within 2^-17 of it in bfloat16."""
-    high = value.astype(dtype)
-    return [high, (value - high.astype(jnp.float32)).astype(dtype)]
 
 
 def _kernel(x_ref, codes_ref, scales_ref, out_ref, *, type: TernaryType, tiles: Tiles, parts, row_words, units, tokens):

@@ -1,4 +1,4 @@
-"""Few tokens times a packed matrix with a scale a row: int8 tensor cores on prefixes, in Pallas for Triton.
+"""Few tokens times a packed matrix: int8 tensor cores on prefixes, in Pallas for Triton.
 
     products[c, o] = sum_k X[c, k] prefix[o, k]          int32, exact; c a column of `prefixes.fragments`
 
@@ -8,8 +8,10 @@ in a step, thread 4 g + t of a warp takes piece t of rows g and g + 8, decodes i
 
     mma.sync m16n8k32   A = prefix words of 16 rows, B = the same words of 8 columns of activations,
 
-which is all that the main loop does: no scale, no conversion, no offset. Codes are read as they are stored; beyond a
-row's end the activations are zero, beyond the last row reads are masked, so any number of inputs and rows will do.
+which is all that the main loop does where rows have one scale: no scale, no conversion, no offset. With group scales each
+group that a step touches has columns of its own (a *slot*), and their results are scaled in float32 after each step, by
+scales that were laid out before in the order of the results. Codes are read as they are stored; beyond a row's end the
+activations are zero, beyond the last row reads are masked, so any number of inputs and rows will do.
 
 Tensors of a block are flat, and thread and register follow from the index: with 4 consecutive elements a thread, element
 4 (32 w + l) + e is register e of lane l of warp w, and a second half of the tensor makes registers 4 to 7. Triton keeps
@@ -38,46 +40,71 @@ MAX_COLUMNS = 16  # two of its results a thread
 
 
 def products(
-    plan: Plan, coefficients: jax.Array, codes: jax.Array, *, warps: int, row_blocks: int, interpret: bool = False
+    plan: Plan,
+    coefficients: jax.Array,
+    codes: jax.Array,
+    *,
+    warps: int,
+    row_blocks: int = 1,
+    unroll: int = 1,
+    scales: jax.Array | None = None,
+    interpret: bool = False,
 ) -> jax.Array:
     """int32 [columns, out]: each byte of each coefficient against the prefixes of all rows.
 
     coefficients: of `prefixes.fold`, [M, sums, steps, 4, words, 4], M so few that they have at most MAX_COLUMNS columns.
     codes uint32 [out, row words]: the rows as they are stored, whole 16 bytes each. warps: of a block; a power of two.
-    row_blocks: R, groups of 16 rows that share a thread's activations; a power of two.
+    row_blocks: R, groups of 16 rows that share a thread's activations; a power of two. unroll: steps of a warp in a turn of
+    the loop. scales: [rows or 1, steps, M x sums], of each sum in each step: results are float32 then, four columns a sum.
     """
     tokens, sums, steps = coefficients.shape[:3]
-    wanted = 3 * sums * tokens
+    columns_a_sum = 3 if scales is None else 4
+    wanted = columns_a_sum * sums * tokens
     kept = 4 if wanted <= 4 else 8 if wanted <= 8 else 16  # up to 4 columns are loaded once and multiplied twice
     sets = max(1, kept // 8)  # of 8 columns: results of 4 registers each
-    turns = -(-steps // warps)
-    x = fragments(coefficients, kept)  # [steps, words, columns, 4]
-    x = jnp.pad(x, ((0, turns * warps - steps), (0, 0), (0, 0), (0, 0)))
+    turns = -(-steps // (warps * unroll))
+    padding = turns * warps * unroll - steps
+    x = fragments(coefficients, kept, columns_a_sum)  # [steps, words, columns, 4]
+    x = jnp.pad(x, ((0, padding), (0, 0), (0, 0), (0, 0)))
     # Four prefix words of one column and thread side by side; sets apart.
-    x = x.reshape(turns * warps, plan.words // 4, 4, sets, -1, 4).transpose(0, 1, 3, 4, 5, 2).reshape(-1)
+    x = x.reshape(-1, plan.words // 4, 4, sets, min(kept, 8), 4).transpose(0, 1, 3, 4, 5, 2).reshape(-1)
     out, row_words = codes.shape
     blocks = -(-out // (ROWS * row_blocks))
+    operands = [x, codes.reshape(-1)]
+    if scales is not None:
+        operands.append(_by_register(scales, out, blocks * row_blocks, padding, 2 * sets))
     kernel = functools.partial(
-        _kernel, plan=plan, turns=turns, warps=warps, row_blocks=row_blocks, sets=sets, lanes_kept=min(kept, 8) * 4,
-        row_words=row_words, total=out * row_words, interpret=interpret,
+        _kernel, plan=plan, turns=turns, warps=warps, row_blocks=row_blocks, unroll=unroll, sets=sets,
+        lanes_kept=min(kept, 8) * 4, row_words=row_words, total=out * row_words, interpret=interpret,
     )  # fmt: skip
     found = pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct((blocks * row_blocks * sets * 128,), jnp.int32),
+        out_shape=jax.ShapeDtypeStruct(
+            (blocks * row_blocks * sets * 128,), jnp.int32 if scales is None else jnp.float32
+        ),
         grid=(blocks,),
         compiler_params=plt.CompilerParams(num_warps=warps, num_stages=1),
         interpret=interpret,
         name=f"ternary_gemv_n{plan.bases}{'tied' if plan.tied else 'free'}_c{kept}",
-    )(x, codes.reshape(-1))
+    )(*operands)
     # register e of thread (g, t) of a set: row g + 8 (e >> 1), column 2 t + (e & 1)
     found = found.reshape(blocks * row_blocks, sets, 8, 4, 2, 2).transpose(1, 3, 5, 0, 4, 2)
     return found.reshape(sets * 8, -1)[:wanted, :out]  # [columns, rows]
 
 
+def _by_register(scales: jax.Array, out: int, row_groups: int, padding: int, quads: int) -> jax.Array:
+    """scales [rows or 1, steps, quads used] -> [groups of 16 rows, steps, quads, g, register], flat: a quad is 4 columns."""
+    rows = jnp.broadcast_to(scales, (out, *scales.shape[1:]))
+    rows = jnp.pad(rows, ((0, row_groups * ROWS - out), (0, padding), (0, quads - scales.shape[2])))
+    rows = rows.reshape(row_groups, 2, 8, -1, quads).transpose(0, 3, 4, 2, 1)  # [groups, steps, quads, g, row half]
+    return jnp.repeat(rows, 2, axis=-1).reshape(-1)
+
+
 def _kernel(
-    x_ref, codes_ref, out_ref, *, plan: Plan, turns: int, warps: int, row_blocks: int, sets: int, lanes_kept: int,
+    x_ref, codes_ref, *rest, plan: Plan, turns: int, warps: int, row_blocks: int, unroll: int, sets: int, lanes_kept: int,
     row_words: int, total: int, interpret: bool,
 ):  # fmt: skip
+    *scales_ref, out_ref = rest
     size = warps * 128 * sets
     block = pl.program_id(0)
     index = lax.iota(jnp.int32, size)
@@ -97,20 +124,29 @@ def _kernel(
     row = [group, group + 8] if sets == 1 else [group + half * 8]
     x_words = plan.words // 4 * sets * lanes_kept * 4
     x_base = warp * x_words + lax.rem(index, constant(4 * lanes_kept)) + half * (4 * lanes_kept)
+    quad = (half * 2 + part(8, 2)) * 32 + group * 4 + register + warp * (64 * sets)  # in the scales
 
     def read(at: jax.Array) -> jax.Array:
         return plt.load(codes_ref.at[at], mask=at < total, other=jnp.uint32(0))
 
     def turn(i, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        x = [x_ref[x_base + (i * (warps * x_words) + w * sets * lanes_kept * 4)] for w in range(plan.words // 4)]
-        results = []
-        for r in range(row_blocks):
-            start = (block * row_blocks + r) * ROWS * row_words + i * (warps * step_words)
-            words = [read(part_row * row_words + in_piece + (start + 4 * c)) for c in range(load) for part_row in row]
-            results.append(_multiply(plan, sets, words, x, sums[r], interpret))
-        return tuple(results)
+        sums, zero = list(sums), jnp.zeros((size,), jnp.int32)
+        for u in range(unroll):
+            step = (i * unroll + u) * warps  # of the first warp
+            x = [x_ref[x_base + (step * x_words + w * sets * lanes_kept * 4)] for w in range(plan.words // 4)]
+            for r in range(row_blocks):
+                rows = block * row_blocks + r
+                start = rows * (ROWS * row_words) + step * step_words
+                words = [read(at * row_words + in_piece + (start + 4 * c)) for c in range(load) for at in row]
+                if scales_ref:
+                    found = _multiply(plan, sets, words, x, zero, interpret).astype(jnp.float32)
+                    at = (rows * (turns * unroll * warps) + step) * (64 * sets)
+                    sums[r] = sums[r] + found * scales_ref[0][quad + at].astype(jnp.float32)
+                else:
+                    sums[r] = _multiply(plan, sets, words, x, sums[r], interpret)
+        return tuple(sums)
 
-    zero = tuple(jnp.zeros((size,), jnp.int32) for _ in range(row_blocks))
+    zero = tuple(jnp.zeros((size,), out_ref.dtype) for _ in range(row_blocks))
     sums = lax.fori_loop(0, turns, turn, zero) if turns > 1 else turn(0, zero)
     places = lax.iota(jnp.int32, 128 * sets)
     for r in range(row_blocks):

@@ -5,43 +5,71 @@ rule of thumb, which was made without a GPU: from counted instructions and bytes
 """
 
 import json
+import math
 import re
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from atd.kernels.triton_gemm import Tiles
+from atd.kernels.triton_gemm import Tiles, unit
 from atd.weights import TernaryType
 
 FOLDER = Path(__file__).parent / "tuned"
+SHARED_BYTES = 96 << 10  # of a block, on GPUs that have least of it: A10, RTX 30xx, L4, RTX 40xx
+MOST_SHARED_BYTES = 227 << 10  # on those that have most: H100, H200
 
 
 @dataclass(frozen=True)
 class Settings:
-    """gemv: warps of a block, groups of 16 rows a warp. Up to gemv_tokens tokens go that way, up to gemm_tokens the tiles'."""
+    """gemv: warps of a block, groups of 16 rows a warp, steps of a turn of its loop. Up to gemv_tokens tokens
+    go that way, up to gemm_tokens the tiles'."""
 
     warps: int = 4
     row_blocks: int = 1
+    unroll: int = 1
     gemv_tokens: int = 4
     tiles: Tiles = field(default_factory=Tiles)
     gemm_tokens: int = 256
 
 
-def settings(device: str, type: TernaryType, tokens: int) -> Settings:
-    """For so many tokens times a matrix of this type: the tuned ones of the nearest matrix, or `heuristic`."""
+def settings(device: str, type: TernaryType, tokens: int, activations: str = "float32") -> Settings:
+    """For so many tokens, in this dtype, times a matrix of this type: the tuned ones of the nearest matrix, or
+    `heuristic`."""
     entries = tuned(device)
     if not entries:
-        return heuristic(type, tokens)
-    return min(entries, key=lambda entry: _distance(entry, type, tokens))["settings"]
+        return heuristic(type, tokens, activations)
+    entry = min(entries, key=lambda entry: _distance(entry, type, tokens, activations))
+    found: Settings = entry["settings"]
+    # Tiles of another kind of matrix may take more shared memory for this one; what they took for theirs is there.
+    room = max(SHARED_BYTES, shared_bytes(found.tiles, entry["bases"], entry["activations"]))
+    return replace(found, tiles=_fit(found.tiles, type.bases, activations, room))
 
 
-def heuristic(type: TernaryType, tokens: int) -> Settings:
-    """More warps share a row where there are few rows; wider tiles for more tokens."""
-    blocks = -(-type.shape[0] // 16)
-    warps = 8 if blocks < 256 else 4
-    width = min(128, max(16, 1 << (tokens - 1).bit_length()))
-    return Settings(warps=warps, tiles=Tiles(rows=64, tokens=width, units=32, warps=4))
+def heuristic(type: TernaryType, tokens: int, activations: str = "float32") -> Settings:
+    """As many warps to a row as 32 on each of 128 multiprocessors take, two steps ahead where there are many; tiles as wide
+    as the tokens, or as the shared memory allows."""
+    blocks, steps = -(-type.shape[0] // 16), -(-type.shape[1] * type.bases // (5 * (192 if type.bases == 3 else 64)))
+    warps = min(16, max(4, 1 << (-(-4096 // blocks) - 1).bit_length()))
+    unroll = 2 if type.bases < 3 and steps >= 4 * warps else 1
+    tiles = Tiles(rows=64, tokens=min(128, max(16, 1 << (tokens - 1).bit_length())), units=32, warps=4)
+    return Settings(warps=warps, unroll=unroll, tiles=_fit(tiles, type.bases, activations, SHARED_BYTES))
+
+
+def _fit(tiles: Tiles, bases: int, activations: str, room: int) -> Tiles:
+    """The tiles, narrower or with fewer units where they take more shared memory than there is."""
+    while shared_bytes(tiles, bases, activations) > room and (tiles.units > 16 or tiles.tokens > 16):
+        narrower = tiles.units <= 16 or tiles.tokens > 32
+        tiles = replace(tiles, tokens=tiles.tokens // 2) if narrower else replace(tiles, units=tiles.units // 2)
+    return tiles
+
+
+def shared_bytes(tiles: Tiles, bases: int, activations: str) -> int:
+    """Shared memory that a block of tiles takes: the activations of all planes and the codes of a step, once a stage.
+    Within a few per cent of what Triton asks for."""
+    words, params = unit(bases)
+    halves = 2 if activations == "float32" else 1  # two parts of 16 bits
+    return tiles.stages * tiles.units * (2 * halves * params * tiles.tokens + 4 * words * tiles.rows)
 
 
 def file_of(device: str) -> Path:
@@ -49,44 +77,68 @@ def file_of(device: str) -> Path:
     return FOLDER / (re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json")
 
 
+def kind_of(type: TernaryType, tokens: int, activations: str) -> dict[str, Any]:
+    """What an entry is of, as it stands in the file."""
+    grouped = type.scales_shape[1] > 1
+    kind = {"bases": type.bases, "tied": type.tied, "grouped": grouped, "activations": activations}
+    return kind | {"out": type.shape[0], "in": type.shape[1], "tokens": tokens}
+
+
 @cache
 def tuned(device: str) -> tuple[dict[str, Any], ...]:
-    """The entries of a device's file: bases, tied, out, in, tokens, settings, microseconds. Raises ValueError for a file
-    that cannot be read."""
+    """The entries of a device's file: `kind_of` and settings, and microseconds by way. Raises ValueError for a file that
+    cannot be read."""
     path = file_of(device)
     if not path.exists():
         return ()
     try:
-        return tuple(
-            entry | {"settings": _parse(entry["settings"])} for entry in json.loads(path.read_text())["entries"]
-        )
+        return tuple(_parse(entry) for entry in json.loads(path.read_text())["entries"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path}: not a file of tuned settings ({error!r}); delete it or write it anew: atd bench --tune"
         ) from None
 
 
+def kept(device: str, version: str) -> tuple[dict[str, Any], ...]:
+    """The entries of a device's file if they were measured with this version of jax and can be read, else none."""
+    try:
+        return tuned(device) if json.loads(file_of(device).read_text())["jax"] == version else ()
+    except (OSError, KeyError, TypeError, ValueError):
+        return ()
+
+
 def write(device: str, version: str, entries: list[dict[str, Any]]) -> Path:
-    """Writes the entries (settings as `Settings`) of a device, measured with a version of jax."""
+    """Writes the entries (settings as `Settings`) of a device, measured with a version of jax, one a line, and those that
+    are `kept`."""
     path = file_of(device)
     path.parent.mkdir(exist_ok=True)
-    rows = [entry | {"settings": asdict(entry["settings"])} for entry in entries]
-    path.write_text(json.dumps({"device": device, "jax": version, "entries": rows}, indent=1) + "\n")
+    rows = {
+        _key(entry): entry | {"settings": asdict(entry["settings"])} for entry in (*kept(device, version), *entries)
+    }
+    lines = ",\n".join(f"  {json.dumps(row)}" for _, row in sorted(rows.items()))
+    head = f'{{\n "device": {json.dumps(device)},\n "jax": {json.dumps(version)},\n "entries": [\n'
+    path.write_text(f"{head}{lines}\n ]\n}}\n")
     tuned.cache_clear()
     return path
 
 
-def _parse(entry: dict[str, Any]) -> Settings:
-    return replace(Settings(**entry), tiles=Tiles(**entry["tiles"]))
+def _key(entry: dict[str, Any]) -> tuple:
+    return tuple(entry[name] for name in ("grouped", "bases", "tied", "activations", "out", "in", "tokens"))
 
 
-def _distance(entry: dict[str, Any], type: TernaryType, tokens: int) -> tuple:
-    def octaves(a: int, b: int) -> float:
-        return max(a, b) / min(a, b)
+def _parse(entry: dict[str, Any]) -> dict[str, Any]:
+    _key(entry)  # all of it is there
+    values = entry["settings"]
+    return entry | {"settings": replace(Settings(**values), tiles=Tiles(**values["tiles"]))}
 
-    return (
-        octaves(entry["tokens"], tokens),
-        entry["bases"] != type.bases,
-        entry["tied"] != type.tied,
-        octaves(entry["out"], type.shape[0]) * octaves(entry["in"], type.shape[1]),
-    )
+
+def _distance(entry: dict[str, Any], type: TernaryType, tokens: int, activations: str) -> float:
+    """In octaves of tokens. Another matrix of the same kind is near, another kind of matrix far."""
+    kind = kind_of(type, tokens, activations)
+
+    def octaves(name: str) -> float:
+        return abs(math.log2(entry[name] / kind[name]))
+
+    penalties = {"grouped": 8, "bases": 3, "tied": 2, "activations": 1}
+    shape = (octaves("out") + octaves("in")) / 2
+    return octaves("tokens") + shape + sum(far for name, far in penalties.items() if entry[name] != kind[name])

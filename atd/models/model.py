@@ -24,10 +24,11 @@ from flax import nnx
 from atd.errors import BadInput, nearest
 from atd.ir import Block, Graph, WeightRef
 from atd.kernels import triton
+from atd.kernels.matmul import PACKED
 from atd.models import ops
 from atd.weights import Dense, DenseType, Weight
 
-BACKENDS = ("auto", "xla", "xla-unpacked", "triton", "triton-interpret")
+BACKENDS = ("auto", "xla", "xla-unpacked", *PACKED)
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
@@ -43,9 +44,10 @@ def load(
     Args:
       backend: `xla` keeps ternary weights in memory as they are stored and unpacks them in every multiplication: the
         least memory. `xla-unpacked` dequantizes them once, here, into dense arrays: the most speed on a CPU. `triton`
-        keeps them packed, in the layout that its kernels read: the most speed on a GPU (`triton-interpret`: the same
-        kernels in jax's interpreter, for tests). `auto`: xla-unpacked on a CPU, triton on a GPU that has it and for the
-        weights that it takes, xla elsewhere; the model's `backend` says which, the logger `atd.kernels` why.
+        keeps them packed, in the layout that its kernels read: the most speed on a GPU. `mosaic` does so with kernels for
+        Hopper that will replace Triton's, for scales a row alone (`triton-interpret`, `mosaic-interpret`: the same kernels
+        in jax's interpreter, for tests). `auto`: xla-unpacked on a CPU, triton on a GPU that has it and for the weights
+        that it takes, xla elsewhere; the model's `backend` says which, the logger `atd.kernels` why.
       dtype: float32, bfloat16 or float16, of the dense matrices and the cache. Activations, gains and biases are
         float32.
       progress: called with (tensors read, tensors in all) after each.
@@ -66,17 +68,19 @@ def load(
     if backend == "auto":
         held = "xla-unpacked" if jax.default_backend() == "cpu" else "xla" if triton.device_refuses() else "triton"
         return Model(graph, held, None, dtype, progress)
-    if backend.startswith("triton"):
-        _check_triton(graph, backend)
+    if backend in PACKED:
+        _check(graph, backend)
     return Model(graph, backend, None if backend == "xla-unpacked" else backend, dtype, progress)
 
 
-def _check_triton(graph: Graph, backend: str) -> None:
-    """Raises BadInput where the device or a weight is none for the backend, with all reasons."""
-    device = triton.device_refuses() if backend == "triton" else None
+def _check(graph: Graph, backend: str) -> None:
+    """Raises BadInput where the device or a weight is none for a backend with kernels for packed ones, with all reasons."""
+    device = PACKED[backend].device_refuses()
     ternary = [(name, ref.type) for name, ref in graph.weights() if not isinstance(ref.type, DenseType)]
     refused = [
-        f"{name}: {reason}" for name, type in ternary if (reason := triton.refuses(jnp.dtype(jnp.float32), type))
+        f"{name}: {reason}"
+        for name, type in ternary
+        if (reason := PACKED[backend].refuses(jnp.dtype(jnp.float32), type))
     ]
     if reasons := [*([device] if device else []), *refused]:
         raise BadInput(f"backend {backend}: " + "\n  ".join(reasons))
@@ -332,11 +336,13 @@ def _fill(
 
 def _place(ref: WeightRef, backend: str, dtype) -> Weight:
     value = ref.load()
-    if backend.startswith("triton"):
-        value = triton.prepare(value)
+    if backend in PACKED:
+        value = PACKED[backend].prepare(value)
     weight = jax.tree.map(jnp.asarray, value)
     if len(weight.type.shape) < 2:
         dtype = jnp.float32
+    if isinstance(value, Dense) and isinstance(value.array, jax.Array) and value.array.dtype == dtype:
+        return value  # made on the device, and needs no copy
     if isinstance(weight.type, DenseType) or backend == "xla-unpacked":
         # Waited for, or tensors that are read faster than they are dequantized would pile up.
         return Dense(jax.block_until_ready(_dequantize(weight, dtype)))

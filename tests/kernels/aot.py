@@ -1,5 +1,5 @@
-"""Pallas-Triton kernels compiled for NVIDIA GPUs on a machine without one: their PTX, their machine code, what of the
-register file they take.
+"""Pallas kernels, for Triton and for Mosaic, compiled for NVIDIA GPUs on a machine without one: their PTX, their machine
+code, what of the register file they take.
 
 XLA compiles for a described device as soon as the CUDA plugin is installed (extra gpu-check), and dumps the PTX where
 `xla_dump_emitter_re` asks for it (jax 0.11 and newer; 0.10 did so unasked). ptxas turns that into machine code and names
@@ -24,6 +24,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.experimental import pallas as pl
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
@@ -96,7 +97,7 @@ class Compiled:
     registers: int  # a thread
     spill_bytes: int  # stores and loads together
     shared_bytes: int  # asked for at launch; what the PTX itself declares is on top
-    grid: tuple[int, int, int]
+    grid: tuple[int, int, int]  # (0, 0, 0) for Mosaic's kernels, which keep it, and what they ask for, to themselves
 
 
 def missing() -> str | None:
@@ -115,13 +116,16 @@ def missing() -> str | None:
 
 def compile_for(device: str, function: Callable, *shapes: jax.ShapeDtypeStruct, kernel: str | None = None) -> Compiled:
     """Compiles function, of arguments of these shapes and dtypes, for DEVICES[device]. kernel is the name of the one
-    looked for: that of the `pallas_call`, or of the function within. It may be left out where XLA makes no other."""
+    looked for: that of the `pallas_call`, or of the function within; Mosaic adds "_mosaic_gpu_kernel". It may be left out
+    where XLA makes no other."""
     if reason := missing():
         raise GpuCheckError(reason)
     mesh = _mesh(device)
     whole = NamedSharding(mesh, PartitionSpec())
     arguments = [jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=whole) for shape in shapes]
-    with tempfile.TemporaryDirectory() as folder, jax.sharding.set_mesh(mesh):
+    with tempfile.TemporaryDirectory() as folder, jax.sharding.set_mesh(mesh), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
+        patch.setenv("MOSAIC_GPU_DUMP_TO", folder)
         lowered = jax.jit(function).trace(*arguments).lower()
         lowered.compile(
             compiler_options={
@@ -255,6 +259,8 @@ def _assemble(ptx: str, kernel: str) -> tuple[str, int, int]:
 
 def _launch(launches: str, kernel: str) -> tuple[tuple[int, int, int], int]:
     """-> grid, bytes of shared memory."""
+    if kernel.endswith("_mosaic_gpu_kernel"):
+        return (0, 0, 0), 0
     line = next((line for line in launches.splitlines() if re.search(rf"\b{kernel}\b", line)), "")
     grid = re.search(r"grid: \[(\d+), (\d+), (\d+)\]", line)
     shared = re.search(r"shared_memory: (\d+)", line)

@@ -19,7 +19,9 @@ pytestmark = pytest.mark.skipif(bool(aot.missing()), reason=str(aot.missing()))
 OUT = INPUTS = 4096
 
 
-def compiled_gemv(device: str, bases: int, tied: bool, tokens: int = 1, row_blocks: int = 1) -> tuple[aot.Compiled, int]:
+def compiled_gemv(
+    device: str, bases: int, tied: bool, tokens: int = 1, row_blocks: int = 1
+) -> tuple[aot.Compiled, int]:
     """(machine code, weights that a thread multiplies in a turn of the loop)."""
     plan = prefixes.plan(bases, tied)
     words = LAYOUTS["words"].codes_shape(OUT, INPUTS, bases)[1]

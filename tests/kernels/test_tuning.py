@@ -1,5 +1,7 @@
 """Settings: the file of a device, the nearest entry, the rule of thumb."""
 
+from dataclasses import replace
+
 import pytest
 
 from atd.kernels import tuning
@@ -16,12 +18,13 @@ def folder(tmp_path, monkeypatch):
     tuning.tuned.cache_clear()
 
 
-def entry(tokens, out, inputs, bases=2, tied=True, **settings):
-    return {"bases": bases, "tied": tied, "out": out, "in": inputs, "tokens": tokens, "settings": Settings(**settings)}
+def matrix(out, inputs, bases=2, tied=True, group: int | str = "row"):
+    return TernaryType((out, inputs), bases, group, tied, "f16")
 
 
-def matrix(out, inputs, bases=2, tied=True):
-    return TernaryType((out, inputs), bases, "row", tied, "f16")
+def entry(tokens, out, inputs, bases=2, tied=True, group: int | str = "row", activations="float32", **settings):
+    kind = tuning.kind_of(matrix(out, inputs, bases, tied, group), tokens, activations)
+    return kind | {"settings": Settings(**settings), "microseconds": {"gemv": 1.5}}
 
 
 def test_tuned_settings_go_before_the_rule_of_thumb(folder):
@@ -42,6 +45,36 @@ def test_the_nearest_entry_is_taken(folder):
     assert tuning.settings("gpu", matrix(14336, 4096, bases=3), 1).warps == 8
 
 
+def test_an_entry_of_another_kind_is_farther_than_one_of_other_tokens(folder):
+    by_kind = [
+        entry(16, 4096, 4096, warps=1),
+        entry(16, 4096, 4096, bases=3, warps=2),
+        entry(16, 4096, 4096, tied=False, warps=4),
+        entry(16, 4096, 4096, group=128, warps=8),
+        entry(16, 4096, 4096, activations="bfloat16", warps=16),
+    ]
+    tuning.write("gpu", "0.11.2", [*by_kind, entry(64, 4096, 4096, group=32, warps=32)])
+    assert tuning.settings("gpu", matrix(4096, 4096), 24).warps == 1
+    assert tuning.settings("gpu", matrix(4096, 4096, bases=3), 40).warps == 2
+    assert tuning.settings("gpu", matrix(4096, 4096, tied=False), 40).warps == 4
+    assert tuning.settings("gpu", matrix(4096, 4096, group=64), 16).warps == 8
+    assert tuning.settings("gpu", matrix(4096, 4096, group=64), 100).warps == 32
+    assert tuning.settings("gpu", matrix(4096, 4096), 16, "bfloat16").warps == 16
+
+
+def test_entries_of_the_same_version_are_kept_and_others_are_not(folder):
+    tuning.write("gpu", "0.11.2", [entry(1, 64, 64, warps=1), entry(2, 64, 64, warps=2)])
+    path = tuning.write("gpu", "0.11.2", [entry(2, 64, 64, warps=8)])
+    assert [e["settings"].warps for e in tuning.tuned("gpu")] == [1, 8]
+    assert len([line for line in path.read_text().splitlines() if "microseconds" in line]) == 2  # one a line
+    tuning.write("gpu", "0.12.0", [entry(4, 64, 64, warps=16)])
+    assert [e["settings"].warps for e in tuning.tuned("gpu")] == [16]
+    path.write_text("{")
+    tuning.tuned.cache_clear()
+    tuning.write("gpu", "0.12.0", [entry(1, 64, 64, warps=4)])
+    assert [e["settings"].warps for e in tuning.tuned("gpu")] == [4]
+
+
 @pytest.mark.parametrize("text", ["{", '{"entries": [{"settings": {"warp": 3, "tiles": {}}}]}', '{"rows": []}'])
 def test_a_broken_file_is_named(folder, text):
     (folder / "gpu.json").write_text(text)
@@ -51,4 +84,32 @@ def test_a_broken_file_is_named(folder, text):
 
 def test_few_rows_are_shared_by_more_warps():
     assert tuning.heuristic(matrix(1024, 4096), 1).warps > tuning.heuristic(matrix(14336, 4096), 1).warps
-    assert tuning.heuristic(matrix(1024, 4096), 100).tiles.tokens == 128
+
+
+@pytest.mark.parametrize("bases", [1, 2, 3, 4])
+@pytest.mark.parametrize("activations", ["float32", "bfloat16"])
+def test_tiles_fit_into_the_shared_memory_of_every_gpu(bases, activations):
+    for tokens in (1, 5, 16, 40, 100, 2000):
+        tiles = tuning.heuristic(matrix(4096, 4096, bases), tokens, activations).tiles
+        assert tuning.shared_bytes(tiles, bases, activations) <= tuning.SHARED_BYTES
+        assert min(tiles.rows, tiles.tokens, tiles.units) >= 16
+    assert tuning.heuristic(matrix(4096, 4096, 4), 100, "bfloat16").tiles.tokens == 128
+
+
+def test_tuned_tiles_fit_another_kind_of_matrix(folder):
+    tiles = Tiles(64, 64, 32, 4, 2)  # 175 KB for N = 2 in float32
+    tuning.write("gpu", "0.11.2", [entry(64, 4096, 4096, tiles=tiles)])
+    assert tuning.settings("gpu", matrix(4096, 4096), 64).tiles == tiles
+    assert tuning.settings("gpu", matrix(4096, 4096, bases=1), 64).tiles == replace(tiles, tokens=32)
+    assert tuning.settings("gpu", matrix(4096, 4096, bases=1), 64, "bfloat16").tiles == tiles
+
+
+def test_shared_bytes_are_what_triton_asked_for():
+    """Counted by Triton, compiled ahead of time for an H200 (with layouts converted in half a stage of codes less)."""
+    asked = {
+        (2, Tiles(64, 128, 32, 4, 2)): 339968,
+        (2, Tiles(128, 128, 64, 8, 3)): 1064960,
+        (1, Tiles(128, 128, 64, 4, 3)): 2048000,
+    }
+    for (bases, tiles), count in asked.items():
+        assert tuning.shared_bytes(tiles, bases, "float32") == pytest.approx(count, rel=0.03)
