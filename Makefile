@@ -2,12 +2,13 @@
 PYTHON ?= $(firstword $(shell command -v python3.12 python3 python))
 VENV ?= .venv
 BIN := $(VENV)/bin
+EMULATED ?= triton-ptx
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 
 # BLAS's threads spin while they wait, and take the cores from XLA's (see atd/cli.py).
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: demo test check test-newest clean
+.PHONY: demo test check gpu-check test-newest clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and "atd needs Python 3.12 or newer, this is " + sys.version.split()[0] + "; run e.g. make PYTHON=python3.12")'
@@ -36,6 +37,16 @@ check: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# GPU kernels compiled for GPUs that are not here, and their PTX run in an emulator (about 1 GB in an environment of its own).
+gpu-check: .venv-gpu-check/.ready
+	JAX_PLATFORMS=cpu .venv-gpu-check/bin/python -m pytest -n 2 tests/kernels/test_aot.py tests/kernels/test_triton_compiled.py tests/kernels/test_mosaic.py
+	JAX_PLATFORMS=cpu .venv-gpu-check/bin/python -m pytest -n 2 tests/kernels/test_matmul.py -k "$(EMULATED)"
+
+.venv-gpu-check/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-gpu-check
+	.venv-gpu-check/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt -e '.[gpu-check]'
+	@touch $@
+
 # The suite on the newest jax that pip finds for this Python, in an environment of its own.
 test-newest:
 	$(PYTHON) -m venv .venv-newest
@@ -43,4 +54,4 @@ test-newest:
 	.venv-newest/bin/python -m pytest -n 2 --dist loadfile
 
 clean:
-	rm -rf .venv .venv-newest build dist *.egg-info
+	rm -rf .venv .venv-newest .venv-gpu-check build dist *.egg-info

@@ -14,18 +14,21 @@ holds depends on the thread. So all multiplications that any word needs are made
 where they are not needed: 10 instead of 4 2/3 a word with tied scales, no more than are needed with free ones.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import mosaic_gpu
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import vector
 
 from atd.kernels import prefixes
 from atd.kernels.prefixes import Half, Plan, multiplier
 
+plgpu: Any = mosaic_gpu  # whose annotations deny what its documentation does
 COLUMNS = (8, 16, 24, 32, 48)  # that a product may have: what wgmma has for int8
 ROWS = 64  # of a block: those of a matrix instruction
 WORDS = 64  # of a row in a step
@@ -153,10 +156,10 @@ def _plane(_, first, second):
     shape = first.registers.shape  # [1, i, 1, 1, half of the rows, 1, 1, 1, 1], of four words each
     result = np.empty((1, 4 * shape[1], *shape[2:]), object)
     for at in np.ndindex(shape):
-        bytes_ = [vector.bitcast(ir.VectorType.get((16,), int8), held.registers[at]) for held in (first, second)]
+        a, b = (vector.bitcast(ir.VectorType.get((16,), int8), held.registers[at]) for held in (first, second))
         for e in range(4):
             chosen = [4 * e + 1, 16 + 4 * e + 1, 4 * e + 3, 16 + 4 * e + 3]
-            result[0, 4 * at[1] + e, *at[2:]] = vector.shuffle(*bytes_, chosen)
+            result[0, 4 * at[1] + e, *at[2:]] = vector.shuffle(a, b, chosen)
     return type(first)(_registers=result, _layout=first.layout, _is_signed=True)
 
 

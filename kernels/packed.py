@@ -150,5 +150,7 @@ def largest_difference(multiply: Callable[[jax.Array, Packed], jax.Array], bases
     packed = Packed(jnp.asarray(LAYOUTS[LAYOUT].pack(trits)), scales, PackedType(ternary, LAYOUT))
     x = jnp.asarray(random.standard_normal((2, 1000)), jnp.float32)
     wanted = jax.jit(xla.matmul)(x, Ternary(jnp.asarray(trits), scales, ternary))
-    found = jax.jit(lambda x, packed: multiply(x, packed))(x, packed)  # a function of its own, so never one from a cache
+    found = jax.jit(lambda x, packed: multiply(x, packed))(
+        x, packed
+    )  # a function of its own, so never one from a cache
     return float(jnp.abs(found - wanted).max() / jnp.sqrt(jnp.mean(wanted**2)))

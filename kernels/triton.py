@@ -51,7 +51,7 @@ def multiply(x: jax.Array, weight: Packed, settings: Settings | None = None, int
     words, scales, type = jnp.asarray(held.codes), jnp.asarray(held.scales), held.type.ternary
     match path(settings, type, x.shape[0]):
         case "gemv":
-            y = _gemv(x, words, scales, type, settings, interpret)
+            y = gemv(x, words, scales, type, settings, interpret)
         case "gemm":
             y = triton_gemm.matmul(x, words, scales, type, settings.tiles, interpret=interpret)
         case _:
@@ -81,7 +81,13 @@ def _columns(type: TernaryType) -> int:
     return 4 * plan.sums * prefixes.slots_of(plan, plan.steps(words), type.group_size)[1]
 
 
-def _gemv(x, words, scales, type: TernaryType, settings: Settings, interpret: bool) -> jax.Array:
+def gemv_name(type: TernaryType, tokens: int) -> str:
+    """The kernel's name in traces and dumps, for so many tokens of one call."""
+    return triton_gemv.name(prefixes.plan(type.bases, type.tied), _columns(type) * tokens)
+
+
+def gemv(x, words, scales, type: TernaryType, settings: Settings, interpret: bool) -> jax.Array:
+    """x [M, in] times the matrix by `triton_gemv` -> float32 [M, out], as many tokens at a time as have columns."""
     plan = prefixes.plan(type.bases, type.tied)
     shape = {
         "warps": settings.warps,

@@ -60,7 +60,7 @@ def products(
     tokens, sums, steps = coefficients.shape[:3]
     columns_a_sum = 3 if scales is None else 4
     wanted = columns_a_sum * sums * tokens
-    kept = 4 if wanted <= 4 else 8 if wanted <= 8 else 16  # up to 4 columns are loaded once and multiplied twice
+    kept = _kept(wanted)
     sets = max(1, kept // 8)  # of 8 columns: results of 4 registers each
     turns = -(-steps // (warps * unroll))
     padding = turns * warps * unroll - steps
@@ -85,11 +85,21 @@ def products(
         grid=(blocks,),
         compiler_params=plt.CompilerParams(num_warps=warps, num_stages=1),
         interpret=interpret,
-        name=f"ternary_gemv_n{plan.bases}{'tied' if plan.tied else 'free'}_c{kept}",
+        name=name(plan, wanted),
     )(*operands)
     # register e of thread (g, t) of a set: row g + 8 (e >> 1), column 2 t + (e & 1)
     found = found.reshape(blocks * row_blocks, sets, 8, 4, 2, 2).transpose(1, 3, 5, 0, 4, 2)
     return found.reshape(sets * 8, -1)[:wanted, :out]  # [columns, rows]
+
+
+def _kept(columns: int) -> int:
+    """Columns in memory: up to 4 are loaded once and multiplied twice."""
+    return 4 if columns <= 4 else 8 if columns <= 8 else 16
+
+
+def name(plan: Plan, columns: int) -> str:
+    """The kernel's, for so many columns that are used."""
+    return f"ternary_gemv_n{plan.bases}{'tied' if plan.tied else 'free'}_c{_kept(columns)}"
 
 
 def _by_register(scales: jax.Array, out: int, row_groups: int, padding: int, quads: int) -> jax.Array:

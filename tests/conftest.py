@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from atd import cli
-
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
@@ -38,6 +36,8 @@ def stories15m(shared_data: Path) -> Path:
 @pytest.fixture
 def atd(monkeypatch, capsys):
     """atd("convert", ...) -> (exit code, stdout, stderr)."""
+
+    from atd import cli  # not for all: tests of kernels run where jax, numpy and pytest are all there is
 
     def run(*arguments) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["atd", *map(str, arguments)])

@@ -53,14 +53,17 @@ def skip_what_is_refused(backend: str, x, weight):
         pytest.skip(reason)
 
 
+def product(backend: str, x, weight) -> np.ndarray:
+    """Compiled as a whole, and in the interpreters without optimisation: it is compiling that takes long there."""
+    options = {"xla_backend_optimization_level": 0} if "interpret" in backend else None
+    run = jax.jit(lambda x, w: kernels.matmul(x, w, backend=backend), compiler_options=options)
+    return np.asarray(run(x, weight))
+
+
 def check(backend: str, x: np.ndarray, weight, dense):
     """Each result within the rounding of x and of a float32 sum: a few ulps of sum |x w|, which is what is summed."""
     skip_what_is_refused(backend, x, weight)
-    options = (
-        {"xla_backend_optimization_level": 0} if "interpret" in backend else None
-    )  # it is compiling that takes long
-    run = jax.jit(lambda x, w: kernels.matmul(x, w, backend=backend), compiler_options=options)
-    y = np.asarray(run(x, weight))
+    y = product(backend, x, weight)
     wide, table = x.astype(np.float64), np.asarray(dense).astype(np.float64)
     bound = (16 * EPSILON * np.abs(wide) + rounding_of_x(backend, wide, weight)) @ np.abs(table).T + 1e-37
     worst = (np.abs(y - wide @ table.T) / bound).max()
@@ -147,8 +150,7 @@ def test_all_trits_equal(backend, layout, trit, group):
 def test_a_weight_of_zero_scales_is_zero(backend, group):
     weight, x = pack(ternary(16, 261, group=group, scales=0), "interleaved"), jnp.asarray(activations(3, 261))
     skip_what_is_refused(backend, x, weight)
-    y = kernels.matmul(x, weight, backend=backend)
-    np.testing.assert_array_equal(y, 0)
+    np.testing.assert_array_equal(product(backend, x, weight), 0)
 
 
 @pytest.mark.parametrize("group", [128, "row"])
@@ -170,7 +172,7 @@ def test_one_hot_activations_give_back_each_column(backend):
     """No sum, so no rounding but the weight's own."""
     weight = ternary(12, 133, 3, 64)
     skip_what_is_refused(backend, jnp.eye(133), pack(weight, "interleaved"))
-    y = np.asarray(kernels.matmul(jnp.eye(133), pack(weight, "interleaved"), backend=backend))
+    y = product(backend, jnp.eye(133), pack(weight, "interleaved"))
     np.testing.assert_allclose(y.T, weight.dequantize(), rtol=EPSILON)
 
 
@@ -198,7 +200,7 @@ def test_leading_axes_and_dtype_of_x_are_kept(backend, group, tokens, dtype):
     weight = pack(ternary(24, 130, group=group), "interleaved")
     x = jnp.asarray(activations(tokens, 130)).reshape(2, -1, 130).astype(dtype)
     skip_what_is_refused(backend, x, weight)
-    y = kernels.matmul(x, weight, backend=backend)
+    y = product(backend, x, weight)
     assert (y.shape, y.dtype) == ((2, tokens // 2, 24), dtype)
     exact = np.asarray(x).astype(np.float64) @ weight.dequantize().T
     np.testing.assert_allclose(np.asarray(y).astype(np.float64), exact, rtol=2**-8, atol=1e-4)

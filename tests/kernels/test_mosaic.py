@@ -191,17 +191,17 @@ def test_compiled_registers_become_the_planes_of_the_twin():
 
     def kernel(first_ref, second_ref, plane_ref):
         first, second = (plgpu.load(ref, layout=mosaic_gemv.LAYOUT, optimized=False) for ref in (first_ref, second_ref))
-        plane_ref[...] = mosaic_gemv._plane(first, second)
+        plane_ref[...] = mosaic_gemv._plane(first, second).astype(jnp.int32)
 
     words = jax.ShapeDtypeStruct((mosaic_gemv.ROWS, mosaic_gemv.WORDS), jnp.uint32)
-    result = jax.ShapeDtypeStruct((mosaic_gemv.ROWS, 4 * mosaic_gemv.WORDS), jnp.int8)
+    result = jax.ShapeDtypeStruct((mosaic_gemv.ROWS, 4 * mosaic_gemv.WORDS), jnp.int32)
     lanes = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
     function = plgpu.kernel(kernel, out_type=result, compiler_params=lanes, kernel_name="plane")
     ptx = aot.compile_for("H200", function, words, words).ptx
     # what this kernel has no use for and the emulator does not know, and two words that are spelt differently
     ptx = re.sub(r"^\s*(elect\.sync|fence\.mbarrier_init)[^;]*;", "", ptx, flags=re.MULTILINE)
     ptx = ptx.replace(".maxntid", ".reqntid").replace("::entry", "")
-    random, found = np.random.default_rng(0), np.zeros(result.shape, np.int8)
+    random, found = np.random.default_rng(0), np.zeros(result.shape, np.int32)
     first, second = (random.integers(0, 1 << 32, words.shape, dtype=np.uint32) for _ in range(2))
     run_ptx(ptx, (1, 1, 1), [first, second, found])
     np.testing.assert_array_equal(found, mosaic_gemv._plane_twin(jnp.asarray(first), jnp.asarray(second)))

@@ -28,8 +28,7 @@ def compiled_gemv(
     coefficients = (tokens, plan.sums, plan.steps(words), 4, plan.words, 4)
     function = partial(triton_gemv.products, plan, warps=4, row_blocks=row_blocks)
     shapes = jax.ShapeDtypeStruct(coefficients, jnp.int32), jax.ShapeDtypeStruct((OUT, words), jnp.uint32)
-    kept = 4 if 3 * plan.sums * tokens <= 4 else 8 if 3 * plan.sums * tokens <= 8 else 16
-    name = f"ternary_gemv_n{bases}{'tied' if tied else 'free'}_c{kept}"
+    name = triton_gemv.name(plan, 3 * plan.sums * tokens)
     return aot.compile_for(device, function, *shapes, kernel=name), 2 * row_blocks * plan.piece_params
 
 

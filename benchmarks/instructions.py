@@ -1,0 +1,64 @@
+"""Instructions a weight of the Triton kernel for one token, compiled without a GPU, and the speed they allow: a model, no measurement.
+
+    make gpu-check && JAX_PLATFORMS=cpu PYTHONPATH=. .venv-gpu-check/bin/python benchmarks/instructions.py [--device H200]
+
+Llama-3-8B's 14336 x 4096 by default. The model: a kernel is bound by its bytes (codes and scales at the bandwidth that a copy
+reaches) or by its instructions (4 warps a cycle and multiprocessor), whichever takes longer; bf16 by its bytes.
+"""
+
+import argparse
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from atd.kernels import prefixes, triton, tuning
+from atd.layout import LAYOUTS
+from atd.weights import PackedType, TernaryType, bits_per_weight
+from tests.kernels import aot
+
+CASES = [(n, tied, group) for group in ("row", 128) for n in (1, 2, 3) for tied in (True, False) if tied or n > 1]
+COPY = {"H200": 4.3e12, "H100": 3.0e12, "A10": 5.1e11, "L4": 2.6e11}  # bytes/s that a copy reaches
+CLOCK = {"H200": 1.75e9, "H100": 1.75e9, "A10": 1.5e9, "L4": 1.6e9}  # Hz under load
+
+
+def instructions(device: str, type: TernaryType) -> tuple[float, aot.Compiled]:
+    """(instructions of a thread in the main loop for each weight it multiplies, machine code)."""
+    settings, plan = tuning.heuristic(type, 1), prefixes.plan(type.bases, type.tied)
+    shape = jax.ShapeDtypeStruct
+    words = LAYOUTS["words"].codes_shape(*type.shape, type.bases)
+    function = partial(triton.gemv, type=type, settings=settings, interpret=False)
+    operands = shape((1, type.shape[1]), jnp.bfloat16), shape(words, jnp.uint32), shape(type.scales_shape, jnp.float16)
+    compiled = aot.compile_for(device, function, *operands, kernel=triton.gemv_name(type, 1))
+    weights = 2 * settings.row_blocks * settings.unroll * plan.piece_params
+    return aot.main_loop_instructions(compiled.sass).total() / weights, compiled
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=sorted(COPY), default="H200")
+    parser.add_argument("--shape", type=int, nargs=2, default=(14336, 4096), metavar=("OUT", "IN"))
+    arguments = parser.parse_args()
+    device = aot.DEVICES[arguments.device]
+    issued = 4 * 32 * device.multiprocessors * CLOCK[arguments.device]  # instructions of a thread, a second
+    copied = COPY[arguments.device]
+    print(
+        f"{device.name}, {arguments.shape[0]} x {arguments.shape[1]}, jax {jax.__version__}: a model, nothing has run\n"
+    )
+    print("| N | scales | group | bits | instructions a weight | registers | spills | bound by | modelled, x bf16 |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for bases, tied, group in CASES:
+        type = TernaryType(tuple(arguments.shape), bases, group, tied, "f16")
+        if triton.path(tuning.heuristic(type, 1), type, 1) != "gemv":
+            continue  # more groups in a step than the kernel has columns for
+        count, compiled = instructions(arguments.device, type)
+        bits = bits_per_weight(PackedType(type, "words"))
+        by_bytes, by_instructions = copied / (bits / 8), issued / count  # weights a second
+        bound, speed = min(("bytes", by_bytes), ("instructions", by_instructions), key=lambda way: way[1])
+        kind = "tied" if tied else "free"
+        row = [bases, kind, group, f"{bits:.2f}", f"{count:.2f}", compiled.registers, compiled.spill_bytes, bound]
+        print(f"| {' | '.join(map(str, row))} | {speed / (copied / 2):.1f} |")
+
+
+if __name__ == "__main__":
+    main()
