@@ -12,6 +12,7 @@ float32 and split in two 16-bit parts. Activations in float32 are split likewise
 """
 
 import functools
+import operator
 from dataclasses import dataclass
 
 import jax
@@ -116,7 +117,8 @@ def _kernel(x_ref, codes_ref, scales_ref, out_ref, *, type: TernaryType, tiles: 
     count = stored if groups == 1 else 1
     zero = tuple(jnp.zeros((tiles.rows, tiles.tokens), jnp.float32) for _ in range(count))
     sums = lax.fori_loop(0, units // tiles.units, step, zero)
-    y = sums[0] if groups > 1 else sum(s * scales(b)[:, None] for b, s in enumerate(sums))
+    scaled = sums if groups > 1 else [s * scales(b)[:, None] for b, s in enumerate(sums)]
+    y = functools.reduce(operator.add, scaled)
     plt.store(out_ref.at[token[:, None], rows[None, :]], y.T, mask=real[None, :] & (token < tokens)[:, None])
 
 
@@ -143,4 +145,4 @@ def _exact(trit, parameter: int, type: TernaryType) -> list[jax.Array]:
     trits = [trit(parameter, base) for base in range(type.bases)]
     if not type.tied:
         return trits
-    return [sum(t * int(level) for t, level in zip(trits, level_weights(type.bases), strict=True))]
+    return [functools.reduce(operator.add, [t * int(n) for t, n in zip(trits, level_weights(type.bases), strict=True)])]

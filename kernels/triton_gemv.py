@@ -139,8 +139,10 @@ def _kernel(
     def read(at: jax.Array) -> jax.Array:
         return plt.load(codes_ref.at[at], mask=at < total, other=jnp.uint32(0))
 
-    def turn(i, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        sums, zero = list(sums), jnp.zeros((size,), jnp.int32)
+    nothing = jnp.zeros((size,), jnp.int32)
+
+    def turn(i, before: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        sums = list(before)
         for u in range(unroll):
             step = (i * unroll + u) * warps  # of the first warp
             x = [x_ref[x_base + (step * x_words + w * sets * lanes_kept * 4)] for w in range(plan.words // 4)]
@@ -149,7 +151,7 @@ def _kernel(
                 start = rows * (ROWS * row_words) + step * step_words
                 words = [read(at * row_words + in_piece + (start + 4 * c)) for c in range(load) for at in row]
                 if scales_ref:
-                    found = _multiply(plan, sets, words, x, zero, interpret).astype(jnp.float32)
+                    found = _multiply(plan, sets, words, x, nothing, interpret).astype(jnp.float32)
                     at = (rows * (turns * unroll * warps) + step) * (64 * sets)
                     sums[r] = sums[r] + found * scales_ref[0][quad + at].astype(jnp.float32)
                 else:
