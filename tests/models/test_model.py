@@ -124,6 +124,31 @@ def test_packed_and_unpacked_agree(layout):
     np.testing.assert_allclose(packed(tokens), expected, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize(("backend", "group"), [("triton-interpret", "row"), ("mosaic-interpret", "row")])
+def test_kernels_of_gpus_write_the_same_tokens(backend, group):
+    """Prefill and decode, with the embedding and the tied head in layout words too."""
+    graph = ternary(tiny_graph(layers=1, tied=True), packed=True, group=group, tied=True)
+    found, wanted = load(graph, backend=backend), load(graph, backend="xla")
+    assert found.backend == backend
+    caches, token = [model.new_cache(1, 8) for model in (found, wanted)], np.array([3])
+    pairs = [model.prefill(tokens_of(1, 3), cache) for model, cache in zip((found, wanted), caches, strict=True)]
+    for _ in range(2):
+        (logits, cache), (expected, wanted_cache) = pairs
+        np.testing.assert_allclose(logits, expected, atol=3e-5 * np.abs(np.asarray(expected)).max())
+        pairs = [found.decode(token, cache), wanted.decode(token, wanted_cache)]
+
+
+def test_a_backend_that_cannot_take_the_model_names_every_reason():
+    graph = ternary(tiny_graph(layers=1), packed=True, layout="tq2_0")
+    with pytest.raises(
+        BadInput, match=r"backend triton-interpret: model.embed_tokens: it multiplies weights packed in(.|\n)*lm_head"
+    ):
+        load(graph, backend="triton-interpret")
+    if jax.default_backend() == "cpu":
+        with pytest.raises(BadInput, match="backend triton: it needs an NVIDIA GPU"):
+            load(tiny_graph(), backend="triton")
+
+
 def test_xla_holds_the_bytes_that_are_stored_and_unpacked_the_weights():
     graph = ternary(tiny_graph(hidden=64), packed=True, group="row")
     stored = sum(ref.type.nbytes for _, ref in graph.weights())
