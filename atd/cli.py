@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional, UseAppendAction
 
-from atd.errors import AtdError, BadInput
+from atd.errors import AtdError, BadInput, RunFailed
 
 DESCRIPTION = """\
 A JAX compiler for the weights of language models: every matrix becomes a sum of N ternary bases, packed, and runs
@@ -305,6 +305,86 @@ def generate(
         f"\n[{len(new)} tokens; the first after {first:.1f} s, compilation included, then {rate:.1f} tokens/s]",
         file=sys.stderr,
     )
+
+
+@app.command
+def bench(
+    model: Annotated[Positional[Path | None], tyro.conf.arg(metavar="MODEL")] = None,
+    *,
+    against: Path | None = None,
+    backend: Backend = "auto",
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    prompt: int = 128,
+    steps: int = 64,
+    repeats: int = 5,
+    one_jit: bool = False,
+    json: Path | None = None,
+    tune: bool = False,
+    minutes: float = 8,
+) -> None:
+    """Speed and memory of a model: time to first token, tokens/s, peak memory. Or tune the kernels for this GPU.
+
+    `atd bench OUT --against SOURCE` puts a converted model beside the one it was made from. Figures are medians; models
+    take turns. `atd bench --tune` measures kernel shapes on this machine's GPU and keeps the fastest for all later runs.
+
+    Args:
+        model: model to measure; not needed with --tune.
+        against: dense model to compare with.
+        backend: xla keeps weights packed in memory, xla-unpacked unpacks them once at load (faster on CPUs), triton keeps them packed and is
+            fast on NVIDIA GPUs. auto: triton on a GPU that has it, xla-unpacked on a CPU.
+        dtype: of dense matrices and the cache; by default bfloat16 on a GPU, float32 on a CPU.
+        prompt: tokens of the prompt.
+        steps: tokens decoded after it, one sequence, greedy.
+        repeats: rounds over the models.
+        one_jit: decode in one compiled loop as well, to see what the calls from the host cost; compiles for a while.
+        json: also write the figures to this file.
+        tune: search for this GPU's fastest kernel settings and write them into the installed package.
+        minutes: with --tune, begin nothing after so long, and say what was left out; run it again with more for the rest.
+    """
+    import json as json_module
+    from dataclasses import asdict
+    from functools import partial
+
+    import jax
+
+    from atd import bench as speed
+    from atd.models.model import load
+    from atd.report import console
+
+    if tune:
+        _tune(minutes)
+        return
+    if model is None:
+        raise BadInput("give a MODEL to measure, or --tune")
+    if json and not json.absolute().parent.is_dir():
+        raise BadInput(f"--json {json}: the folder {json.absolute().parent} does not exist")
+    chosen = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    loaders = {model.name: partial(load, model, backend=backend, dtype=chosen)}
+    if against:
+        name = f"{against.name} (dense)" if against.name in loaders else against.name
+        loaders[name] = partial(load, against, dtype=chosen)
+    with console.status("loading") as status:
+        sizes = {"prompt": prompt, "steps": steps, "repeats": repeats}
+        rows = speed.measure(loaders, **sizes, one_jit=one_jit, say=status.update)
+    print(f"prompt {prompt}, {steps} tokens, {chosen}, {jax.devices()[0].device_kind}, jax {jax.__version__}")
+    print(speed.table(rows, rows[1].model if against else None))
+    if json:
+        json.write_text(json_module.dumps([asdict(row) for row in rows], indent=1) + "\n")
+
+
+def _tune(minutes: float) -> None:
+    from functools import partial
+
+    from atd.kernels import triton, tune
+
+    if reason := triton.device_refuses():
+        raise BadInput(f"--tune: {reason}")
+    try:
+        path, left_out = tune.tune(minutes, partial(print, flush=True))
+    except OSError as error:
+        raise RunFailed(f"the settings cannot be written: {error}") from None
+    rest = f"; left out for want of time (--minutes): {', '.join(left_out)}" if left_out else ""
+    print(f"{path}: written; every later run on this GPU uses it{rest}")
 
 
 @app.command

@@ -1,156 +1,119 @@
-"""Decode and prefill speed of one model: dense, converted and packed in memory, converted and unpacked at load.
+"""Tokens/s, time to first token and peak memory of whole models: packed, against the same in 16 (or 32) bits.
 
-    python benchmarks/decode.py MODEL [--recipe datafree2] [--json FILE] [--tiny]
+    python benchmarks/decode.py MODEL                       converts it first (--recipe), or --converted FOLDER
+    python benchmarks/decode.py --random llama3-8b          random weights in the shapes of Llama-3-8B, made on the device
+    python benchmarks/decode.py --random tiny --tiny        whether it runs, anywhere
 
-Every figure is the median over repeats, and the variants take turns within each repeat, so that a busy machine slows
-all of them alike. Decoding: one sequence, greedy, each token waited for. Dispatch: the share of a decode step in which
-the host, and not the device, was busy making the calls.
+On a CPU also unpacked at load. --random needs jax, numpy and flax; MODEL also what reads checkpoints. How each figure is
+measured: `atd.bench`. Without --dtype dense matrices and the cache are in bfloat16 on a GPU, float32 on a CPU.
 """
 
+import argparse
 import json
+import os
+import sys
 import tempfile
-import time
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from statistics import median
-from typing import Annotated
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import jax
-import numpy as np
-import tyro
-from rich.console import Console
-from rich.table import Table
 
-from atd.convert_adaptive import convert
+from atd import bench
+from atd.errors import AtdError
 from atd.models.model import Model, load
+from atd.models.random_model import SHAPES, random_graph
+
+DENSE = "dense"
 
 
-def prefill_seconds(model: Model, prompt: np.ndarray, length: int):
-    """(seconds of one prefill, cache, the likeliest next token)."""
-    cache = model.new_cache(1, length)
-    jax.block_until_ready(cache.blocks)
-    started = time.perf_counter()
-    logits, cache = model.prefill(prompt, cache)
-    token = jax.block_until_ready(logits.argmax(axis=-1))
-    return time.perf_counter() - started, cache, token
+def variants(source, packed, dtype: str, backend: str, dense: bool) -> dict[str, partial[Model]]:
+    """The smallest first. source, packed: paths or graphs."""
+    models = {f"packed ({backend})": partial(load, packed, backend=backend, dtype=dtype)}
+    if dense:
+        models[DENSE] = partial(load, source, dtype=dtype)
+    if jax.default_backend() == "cpu" and backend != "xla-unpacked":
+        models["unpacked at load"] = partial(load, packed, backend="xla-unpacked", dtype=dtype)
+    return models
 
 
-def decode_seconds(model: Model, token, cache, steps: int) -> tuple[float, float]:
-    """(seconds a token, of which the host spent so many on calls)."""
-    seconds, calls = [], []
-    for _ in range(steps):
-        started = time.perf_counter()
-        logits, cache = model.decode(token, cache)
-        called = time.perf_counter()
-        token = jax.block_until_ready(logits.argmax(axis=-1))
-        seconds.append(time.perf_counter() - started)
-        calls.append(called - started)
-    return median(seconds), median(calls)
-
-
-def measure(models: dict[str, Model], prompt_length: int, steps: int, repeats: int) -> list[dict]:
-    """A row of figures for each model."""
-    prompt = np.random.default_rng(0).integers(0, min(m.vocabulary for m in models.values()), (1, prompt_length))
-    length = prompt_length + steps + 1
-    samples = {name: [] for name in models}
-    for repeat in range(repeats + 1):
-        for name, model in models.items():
-            prefill, cache, token = prefill_seconds(model, prompt, length)
-            decode, calls = decode_seconds(model, token, cache, steps)
-            if repeat:  # the first compiles
-                samples[name].append((prefill, decode, calls))
-    rows = []
-    for name, model in models.items():
-        prefill, decode, calls = (median(values) for values in zip(*samples[name], strict=True))
-        row = {"model": name, "weights_bytes": model.weights_nbytes, "prefill_tokens_per_s": prompt_length / prefill}
-        rows.append(row | {"decode_ms": 1e3 * decode, "decode_tokens_per_s": 1 / decode, "dispatch_ms": 1e3 * calls})
-    for row in rows:
-        for figure in ("prefill_tokens_per_s", "decode_tokens_per_s"):
-            row[f"{figure}_ratio"] = row[figure] / rows[0][figure]
-    return rows
-
-
-def table(rows: list[dict], title: str) -> Table:
-    out = Table(title=title)
-    for column in (
-        "model",
-        "MB",
-        "prefill\ntokens/s",
-        "x dense",
-        "decode\ntokens/s",
-        "x dense",
-        "ms a\ntoken",
-        "dispatch",
-    ):
-        out.add_column(column, justify="left" if column == "model" else "right")
-    for row in rows:
-        out.add_row(
-            row["model"],
-            f"{row['weights_bytes'] / 1e6:.1f}",
-            f"{row['prefill_tokens_per_s']:.0f}",
-            f"{row['prefill_tokens_per_s_ratio']:.2f}",
-            f"{row['decode_tokens_per_s']:.1f}",
-            f"{row['decode_tokens_per_s_ratio']:.2f}",
-            f"{row['decode_ms']:.2f}",
-            f"{row['dispatch_ms'] / row['decode_ms']:.0%}",
-        )
-    return out
-
-
-def main(
-    model: Annotated[Path, tyro.conf.Positional],
-    *,
-    recipe: str = "datafree2",
-    converted: Path | None = None,
-    dtype: str = "float32",
-    prompt: int = 128,
-    steps: int = 64,
-    repeats: int = 5,
-    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
-    tiny: bool = False,
-) -> None:
-    """Decode and prefill tokens/s, dense against converted.
-
-    Args:
-        model: dense Hugging Face folder or .gguf file.
-        recipe: how to convert it.
-        converted: a folder converted before, instead.
-        dtype: of dense matrices in memory: float32, bfloat16 or float16.
-        prompt: tokens of the prompt.
-        steps: tokens decoded after it.
-        repeats: measured rounds over all variants.
-        json_file: write the figures there as well.
-        tiny: a quick look whether it runs: 16 tokens, 8 steps, one round.
-    """
-    console = Console()
-    if tiny:
-        prompt, steps, repeats = 16, 8, 1
-    with tempfile.TemporaryDirectory() as scratch:
-        if converted is None:
-            converted = Path(scratch) / "converted"
-            with console.status(f"converting {model} by recipe {recipe}"):
-                convert(model, converted, recipe)
-        with console.status("loading"):
-            models = {
-                "dense": load(model, dtype=dtype),
-                "xla (packed)": load(converted, backend="xla", dtype=dtype),
-                "xla-unpacked": load(converted, backend="xla-unpacked", dtype=dtype),
-            }
-        with console.status("measuring"):
-            rows = measure(models, prompt, steps, repeats)
-    device = jax.devices()[0]
-    console.print(
-        table(rows, f"{model.name}, prompt {prompt}, {steps} tokens, {device.device_kind}, jax {jax.__version__}")
+def parse() -> argparse.Namespace:
+    out = os.environ.get("OUT")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, nargs="?", help="dense Hugging Face folder or .gguf file")
+    parser.add_argument("--random", choices=list(SHAPES), help="instead of a model: random weights in these shapes")
+    parser.add_argument("--bases", type=int, default=2, help="N of --random, tied, a scale a row (2)")
+    parser.add_argument("--recipe", default="datafree2", help="how to convert MODEL (datafree2)")
+    parser.add_argument("--converted", type=Path, help="a folder converted before, instead")
+    parser.add_argument("--backend", help="of the packed model (triton on a GPU, xla on a CPU)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of dense matrices and the cache")
+    parser.add_argument("--no-dense", action="store_true", help="the packed model alone, where the other has no room")
+    parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt (128)")
+    parser.add_argument("--steps", type=int, default=64, help="tokens decoded after it (64)")
+    parser.add_argument("--repeats", type=int, default=5, help="measured rounds over all models (5)")
+    parser.add_argument("--one-jit", action=argparse.BooleanOptionalAction, default=None,
+                        help="the steps compiled as one as well, without the host (on a GPU yes)")  # fmt: skip
+    parser.add_argument(
+        "--json", type=Path, default=Path(out) / "decode.json" if out else None, help="($OUT/decode.json)"
     )
-    if json_file:
-        json_file.write_text(
+    parser.add_argument("--tiny", action="store_true", help="16 tokens, 8 steps, one round")
+    options = parser.parse_args()
+    if (options.model is None) == (options.random is None):
+        parser.error("give a MODEL or --random")
+    on_cpu = jax.default_backend() == "cpu"
+    options.backend = options.backend or ("xla" if on_cpu else "triton")
+    options.dtype = options.dtype or ("float32" if on_cpu else "bfloat16")
+    options.one_jit = not on_cpu if options.one_jit is None else options.one_jit
+    if options.tiny:
+        options.prompt, options.steps, options.repeats = 16, 8, 1
+    return options
+
+
+def run(options: argparse.Namespace) -> list[bench.Speed]:
+    def measured(source, packed) -> list[bench.Speed]:
+        models = variants(source, packed, options.dtype, options.backend, not options.no_dense)
+        say = partial(print, file=sys.stderr, flush=True)
+        sizes = {"prompt": options.prompt, "steps": options.steps, "repeats": options.repeats}
+        return bench.measure(models, **sizes, one_jit=options.one_jit, say=say)
+
+    if options.random:
+        shape = SHAPES[options.random]
+        return measured(random_graph(shape), random_graph(shape, options.bases))
+    if options.converted:
+        return measured(options.model, options.converted)
+    from atd.convert_adaptive import convert  # needs more packages than measuring does
+
+    with tempfile.TemporaryDirectory() as scratch:
+        converted = Path(scratch) / "converted"
+        print(f"converting {options.model} by recipe {options.recipe}", file=sys.stderr)
+        convert(options.model, converted, options.recipe)
+        return measured(options.model, converted)
+
+
+def main() -> None:
+    options = parse()
+    try:
+        rows = run(options)
+    except AtdError as error:
+        sys.exit(f"error: {error}")
+    device, name = jax.devices()[0].device_kind, options.random or options.model.name
+    sizes = f"prompt {options.prompt}, {options.steps} tokens, median of {options.repeats}"
+    print(f"{name}, {sizes}, {options.dtype}, {device}, jax {jax.__version__}")
+    print(bench.table(rows, DENSE))
+    if options.json:
+        options.json.write_text(
             json.dumps(
                 {
-                    "source": str(model),
-                    "dtype": dtype,
-                    "prompt": prompt,
-                    "steps": steps,
-                    "repeats": repeats,
-                    "rows": rows,
+                    "source": options.random or str(options.model),
+                    "device": device,
+                    "jax": jax.__version__,
+                    "dtype": options.dtype,
+                    "prompt": options.prompt,
+                    "steps": options.steps,
+                    "repeats": options.repeats,
+                    "rows": [asdict(row) for row in rows],
                 },
                 indent=1,
             )
@@ -159,4 +122,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    main()

@@ -11,11 +11,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def run(name: str, *arguments) -> None:
+def run(name: str, *arguments, code: int = 0) -> str:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, str(ROOT / "benchmarks" / name), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == code, done.stderr
+    return done.stdout + done.stderr
 
 
 def test_decompose(tmp_path):
@@ -32,7 +33,34 @@ def test_convert(tmp_path):
 
 def test_decode(stories260k, tmp_path):
     run("decode.py", stories260k, "--tiny", "--json", tmp_path / "f.json")
-    assert json.loads((tmp_path / "f.json").read_text())
+    packed, dense, unpacked = json.loads((tmp_path / "f.json").read_text())["rows"]
+    assert packed["weights_bytes"] < dense["weights_bytes"] == unpacked["weights_bytes"]
+    assert dense["first_token_seconds"] > 0
+
+
+def test_decode_of_random_weights_and_in_one_jit(tmp_path):
+    arguments = ("--random", "tiny", "--tiny", "--one-jit", "--no-dense", "--backend", "xla-unpacked")
+    out = run("decode.py", *arguments, "--json", tmp_path / "f.json")
+    assert "tiny, prompt 16, 8 tokens, median of 1, float32, cpu" in out
+    figures = json.loads((tmp_path / "f.json").read_text())
+    assert all(row["one_jit_tokens_per_second"] > 0 and row["peak_bytes"] is None for row in figures["rows"])
+
+
+def test_matmul(tmp_path):
+    out = run("matmul.py", "--tiny", "--json", tmp_path / "f.json")
+    figures = json.loads((tmp_path / "f.json").read_text())
+    assert [(row["tokens"], row["way"]) for row in figures["rows"]] == [(1, "gemv"), (6, "gemm"), (300, "decode")]
+    assert all(row["error"] < 1e-2 and row["bytes_per_second"] > 0 for row in figures["rows"])
+    assert not figures["failures"]
+    assert "tiny n=2 g=row tied f16[80,200]" in out
+
+
+def test_matmul_says_what_it_leaves_out_and_refuses_what_does_not_run(tmp_path):
+    assert "left out for want of time (--minutes): tiny N=3" in run(
+        "matmul.py", "--tiny", "--bases", 3, "--minutes", -1, "--json", tmp_path / "f.json"
+    )
+    assert "--tune: it needs an NVIDIA GPU" in run("matmul.py", "--tune", code=2)
+    assert "the kernels do not run here" in run("matmul.py", code=2)
 
 
 def test_quality(stories260k, shared_data, tmp_path):

@@ -14,6 +14,7 @@ import pytest
 from atd import cli, report
 
 ROOT = Path(__file__).parents[1]
+COMMANDS = ["demo", "convert", "eval", "sweep", "generate", "bench", "inspect", "verify", "export", "experiment"]
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +40,11 @@ def test_help_teaches_without_importing_jax():
     code = "import sys; sys.argv = ['atd', '--help']\nimport atd.cli\ntry: atd.cli.main()\nexcept SystemExit: print('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.splitlines()[-1] == "False"
-    for command in ("demo", "convert", "eval", "generate", "inspect", "verify", "export", "experiment", "sweep"):
+    for command in COMMANDS:
         assert command in done.stdout
 
 
-@pytest.mark.parametrize(
-    "command", ["demo", "convert", "eval", "generate", "inspect", "verify", "export", "experiment", "sweep"]
-)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_has_a_help_text(atd, command):
     code, out, _ = atd(command, "--help")
     assert code == 0

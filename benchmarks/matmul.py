@@ -1,0 +1,249 @@
+"""Packed matrices against bf16, matrix by matrix, on this machine's GPU: microseconds, times bf16, bandwidth.
+
+    python benchmarks/matmul.py                     the matrices of Llama-3-8B and SmolLM2-135M, N = 2, 1, 3, up to 8 minutes
+    python benchmarks/matmul.py --tune              no table: search for this GPU's settings, written to kernels/tuned/
+    python benchmarks/matmul.py --tiny              whether it runs, on any machine, in seconds
+
+It needs jax and numpy alone. bf16 is `jnp.dot` in the same run, on whatever XLA takes for it (cuBLAS or its own). Both
+sides are timed as `atd.kernels.timing` says: weights out of memory and not out of the L2, without the host, everything
+counted that a multiplication does (its activations are prepared anew each time). The first of each matrix, N and way of
+computing is compared with XLA first. GB/s are of the packed bytes, scales and padding included; `of copy` is that over
+the bandwidth of copying 1 GB, bytes read and written, measured here as well.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from atd.kernels import matmul as kernels
+from atd.kernels import timing, triton, tune, tuning, xla
+from atd.kernels.timing import TINY, Effort, Stack
+from atd.weights import DenseType, TernaryType, Weight
+
+LLAMA = {
+    "llama3-8b qkv": (6144, 4096),
+    "llama3-8b o": (4096, 4096),
+    "llama3-8b gate_up": (28672, 4096),
+    "llama3-8b gate": (14336, 4096),
+    "llama3-8b down": (4096, 14336),
+    "llama3-8b k": (1024, 4096),
+}
+HEAD = {"llama3-8b head": (128256, 4096)}
+SMOLLM2 = {
+    "smollm2 qkv": (960, 576),
+    "smollm2 o": (576, 576),
+    "smollm2 gate_up": (3072, 576),
+    "smollm2 gate": (1536, 576),
+    "smollm2 down": (576, 1536),
+    "smollm2 k": (192, 576),
+}
+TINY_MATRICES = {"tiny": (80, 200)}
+TOKENS = (1, 2, 4, 8, 16, 64, 256, 2048)
+TINY_TOKENS = (1, 6, 300)  # one of each way
+TINY_BASES = (2,)
+BASES = (2, 1, 3)  # what matters most comes first, if time should run out
+CHECKED = 1e-2  # largest root mean square error over that of the result: bf16 activations, weights and results
+
+
+@dataclass(frozen=True)
+class Row:
+    """A figure. type: a weight type's text."""
+
+    matrix: str
+    type: str
+    tokens: int
+    way: str  # gemv, gemm or decode for triton, else the backend's name
+    microseconds: float
+    bf16_microseconds: float
+    over_bf16: float
+    bytes_per_second: float
+    of_copy: float
+    error: float | None  # of the first of its kind, against XLA
+
+
+def product(x: jax.Array, weight: Any) -> jax.Array:
+    """bf16 [M, in] times bf16 [out, in] -> bf16."""
+    return jnp.dot(x, weight.array.T)
+
+
+def way(backend: str, type: TernaryType, tokens: int, activations: str) -> str:
+    if not backend.startswith("triton"):
+        return backend
+    return triton.path(tuning.settings(jax.devices()[0].device_kind, type, tokens, activations), type, tokens)
+
+
+def error_of(multiply: timing.Multiply, x: jax.Array, weight: Weight) -> jax.Array:
+    """Root mean square of the difference from XLA over that of XLA's result."""
+    wanted = xla.matmul(x.astype(jnp.float32), weight)
+    return jnp.sqrt(jnp.mean((multiply(x, weight).astype(jnp.float32) - wanted) ** 2) / jnp.mean(wanted**2))
+
+
+def measure(
+    multiply: timing.Multiply, xs: dict[int, jax.Array], matrices: Stack, effort: Effort, checks: dict[int, jax.Array]
+) -> tuple[dict[int, float], dict[int, Any]]:
+    """(seconds by tokens, errors by the tokens of `checks`); a text in the place of what failed."""
+    # The self-test runs once, while there are no threads yet.
+    jax.eval_shape(multiply, next(iter(xs.values())), matrices.weights[0])
+    chains = {tokens: timing.chain(multiply, x, matrices, effort) for tokens, x in xs.items()}
+    check = jax.jit(partial(error_of, multiply))
+    lowerings = [partial(check.lower, x, matrices.weights[0]) for x in checks.values()]
+    compiled = timing.compile_all([*lowerings, *(chain.lower for chain in chains.values())])
+    times, errors = {}, {}
+    for (tokens, x), program in zip(checks.items(), compiled, strict=False):
+        errors[tokens] = attempt(program, lambda p, x=x: float(p(x, matrices.weights[0])))
+    for (tokens, chain), program in zip(chains.items(), compiled[len(checks) :], strict=True):
+        x, trips = xs[tokens], chain.trips
+        times[tokens] = attempt(program, lambda p, x=x, trips=trips: timing.seconds(p, trips, x, matrices, effort))
+    return times, errors
+
+
+def attempt(program: Any, use: Any) -> Any:
+    """use(program), or the message of what went wrong in compiling or running it: one failure must not end the run."""
+    if isinstance(program, Exception):
+        return f"does not compile: {str(program).splitlines()[0]}"
+    try:
+        return use(program)
+    except Exception as error:
+        return f"does not run: {str(error).splitlines()[0]}"
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """All figures that the time allows."""
+    effort = TINY if options.tiny else Effort()
+    matrices = TINY_MATRICES if options.tiny else LLAMA | SMOLLM2 | (HEAD if options.head else {})
+    all_tokens = TINY_TOKENS if options.tiny else TOKENS
+    deadline = time.monotonic() + 60 * options.minutes
+    bandwidth = timing.copy_bytes_per_second(1 << 20 if options.tiny else timing.COPY_BYTES)
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: copies {bandwidth / 1e9:.0f} GB/s", flush=True)
+    multiply = partial(kernels.matmul, backend=options.backend)
+    dense: dict[str, dict[int, Any]] = {}
+    rows, failures, left_out = [], [], []
+    for bases in options.bases or (TINY_BASES if options.tiny else BASES):
+        for name, shape in matrices.items():
+            type = TernaryType(shape, bases, options.group, not options.free, "f16")
+            if time.monotonic() > deadline:
+                left_out.append(f"{name} N={bases}")
+                continue
+            started = time.monotonic()
+            dtype = jnp.dtype(options.activations)
+            random = np.random.default_rng(0).standard_normal((max(all_tokens), shape[1]), np.float32)
+            xs = {tokens: jnp.asarray(random[:tokens], dtype) for tokens in all_tokens}
+            if name not in dense:
+                in_bf16 = {tokens: x.astype(jnp.bfloat16) for tokens, x in xs.items()}
+                held = timing.stack(DenseType(shape, "bf16"), effort)
+                dense[name], _ = measure(product, in_bf16, held, effort, {})
+            held = timing.stack(type, effort)
+            ways = {tokens: way(options.backend, type, tokens, options.activations) for tokens in xs}
+            checks = {min(m for m in xs if ways[m] == kind): kind for kind in ways.values()}  # the first of each way
+            try:
+                times, errors = measure(multiply, xs, held, effort, {tokens: xs[tokens] for tokens in sorted(checks)})
+            except (ValueError, RuntimeError) as error:  # refused, or the self-test found wrong results
+                failures.append(f"{name} N={bases}: {error}")
+                continue
+            for tokens in xs:
+                took, of_dense, error = times[tokens], dense[name][tokens], errors.get(tokens)
+                here = f"{name} {held.weights[0].type}, {tokens} tokens ({ways[tokens]})"
+                failures += [f"{here}: {text}" for text in (took, of_dense, error) if isinstance(text, str)]
+                if isinstance(error, float) and not error <= CHECKED:  # NaN as well
+                    failures.append(f"{here}: WRONG, off by {error:.1e} of XLA's result")
+                elif isinstance(took, float) and isinstance(of_dense, float):
+                    rate = held.weights[0].type.nbytes / max(took, 1e-9)
+                    figures = (1e6 * took, 1e6 * of_dense, of_dense / max(took, 1e-9), rate, rate / bandwidth)
+                    known = error if isinstance(error, float) else None
+                    rows.append(Row(name, str(held.weights[0].type), tokens, ways[tokens], *figures, known))
+            print(f"  {name} N={bases}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+    return {
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "backend": options.backend,
+        "activations": options.activations,
+        "copy_bytes_per_second": bandwidth,
+        "rows": [asdict(row) for row in rows],
+        "failures": failures,
+        "left_out": left_out,
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """A row for each matrix and N; for each number of tokens, microseconds and how many times as fast as bf16."""
+    rows = [Row(**row) for row in results["rows"]]
+    if not rows:
+        return "no figures"
+    all_tokens = sorted({row.tokens for row in rows})
+    by_kind: dict[tuple[str, str], dict[int, Row]] = {}
+    for row in rows:
+        by_kind.setdefault((row.matrix, row.type), {})[row.tokens] = row
+    header = ["us (x bf16), weights", "GB/s", "of copy", *(f"M={tokens}" for tokens in all_tokens)]
+    lines = []
+    for (matrix, type), found in by_kind.items():
+        first = found[min(found)]
+        cells = [f"{found[m].microseconds:.1f} ({found[m].over_bf16:.2f})" if m in found else "-" for m in all_tokens]
+        short = type.removeprefix("packed ").replace(" layout=words/1", "")
+        lines.append([f"{matrix} {short}", f"{first.bytes_per_second / 1e9:.0f}", f"{first.of_copy:.2f}", *cells])
+    return timing.columns(header, lines)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    out = os.environ.get("OUT")
+    tuned = Path(out) if out else None
+    parser.add_argument("--bases", type=int, nargs="+", help="N, in this order (2 1 3)")
+    parser.add_argument("--free", action="store_true", help="a scale a base instead of tied ones")
+    parser.add_argument("--group", type=group, default="row", help="inputs that share a scale: row or a number (row)")
+    parser.add_argument("--activations", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--backend", help="of atd.kernels.matmul (triton on a GPU, triton-interpret elsewhere)")
+    parser.add_argument("--head", action="store_true", help="Llama-3-8B's head as well")
+    parser.add_argument("--minutes", type=float, default=8, help="begin nothing after so long (8)")
+    parser.add_argument("--json", type=Path, default=tuned and tuned / "matmul.json", help="file ($OUT/matmul.json)")
+    parser.add_argument("--tiny", action="store_true", help="a small matrix, timed without care")
+    parser.add_argument("--tune", action="store_true", help="search for this GPU's settings instead")
+    parser.add_argument("--copy", type=Path, default=tuned, help="folder for a copy of what --tune writes ($OUT)")
+    options = parser.parse_args()
+    options.backend = options.backend or ("triton-interpret" if triton.device_refuses() else "triton")
+    return options
+
+
+def group(text: str) -> str | int:
+    return text if text in ("row", "tensor") else int(text)
+
+
+def main() -> int:
+    """The exit code: 1 where anything failed or was wrong."""
+    options = parse()
+    if options.tune:
+        if reason := triton.device_refuses():
+            print(f"--tune: {reason}", file=sys.stderr)
+            return 2
+        path, left_out = tune.tune(minutes=options.minutes, say=partial(print, flush=True))
+        print(f"{path}: written" + (f"; for want of time without {', '.join(left_out)}" if left_out else ""))
+        if options.copy:
+            (options.copy / path.name).write_text(path.read_text())
+        return 0
+    if options.backend == "triton-interpret" and not options.tiny:
+        print(f"the kernels do not run here ({triton.device_refuses()}); see --tiny, or --backend xla", file=sys.stderr)
+        return 2
+    results = run(options)
+    print(table(results))
+    for failure in results["failures"]:
+        print(f"FAILED  {failure}")
+    if results["left_out"]:
+        print(f"left out for want of time (--minutes): {', '.join(results['left_out'])}")
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    return 1 if results["failures"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
