@@ -6,6 +6,7 @@ error.
 """
 
 # Heavy imports stay inside the commands, so that `atd --help` answers at once.
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -472,6 +473,9 @@ def experiment(
 
 def main(prefix: tuple[str, ...] = ()) -> None:
     """Entry point. `prefix` puts words in front of the arguments (`python -m atd.convert_adaptive` is `atd convert`)."""
+    # Before numpy is read: BLAS's threads wait for one another spinning, and XLA's threads, which do the large products,
+    # have the cores. On two busy cores the factorisation of a 576 x 576 matrix took 240 ms of CPU time so, and 8 by one.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     arguments = [*prefix, *(a for a in sys.argv[1:] if a != "--debug")]
     debug = "--debug" in sys.argv[1:]
     try:
