@@ -2,6 +2,8 @@
 are theirs only in part, and the self-test. No backend is imported here, and none imports another.
 """
 
+import functools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -102,8 +104,13 @@ def by_prefixes(
         coefficients, largest = prefixes.fold(plan, x[start : start + most], plan.steps(words.shape[1]))
         found = products(coefficients)
         results.append(prefixes.join(plan, found, coefficients.shape[0], largest))  # [M, sums, out]
-    sums = jnp.concatenate(results)
-    return jnp.einsum("mfo,of->mo", sums, scales[:, 0].astype(jnp.float32), precision=lax.Precision.HIGHEST)
+    return scaled(jnp.concatenate(results), scales)
+
+
+def scaled(sums: jax.Array, scales: jax.Array) -> jax.Array:
+    """sums float32 [M, sums, out] by scales [rows or 1, 1, sums] -> [M, out]. Products and sums that XLA fuses into what follows."""
+    wide = scales[:, 0].astype(jnp.float32)  # [rows, sums]
+    return functools.reduce(operator.add, [sums[:, f] * wide[:, f] for f in range(sums.shape[1])])
 
 
 def decode_once(x: jax.Array, weight: Packed) -> jax.Array:

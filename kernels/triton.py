@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atd.kernels import packed, prefixes, triton_gemm, triton_gemv, tuning
+from atd.kernels import packed, prefixes, triton_fold, triton_gemm, triton_gemv, tuning
 from atd.kernels.packed import device_kind, prepare
 from atd.kernels.tuning import Settings
 from atd.layout import LAYOUTS
@@ -88,33 +88,35 @@ def gemv_name(type: TernaryType, tokens: int) -> str:
 
 def gemv(x, words, scales, type: TernaryType, settings: Settings, interpret: bool) -> jax.Array:
     """x [M, in] times the matrix by `triton_gemv` -> float32 [M, out], as many tokens at a time as have columns."""
-    plan = prefixes.plan(type.bases, type.tied)
-    shape = {
-        "warps": settings.warps,
-        "row_blocks": settings.row_blocks,
-        "unroll": settings.unroll,
-        "interpret": interpret,
-    }
-
-    def products(coefficients: jax.Array) -> jax.Array:
-        return triton_gemv.products(plan, coefficients, words, **shape)
-
-    if type.scales_shape[1] == 1:
-        return packed.by_prefixes(x, words, scales, type, products, triton_gemv.MAX_COLUMNS)
-    steps = plan.steps(words.shape[1])
-    first, slots = prefixes.slots_of(plan, steps, type.group_size)
-    groups = np.minimum(
-        first[:, None] + np.arange(slots), scales.shape[1] - 1
-    )  # [steps, slots]; beyond the last: times 0
-    each = scales[:, groups].swapaxes(2, 3).reshape(scales.shape[0], steps, -1)  # [rows, steps, sums x slots]
-    results, most = [], triton_gemv.MAX_COLUMNS // _columns(type)
+    plan, grouped = prefixes.plan(type.bases, type.tied), type.scales_shape[1] > 1
+    steps, most = plan.steps(words.shape[1]), triton_gemv.MAX_COLUMNS // _columns(type)
+    group_size = type.group_size if grouped else None
+    shape = {"warps": settings.warps, "unroll": settings.unroll}
+    results = []
     for start in range(0, x.shape[0], most):
-        coefficients, largest = prefixes.fold(plan, x[start : start + most], steps, type.group_size)
-        tokens = coefficients.shape[0]
-        found = triton_gemv.products(plan, coefficients, words, scales=jnp.tile(each, (1, 1, tokens)), **shape)
-        value = np.array([1, 256, 65536, 0], np.float32)[:, None] * found.reshape(tokens, -1, 4, found.shape[1])
-        results.append(value.sum(axis=(1, 2)) * (1 / plan.limit) * largest[:, None])
-    return jnp.concatenate(results)
+        part = x[start : start + most]
+        tokens, columns = part.shape[0], _columns(type) * part.shape[0]
+        kept = triton_gemv.kept(columns)
+        folded, largest = triton_fold.fold(
+            plan, part, triton_gemv.padded(steps, **shape), kept, group_size, interpret=interpret
+        )
+        each = jnp.tile(_scales_of_steps(scales, plan, steps, type.group_size), (1, 1, tokens)) if grouped else None
+        found = triton_gemv.products(
+            plan, folded, words, columns, **shape, row_blocks=settings.row_blocks, scales=each, interpret=interpret
+        )
+        if grouped:
+            value = np.array([1, 256, 65536, 0], np.float32)[:, None] * found.reshape(tokens, -1, 4, found.shape[1])
+            results.append(value.sum(axis=(1, 2)) * (1 / plan.limit) * largest[:, None])
+        else:
+            results.append(packed.scaled(prefixes.join(plan, found, tokens, largest), scales))
+    return jnp.concatenate(results) if len(results) > 1 else results[0]
+
+
+def _scales_of_steps(scales: jax.Array, plan: prefixes.Plan, steps: int, group_size: int) -> jax.Array:
+    """scales [rows, groups, sums] -> [rows, steps, sums x slots]: those of the groups that each step touches."""
+    first, slots = prefixes.slots_of(plan, steps, group_size)
+    groups = np.minimum(first[:, None] + np.arange(slots), scales.shape[1] - 1)  # beyond the last: times 0
+    return scales[:, groups].swapaxes(2, 3).reshape(scales.shape[0], steps, -1)
 
 
 @cache

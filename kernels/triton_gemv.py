@@ -1,6 +1,6 @@
 """Few tokens times a packed matrix: int8 tensor cores on prefixes, in Pallas for Triton.
 
-    products[c, o] = sum_k X[c, k] prefix[o, k]          int32, exact; c a column of `prefixes.fragments`
+    products[c, o] = sum_k X[c, k] prefix[o, k]          int32, exact; c a column of `triton_fold.fold`
 
 A block of threads computes 16 R rows. Its warps take turns at the steps of a row (64 bytes of each row, 192 for N = 3);
 in a step, thread 4 g + t of a warp takes piece t of rows g and g + 8, decodes it (two operations a word, a multiply-add a
@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from atd.kernels.prefixes import Plan, fragments, multiplier
+from atd.kernels.prefixes import Plan, multiplier
 
 with warnings.catch_warnings():
     warnings.simplefilter(
@@ -41,8 +41,9 @@ MAX_COLUMNS = 16  # two of its results a thread
 
 def products(
     plan: Plan,
-    coefficients: jax.Array,
+    x: jax.Array,
     codes: jax.Array,
+    columns: int,
     *,
     warps: int,
     row_blocks: int = 1,
@@ -52,30 +53,22 @@ def products(
 ) -> jax.Array:
     """int32 [columns, out]: each byte of each coefficient against the prefixes of all rows.
 
-    coefficients: of `prefixes.fold`, [M, sums, steps, 4, words, 4], M so few that they have at most MAX_COLUMNS columns.
-    codes uint32 [out, row words]: the rows as they are stored, whole 16 bytes each. warps: of a block; a power of two.
-    row_blocks: R, groups of 16 rows that share a thread's activations; a power of two. unroll: steps of a warp in a turn of
-    the loop. scales: [rows or 1, steps, M x sums], of each sum in each step: results are float32 then, four columns a sum.
+    x: of `triton_fold.fold`, for `padded(steps, warps, unroll)` steps and `kept(columns)` columns; columns: those that count,
+    at most MAX_COLUMNS. codes uint32 [out, row words]: the rows as they are stored, whole 16 bytes each. warps: of a block; a
+    power of two. row_blocks: R, groups of 16 rows that share a thread's activations; a power of two. unroll: steps of a warp
+    in a turn of the loop. scales: [rows or 1, steps, columns / 4], of four columns in each step: results are float32 then.
     """
-    tokens, sums, steps = coefficients.shape[:3]
-    columns_a_sum = 3 if scales is None else 4
-    wanted = columns_a_sum * sums * tokens
-    kept = _kept(wanted)
-    sets = max(1, kept // 8)  # of 8 columns: results of 4 registers each
-    turns = -(-steps // (warps * unroll))
-    padding = turns * warps * unroll - steps
-    x = fragments(coefficients, kept, columns_a_sum)  # [steps, words, columns, 4]
-    x = jnp.pad(x, ((0, padding), (0, 0), (0, 0), (0, 0)))
-    # Four prefix words of one column and thread side by side; sets apart.
-    x = x.reshape(-1, plan.words // 4, 4, sets, min(kept, 8), 4).transpose(0, 1, 3, 4, 5, 2).reshape(-1)
+    sets = max(1, kept(columns) // 8)  # of 8 columns: results of 4 registers each
+    steps = plan.steps(codes.shape[1])
+    turns = padded(steps, warps, unroll) // (warps * unroll)
     out, row_words = codes.shape
     blocks = -(-out // (ROWS * row_blocks))
     operands = [x, codes.reshape(-1)]
     if scales is not None:
-        operands.append(_by_register(scales, out, blocks * row_blocks, padding, 2 * sets))
+        operands.append(_by_register(scales, out, blocks * row_blocks, padded(steps, warps, unroll), 2 * sets))
     kernel = functools.partial(
         _kernel, plan=plan, turns=turns, warps=warps, row_blocks=row_blocks, unroll=unroll, sets=sets,
-        lanes_kept=min(kept, 8) * 4, row_words=row_words, total=out * row_words, interpret=interpret,
+        lanes_kept=min(kept(columns), 8) * 4, row_words=row_words, total=out * row_words, interpret=interpret,
     )  # fmt: skip
     found = pl.pallas_call(
         kernel,
@@ -85,27 +78,32 @@ def products(
         grid=(blocks,),
         compiler_params=plt.CompilerParams(num_warps=warps, num_stages=1),
         interpret=interpret,
-        name=name(plan, wanted),
+        name=name(plan, columns),
     )(*operands)
     # register e of thread (g, t) of a set: row g + 8 (e >> 1), column 2 t + (e & 1)
     found = found.reshape(blocks * row_blocks, sets, 8, 4, 2, 2).transpose(1, 3, 5, 0, 4, 2)
-    return found.reshape(sets * 8, -1)[:wanted, :out]  # [columns, rows]
+    return found.reshape(sets * 8, -1)[:columns, :out]  # [columns, rows]
 
 
-def _kept(columns: int) -> int:
+def padded(steps: int, warps: int, unroll: int) -> int:
+    """Steps that the warps of a block take together, the last turn of its loop full."""
+    return -(-steps // (warps * unroll)) * warps * unroll
+
+
+def kept(columns: int) -> int:
     """Columns in memory: up to 4 are loaded once and multiplied twice."""
     return 4 if columns <= 4 else 8 if columns <= 8 else 16
 
 
 def name(plan: Plan, columns: int) -> str:
     """The kernel's, for so many columns that are used."""
-    return f"ternary_gemv_n{plan.bases}{'tied' if plan.tied else 'free'}_c{_kept(columns)}"
+    return f"ternary_gemv_n{plan.bases}{'tied' if plan.tied else 'free'}_c{kept(columns)}"
 
 
-def _by_register(scales: jax.Array, out: int, row_groups: int, padding: int, quads: int) -> jax.Array:
+def _by_register(scales: jax.Array, out: int, row_groups: int, steps: int, quads: int) -> jax.Array:
     """scales [rows or 1, steps, quads used] -> [groups of 16 rows, steps, quads, g, register], flat: a quad is 4 columns."""
     rows = jnp.broadcast_to(scales, (out, *scales.shape[1:]))
-    rows = jnp.pad(rows, ((0, row_groups * ROWS - out), (0, padding), (0, quads - scales.shape[2])))
+    rows = jnp.pad(rows, ((0, row_groups * ROWS - out), (0, steps - scales.shape[1]), (0, quads - scales.shape[2])))
     rows = rows.reshape(row_groups, 2, 8, -1, quads).transpose(0, 3, 4, 2, 1)  # [groups, steps, quads, g, row half]
     return jnp.repeat(rows, 2, axis=-1).reshape(-1)
 

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from atd.kernels import prefixes, triton_gemm, triton_gemv
+from atd.kernels import prefixes, triton, triton_fold, triton_gemm, triton_gemv
 from atd.kernels.triton_gemm import Tiles
+from atd.kernels.tuning import Settings
 from atd.layout import LAYOUTS
 from atd.weights import TernaryType
 from tests.kernels import aot
@@ -23,13 +24,16 @@ def compiled_gemv(
     device: str, bases: int, tied: bool, tokens: int = 1, row_blocks: int = 1
 ) -> tuple[aot.Compiled, int]:
     """(machine code, weights that a thread multiplies in a turn of the loop)."""
-    plan = prefixes.plan(bases, tied)
-    words = LAYOUTS["words"].codes_shape(OUT, INPUTS, bases)[1]
-    coefficients = (tokens, plan.sums, plan.steps(words), 4, plan.words, 4)
-    function = partial(triton_gemv.products, plan, warps=4, row_blocks=row_blocks)
-    shapes = jax.ShapeDtypeStruct(coefficients, jnp.int32), jax.ShapeDtypeStruct((OUT, words), jnp.uint32)
-    name = triton_gemv.name(plan, 3 * plan.sums * tokens)
-    return aot.compile_for(device, function, *shapes, kernel=name), 2 * row_blocks * plan.piece_params
+    type = TernaryType((OUT, INPUTS), bases, "row", tied, "f16")
+    function = partial(triton.gemv, type=type, settings=Settings(warps=4, row_blocks=row_blocks), interpret=False)
+    shape = jax.ShapeDtypeStruct
+    operands = (
+        shape((tokens, INPUTS), jnp.bfloat16),
+        shape(LAYOUTS["words"].codes_shape(OUT, INPUTS, bases), jnp.uint32),
+        shape(type.scales_shape, jnp.float16),
+    )
+    compiled = aot.compile_for(device, function, *operands, kernel=triton.gemv_name(type, tokens))
+    return compiled, 2 * row_blocks * prefixes.plan(bases, tied).piece_params
 
 
 @pytest.mark.parametrize(
@@ -66,4 +70,13 @@ def test_tiles_do_not_spill(device, group, tied):
         jax.ShapeDtypeStruct(type.scales_shape, jnp.float16),
         kernel="ternary_gemm_n2",
     )
+    assert compiled.spill_bytes == 0
+
+
+@pytest.mark.parametrize(("bases", "tied", "group"), [(2, True, None), (3, False, None), (2, False, 128)])
+def test_folding_does_not_spill(bases, tied, group):
+    plan = prefixes.plan(bases, tied)
+    function = partial(triton_fold.fold, plan, steps=32, kept=triton_gemv.kept(4 * plan.sums), group_size=group)
+    x = jax.ShapeDtypeStruct((1, INPUTS), jnp.float32)
+    compiled = aot.compile_for("H200", function, x, kernel=f"ternary_fold_n{bases}{'tied' if tied else 'free'}")
     assert compiled.spill_bytes == 0

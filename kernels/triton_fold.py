@@ -1,0 +1,111 @@
+"""Activations folded, rounded and cut into bytes for `triton_gemv`, in one Pallas kernel: `prefixes.fold` and `fragments` are
+three of XLA's, and for a token a launch costs as much as the arithmetic of a layer.
+
+Every block looks for the largest |x| of each token itself (a few kB, out of the cache), then makes its share of the words.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from atd.kernels.prefixes import THREADS_A_ROW, Plan, slots_of
+from atd.kernels.triton_gemv import plt
+
+SIZE = 1024  # words of a block
+WARPS = 4
+
+
+def fold(
+    plan: Plan, x: jax.Array, steps: int, kept: int, group_size: int | None = None, *, interpret: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """x [M, in] -> (uint32 words in the order of `triton_gemv.products`, largest |x| float32 [M]), as `prefixes.fold` has it.
+
+    The order: steps, prefix words / 4, sets of 8 columns, columns, 4 threads, 4 prefix words. Columns: (token, sum, byte 0
+    to 2), or with a group_size (token, sum, slot, byte 0 to 3), byte 3 being 0; kept of them, the last of which may be 0.
+    """
+    tokens, inputs = x.shape
+    slots = 1 if group_size is None else slots_of(plan, steps, group_size)[1]
+    words = steps * plan.words * kept * THREADS_A_ROW
+    kernel = functools.partial(
+        _kernel, plan=plan, tokens=tokens, inputs=inputs, columns=min(kept, 8), sets=max(1, kept // 8), slots=slots,
+        group_size=group_size,
+    )  # fmt: skip
+    folded, largest = pl.pallas_call(
+        kernel,
+        out_shape=(jax.ShapeDtypeStruct((words,), jnp.uint32), jax.ShapeDtypeStruct((tokens,), jnp.float32)),
+        grid=(-(-words // SIZE),),
+        compiler_params=plt.CompilerParams(num_warps=WARPS, num_stages=1),
+        interpret=interpret,
+        name=f"ternary_fold_n{plan.bases}{'tied' if plan.tied else 'free'}",
+    )(x.reshape(-1), jnp.asarray(plan.param).reshape(-1), jnp.asarray(plan.factor).reshape(-1))
+    return folded, largest
+
+
+def _kernel(
+    x_ref, param_ref, factor_ref, folded_ref, largest_ref, *, plan: Plan, tokens: int, inputs: int, columns: int, sets: int,
+    slots: int, group_size: int | None,
+):  # fmt: skip
+    index = pl.program_id(0) * SIZE + lax.iota(jnp.int32, SIZE)
+    step_params = THREADS_A_ROW * plan.piece_params
+
+    def take(rest: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+        """(rest // count, rest % count)."""
+        divisor = jnp.full(rest.shape, count, jnp.int32)
+        return lax.div(rest, divisor), lax.rem(rest, divisor)
+
+    rest, in_quad = take(index, 4)
+    rest, thread = take(rest, THREADS_A_ROW)
+    rest, column = take(rest, columns)
+    rest, column_set = take(rest, sets)
+    step, quad = take(rest, plan.words // 4)
+    word = quad * 4 + in_quad
+    rest, byte = take(column_set * columns + column, 3 if group_size is None else 4)
+    rest, slot = take(rest, slots)
+    token, sum_ = take(rest, plan.sums)
+    used = (token < tokens) & (byte < 3)
+    unit = jnp.ones((SIZE,), jnp.float32)
+    for t in range(tokens):
+        largest = _largest(x_ref, t * inputs, inputs)
+        good = (largest > 0) & (largest < jnp.inf)  # neither for a NaN
+        unit = jnp.where(token == t, jnp.where(good, largest, 1.0), unit)
+        largest_ref[t] = jnp.where(largest < jnp.inf, largest, jnp.nan)
+
+    def term(i: int, b: int) -> jax.Array:
+        at = ((i * plan.sums + sum_) * plan.words + word) * 4 + b
+        parameter = (step * THREADS_A_ROW + thread) * plan.piece_params + plt.load(param_ref.at[at], mask=used, other=0)
+        mine = used & (parameter < inputs)
+        if group_size is not None:
+            group, first = (take(k, group_size)[0] for k in (parameter, step * step_params))
+            mine &= group - first == slot
+        value = plt.load(x_ref.at[token * inputs + parameter], mask=mine, other=jnp.zeros((), x_ref.dtype))
+        scaled = value.astype(jnp.float32) / unit * plan.limit
+        rounded = (scaled + jnp.where(scaled < 0, -0.5, 0.5)).astype(jnp.int32)  # Triton has no other rounding
+        return rounded * plt.load(factor_ref.at[at], mask=used, other=0)
+
+    found = jnp.zeros((SIZE,), jnp.uint32)
+    for b in range(4):
+        value = term(0, b) - term(1, b)
+        low = ((value + 128) & 255) - 128
+        high = (value - low) >> 8
+        middle = ((high + 128) & 255) - 128
+        chosen = jnp.where(byte == 0, low, jnp.where(byte == 1, middle, (high - middle) >> 8))
+        found |= jnp.where(used, chosen & 255, 0).astype(jnp.uint32) << (8 * b)
+    plt.store(folded_ref.at[index], found, mask=index < folded_ref.shape[0])
+
+
+def _largest(x_ref, start: int, count: int) -> jax.Array:
+    """max |x| of count elements, NaN where one is."""
+    size = min(4096, pl.next_power_of_2(count))
+    offsets = lax.iota(jnp.int32, size)
+
+    def chunk(i, found):
+        at = i * size + offsets
+        value = plt.load(x_ref.at[start + at], mask=at < count, other=jnp.zeros((), x_ref.dtype)).astype(jnp.float32)
+        return jnp.maximum(found, jnp.where(value == value, jnp.abs(value), jnp.inf))  # a NaN counts as infinite
+
+    chunks = -(-count // size)
+    zero = jnp.zeros((size,), jnp.float32)
+    return jnp.max(lax.fori_loop(0, chunks, chunk, zero) if chunks > 1 else chunk(0, zero))

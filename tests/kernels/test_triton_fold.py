@@ -1,0 +1,60 @@
+"""The folding kernel against `prefixes.fold` and `prefixes.fragments`, which say what it has to compute."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from atd.kernels import prefixes, triton_fold, triton_gemv
+
+
+def in_order(plan: prefixes.Plan, x: jax.Array, steps: int, kept: int, group_size: int | None) -> np.ndarray:
+    """What `triton_fold.fold` makes, by XLA."""
+    coefficients, _ = prefixes.fold(plan, x, steps, group_size)
+    words = prefixes.fragments(coefficients, kept, 3 if group_size is None else 4)  # [steps, words, columns, 4 threads]
+    words = words.reshape(steps, plan.words // 4, 4, max(1, kept // 8), min(kept, 8), 4)
+    return np.asarray(words.transpose(0, 1, 3, 4, 5, 2).reshape(-1))
+
+
+@pytest.mark.parametrize(
+    ("bases", "tied", "tokens", "group_size", "dtype"),
+    [
+        (1, True, 1, None, jnp.float32),
+        (2, True, 4, None, jnp.bfloat16),
+        (2, False, 2, None, jnp.float16),
+        (3, True, 1, 128, jnp.float32),
+        (2, False, 1, 128, jnp.float32),
+        (4, True, 2, None, jnp.float32),
+    ],
+)
+def test_it_folds_as_xla_does(bases, tied, tokens, group_size, dtype):
+    plan, steps = prefixes.plan(bases, tied), 6
+    random = np.random.default_rng(0)
+    inputs = steps * 4 * plan.piece_params - 17  # the last step is not full
+    # Integers, one of them the limit, so that both have the unit 1 and no rounding is a close call.
+    x = random.integers(-99, 100, (tokens, inputs)).astype(np.float32)
+    x[:, 3] = -(2.0 ** np.floor(np.log2(plan.limit)))
+    columns = tokens * plan.sums * (3 if group_size is None else 4 * prefixes.slots_of(plan, steps, group_size)[1])
+    kept = triton_gemv.kept(columns)
+    x = jnp.asarray(x / 2.0**12, dtype)  # float16 ends at 65504
+    folded, largest = triton_fold.fold(plan, x, steps, kept, group_size, interpret=True)
+    wanted = in_order(plan, x, steps, kept, group_size)
+    np.testing.assert_array_equal(largest, np.abs(np.asarray(x, np.float32)).max(axis=1))
+    parts = [v.view(np.uint8).astype(int) for v in (np.asarray(folded), wanted)]
+    off = np.abs(parts[0] - parts[1])
+    assert (np.minimum(off, 256 - off) <= 2 * plan.factor.max() + 1).all()  # halves are rounded another way
+    assert (off > 0).mean() < 0.01
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+def test_a_token_that_is_not_finite_is_known_by_its_largest(bad):
+    x = np.ones((2, 5000), np.float32)
+    x[1, 4500] = bad
+    _, largest = triton_fold.fold(prefixes.plan(2, True), jnp.asarray(x), 32, 8, interpret=True)
+    np.testing.assert_array_equal(largest, [1.0, np.nan])
+
+
+def test_tokens_of_zeros_are_zeros():
+    folded, largest = triton_fold.fold(prefixes.plan(2, True), jnp.zeros((1, 320)), 2, 4, interpret=True)
+    assert not np.asarray(folded).any()
+    assert largest.tolist() == [0.0]
