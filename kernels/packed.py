@@ -5,7 +5,7 @@ are theirs only in part, and the self-test. No backend is imported here, and non
 import functools
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -114,12 +114,21 @@ def scaled(sums: jax.Array, scales: jax.Array) -> jax.Array:
 
 
 def decode_once(x: jax.Array, weight: Packed) -> jax.Array:
-    """x W^T in float32, W [out, in] decoded into x's 16 bits, or into two bfloat16 parts where x is float32."""
-    dense = jnp.asarray(weight.dequantize(jnp.float32))
+    """x W^T in float32, W [out, in] decoded into x's 16 bits, or into two bfloat16 parts where x is float32.
+
+    Tied weights with a scale a row are decoded into integers, which 16 bits hold exactly: one part is enough.
+    """
+    ternary, scales = weight.type.ternary, jnp.asarray(weight.scales)
+    integers = ternary.tied and ternary.scales_shape[1] == 1
+    held = replace(weight, scales=jnp.ones_like(scales)) if integers else weight
+    dense = jnp.asarray(held.dequantize(jnp.float32))
     if x.dtype != jnp.float32:
-        return _product(x, dense.astype(x.dtype))
-    (x_high, x_low), (high, low) = split(x), split(dense)
-    return _product(x_high, high) + (_product(x_high, low) + _product(x_low, high))
+        y = _product(x, dense.astype(x.dtype))
+    else:
+        (x_high, x_low), (high, low) = split(x), split(dense)
+        y = _product(x_high, high) + _product(x_low, high)
+        y = y if integers else y + _product(x_high, low)
+    return y * scales[:, 0, 0].astype(jnp.float32) if integers else y
 
 
 def split(value: jax.Array, dtype=jnp.bfloat16) -> list[jax.Array]:
