@@ -99,7 +99,7 @@ def test_verify_finds_a_flipped_bit(converted, tmp_path):
     manifest = json.loads((damaged / output.MANIFEST).read_text())
     manifest["files"][shard.name] = output.file_digest(shard)
     (damaged / output.MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(RunFailed, match="1 bytes are no codes of layout interleaved"):
+    with pytest.raises(RunFailed, match="1 bytes are no codes of layout aligned"):
         verify_checkpoint(damaged)
 
 

@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 
 from atd.layout import DEFAULT_LAYOUT, DENSE_CODES, LAYOUTS, repack
 
-CELL = {"interleaved": 5, "bit-ttt": 4, "hf-bitnet": 1, "tq2_0": 256}  # inputs whose trits share bytes
+CELL = {
+    "interleaved": 5,
+    "aligned": 5,
+    "words": 5,
+    "bit-ttt": 4,
+    "hf-bitnet": 1,
+    "tq2_0": 256,
+}  # inputs whose trits share bytes
 NAMES = list(LAYOUTS)
 
 
@@ -81,7 +88,7 @@ def test_every_2_bit_cell(bases):
 # --- every byte ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "words"])  # whose bytes are those of aligned
 def test_every_byte(name):
     """pack writes exactly the valid bytes, unpack makes trits of all 256, and a valid byte comes back as it was."""
     layout = LAYOUTS[name]
@@ -90,7 +97,7 @@ def test_every_byte(name):
     codes = np.broadcast_to(np.arange(256, dtype=np.uint8).reshape(-1, *[1] * (len(shape) - 1)), shape)
     packed = layout.pack(np.clip(layout.unpack(codes, inputs, 1), -1, 1))
     np.testing.assert_array_equal((packed == codes).reshape(256, -1).all(axis=1), layout.valid_bytes)
-    assert layout.valid_bytes.sum() == (243 if name == "interleaved" else 81)
+    assert layout.valid_bytes.sum() == (243 if name in ("interleaved", "aligned") else 81)
     assert layout.invalid_bytes(np.arange(256, dtype=np.uint8)) == 256 - layout.valid_bytes.sum()
 
 
@@ -180,7 +187,7 @@ def test_round_trip(name, out, inputs, bases, seed):
     trits = random_trits(out, inputs, bases, seed)
     codes = layout.pack(trits)
     assert codes.shape == layout.codes_shape(out, inputs, bases)
-    assert codes.dtype == np.uint8
+    assert codes.dtype == layout.dtype
     unpacked = layout.unpack(codes, inputs, bases)
     assert unpacked.dtype == np.int8
     np.testing.assert_array_equal(unpacked, trits)
@@ -199,14 +206,38 @@ def test_numpy_and_jax_agree(name, shape):
     layout, trits = LAYOUTS[name], random_trits(*shape)
     codes = layout.pack(trits)
     ours = layout.pack(jnp.asarray(trits))
-    assert ours.dtype == jnp.uint8
+    assert ours.dtype == layout.dtype
     np.testing.assert_array_equal(ours, codes)
     unpacked = layout.unpack(jnp.asarray(codes), *shape[1:])
     assert unpacked.dtype == jnp.int8
     np.testing.assert_array_equal(unpacked, trits)
-    every = np.arange(256, dtype=np.uint8)[:, None]  # invalid bytes too are read alike
+    every = np.arange(256, dtype=layout.dtype)[:, None]  # invalid bytes too are read alike
+    every = every * 0x01010101 if layout.dtype == np.uint32 else every
     codes = np.broadcast_to(every.reshape(-1, *[1] * (codes.ndim - 1)), (256, *codes.shape[1:])).copy()
     np.testing.assert_array_equal(layout.unpack(jnp.asarray(codes), *shape[1:]), layout.unpack(codes, *shape[1:]))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "bases", "most"), [(4096, 1, 1.6), (4096, 2, 0.6), (4096, 3, 1.6), (14336, 2, 0.5), (8192, 1, 1.6)]
+)
+def test_wide_rows_end_on_16_bytes(inputs, bases, most):
+    trits = random_trits(3, inputs, bases)
+    codes, strict = LAYOUTS["aligned"].pack(trits), LAYOUTS["interleaved"].pack(trits)
+    assert codes[0].size % 16 == 0
+    assert codes.size <= (1 + most / 100) * 1.6 / 8 * trits.size
+    np.testing.assert_array_equal(codes[:, : strict.shape[1]], strict)
+    assert not LAYOUTS["interleaved"].unpack(codes, 5 * codes.shape[1], bases)[:, inputs:].any()
+    words = LAYOUTS["words"].pack(trits)
+    np.testing.assert_array_equal(words.view(np.uint8), codes.reshape(3, -1))  # the same bytes
+
+
+@pytest.mark.parametrize(("inputs", "bases", "most"), [(288, 1, 3), (288, 2, 3), (576, 1, 3), (576, 2, 3), (576, 3, 3)])
+def test_narrow_rows_waste_four_parameters_at_most(inputs, bases, most):
+    trits = random_trits(3, inputs, bases)
+    codes = LAYOUTS["aligned"].pack(trits)
+    np.testing.assert_array_equal(codes, LAYOUTS["interleaved"].pack(trits))
+    assert codes.size <= (1 + most / 100) * 1.6 / 8 * trits.size
+    assert LAYOUTS["words"].pack(trits).nbytes % 16 == 0
 
 
 @pytest.mark.parametrize(("source", "target"), list(product(NAMES, NAMES)))

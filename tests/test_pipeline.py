@@ -96,7 +96,7 @@ def test_pipeline_changes_types_before_any_weight_is_read():
     unread = graph.with_units(tuple(replace(u, nodes=tuple(map(unread_node, u.nodes))) for u in graph.units))
     after = Pipeline([Decompose(group="row"), Fuse(), Pack()])(unread)
     types = {name: str(ref.type) for name, ref in after.weights()}
-    assert types["model.layers.1.self_attn.qkv_proj"] == "packed n=2 g=row free layout=interleaved/1 f16[64,32]"
+    assert types["model.layers.1.self_attn.qkv_proj"] == "packed n=2 g=row free layout=aligned/1 f16[64,32]"
     assert types["model.embed_tokens"] == "dense f32[40,32]"
     with pytest.raises(AssertionError, match="was read"):
         after.blocks[0].nodes[1].weights["weight"].load()

@@ -18,7 +18,7 @@ FLOORS = [  # from the ground up; a module imports from floors below its own, or
     {"passes", "recipe"},
     {"sweep"},
     {"calibration_text"},
-    {"convert_adaptive", "evaluate", "generate", "report", "experiments", "pareto"},
+    {"convert_adaptive", "evaluate", "generate", "report", "experiments", "pareto", "bench"},
     {"results", "allocation_report"},
     {"export"},
     {"demo", "grid"},

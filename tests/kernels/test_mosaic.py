@@ -61,10 +61,11 @@ def test_edges(out, inputs, bases, tied, tokens, dtype):
 
 
 def test_sums_are_integers_so_no_order_matters(monkeypatch):
-    """The Triton backend adds them up in another one, and so do fewer blocks."""
+    """Fewer blocks add them up in another one; the Triton backend too, where only activations may be rounded another way."""
     w, x = weight(66, 1300), activations(2, 1300)  # 132 words: 3 steps, of as many blocks
     found = run(mosaic.multiply, x, w)
-    np.testing.assert_array_equal(found, run(lambda x, w, interpret: triton.multiply(x, w, None, interpret), x, w))
+    other = run(lambda x, w, interpret: triton.multiply(x, w, None, interpret), x, w)
+    np.testing.assert_allclose(found, other, atol=1e-5 * np.abs(found).max())
     monkeypatch.setattr(mosaic_gemv, "BLOCKS", 4)  # of two steps
     np.testing.assert_array_equal(found, run(mosaic.multiply, x, w))
 
