@@ -22,6 +22,7 @@ threads take 4 pieces side by side. `Plan` lists a piece's prefixes, two bytes (
 time as the two 16-bit halves of a multiplication, and two of those make a word of four prefixes.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -139,10 +140,11 @@ def columns(plan: Plan, tokens: int) -> int:
 
 
 def slots_of(plan: Plan, steps: int, group_size: int) -> tuple[np.ndarray, int]:
-    """Scale groups of a step: (the first that each step touches, int [steps]; how many a step touches at most)."""
-    start = np.arange(steps) * THREADS_A_ROW * plan.piece_params
-    first, last = start // group_size, (start + THREADS_A_ROW * plan.piece_params - 1) // group_size
-    return first, int((last - first).max()) + 1
+    """Scale groups of a step: (the first that each step touches, int [steps]; how many any step of any row touches at most)."""
+    width = THREADS_A_ROW * plan.piece_params
+    start = np.arange(max(steps, group_size // math.gcd(group_size, width))) * width  # a period at least
+    first, last = start // group_size, (start + width - 1) // group_size
+    return first[:steps], int((last - first).max()) + 1
 
 
 def fold(plan: Plan, x: jax.Array, steps: int, group_size: int | None = None) -> tuple[jax.Array, jax.Array]:

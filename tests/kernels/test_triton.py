@@ -89,6 +89,13 @@ def test_stored_layouts_are_read(layout, inputs):
     np.testing.assert_array_equal(interpreted(x, weight), interpreted(x, packed(20, inputs)))
 
 
+def test_a_row_too_short_for_all_the_groups_that_a_step_can_touch():
+    """One step touches two groups of 100, later ones three: the padding must not count them otherwise."""
+    weight, x = packed(20, 110, group=100), activations(1, 110)
+    wanted = np.asarray(x @ weight.dequantize().T)
+    np.testing.assert_allclose(interpreted(x, weight, Settings(warps=4)), wanted, atol=2e-5 * np.abs(wanted).max())
+
+
 def test_prepare_keeps_the_bytes_of_wide_rows_and_leaves_alone_what_it_does_not_read():
     aligned = jax.tree.map(np.asarray, packed(4, 4096, layout="aligned"))
     held = triton.prepare(aligned)
