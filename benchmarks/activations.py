@@ -45,8 +45,8 @@ class Rounded:
 
 def fixed_point(x: jax.Array, limit: int) -> jax.Array:
     """x [M, in] as `prefixes.fold` takes it: integers up to limit in units of each token's largest / limit."""
-    unit = jnp.max(jnp.abs(x), axis=1, keepdims=True) / limit
-    return jnp.round(x / jnp.where(unit > 0, unit, 1)) * unit
+    rounded, largest = prefixes.integers(x, limit)
+    return rounded * (largest / limit)[:, None]
 
 
 def limit_of(weight: Weight) -> int:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from atd.kernels import prefixes, xla
 from atd.layout import LAYOUTS, words_of
@@ -81,6 +80,11 @@ def prepare(weight: Weight) -> Weight:
     return Packed(words_of(weight.codes, ternary.shape[1], ternary.bases), weight.scales, PackedType(ternary, LAYOUT))
 
 
+def steps(plan: prefixes.Plan, type: TernaryType) -> int:
+    """Steps of the plan that a row of a matrix in layout `words` takes."""
+    return plan.steps(LAYOUTS[LAYOUT].codes_shape(*type.shape, type.bases)[1])
+
+
 # --- ways to multiply -------------------------------------------------------------------------------------------------
 
 
@@ -123,11 +127,11 @@ def decode_once(x: jax.Array, weight: Packed) -> jax.Array:
     held = replace(weight, scales=jnp.ones_like(scales)) if integers else weight
     dense = jnp.asarray(held.dequantize(jnp.float32))
     if x.dtype != jnp.float32:
-        y = _product(x, dense.astype(x.dtype))
+        y = xla.tensor_cores(x, dense.astype(x.dtype))
     else:
         (x_high, x_low), (high, low) = split(x), split(dense)
-        y = _product(x_high, high) + _product(x_low, high)
-        y = y if integers else y + _product(x_high, low)
+        y = xla.tensor_cores(x_high, high) + xla.tensor_cores(x_low, high)
+        y = y if integers else y + xla.tensor_cores(x_high, low)
     return y * scales[:, 0, 0].astype(jnp.float32) if integers else y
 
 
@@ -135,10 +139,6 @@ def split(value: jax.Array, dtype=jnp.bfloat16) -> list[jax.Array]:
     """float32 -> two of a 16-bit dtype that add up to it, within 2^-17 of it in bfloat16."""
     high = value.astype(dtype)
     return [high, (value - high.astype(jnp.float32)).astype(dtype)]
-
-
-def _product(x: jax.Array, w: jax.Array) -> jax.Array:
-    return lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 # --- self-test --------------------------------------------------------------------------------------------------------

@@ -37,6 +37,11 @@ LARGEST = 127 * (1 + 256 + 65536)  # what three signed bytes hold
 MAX_BASES = 4
 
 
+def period(bases: int) -> int:
+    """32-bit words of a row after which cells of N bytes begin at a word again: 1, 1, 3, 1 for N = 1, 2, 3, 4."""
+    return bases // math.gcd(bases, 4)
+
+
 def multiplier(digit: int) -> tuple[int, int]:
     """(factor, addend) of both 16-bit halves at once: byte 1 of half * factor + addend is the signed prefix S_digit."""
     addend = 128 - 128 * 3**digit
@@ -94,7 +99,7 @@ class Plan:
 @cache
 def plan(bases: int, tied: bool) -> Plan:
     """The plan for N bases; for one base tied and free are the same."""
-    piece_words = 12 if bases == 3 else 4
+    piece_words = 4 * period(bases)
 
     def trit(byte: int, digit: int) -> tuple[int, int]:
         """(parameter of the piece, base) of a trit."""
@@ -147,6 +152,14 @@ def slots_of(plan: Plan, steps: int, group_size: int) -> tuple[np.ndarray, int]:
     return first[:steps], int((last - first).max()) + 1
 
 
+def integers(x: jax.Array, limit: int) -> tuple[jax.Array, jax.Array]:
+    """x [M, in] -> (round(x / largest * limit) int32, largest |x| of each token float32 [M], as it is)."""
+    wide = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(wide), axis=1)
+    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1.0)
+    return jnp.round(wide / unit[:, None] * limit).astype(jnp.int32), largest
+
+
 def fold(plan: Plan, x: jax.Array, steps: int, group_size: int | None = None) -> tuple[jax.Array, jax.Array]:
     """x [M, in] -> (int32 coefficients [M, sums, steps, 4 threads, words, 4], largest |x| float32 [M]).
 
@@ -154,11 +167,8 @@ def fold(plan: Plan, x: jax.Array, steps: int, group_size: int | None = None) ->
     group_size: the sums are [sums x slots], sum f of slot s over the parameters of each step's s-th group alone.
     """
     tokens, inputs = x.shape
-    wide = x.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(wide), axis=1)
-    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1.0)
-    integers = jnp.round(wide / unit[:, None] * plan.limit).astype(jnp.int32)
-    padded = jnp.pad(integers, ((0, 0), (0, steps * THREADS_A_ROW * plan.piece_params - inputs)))
+    rounded, largest = integers(x, plan.limit)
+    padded = jnp.pad(rounded, ((0, 0), (0, steps * THREADS_A_ROW * plan.piece_params - inputs)))
     pieces = padded.reshape(tokens, 1, steps, THREADS_A_ROW, plan.piece_params)
     if group_size is not None:
         first, slots = slots_of(plan, steps, group_size)
@@ -199,8 +209,9 @@ def fragments(coefficients: jax.Array, columns_kept: int, columns_a_sum: int = 3
     return padded.transpose(1, 3, 0, 2)  # [steps, words, columns, threads]
 
 
-def join(plan: Plan, products: jax.Array, tokens: int, largest: jax.Array) -> jax.Array:
-    """Products int32 [columns, rows] of the bytes -> sums float32 [M, sums, rows] over the activations themselves."""
-    parts = products[: columns(plan, tokens)].reshape(tokens, plan.sums, 3, -1).astype(jnp.float32)
+def join(plan: Plan, products: jax.Array, tokens: int, largest: jax.Array, columns_a_sum: int = 3) -> jax.Array:
+    """Products [columns, rows] of the bytes, as `fragments` has the columns -> sums float32 [M, sums, rows] over the
+    activations themselves."""
+    parts = products.reshape(tokens, -1, columns_a_sum, products.shape[1]).astype(jnp.float32)
     total = parts[:, :, 2] * 65536.0 + (parts[:, :, 1] * 256.0 + parts[:, :, 0])  # [M, sums, rows]
     return total * np.float32(1 / plan.limit) * largest[:, None, None]

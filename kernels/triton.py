@@ -19,7 +19,6 @@ import numpy as np
 from atd.kernels import packed, prefixes, triton_fold, triton_gemm, triton_gemv, tuning
 from atd.kernels.packed import device_kind, prepare
 from atd.kernels.tuning import Settings
-from atd.layout import LAYOUTS
 from atd.weights import Packed, TernaryType, Weight
 
 LEAST_CAPABILITY = (8, 0)
@@ -77,8 +76,7 @@ def _columns(type: TernaryType) -> int:
     plan = prefixes.plan(type.bases, type.tied)
     if type.scales_shape[1] == 1:
         return prefixes.columns(plan, 1)
-    words = LAYOUTS[packed.LAYOUT].codes_shape(*type.shape, type.bases)[1]
-    return 4 * plan.sums * prefixes.slots_of(plan, plan.steps(words), type.group_size)[1]
+    return 4 * plan.sums * prefixes.slots_of(plan, packed.steps(plan, type), type.group_size)[1]
 
 
 def gemv_name(type: TernaryType, tokens: int) -> str:
@@ -104,11 +102,8 @@ def gemv(x, words, scales, type: TernaryType, settings: Settings, interpret: boo
         found = triton_gemv.products(
             plan, folded, words, columns, **shape, row_blocks=settings.row_blocks, scales=each, interpret=interpret
         )
-        if grouped:
-            value = np.array([1, 256, 65536, 0], np.float32)[:, None] * found.reshape(tokens, -1, 4, found.shape[1])
-            results.append(value.sum(axis=(1, 2)) * (1 / plan.limit) * largest[:, None])
-        else:
-            results.append(packed.scaled(prefixes.join(plan, found, tokens, largest), scales))
+        sums = prefixes.join(plan, found, tokens, largest, 4 if grouped else 3)
+        results.append(sums.sum(axis=1) if grouped else packed.scaled(sums, scales))  # groups are scaled already
     return jnp.concatenate(results) if len(results) > 1 else results[0]
 
 

@@ -21,6 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from atd.kernels.packed import split
+from atd.kernels.prefixes import period
 from atd.kernels.triton_gemv import plt
 from atd.layout import TRITS_PER_BYTE
 from atd.weights import TernaryType, level_weights
@@ -39,7 +40,7 @@ class Tiles:
 
 def unit(bases: int) -> tuple[int, int]:
     """(32-bit words, parameters) of a unit of a row."""
-    words = 3 if bases == 3 else 1
+    words = period(bases)
     return words, 4 * words // bases * TRITS_PER_BYTE
 
 

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from atd.kernels.prefixes import Plan, multiplier
+from atd.kernels.prefixes import Plan, multiplier, period
 
 with warnings.catch_warnings():
     warnings.simplefilter(
@@ -223,10 +223,10 @@ def twin(plan: Plan, sets: int, words, x, sums):
         piece = by_row
     piece = jnp.moveaxis(piece, 0, -2)  # [row half, warps, g, t, quads, e]
     piece = piece.reshape(*piece.shape[:4], plan.piece_words)
-    period = 3 if plan.bases == 3 else 1  # words after which the prefixes that are needed repeat
-    piece = piece.reshape(*piece.shape[:4], -1, period)
+    words = period(plan.bases)  # after which the prefixes that are needed repeat
+    piece = piece.reshape(*piece.shape[:4], -1, words)
     prefix = []
-    for half in (h for h in plan.halves if h.word < period):
+    for half in (h for h in plan.halves if h.word < words):
         factor, addend = multiplier(half.digit)
         pair = (piece[..., half.word] >> (8 * half.odd)) & jnp.uint32(0x00FF00FF)
         product = pair * jnp.uint32(factor) + jnp.uint32(addend)

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from atd.kernels import packed, prefixes
 from atd.kernels.triton_gemm import Tiles, unit
 from atd.weights import TernaryType
 
@@ -49,7 +50,7 @@ def settings(device: str, type: TernaryType, tokens: int, activations: str = "fl
 def heuristic(type: TernaryType, tokens: int, activations: str = "float32") -> Settings:
     """As many warps to a row as 32 on each of 128 multiprocessors take, two steps ahead where there are many; tiles as wide
     as the tokens, or as the shared memory allows."""
-    blocks, steps = -(-type.shape[0] // 16), -(-type.shape[1] * type.bases // (5 * (192 if type.bases == 3 else 64)))
+    blocks, steps = -(-type.shape[0] // 16), packed.steps(prefixes.plan(type.bases, type.tied), type)
     warps = min(16, max(4, 1 << (-(-4096 // blocks) - 1).bit_length()))
     unroll = 2 if type.bases < 3 and steps >= 4 * warps else 1
     tiles = Tiles(rows=64, tokens=min(128, max(16, 1 << (tokens - 1).bit_length())), units=32, warps=4)

@@ -47,7 +47,7 @@ def matmul(x: jax.Array, weight: Weight) -> jax.Array:
         case Dense(array) if array.dtype == jnp.float32:
             y = _dot(array, wide.T).T  # in this order: x W^T of one row is 20 times slower on CPU
         case Dense(array) if array.dtype.itemsize == 2 and jax.default_backend() == "gpu":
-            y = _tensor_cores(x, jnp.asarray(array))
+            y = tensor_cores(x, jnp.asarray(array))
         case Dense(array):  # x keeps its precision; and XLA's 16-bit dot on CPU is ten times slower than this
             y = _by_rows([wide], array.shape[0], lambda cut: [cut(array).astype(jnp.float32)])
         case Ternary(trits, scales, type):
@@ -61,7 +61,7 @@ def matmul(x: jax.Array, weight: Weight) -> jax.Array:
     return y.astype(x.dtype)
 
 
-def _tensor_cores(x: jax.Array, array: jax.Array) -> jax.Array:
+def tensor_cores(x: jax.Array, array: jax.Array) -> jax.Array:
     """x in the matrix's 16 bits times the matrix, summed in float32: what a GPU has a library for."""
     return lax.dot_general(x.astype(array.dtype), array, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 

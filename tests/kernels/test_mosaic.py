@@ -9,29 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from atd.kernels import mosaic, mosaic_gemv, packed, prefixes, triton
 from atd.kernels.matmul import matmul
-from atd.layout import LAYOUTS
-from atd.weights import Packed, PackedType, TernaryType
+from atd.weights import Packed
 from tests.kernels import aot
+from tests.kernels.matrices import activations, lowered
+from tests.kernels.matrices import packed as weight
 from tests.kernels.ptx_emulator import run_ptx
 
 needs_compiler = pytest.mark.skipif(bool(aot.missing()), reason=str(aot.missing()))
 HERE = jax.default_backend()
-
-
-def weight(out, inputs, bases=2, group: int | str = "row", tied=True, layout="words", seed=0) -> Packed:
-    random = np.random.default_rng(seed)
-    type = TernaryType((out, inputs), bases, group, tied, "f16")
-    trits = random.integers(-1, 2, (out, inputs, bases)).astype(np.int8)
-    scales = random.uniform(0.1, 1, type.scales_shape).astype(np.float16)
-    return Packed(jnp.asarray(LAYOUTS[layout].pack(trits)), jnp.asarray(scales), PackedType(type, layout))
-
-
-def activations(tokens, inputs, dtype=jnp.float32):
-    return jnp.asarray(np.random.default_rng(1).standard_normal((tokens, inputs)), dtype)
 
 
 # Results ---------------------------------------------------------------------------------------------------------------
@@ -136,31 +124,22 @@ def test_neither_backend_needs_the_other():
 # For CUDA --------------------------------------------------------------------------------------------------------------
 
 
-def lowered(w: Packed, tokens: int, dtype=jnp.bfloat16) -> str:
-    mesh = AbstractMesh(
-        (), (), abstract_device=AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
-    )
-    shape = jax.ShapeDtypeStruct((tokens, w.type.shape[1]), dtype)
-    with use_abstract_mesh(mesh):
-        return jax.jit(mosaic.multiply).trace(shape, w).lower(lowering_platforms=("cuda",)).as_text()
-
-
 @pytest.mark.parametrize(("bases", "tied"), [(1, True), (2, True), (2, False), (3, True), (3, False), (4, True)])
 def test_lowers_for_cuda(bases, tied):
     sums = 1 if tied else bases
     for tokens, columns in ((1, 8 if sums < 3 else 16), (16, 48)):
-        text = lowered(weight(64, 640, bases, tied=tied), tokens)
+        text = lowered("NVIDIA H200", mosaic.multiply, weight(64, 640, bases, tied=tied), tokens)
         assert f"ternary_mosaic_n{bases}{'tied' if tied else 'free'}_c{columns}" in text
         assert "mosaic_gpu" in text
 
 
 @pytest.mark.parametrize(("out", "inputs", "dtype"), [(1, 1, jnp.float32), (333, 5000, jnp.float16)])
 def test_edges_and_other_activations_lower_for_cuda(out, inputs, dtype):
-    lowered(weight(out, inputs), 3, dtype)
+    lowered("NVIDIA H200", mosaic.multiply, weight(out, inputs), 3, dtype)
 
 
 def test_wide_rows_are_handed_over_as_they_lie():
-    text = lowered(weight(64, 4096), 1)
+    text = lowered("NVIDIA H200", mosaic.multiply, weight(64, 4096), 1)
     assert "tensor<64x412xui32>" in text
     assert not re.search(r"(pad|concatenate|bitcast_convert).*ui32", text)
 

@@ -4,34 +4,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from atd.kernels import triton, triton_gemv, tuning
 from atd.kernels.matmul import matmul
 from atd.kernels.triton_gemm import Tiles
 from atd.kernels.tuning import Settings
-from atd.layout import LAYOUTS
-from atd.weights import Dense, Packed, PackedType, TernaryType
+from atd.weights import Dense, Packed, TernaryType
+from tests.kernels.matrices import activations, lowered, packed
 
 DEVICES = ["NVIDIA H200", "NVIDIA A10", "NVIDIA L4"]
-
-
-def packed(out, inputs, bases=2, group: int | str = "row", tied=True, layout="words", seed=0) -> Packed:
-    random = np.random.default_rng(seed)
-    type = TernaryType((out, inputs), bases, group, tied, "f16")
-    trits = random.integers(-1, 2, (out, inputs, bases)).astype(np.int8)
-    scales = random.uniform(0.1, 1, type.scales_shape).astype(np.float16)
-    return Packed(jnp.asarray(LAYOUTS[layout].pack(trits)), jnp.asarray(scales), PackedType(type, layout))
 
 
 def interpreted(x, weight, settings=None):
     """`triton.multiply` in interpret mode, compiled in a hurry."""
     options = {"xla_backend_optimization_level": 0}
     return jax.jit(lambda x, w: triton.multiply(x, w, settings, interpret=True), compiler_options=options)(x, weight)
-
-
-def activations(tokens, inputs, dtype=jnp.float32):
-    return jnp.asarray(np.random.default_rng(1).standard_normal((tokens, inputs)), dtype)
 
 
 @pytest.mark.parametrize(
@@ -153,16 +140,6 @@ def test_self_test_raises(monkeypatch):
     triton.self_test.cache_clear()
 
 
-def lowered(device: str, weight: Packed, tokens: int, dtype, settings=None) -> str:
-    def run(x, weight):
-        return triton.multiply(x, weight, settings)
-
-    mesh = AbstractMesh((), (), abstract_device=AbstractDevice(device_kind=device, num_cores=None, platform="gpu"))
-    shape = jax.ShapeDtypeStruct((tokens, weight.type.shape[1]), dtype)
-    with use_abstract_mesh(mesh):
-        return jax.jit(run).trace(shape, weight).lower(lowering_platforms=("cuda",)).as_text()
-
-
 KINDS = [(1, True), (2, True), (2, False), (3, True), (3, False), (4, True)]
 
 
@@ -171,7 +148,7 @@ KINDS = [(1, True), (2, True), (2, False), (3, True), (3, False), (4, True)]
 )
 def test_lowers_for_cuda(device, bases, tied):
     for tokens, group, name in ((1, "row", "gemv"), (4, "row", "gemv"), (16, "row", "gemm"), (16, 128, "gemm")):
-        text = lowered(device, packed(64, 640, bases, group, tied), tokens, jnp.bfloat16)
+        text = lowered(device, triton.multiply, packed(64, 640, bases, group, tied), tokens)
         assert f"ternary_{name}_n{bases}" in text
         assert "triton" in text
 
@@ -179,11 +156,11 @@ def test_lowers_for_cuda(device, bases, tied):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
 def test_other_activations_lower_for_cuda(dtype):
     for tokens in (1, 16, 300):
-        lowered("NVIDIA H200", packed(50, 333, group="row"), tokens, dtype)
+        lowered("NVIDIA H200", triton.multiply, packed(50, 333, group="row"), tokens, dtype)
 
 
 def test_wide_rows_are_handed_over_as_they_lie():
     """No operation makes a copy of the codes: the kernel's operand is the argument, reshaped."""
-    text = lowered("NVIDIA H200", packed(64, 4096), 1, jnp.bfloat16)
+    text = lowered("NVIDIA H200", triton.multiply, packed(64, 4096), 1)
     assert text.count("tensor<64x412xui32>") > 0
     assert "bitcast_convert" not in text
