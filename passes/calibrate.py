@@ -8,13 +8,14 @@
 3. What moves: `scales` (relative steps), `gains` of RMS norms, `codes` (latent weights, straight through; of linears). Adam
    for scales and gains, Adafactor for codes, so that those of the largest gradients move and not all alike; a few
    warm-up steps, cosine to zero.
-4. Every eighth calibration window is held out. Their loss is looked at `checks` times; the best state is kept, and a run that got worse
-   for `patience` checks, or diverged, stops. A run that improved nothing says so and leaves the model as it was.
+4. Every eighth calibration window is held out. Their loss is looked at `checks` times. Where it got worse, the run goes back to
+   the best state and on at half the rates; after `patience` such checks in a row it stops. A run that improved nothing says
+   so and leaves the model as it was.
 """
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import jax
@@ -42,7 +43,6 @@ from atd.weights import DenseType
 AGAINST = ("logits", "block")
 HELD_OUT = 8  # one window in so many
 WARM_UP = 4  # steps
-DIVERGED = 1.5  # times the loss at the start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,11 +103,12 @@ class Calibrate(Pass):
 
     # --- the optimizer ---
 
-    def optimizer(self) -> optax.GradientTransformation:
-        """Adam with a rate of its own for codes, warm-up and cosine; the codes' momentum in bfloat16."""
+    def schedule(self) -> optax.Schedule:
+        """The share of the rates that step 1, 2, ... takes: warm-up, then a cosine to zero."""
+        return optax.warmup_cosine_decay_schedule(0.0, 1.0, min(WARM_UP, self.steps), self.steps + 1)
 
-        def cosine(rate: float) -> optax.Schedule:
-            return optax.warmup_cosine_decay_schedule(0.0, rate, min(WARM_UP, self.steps - 1), self.steps)
+    def optimizer(self) -> optax.GradientTransformation:
+        """Adam with a rate of its own for codes; the codes' momentum in bfloat16."""
 
         def labels(parameters):
             return {
@@ -118,9 +119,9 @@ class Calibrate(Pass):
         codes = optax.chain(
             optax.scale_by_factored_rms(min_dim_size_to_factor=2),
             optax.ema(0.9, accumulator_dtype=jnp.bfloat16),
-            optax.scale_by_learning_rate(cosine(self.codes_learning_rate)),
+            optax.scale_by_learning_rate(self.codes_learning_rate),
         )
-        rest = optax.adam(cosine(self.learning_rate), b1=0.9, b2=0.95)
+        rest = optax.adam(self.learning_rate, b1=0.9, b2=0.95)
         return optax.multi_transform({"codes": codes, "rest": rest}, labels)
 
     def unit(self, block: Block) -> Unit:
@@ -149,70 +150,88 @@ class _Data:
 
 @dataclass
 class _Watch:
-    """Keeps the state of the least held-out loss, and knows when to stop."""
+    """Keeps the state of the least held-out loss, and knows when to go back to it and when to stop."""
 
     patience: int
-    start: float
+    start: float  # the loss before the first step
     best: float
-    state: Any = None
-    worse: int = 0
-    reason: str | None = None  # why the run stopped before its last step
+    state: Any  # of the best loss: parameters of each unit
+    improved: bool = False
+    worse: int = 0  # checks in a row
+    risen: tuple[float, ...] = ()  # the loss at every check that was worse; the rates were halved after each
 
-    def stops(self, loss: float, state) -> bool:
-        if not math.isfinite(loss) or loss > DIVERGED * self.start:
-            self.reason = f"diverged (held-out loss {self.start:.4f} -> {loss:.4f})"
-        elif loss < self.best:
-            self.best, self.state, self.worse = loss, state, 0
-        else:
-            self.worse += 1
-            self.reason = "stopped early" if self.worse >= self.patience else None
-        return self.reason is not None
+    def is_better(self, loss: float, state) -> bool:
+        if loss < self.best:
+            self.best, self.state, self.improved, self.worse = loss, state, True, 0
+            return True
+        self.worse, self.risen = self.worse + 1, (*self.risen, loss)
+        return False
+
+    @property
+    def gave_up(self) -> bool:
+        return self.worse >= self.patience
 
     def summary(self, what: str) -> str:
-        ended = f"; {self.reason}, the best state is kept" if self.reason else ""
-        if self.state is None:
+        ended = "; stopped early" if self.gave_up else ""
+        if self.risen:
+            ended = f"; it rose to {', '.join(f'{loss:.4f}' for loss in self.risen)}, rates halved each time{ended}"
+        if not self.improved:
             return f"calibrate improved nothing: {what} on held-out windows stays {self.start:.4f}{ended}"
         return f"calibrate: {what} on held-out windows {self.start:.4f} -> {self.best:.4f}{ended}"
-
-
-def _watched(
-    step: Calibrate,
-    data: _Data,
-    move: Callable[[np.ndarray], None],
-    held_out: Callable[[], float],
-    state: Callable[[], Any],
-    advance: Callable[[int], None],
-) -> _Watch:
-    """Moves by one batch of indices after the other, looking at the held-out loss now and then."""
-    start, every = held_out(), max(1, round(step.steps / step.checks))
-    watch = _Watch(step.patience, start, start)
-    for i, batch in enumerate(data.batches(step.steps), start=1):
-        move(batch)
-        advance(i)
-        if (i % every == 0 or i == step.steps) and watch.stops(held_out(), state()):
-            break
-    return watch
 
 
 class _Tuned:
     """A unit, its parameters and the state of its optimizer."""
 
-    def __init__(self, unit: Unit, optimizer: optax.GradientTransformation, update: Callable):
-        self.unit, self.parameters, self._update = unit, unit.parameters, update
+    def __init__(self, unit: Unit, optimizer: optax.GradientTransformation):
+        self.unit, self.parameters, self._optimizer = unit, unit.parameters, optimizer
         self._state = optimizer.init(unit.parameters)
 
-    def move(self, gradients: Parameters) -> None:
+    def move(self, gradients: Parameters, share: float) -> None:
+        """By this share of the optimizer's rates."""
         if self.parameters:
-            self.parameters, self._state = self._update(gradients, self._state, self.parameters)
+            step = _mover(self._optimizer)
+            self.parameters, self._state = step(gradients, self._state, self.parameters, share)
+
+    def restart(self, parameters: Parameters) -> None:
+        """From these, with nothing remembered of the steps before."""
+        self.parameters, self._state = parameters, self._optimizer.init(parameters)
 
 
-def _updater(optimizer: optax.GradientTransformation) -> Callable:
+@cache
+def _mover(optimizer: optax.GradientTransformation) -> Callable:
     @jax.jit
-    def update(gradients, state, parameters):
+    def move(gradients, state, parameters, share):
         updates, state = optimizer.update(gradients, state, parameters)
-        return optax.apply_updates(parameters, updates), state
+        return optax.apply_updates(parameters, jax.tree.map(lambda u: share * u, updates)), state
 
-    return update
+    return move
+
+
+def _watched(
+    step: Calibrate,
+    data: _Data,
+    tuned: Sequence[_Tuned],
+    move: Callable[[np.ndarray, float], None],
+    held_out: Callable[[], float],
+    advance: Callable[[int], None],
+) -> _Watch:
+    """Moves by one batch of indices after the other, looking at the held-out loss now and then."""
+
+    def state() -> list[Parameters]:
+        return [one.parameters for one in tuned]
+
+    start, every, schedule = held_out(), max(1, round(step.steps / step.checks)), step.schedule()
+    watch = _Watch(step.patience, start, start, state())
+    for i, batch in enumerate(data.batches(step.steps), start=1):
+        move(batch, float(schedule(i)) / 2 ** len(watch.risen))
+        advance(i)
+        if (i % every == 0 or i == step.steps) and not watch.is_better(held_out(), state()):
+            if watch.gave_up:
+                break
+            for one, best in zip(tuned, watch.state, strict=True):
+                one.restart(best)
+    return watch
 
 
 # --- end to end --------------------------------------------------------------------------------------------------------
@@ -232,13 +251,13 @@ def _against_logits(step: Calibrate, graph: Graph, context: Context, data: _Data
     watch = _watched(
         step,
         data,
-        lambda batch: model.move(data.train[batch], targets[batch]),
+        model.units,
+        lambda batch, share: model.move(data.train[batch], targets[batch], share),
         held_out,
-        model.state,
         lambda done: context.advance("calibrate", done, step.steps),
     )
     context.say(watch.summary("KL(dense || converted)"))
-    if watch.state is None:
+    if not watch.improved:
         return None
     units = (settled(tuned.unit, parameters) for tuned, parameters in zip(model.units, watch.state, strict=True))
     return graph.with_units(tuple(units))
@@ -249,8 +268,7 @@ class _Converted:
 
     def __init__(self, step: Calibrate, graph: Graph, dense: Graph):
         optimizer = step.optimizer()
-        update = _updater(optimizer)
-        self.units = [_Tuned(step.unit(block), optimizer, update) for block in graph.units]
+        self.units = [_Tuned(step.unit(block), optimizer) for block in graph.units]
         self._prologue, *self._blocks, self._head = self.units
         self._tied = graph.is_tied
         self._teacher = frozen(dense.epilogue)
@@ -291,24 +309,21 @@ class _Converted:
         """KL(dense || converted), mean over the positions of the windows; target: the dense model's hidden states."""
         return float(self._measure(*self._arguments(self._run(tokens)[1], target)))
 
-    def move(self, tokens, target) -> None:
+    def move(self, tokens, target, share: float) -> None:
         """One step of the optimizer: forward, and backward a unit at a time, each moved as soon as its gradient is known."""
         inputs, hidden = self._run(tokens)
         moves, gradient, *by_table = self._differentiate(*self._arguments(hidden, target))
-        self._head.move(moves)
+        self._head.move(moves, share)
         for tuned, x in zip(reversed(self._blocks), reversed(inputs[1:]), strict=True):
             moves, gradient = backward(tuned.unit, tuned.parameters, x, gradient)
-            tuned.move(moves)
+            tuned.move(moves, share)
         prologue = self._prologue
         if prologue.parameters:
             moves, _ = backward(prologue.unit, prologue.parameters, inputs[0], gradient)
             if by_table:
                 by_head = table_backward(prologue.unit, prologue.parameters, by_table[0])
                 moves = jax.tree.map(jnp.add, moves, by_head)
-            prologue.move(moves)
-
-    def state(self) -> list[Parameters]:
-        return [tuned.parameters for tuned in self.units]
+            prologue.move(moves, share)
 
 
 def _hidden(graph: Graph, windows: np.ndarray, batch: int) -> np.ndarray:
@@ -327,7 +342,6 @@ def _against_blocks(step: Calibrate, graph: Graph, context: Context, data: _Data
     dense = context.dense
     assert dense is not None
     optimizer = step.optimizer()
-    update = _updater(optimizer)
 
     def inputs(windows: np.ndarray) -> tuple[list, list]:
         tokens = [jnp.asarray(windows[i : i + 1], jnp.int32) for i in range(len(windows))]
@@ -338,7 +352,7 @@ def _against_blocks(step: Calibrate, graph: Graph, context: Context, data: _Data
     streams = {"train": inputs(data.train), "held": inputs(data.held)}
     units, gained = [graph.prologue], 0
     for number, (wanted, block) in enumerate(zip(dense.blocks, graph.blocks, strict=True)):
-        tuned, reference = _Tuned(step.unit(block), optimizer, update), frozen(wanted)
+        tuned, reference = _Tuned(step.unit(block), optimizer), frozen(wanted)
         targets = {key: [np.asarray(forward(reference, {}, x)) for x in stream[0]] for key, stream in streams.items()}
         # What the block adds to the stream, so that losses of blocks can be compared.
         scale = float(
@@ -354,18 +368,18 @@ def _against_blocks(step: Calibrate, graph: Graph, context: Context, data: _Data
             pairs = zip(streams["held"][1], targets["held"], strict=True)
             return float(np.mean([error(forward(tuned.unit, tuned.parameters, x), y) for x, y in pairs]))
 
-        def move(batch, tuned=tuned, targets=targets, slope=slope) -> None:
+        def move(batch, share, tuned=tuned, targets=targets, slope=slope) -> None:
             x, y = (jnp.concatenate([stream[j] for j in batch]) for stream in (streams["train"][1], targets["train"]))
             gradient = slope(forward(tuned.unit, tuned.parameters, x), y)
-            tuned.move(backward(tuned.unit, tuned.parameters, x, gradient)[0])
+            tuned.move(backward(tuned.unit, tuned.parameters, x, gradient)[0], share)
 
         def advance(done: int, name=f"calibrate {block.name}", before=number * step.steps) -> None:
             context.advance(name, before + done, len(graph.blocks) * step.steps)
 
-        watch = _watched(step, data, move, held_out, lambda tuned=tuned: tuned.parameters, advance)
+        watch = _watched(step, data, [tuned], move, held_out, advance)
         context.say(watch.summary(f"{block.name}: relative square error"))
-        best = block if watch.state is None else settled(tuned.unit, watch.state)
-        gained += watch.state is not None
+        best = settled(tuned.unit, *watch.state) if watch.improved else block
+        gained += watch.improved
         units.append(best)
         after = frozen(best)
         for key, stream in streams.items():

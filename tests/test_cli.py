@@ -1,6 +1,5 @@
 """The command line, in process: what each command prints, and one clear message for each kind of bad input."""
 
-import inspect
 import json
 import os
 import re
@@ -8,10 +7,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
-from atd import cli, report
+from atd import commands_convert, commands_run, report
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = ["demo", "convert", "eval", "sweep", "generate", "bench", "inspect", "verify", "export", "experiment"]
@@ -49,9 +49,12 @@ def test_every_option_has_a_help_text(atd, command):
     code, out, _ = atd(command, "--help")
     assert code == 0
     assert "usage: atd" in out
-    function = getattr(cli, "evaluate" if command == "eval" else command)
-    for option in inspect.signature(function).parameters:
-        assert re.search(rf"^ +{option}: \S", function.__doc__, re.MULTILINE), f"--{option} has no help text"
+    name = "evaluate" if command == "eval" else command
+    function = getattr(commands_convert, name, None) or getattr(commands_run, name)
+    for option, hint in get_type_hints(function, include_extras=True).items():
+        own = any(getattr(mark, "help", None) for mark in getattr(hint, "__metadata__", ()))
+        documented = own or re.search(rf"^ +{option}: \S", function.__doc__, re.MULTILINE)
+        assert option == "return" or documented, f"--{option} has no help text"
 
 
 def test_eval_writes_what_it_prints(atd, converted, stories260k, text, tmp_path):
@@ -132,12 +135,15 @@ def test_an_allocation_is_shown_and_drawn(atd, stories260k, text, tmp_path, monk
     monkeypatch.setattr(report.console, "width", 140)
     recipe = tmp_path / "small.toml"
     recipe.write_text(
-        'calibration_tokens = 1024\ncalibration_context = 128\n[[passes]]\nname = "allocate"\nbits = 3.4\ntokens = 512\n'
+        'calibration_tokens = 2048\ncalibration_context = 128\n[[passes]]\nname = "allocate"\nbits = 3.4\ntokens = 512\n'
         '[[passes]]\nname = "decompose"\n[[passes]]\nname = "pack"\n[[passes]]\nname = "fuse"\n'
     )
     out = tmp_path / "o"
-    code, printed, err = atd("convert", stories260k, out, "--recipe", recipe, "--calib", text, "--bits", 4.2)
+    code, printed, err = atd(
+        "convert", stories260k, out, "--recipe", recipe, "--calib", text, "--calibration-tokens", 1024, "--bits", 4.2
+    )
     assert code == 0, err
+    assert "calibration_tokens = 1024" in (out / "recipe.toml").read_text()
     (first,) = (line.split() for line in printed.splitlines() if line.split()[:1] == ["0"])
     assert set(first[1:8]) <= {"1", "2", "3"}
     assert f"atd inspect {out} --plot {out}.png" in printed

@@ -22,6 +22,8 @@ FLOORS = [  # from the ground up; a module imports from floors below its own, or
     {"results", "allocation_report"},
     {"export"},
     {"demo", "grid"},
+    {"commands"},
+    {"commands_convert", "commands_run"},
     {"cli"},
 ]
 FLOOR = {room: i for i, floor in enumerate(FLOORS) for room in floor}

@@ -111,6 +111,30 @@ def test_what_cannot_improve_changes_nothing(context):
     assert re.fullmatch(r"calibrate improved nothing: KL.* on held-out windows stays \d\.\d+(;.*)?", lines[0])
 
 
+@pytest.mark.parametrize("rates", [{"codes_learning_rate": 8.0}, {"learning_rate": 1e4}], ids=["codes", "scales"])
+def test_rates_that_diverge_are_halved_and_the_best_state_kept(context, rates):
+    """The second makes infinities and NaN."""
+    made, graph = context
+    lines: list[str] = []
+    step = Calibrate(steps=3, checks=3, patience=3, **rates)
+    assert step(graph, made(lines)) is graph
+    assert re.fullmatch(
+        r"calibrate improved nothing: KL.* stays \d\.\d+; it rose to .*, rates halved each time; stopped early",
+        lines[0],
+    )
+
+
+def test_after_a_bad_start_it_still_improves(context):
+    """At a rate for codes that is several times too high the first check is worse; at half of it, and half again, it is not."""
+    made, graph = context
+    lines: list[str] = []
+    after = Calibrate(steps=8, checks=8, patience=6, codes_learning_rate=0.3)(graph, made(lines))
+    assert after is not graph
+    start, end = map(float, re.findall(r"\d+\.\d+", lines[0])[:2])
+    assert end < start
+    assert "halved" in lines[0]
+
+
 def test_block_by_block(context):
     made, graph = context
     lines: list[str] = []
