@@ -61,8 +61,8 @@ class Calibrate(Pass):
     batch: int = 2048  # tokens a step, at least one window
     learning_rate: float = 2e-3  # of scales and gains, relative to their size
     codes_learning_rate: float = 0.02  # of latent weights, in levels
-    checks: int = 6
-    patience: int = 2
+    checks: int = 10
+    patience: int = 3
 
     def __post_init__(self):
         if self.against not in AGAINST:
