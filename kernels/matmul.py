@@ -6,7 +6,8 @@
     mosaic             packed weights with a scale a row, on Hopper; only where it is asked for, until it is measured
     mosaic-interpret   the same on a CPU: for tests
 
-A backend has `supports(x, weight) -> str | None`, the reason why it cannot run or None, and `matmul(x, weight)`; both
+A backend has `supports(x, weight) -> str | None`, the reason why it cannot run or None, and `matmul(x, weight)`; one that
+`fuses(x, weight)` takes what comes before and after the product into its kernels. All
 see static shapes and types alone, so the choice is made while tracing. A backend that was named and cannot run raises
 with its reason: it is never replaced silently. Without a name the first of PREFERENCE that supports the call runs, and
 the logger `atd.kernels` says which at level INFO, and why not one before it.
@@ -19,7 +20,7 @@ import jax
 
 from atd.kernels import packed, xla
 from atd.kernels.mosaic import Mosaic
-from atd.kernels.triton import Triton
+from atd.kernels.triton import Prologue, Triton
 from atd.weights import Dense, Weight
 
 PACKED: dict[str, packed.Backend] = {
@@ -61,6 +62,29 @@ def matmul(x: jax.Array, weight: Weight, *, backend: str | None = None) -> jax.A
     rows = x.reshape(-1, x.shape[-1])  # [M, in]
     y = resolve(rows, weight, backend).matmul(rows, weight)
     return y.reshape(*x.shape[:-1], -1)
+
+
+def fuses(x: jax.Array, weight: Weight, *, backend: str | None = None) -> bool:
+    """Whether `fused` may be called for x [..., in, or 2 in where it is gated]: for few tokens on kernels that take it."""
+    rows = x.reshape(-1, x.shape[-1])
+    chosen = resolve(rows, weight, backend)
+    return isinstance(chosen, Triton) and chosen.fuses(rows, weight)
+
+
+def fused(
+    x: jax.Array,
+    weight: Weight,
+    *,
+    backend: str | None = None,
+    prologue: Prologue | None = None,
+    residual: jax.Array | None = None,
+) -> jax.Array:
+    """`matmul` of what the prologue makes of x, plus a residual [..., out], where it `fuses`: in the same kernels."""
+    rows = x.reshape(-1, x.shape[-1])
+    chosen = resolve(rows, weight, backend)
+    assert isinstance(chosen, Triton)
+    added = None if residual is None else residual.reshape(rows.shape[0], -1)
+    return chosen.matmul(rows, weight, prologue, added).reshape(*x.shape[:-1], -1)
 
 
 def take_rows(weight: Weight, rows: jax.Array) -> jax.Array:

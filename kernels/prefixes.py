@@ -209,9 +209,9 @@ def fragments(coefficients: jax.Array, columns_kept: int, columns_a_sum: int = 3
     return padded.transpose(1, 3, 0, 2)  # [steps, words, columns, threads]
 
 
-def join(plan: Plan, products: jax.Array, tokens: int, largest: jax.Array, columns_a_sum: int = 3) -> jax.Array:
+def join(plan: Plan, products: jax.Array, tokens: int, largest: jax.Array) -> jax.Array:
     """Products [columns, rows] of the bytes, as `fragments` has the columns -> sums float32 [M, sums, rows] over the
     activations themselves."""
-    parts = products.reshape(tokens, -1, columns_a_sum, products.shape[1]).astype(jnp.float32)
+    parts = products.reshape(tokens, -1, 3, products.shape[1]).astype(jnp.float32)
     total = parts[:, :, 2] * 65536.0 + (parts[:, :, 1] * 256.0 + parts[:, :, 0])  # [M, sums, rows]
     return total * np.float32(1 / plan.limit) * largest[:, None, None]

@@ -5,8 +5,8 @@
     many            decoded once into 16 bits, then XLA's own matrix product
 
 How many is few, and the shapes of tiles: `tuning`. All results are deterministic: few tokens add integers, the others
-add up in a fixed order. Scales, SwiGLU, residual sums and conversions that follow a product of few tokens are XLA's, one
-loop over the outputs that it fuses by itself.
+add up in a fixed order. For few tokens a product is two kernels: what makes the activations (a norm, SwiGLU) is computed
+where they are folded, and a residual is added where the results are written.
 """
 
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ import numpy as np
 
 from atd.kernels import packed, prefixes, triton_fold, triton_gemm, triton_gemv, tuning
 from atd.kernels.packed import device_kind, prepare
+from atd.kernels.triton_fold import Prologue
 from atd.kernels.tuning import Settings
 from atd.weights import Packed, TernaryType, Weight
 
@@ -33,29 +34,48 @@ class Triton(packed.Backend):
     def device_refuses(self) -> str | None:
         return None if self.interpret else device_refuses()
 
-    def matmul(self, x: jax.Array, weight: Weight) -> jax.Array:
+    def fuses(self, x: jax.Array, weight: Weight) -> bool:
+        """Whether `matmul` takes a prologue and a residual for these."""
+        return path(self.settings or _tuned(x, weight.type.ternary), weight.type.ternary, x.shape[0]) == "gemv"
+
+    def matmul(
+        self, x: jax.Array, weight: Weight, prologue: Prologue | None = None, residual: jax.Array | None = None
+    ) -> jax.Array:
         """x [M, in] times weight [out, in] -> [M, out] in x's dtype. Raises RuntimeError where the device's own results
-        are not those of the XLA backend (`self_test`)."""
+        are not those of the XLA backend (`self_test`). prologue, residual [M, out]: see `gemv`; where it `fuses` alone."""
         assert isinstance(weight, Packed)
         if not self.interpret and jax.default_backend() == "gpu":
             self_test()
-        return multiply(x, weight, self.settings, self.interpret)
+        return multiply(x, weight, self.settings, self.interpret, prologue, residual)
 
 
-def multiply(x: jax.Array, weight: Packed, settings: Settings | None = None, interpret: bool = False) -> jax.Array:
+def multiply(
+    x: jax.Array,
+    weight: Packed,
+    settings: Settings | None = None,
+    interpret: bool = False,
+    prologue: Prologue | None = None,
+    residual: jax.Array | None = None,
+) -> jax.Array:
     """`Triton.matmul` without the self-test."""
-    settings = settings or tuning.settings(device_kind(), weight.type.ternary, x.shape[0], x.dtype.name)
+    settings = settings or _tuned(x, weight.type.ternary)
     held = prepare(weight)
     assert isinstance(held, Packed)
     words, scales, type = jnp.asarray(held.codes), jnp.asarray(held.scales), held.type.ternary
-    match path(settings, type, x.shape[0]):
+    way = path(settings, type, x.shape[0])
+    assert way == "gemv" or (prologue is None and residual is None), "see `Triton.fuses`"
+    match way:
         case "gemv":
-            y = gemv(x, words, scales, type, settings, interpret)
+            y = gemv(x, words, scales, type, settings, interpret, prologue, residual)
         case "gemm":
             y = triton_gemm.matmul(x, words, scales, type, settings.tiles, interpret=interpret)
         case _:
             y = packed.decode_once(x, weight)
     return y.astype(x.dtype)
+
+
+def _tuned(x: jax.Array, type: TernaryType) -> Settings:
+    return tuning.settings(device_kind(), type, x.shape[0], x.dtype.name)
 
 
 def device_refuses() -> str | None:
@@ -84,8 +104,18 @@ def gemv_name(type: TernaryType, tokens: int) -> str:
     return triton_gemv.name(prefixes.plan(type.bases, type.tied), _columns(type) * tokens)
 
 
-def gemv(x, words, scales, type: TernaryType, settings: Settings, interpret: bool) -> jax.Array:
-    """x [M, in] times the matrix by `triton_gemv` -> float32 [M, out], as many tokens at a time as have columns."""
+def gemv(
+    x,
+    words,
+    scales,
+    type: TernaryType,
+    settings: Settings,
+    interpret: bool,
+    prologue: Prologue | None = None,
+    residual: jax.Array | None = None,
+) -> jax.Array:
+    """x [M, in], or what the prologue makes it of, times the matrix by `triton_gemv` -> float32 [M, out], plus the residual; as
+    many tokens at a time as have columns."""
     plan, grouped = prefixes.plan(type.bases, type.tied), type.scales_shape[1] > 1
     steps, most = plan.steps(words.shape[1]), triton_gemv.MAX_COLUMNS // _columns(type)
     group_size = type.group_size if grouped else None
@@ -94,16 +124,14 @@ def gemv(x, words, scales, type: TernaryType, settings: Settings, interpret: boo
     for start in range(0, x.shape[0], most):
         part = x[start : start + most]
         tokens, columns = part.shape[0], _columns(type) * part.shape[0]
-        kept = triton_gemv.kept(columns)
-        folded, largest = triton_fold.fold(
-            plan, part, triton_gemv.padded(steps, **shape), kept, group_size, interpret=interpret
-        )
-        each = jnp.tile(_scales_of_steps(scales, plan, steps, type.group_size), (1, 1, tokens)) if grouped else None
-        found = triton_gemv.products(
-            plan, folded, words, columns, **shape, row_blocks=settings.row_blocks, scales=each, interpret=interpret
-        )
-        sums = prefixes.join(plan, found, tokens, largest, 4 if grouped else 3)
-        results.append(sums.sum(axis=1) if grouped else packed.scaled(sums, scales))  # groups are scaled already
+        padded, kept = triton_gemv.padded(steps, **shape), triton_gemv.kept(columns)
+        folded = triton_fold.fold(plan, part, padded, kept, group_size, prologue, interpret=interpret)
+        each = scales[:, 0]
+        if grouped:
+            each = jnp.tile(_scales_of_steps(scales, plan, steps, type.group_size), (1, 1, tokens))
+        added = None if residual is None else residual[start : start + most]
+        options = shape | {"row_blocks": settings.row_blocks, "interpret": interpret}
+        results.append(triton_gemv.multiply(plan, folded, words, each, columns, added, **options))
     return jnp.concatenate(results) if len(results) > 1 else results[0]
 
 

@@ -2,9 +2,11 @@
 three of XLA's, and for a token a launch costs as much as the arithmetic of a layer.
 
 Every block looks for the largest |x| of each token itself (a few kB, out of the cache), then makes its share of the words.
+What makes the activations is computed on the way (`Prologue`): a norm would be two more launches, SwiGLU one.
 """
 
 import functools
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -18,20 +20,43 @@ SIZE = 1024  # words of a block
 WARPS = 4
 
 
+@dataclass(frozen=True, eq=False)
+class Prologue:
+    """How the activations that are multiplied come from the array that is given, in float32.
+
+    gain [in]:  x / sqrt(mean(x^2) + eps) * gain of x [M, in]
+    gated:      silu(x[:, :in]) * x[:, in:] of x [M, 2 in]
+    """
+
+    gain: jax.Array | None = None
+    eps: float = 0.0
+    gated: bool = False
+
+
 def fold(
-    plan: Plan, x: jax.Array, steps: int, kept: int, group_size: int | None = None, *, interpret: bool = False
+    plan: Plan,
+    x: jax.Array,
+    steps: int,
+    kept: int,
+    group_size: int | None = None,
+    prologue: Prologue | None = None,
+    *,
+    interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """x [M, in] -> (uint32 words in the order of `triton_gemv.products`, largest |x| float32 [M]), as `prefixes.fold` has it.
+    """x [M, in], or what the prologue makes it of -> (uint32 words in the order of `triton_gemv.multiply`, largest |x|
+    float32 [M]), as `prefixes.fold` has it.
 
     The order: steps, prefix words / 4, sets of 8 columns, columns, 4 threads, 4 prefix words. Columns: (token, sum, byte 0
     to 2), or with a group_size (token, sum, slot, byte 0 to 3), byte 3 being 0; kept of them, the last of which may be 0.
     """
-    tokens, inputs = x.shape
+    prologue = prologue or Prologue()
+    tokens, inputs = x.shape[0], x.shape[1] // (2 if prologue.gated else 1)
+    gain = [] if prologue.gain is None else [prologue.gain.astype(jnp.float32)]
     slots = 1 if group_size is None else slots_of(plan, steps, group_size)[1]
     words = steps * plan.words * kept * THREADS_A_ROW
     kernel = functools.partial(
         _kernel, plan=plan, tokens=tokens, inputs=inputs, columns=min(kept, 8), sets=max(1, kept // 8), slots=slots,
-        group_size=group_size,
+        group_size=group_size, eps=prologue.eps, gated=prologue.gated,
     )  # fmt: skip
     folded, largest = pl.pallas_call(
         kernel,
@@ -40,14 +65,15 @@ def fold(
         compiler_params=plt.CompilerParams(num_warps=WARPS, num_stages=1),
         interpret=interpret,
         name=f"ternary_fold_n{plan.bases}{'tied' if plan.tied else 'free'}",
-    )(x.reshape(-1), jnp.asarray(plan.param).reshape(-1), jnp.asarray(plan.factor).reshape(-1))
+    )(x.reshape(-1), jnp.asarray(plan.param).reshape(-1), jnp.asarray(plan.factor).reshape(-1), *gain)
     return folded, largest
 
 
 def _kernel(
-    x_ref, param_ref, factor_ref, folded_ref, largest_ref, *, plan: Plan, tokens: int, inputs: int, columns: int, sets: int,
-    slots: int, group_size: int | None,
+    x_ref, param_ref, factor_ref, *rest_refs, plan: Plan, tokens: int, inputs: int, columns: int, sets: int, slots: int,
+    group_size: int | None, eps: float, gated: bool,
 ):  # fmt: skip
+    *gain_ref, folded_ref, largest_ref = rest_refs
     index = pl.program_id(0) * SIZE + lax.iota(jnp.int32, SIZE)
     step_params = THREADS_A_ROW * plan.piece_params
 
@@ -66,12 +92,26 @@ def _kernel(
     rest, slot = take(rest, slots)
     token, sum_ = take(rest, plan.sums)
     used = (token < tokens) & (byte < 3)
+
+    def read(token, parameter, mask) -> tuple[jax.Array, jax.Array]:
+        """(activations, but for a norm's factor for the token; what is given), float32."""
+
+        def load(at) -> jax.Array:
+            return plt.load(x_ref.at[at], mask=mask, other=jnp.zeros((), x_ref.dtype)).astype(jnp.float32)
+
+        if gated:
+            gate, up = (load(token * (2 * inputs) + first + parameter) for first in (0, inputs))
+            return gate / (1 + jnp.exp(-gate)) * up, gate
+        given = load(token * inputs + parameter)
+        return given * plt.load(gain_ref[0].at[parameter], mask=mask, other=0.0) if gain_ref else given, given
+
     unit = jnp.ones((SIZE,), jnp.float32)
     for t in range(tokens):
-        largest = _largest(x_ref, t * inputs, inputs)
+        largest, mean_square = _largest(functools.partial(read, t), inputs, bool(gain_ref))
         good = (largest > 0) & (largest < jnp.inf)  # neither for a NaN
         unit = jnp.where(token == t, jnp.where(good, largest, 1.0), unit)
-        largest_ref[t] = jnp.where(largest < jnp.inf, largest, jnp.nan)
+        factor = 1.0 if mean_square is None else lax.rsqrt(mean_square + eps)
+        largest_ref[t] = jnp.where(largest < jnp.inf, largest * factor, jnp.nan)
 
     def term(i: int, b: int) -> jax.Array:
         at = ((i * plan.sums + sum_) * plan.words + word) * 4 + b
@@ -80,8 +120,7 @@ def _kernel(
         if group_size is not None:
             group, first = (take(k, group_size)[0] for k in (parameter, step * step_params))
             mine &= group - first == slot
-        value = plt.load(x_ref.at[token * inputs + parameter], mask=mine, other=jnp.zeros((), x_ref.dtype))
-        scaled = value.astype(jnp.float32) / unit * plan.limit
+        scaled = read(token, parameter, mine)[0] / unit * plan.limit
         rounded = (scaled + jnp.where(scaled < 0, -0.5, 0.5)).astype(jnp.int32)  # Triton has no other rounding
         return rounded * plt.load(factor_ref.at[at], mask=used, other=0)
 
@@ -96,16 +135,18 @@ def _kernel(
     plt.store(folded_ref.at[index], found, mask=index < folded_ref.shape[0])
 
 
-def _largest(x_ref, start: int, count: int) -> jax.Array:
-    """max |x| of count elements, NaN where one is."""
+def _largest(read, count: int, normed: bool) -> tuple[jax.Array, jax.Array | None]:
+    """(max |x|, infinity where one is NaN; mean square of what is given, of count elements, where that is asked for)."""
     size = min(4096, pl.next_power_of_2(count))
     offsets = lax.iota(jnp.int32, size)
 
     def chunk(i, found):
         at = i * size + offsets
-        value = plt.load(x_ref.at[start + at], mask=at < count, other=jnp.zeros((), x_ref.dtype)).astype(jnp.float32)
-        return jnp.maximum(found, jnp.where(value == value, jnp.abs(value), jnp.inf))  # a NaN counts as infinite
+        value, given = read(at, at < count)
+        finite = jnp.where(value == value, jnp.abs(value), jnp.inf)  # a NaN counts as infinite
+        return jnp.maximum(found[0], finite), *(squares + given * given for squares in found[1:])
 
     chunks = -(-count // size)
-    zero = jnp.zeros((size,), jnp.float32)
-    return jnp.max(lax.fori_loop(0, chunks, chunk, zero) if chunks > 1 else chunk(0, zero))
+    zero = (jnp.zeros((size,), jnp.float32),) * (1 + normed)
+    largest, *squares = lax.fori_loop(0, chunks, chunk, zero) if chunks > 1 else chunk(0, zero)
+    return jnp.max(largest), jnp.sum(squares[0]) / count if normed else None

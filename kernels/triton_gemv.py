@@ -1,6 +1,7 @@
 """Few tokens times a packed matrix: int8 tensor cores on prefixes, in Pallas for Triton.
 
     products[c, o] = sum_k X[c, k] prefix[o, k]          int32, exact; c a column of `triton_fold.fold`
+    y[token, o]    = sum_c 256^byte(c) scale[o, sum(c)] products[c, o] largest|x| / limit   (+ residual), c of the token
 
 A block of threads computes 16 R rows. Its warps take turns at the steps of a row (64 bytes of each row, 192 for N = 3);
 in a step, thread 4 g + t of a warp takes piece t of rows g and g + 8, decodes it (two operations a word, a multiply-add a
@@ -10,7 +11,8 @@ in a step, thread 4 g + t of a warp takes piece t of rows g and g + 8, decodes i
 
 which is all that the main loop does where rows have one scale: no scale, no conversion, no offset. With group scales each
 group that a step touches has columns of its own (a *slot*), and their results are scaled in float32 after each step, by
-scales that were laid out before in the order of the results. Codes are read as they are stored; beyond a row's end the
+scales that were laid out before in the order of the results. What the warps found is added, scaled and written as rows of
+y: nothing is left to other kernels. Codes are read as they are stored; beyond a row's end the
 activations are zero, beyond the last row reads are masked, so any number of inputs and rows will do.
 
 Tensors of a block are flat, and thread and register follow from the index: with 4 consecutive elements a thread, element
@@ -39,50 +41,49 @@ ROWS = 16  # of one matrix instruction
 MAX_COLUMNS = 16  # two of its results a thread
 
 
-def products(
+def multiply(
     plan: Plan,
-    x: jax.Array,
+    folded: tuple[jax.Array, jax.Array],
     codes: jax.Array,
+    scales: jax.Array,
     columns: int,
+    residual: jax.Array | None = None,
     *,
     warps: int,
     row_blocks: int = 1,
     unroll: int = 1,
-    scales: jax.Array | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """int32 [columns, out]: each byte of each coefficient against the prefixes of all rows.
+    """y float32 [M, out], plus the residual [M, out]: the matrix times the tokens that were folded.
 
-    x: of `triton_fold.fold`, for `padded(steps, warps, unroll)` steps and `kept(columns)` columns; columns: those that count,
-    at most MAX_COLUMNS. codes uint32 [out, row words]: the rows as they are stored, whole 16 bytes each. warps: of a block; a
-    power of two. row_blocks: R, groups of 16 rows that share a thread's activations; a power of two. unroll: steps of a warp
-    in a turn of the loop. scales: [rows or 1, steps, columns / 4], of four columns in each step: results are float32 then.
+    folded: of `triton_fold.fold`, for `padded(steps, warps, unroll)` steps and `kept(columns)` columns; columns: those that
+    count, at most MAX_COLUMNS. codes uint32 [out, row words]: the rows as they are stored, whole 16 bytes each. scales: one a
+    row and sum [rows or 1, sums], or of the groups that each step touches [rows or 1, steps, columns / 4]. warps: of a block;
+    a power of two. row_blocks: R, groups of 16 rows that share a thread's activations; a power of two. unroll: steps of a
+    warp in a turn of the loop.
     """
+    x, largest = folded
     sets = max(1, kept(columns) // 8)  # of 8 columns: results of 4 registers each
     steps = plan.steps(codes.shape[1])
     turns = padded(steps, warps, unroll) // (warps * unroll)
-    out, row_words = codes.shape
+    (out, row_words), tokens, grouped = codes.shape, largest.shape[0], scales.ndim == 3
     blocks = -(-out // (ROWS * row_blocks))
-    operands = [x, codes.reshape(-1)]
-    if scales is not None:
-        operands.append(_by_register(scales, out, blocks * row_blocks, padded(steps, warps, unroll), 2 * sets))
+    if grouped:
+        scales = _by_register(scales, out, blocks * row_blocks, padded(steps, warps, unroll), 2 * sets)
     kernel = functools.partial(
         _kernel, plan=plan, turns=turns, warps=warps, row_blocks=row_blocks, unroll=unroll, sets=sets,
-        lanes_kept=min(kept(columns), 8) * 4, row_words=row_words, total=out * row_words, interpret=interpret,
+        lanes_kept=min(kept(columns), 8) * 4, shape=(out, row_words), tokens=tokens, columns=columns, grouped=grouped,
+        scales_rows=scales.shape[0], interpret=interpret,
     )  # fmt: skip
-    found = pl.pallas_call(
+    added = [] if residual is None else [residual.reshape(-1)]
+    return pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct(
-            (blocks * row_blocks * sets * 128,), jnp.int32 if scales is None else jnp.float32
-        ),
+        out_shape=jax.ShapeDtypeStruct((tokens * out,), jnp.float32),
         grid=(blocks,),
         compiler_params=plt.CompilerParams(num_warps=warps, num_stages=1),
         interpret=interpret,
         name=name(plan, columns),
-    )(*operands)
-    # register e of thread (g, t) of a set: row g + 8 (e >> 1), column 2 t + (e & 1)
-    found = found.reshape(blocks * row_blocks, sets, 8, 4, 2, 2).transpose(1, 3, 5, 0, 4, 2)
-    return found.reshape(sets * 8, -1)[:columns, :out]  # [columns, rows]
+    )(x, codes.reshape(-1), largest, scales.reshape(-1), *added).reshape(tokens, out)
 
 
 def padded(steps: int, warps: int, unroll: int) -> int:
@@ -109,10 +110,12 @@ def _by_register(scales: jax.Array, out: int, row_groups: int, steps: int, quads
 
 
 def _kernel(
-    x_ref, codes_ref, *rest, plan: Plan, turns: int, warps: int, row_blocks: int, unroll: int, sets: int, lanes_kept: int,
-    row_words: int, total: int, interpret: bool,
+    x_ref, codes_ref, largest_ref, scales_ref, *rest, plan: Plan, turns: int, warps: int, row_blocks: int, unroll: int,
+    sets: int, lanes_kept: int, shape: tuple[int, int], tokens: int, columns: int, grouped: bool, scales_rows: int,
+    interpret: bool,
 ):  # fmt: skip
-    *scales_ref, out_ref = rest
+    *residual_ref, out_ref = rest
+    out, row_words = shape
     size = warps * 128 * sets
     block = pl.program_id(0)
     index = lax.iota(jnp.int32, size)
@@ -135,7 +138,7 @@ def _kernel(
     quad = (half * 2 + part(8, 2)) * 32 + group * 4 + register + warp * (64 * sets)  # in the scales
 
     def read(at: jax.Array) -> jax.Array:
-        return plt.load(codes_ref.at[at], mask=at < total, other=jnp.uint32(0))
+        return plt.load(codes_ref.at[at], mask=at < out * row_words, other=jnp.uint32(0))
 
     nothing = jnp.zeros((size,), jnp.int32)
 
@@ -148,20 +151,54 @@ def _kernel(
                 rows = block * row_blocks + r
                 start = rows * (ROWS * row_words) + step * step_words
                 words = [read(at * row_words + in_piece + (start + 4 * c)) for c in range(load) for at in row]
-                if scales_ref:
+                if grouped:
                     found = _multiply(plan, sets, words, x, nothing, interpret).astype(jnp.float32)
                     at = (rows * (turns * unroll * warps) + step) * (64 * sets)
-                    sums[r] = sums[r] + found * scales_ref[0][quad + at].astype(jnp.float32)
+                    sums[r] = sums[r] + found * scales_ref[quad + at].astype(jnp.float32)
                 else:
                     sums[r] = _multiply(plan, sets, words, x, sums[r], interpret)
         return tuple(sums)
 
-    zero = tuple(jnp.zeros((size,), out_ref.dtype) for _ in range(row_blocks))
+    zero = tuple(jnp.zeros((size,), jnp.float32 if grouped else jnp.int32) for _ in range(row_blocks))
     sums = lax.fori_loop(0, turns, turn, zero) if turns > 1 else turn(0, zero)
-    places = lax.iota(jnp.int32, 128 * sets)
+
+    # The results once: thread 4 g + t, register 2 row half + parity of a set is row g + 8 row half, column 2 t + parity.
+    results = 128 * sets
+    index = lax.iota(jnp.int32, results)
+
+    def bits(of: int, count: int) -> jax.Array:
+        return lax.rem(lax.div(index, jnp.full((results,), of, jnp.int32)), jnp.full((results,), count, jnp.int32))
+
+    column = bits(128, sets) * 8 + bits(4, 4) * 2 + bits(1, 2)
+    sum_, byte = _divided(column, 4 if grouped else 3)
+    token, sum_ = _divided(sum_, columns // (tokens * (4 if grouped else 3)))
+    place = jnp.where(byte == 0, 1.0, jnp.where(byte == 1, 256.0, 65536.0))
+    half_rows = (8, 2)  # g, row half
+    in_block = lax.broadcasted_iota(jnp.int32, half_rows, 0) + 8 * lax.broadcasted_iota(jnp.int32, half_rows, 1)
     for r in range(row_blocks):
-        total_of_warps = jnp.sum(sums[r].reshape(sets, warps, 128), axis=1).reshape(-1)
-        out_ref[(block * row_blocks + r) * (128 * sets) + places] = total_of_warps
+        first = (block * row_blocks + r) * ROWS
+        found = jnp.sum(sums[r].reshape(sets, warps, 128), axis=1).reshape(-1).astype(jnp.float32) * place
+        if not grouped:
+            row = first + bits(16, 8) + 8 * bits(2, 2) if scales_rows > 1 else 0
+            at = row * plan.sums + sum_
+            mask = (column < columns) & (row < out)
+            found = found * plt.load(scales_ref.at[at], mask=mask, other=jnp.zeros((), scales_ref.dtype)).astype(
+                jnp.float32
+            )
+        rows = first + in_block
+        for t in range(tokens):
+            mine = jnp.where((token == t) & (column < columns) & (byte < 3), found, 0.0)
+            y = mine.reshape(sets, 8, 4, 2, 2).sum(axis=4).sum(axis=2).sum(axis=0)  # set, g, t, row half, parity
+            y = y * (1 / plan.limit) * largest_ref[t]  # in this order: the largest may be tiny
+            for ref in residual_ref:
+                y = y + plt.load(ref.at[t * out + rows], mask=rows < out, other=0.0).astype(jnp.float32)
+            plt.store(out_ref.at[t * out + rows], y, mask=rows < out)
+
+
+def _divided(value: jax.Array, by: int) -> tuple[jax.Array, jax.Array]:
+    """(value // by, value % by) of what is not negative."""
+    divisor = jnp.full(value.shape, by, jnp.int32)
+    return lax.div(value, divisor), lax.rem(value, divisor)
 
 
 def _multiply(

@@ -174,7 +174,7 @@ def test_kill_at_random_moments_ends_in_the_same_bytes(stories15m, tmp_path):
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     moments, out, kept = random.Random(seed), tmp_path / "killed", set()
-    for _ in range(4):
+    for _ in range(3):
         process = run_convert(stories15m, out)
         try:
             process.wait(moments.uniform(0.25, 0.9) * duration)

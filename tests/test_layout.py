@@ -53,15 +53,15 @@ def check_interleaved(trits: np.ndarray) -> None:
     assert layout.invalid_bytes(codes) == 0
 
 
-@pytest.mark.parametrize("bases", [1, 2, 3])
+@pytest.mark.parametrize("bases", [1, 2])
 def test_every_interleaved_cell(bases):
-    count, chunk = 3 ** (5 * bases), 1 << 20
-    for start in range(0, count, chunk):
-        check_interleaved(numbered_cells(start, min(start + chunk, count), bases))
+    check_interleaved(numbered_cells(0, 3 ** (5 * bases), bases))
 
 
-def test_interleaved_cells_of_four_bases_by_sampling():
-    check_interleaved(random_trits(1 << 18, 5, 4))
+@pytest.mark.parametrize("bases", [3, 4])
+def test_interleaved_cells_of_more_bases_by_sampling(bases):
+    """A thousand of each byte's 243 values at each place of a cell."""
+    check_interleaved(random_trits(1 << 18, 5, bases))
 
 
 def test_every_interleaved_cell_has_bytes_of_its_own():

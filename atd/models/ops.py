@@ -19,6 +19,7 @@ import numpy as np
 
 from atd.ir import OPS, Block, Node
 from atd.kernels import matmul as kernels
+from atd.models import fusion
 from atd.weights import Dense, Weight
 
 Cache = tuple[jax.Array, jax.Array]
@@ -178,14 +179,39 @@ def run_block(
     backend: of `atd.kernels.matmul`, which multiplies by packed weights.
     """
     values, new_cache = {"x": x}, {}
-    for node in block.nodes:
+
+    def run(node: Node) -> None:
         inputs = [values[name] for name in node.inputs]
         places = cache.get(node.name) if cache else None
         mine = weights.get(node.name, {})
         values[node.name], filled = run_node(node, inputs, mine, positions, places, embedding, backend)
         if filled is not None:
             new_cache[node.name] = filled
+
+    for step in fusion.plan(block, weights):
+        if isinstance(step, Node):
+            run(step)
+        elif (value := run_fused(step, values, weights, embedding, backend)) is not None:
+            values[step.nodes[-1].name] = value
+        else:
+            for node in step.nodes:
+                if node.name not in values:  # a norm that another linear reads as well
+                    run(node)
     return values[block.nodes[-1].name], new_cache
+
+
+def run_fused(product: fusion.Product, values, weights: Weights, embedding: Weight | None, backend: str | None):
+    """The value of a product whose kernels compute all of it, or None where there are none for these tokens and weights."""
+    mine = weights.get(product.linear.name, {})
+    weight, x = mine.get("weight") or embedding, values[product.source]
+    if isinstance(weight, Dense | None) or not kernels.fuses(x, weight, backend=backend):
+        return None
+    norm = product.norm
+    gain, eps = (None, 0.0) if norm is None else (weights[norm.name]["weight"].dequantize(), norm.attrs["eps"])
+    residual = None if product.residual is None else values[product.residual]
+    prologue = kernels.Prologue(gain, eps, product.gated)
+    y = kernels.fused(x, weight, backend=backend, prologue=prologue, residual=residual)
+    return y + mine["bias"].dequantize().astype(y.dtype) if "bias" in mine else y
 
 
 def run_node(

@@ -137,6 +137,33 @@ def test_any_number_of_activations(backend, rows, group):
     check(backend, activations(rows, 320), pack(weight, "interleaved"), weight.dequantize())
 
 
+@pytest.mark.parametrize("kind", ["norm", "gated"])
+@pytest.mark.parametrize(
+    ("rows", "bases", "group", "tied"),
+    [(1, 2, "row", True), (3, 2, "row", False), (1, 2, 128, True), (4, 3, "row", True), (2, 1, "tensor", True)],
+)
+def test_what_comes_before_and_after_a_product(backend, kind, rows, bases, group, tied):
+    """A norm or SwiGLU before it and a residual behind it, 49 rows: the last of a block's groups of rows is not full."""
+    if not isinstance(kernels.BACKENDS[backend], triton.Triton):
+        pytest.skip("computes products alone")
+    weight, random = ternary(49, 323, bases, group, tied), np.random.default_rng(5)
+    x, residual = activations(rows, 323 if kind == "norm" else 646), activations(rows, 49, seed=2)
+    gain = random.uniform(0.5, 2, 323).astype(np.float32)
+    prologue = triton.Prologue(jnp.asarray(gain), 1e-5) if kind == "norm" else triton.Prologue(gated=True)
+    packed, wide = pack(weight, "words"), x.astype(np.float64)
+    assert kernels.fuses(x, packed, backend=backend)
+    y = jax.jit(lambda x, w, r: kernels.fused(x, w, backend=backend, prologue=prologue, residual=r))(
+        x, packed, residual
+    )
+    if kind == "norm":
+        made = wide / np.sqrt((wide**2).mean(axis=1, keepdims=True) + 1e-5) * gain
+    else:
+        made = wide[:, :323] / (1 + np.exp(-wide[:, :323])) * wide[:, 323:]
+    table = np.asarray(weight.dequantize()).astype(np.float64)
+    bound = (24 * EPSILON * np.abs(made) + rounding_of_x(backend, made, packed)) @ np.abs(table).T + 1e-6
+    assert (np.abs(y - (made @ table.T + residual)) / bound).max() < 1
+
+
 @pytest.mark.parametrize("trit", [-1, 0, 1])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("group", [128, "row"])

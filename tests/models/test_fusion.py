@@ -1,0 +1,106 @@
+"""Which nodes are computed with a product, and that they give what the nodes give."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from atd.ir import Block, Node, in_memory
+from atd.kernels import matmul as kernels
+from atd.kernels.tuning import Settings
+from atd.models import fusion, ops
+from atd.models.fusion import Product
+from atd.pipeline import Pipeline
+from atd.weights import Dense
+from tests.models.tiny import tiny_graph
+
+ROWS = ["decompose{bases = 2, group = 'row', scales = 'tied'}", "pack"]
+
+
+def weights_of(block: Block) -> ops.Weights:
+    return {node.name: {slot: ref.load() for slot, ref in node.weights.items()} for node in block.nodes}
+
+
+def read(block: Block) -> list[str]:
+    """'a b c' for a product of these nodes, 'a' for a node of its own."""
+    steps = fusion.plan(ops.structure_of(block).block, weights_of(block))
+    return [" ".join(n.name for n in step.nodes) if isinstance(step, Product) else step.name for step in steps]
+
+
+def test_a_block_with_its_linears_joined():
+    graph = Pipeline(["fuse"])(tiny_graph(layers=1))
+    assert read(graph.blocks[0]) == [
+        "input_layernorm self_attn.qkv_proj",
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.q_rope",
+        "self_attn.k_rope",
+        "self_attn.attention",
+        "self_attn.o_proj self_attn.residual",
+        "post_attention_layernorm mlp.gate_up_proj",
+        "mlp.gate_proj mlp.up_proj mlp.silu_mul mlp.down_proj mlp.residual",
+    ]
+
+
+def test_linears_apart_norm_anew_and_gate_by_themselves():
+    steps = read(tiny_graph(layers=1).blocks[0])
+    assert [step for step in steps if step.startswith("input_layernorm ")] == [
+        f"input_layernorm self_attn.{name}_proj" for name in "qkv"
+    ]
+    assert "mlp.silu_mul" in steps
+    assert "mlp.down_proj mlp.residual" in steps
+
+
+def block(*nodes: Node) -> Block:
+    return Block("b", nodes)
+
+
+NORM = Node("norm", "rms_norm", ("x",), attrs={"eps": 1e-5})
+
+
+@pytest.mark.parametrize(
+    ("nodes", "wanted"),
+    [
+        ((NORM, Node("l", "linear", ("norm",)), Node("a", "add", ("l", "norm"))), ["norm", "l a"]),
+        ((Node("l", "linear", ("x",)), Node("a", "add", ("l", "l"))), ["l", "a"]),
+        ((Node("l", "linear", ("x",)), Node("a", "add", ("x", "l")), Node("b", "add", ("l", "a"))), ["l", "a", "b"]),
+        ((replace(NORM, attrs={"eps": 1e-5, "head_dim": 8}), Node("l", "linear", ("norm",))), ["norm", "l"]),
+    ],
+)
+def test_what_others_read_stays(nodes, wanted):
+    steps = fusion.plan(block(*nodes), {})
+    assert [" ".join(n.name for n in s.nodes) if isinstance(s, Product) else s.name for s in steps] == wanted
+
+
+def test_a_bias_comes_before_the_residual_stream():
+    nodes = (Node("l", "linear", ("x",)), Node("a", "add", ("x", "l")))
+    (first, second) = fusion.plan(block(*nodes), {"l": {"bias": None}})
+    assert isinstance(first, Product)
+    assert (first.residual, second) == (None, nodes[1])
+
+
+def with_bias(unit: Block, name: str) -> Block:
+    bias = in_memory("bias", Dense(np.linspace(-1, 1, 32).astype(np.float32)))
+    return replace(
+        unit, nodes=tuple(replace(n, weights=n.weights | {"bias": bias}) if n.name == name else n for n in unit.nodes)
+    )
+
+
+@pytest.mark.parametrize("joined", [True, False], ids=["joined", "apart"])
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+def test_values_are_those_of_the_nodes(monkeypatch, joined, bias):
+    graph = Pipeline([*ROWS, *(["fuse"] if joined else [])])(tiny_graph(layers=1))
+    monkeypatch.setitem(kernels.BACKENDS, "fusing", kernels.Triton(interpret=True, settings=Settings(gemv_tokens=2)))
+    calls = []
+    fused = kernels.fused
+    monkeypatch.setattr(kernels, "fused", lambda *a, **k: calls.append(k) or fused(*a, **k))
+    unit = with_bias(graph.blocks[0], "self_attn.o_proj") if bias else graph.blocks[0]
+    weights, x = weights_of(unit), np.random.default_rng(0).standard_normal((1, 2, 32)).astype(np.float32)
+    found, _ = ops.run_block(unit, weights, x, ops.from_start(x), backend="fusing")
+    wanted, _ = ops.run_block(unit, weights, x, ops.from_start(x), backend="xla")
+    np.testing.assert_allclose(found, wanted, atol=2e-5 * np.abs(np.asarray(wanted)).max())
+    assert len(calls) == (4 if joined else 7)
+    assert sum(call["prologue"].gain is not None for call in calls) == (2 if joined else 5)
+    assert sum(call["prologue"].gated for call in calls) == joined
+    assert sum(call["residual"] is not None for call in calls) == 2 - bias
