@@ -17,7 +17,8 @@ from atd.kernels.prefixes import THREADS_A_ROW, Plan, slots_of
 from atd.kernels.triton_gemv import plt
 
 SIZE = 1024  # words of a block
-WARPS = 4
+WARPS = 8
+CHUNK = 2048  # elements that a block looks at together for the largest: 8 a thread; more do not fit the registers
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +138,7 @@ def _kernel(
 
 def _largest(read, count: int, normed: bool) -> tuple[jax.Array, jax.Array | None]:
     """(max |x|, infinity where one is NaN; mean square of what is given, of count elements, where that is asked for)."""
-    size = min(4096, pl.next_power_of_2(count))
+    size = min(CHUNK, pl.next_power_of_2(count))
     offsets = lax.iota(jnp.int32, size)
 
     def chunk(i, found):
