@@ -31,6 +31,7 @@ from atd.models.ops import Structure, structure_of
 from atd.weights import DTYPES, Dense, DenseType, Packed, PackedType, Ternary, Weight, level_weights, ternary_of
 
 Parameters = dict[str, dict[str, jax.Array]]  # node -> kind ("scales", "gain", "codes") -> what is tuned
+CODES = jnp.float16  # of delta as it is kept: up to half a level to 2^-12 of one; computed with in float32
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["codes", "scales", "top"], meta_fields=["size", "tied"])
@@ -75,7 +76,7 @@ def tunable(block: Block, *, scales: bool = True, gains: bool = True, codes: boo
                 if scales:
                     moves["scales"] = jnp.zeros_like(value.scales)
                 if codes and node.op == "linear":
-                    moves["codes"] = jnp.zeros(value.codes.shape, jnp.float32)
+                    moves["codes"] = jnp.zeros(value.codes.shape, CODES)
             elif node.op == "rms_norm" and gains and not isinstance(value, Grid):
                 moves["gain"] = jnp.zeros_like(value)
     return Unit(block, structure_of(block), fixed, {name: moves for name, moves in parameters.items() if moves})
@@ -200,11 +201,17 @@ def _programs(structure: Structure) -> tuple[Callable, Callable]:
         return ops.run_block(structure.block, weights(fixed, parameters), x, ops.from_start(x))[0]
 
     def back(parameters, fixed, x, gradient):
+        parameters = wide(parameters)
         if jnp.issubdtype(x.dtype, jnp.integer):
             return jax.vjp(lambda p: run(p, fixed, x), parameters)[1](gradient)[0], None
         return jax.vjp(lambda p, x: run(p, fixed, x), parameters, x)[1](gradient)
 
     return jax.jit(run), jax.jit(back)
+
+
+def wide(parameters: Parameters) -> Parameters:
+    """In float32: gradients are of the type of what they are by, and may be too small for float16."""
+    return jax.tree.map(lambda p: p.astype(jnp.float32), parameters)
 
 
 def table(unit: Unit, parameters: Parameters) -> jax.Array:

@@ -37,12 +37,14 @@ from atd.tuning import (
     table,
     table_backward,
     tunable,
+    wide,
 )
 from atd.weights import DenseType
 
 AGAINST = ("logits", "block")
 HELD_OUT = 8  # one window in so many
 WARM_UP = 4  # steps
+POSITIONS = 128  # whose logits exist at a time, where the context is a multiple of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +187,7 @@ class _Tuned:
 
     def __init__(self, unit: Unit, optimizer: optax.GradientTransformation):
         self.unit, self.parameters, self._optimizer = unit, unit.parameters, optimizer
-        self._state = optimizer.init(unit.parameters)
+        self._state = optimizer.init(wide(unit.parameters))
 
     def move(self, gradients: Parameters, share: float) -> None:
         """By this share of the optimizer's rates."""
@@ -195,14 +197,14 @@ class _Tuned:
 
     def restart(self, parameters: Parameters) -> None:
         """From these, with nothing remembered of the steps before."""
-        self.parameters, self._state = parameters, self._optimizer.init(parameters)
+        self.parameters, self._state = parameters, self._optimizer.init(wide(parameters))
 
 
 @cache
 def _mover(optimizer: optax.GradientTransformation) -> Callable:
     @jax.jit
     def move(gradients, state, parameters, share):
-        updates, state = optimizer.update(gradients, state, parameters)
+        updates, state = optimizer.update(gradients, state, wide(parameters))
         return optax.apply_updates(parameters, jax.tree.map(lambda u: share * u, updates)), state
 
     return move
@@ -281,21 +283,24 @@ class _Converted:
         self._differentiate = jax.jit(jax.grad(self._divergence, argnums=(0, 1, 2) if self._moves_table else (0, 1)))
 
     def _divergence(self, parameters, hidden, embedding, target, fixed, teacher_fixed, teacher_table):
-        """Mean over windows [B, T, D], one at a time, so that logits of one window exist; weights are arguments, or
-        they would be constants of the compiled program."""
+        """Mean over windows [B, T, D], some positions at a time, so that logits of no more exist; weights are arguments,
+        or they would be constants of the compiled program."""
         head = replace(self._head.unit, fixed=fixed)
         teacher = replace(self._teacher, fixed=teacher_fixed)
 
         @jax.checkpoint
-        def window(pair):
+        def part(pair):
             return divergence(head, parameters, pair[0], teacher, pair[1], embedding, teacher_table)
 
-        return jnp.mean(jax.lax.map(window, (hidden, target)))
+        length = hidden.shape[1]
+        step = next((n for n in range(min(POSITIONS, length), 31, -1) if length % n == 0), length)
+        parts = (x.reshape(-1, step, x.shape[-1]) for x in (hidden, target))  # [B T / step, step, D]
+        return jnp.mean(jax.lax.map(part, tuple(parts)))
 
     def _arguments(self, hidden, target) -> tuple:
         embedding = table(self._prologue.unit, self._prologue.parameters) if self._tied else None
         fixed = self._head.unit.fixed, self._teacher.fixed, self._teacher_table
-        return self._head.parameters, hidden, embedding, target, *fixed
+        return wide(self._head.parameters), hidden, embedding, target, *fixed
 
     def _run(self, tokens) -> tuple[list, jax.Array]:
         """Inputs of prologue and blocks, and the hidden states behind the last one."""
