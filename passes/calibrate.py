@@ -13,6 +13,8 @@
    so and leaves the model as it was.
 """
 
+import ctypes
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -44,6 +46,7 @@ from atd.weights import DenseType
 AGAINST = ("logits", "block")
 HELD_OUT = 8  # one window in so many
 WARM_UP = 4  # steps
+M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # of glibc's malloc.h
 POSITIONS = 128  # whose logits exist at a time, where the context is a multiple of it
 
 
@@ -101,6 +104,7 @@ class Calibrate(Pass):
         size = max(1, self.batch // windows.shape[1])
         data = _Data(windows[~held], windows[held], size, np.random.default_rng(context.seed))
         tune = _against_logits if self.against == "logits" else _against_blocks
+        _return_freed_memory()
         return tune(self, graph, context, data)
 
     # --- the optimizer ---
@@ -128,6 +132,16 @@ class Calibrate(Pass):
 
     def unit(self, block: Block) -> Unit:
         return tunable(block, scales=self.scales, gains=self.gains, codes=self.codes)
+
+
+def _return_freed_memory() -> None:
+    """Has glibc give freed arrays of 4 MB and more back to the system from now on, and threads share two heaps.
+
+    By default it keeps all below 32 MB, scattered over a heap a thread, which makes the peak of this pass half as high again.
+    """
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        mallopt(M_MMAP_THRESHOLD, 4 << 20)
+        mallopt(M_ARENA_MAX, 2)
 
 
 @dataclass
