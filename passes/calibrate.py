@@ -135,13 +135,15 @@ class Calibrate(Pass):
 
 
 def _return_freed_memory() -> None:
-    """Has glibc give freed arrays of 4 MB and more back to the system from now on, and threads share two heaps.
+    """Has glibc give back what is free now, and from now on freed arrays of 4 MB and more; threads share two heaps.
 
     By default it keeps all below 32 MB, scattered over a heap a thread, which makes the peak of this pass half as high again.
     """
-    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
-        mallopt(M_MMAP_THRESHOLD, 4 << 20)
-        mallopt(M_ARENA_MAX, 2)
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if libc is not None and hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, 4 << 20)
+        libc.mallopt(M_ARENA_MAX, 2)
+        libc.malloc_trim(0)
 
 
 @dataclass
