@@ -207,7 +207,9 @@ def run_fused(product: fusion.Product, values, weights: Weights, embedding: Weig
     if isinstance(weight, Dense | None) or not kernels.fuses(x, weight, backend=backend):
         return None
     norm = product.norm
-    gain, eps = (None, 0.0) if norm is None else (weights[norm.name]["weight"].dequantize(), norm.attrs["eps"])
+    gain, eps = None, 0.0
+    if norm is not None:
+        gain, eps = jnp.asarray(weights[norm.name]["weight"].dequantize()), norm.attrs["eps"]
     residual = None if product.residual is None else values[product.residual]
     prologue = kernels.Prologue(gain, eps, product.gated)
     y = kernels.fused(x, weight, backend=backend, prologue=prologue, residual=residual)
