@@ -54,8 +54,7 @@ def evaluate(
     from atd.report import console, evaluation_table, graph_size, progress_bar
     from atd.tokenizer import open_tokenizer, read_text
 
-    if json and not json.absolute().parent.is_dir():
-        raise BadInput(f"--json {json}: the folder {json.absolute().parent} does not exist")
+    _check_folder_of(json)
     if tokens is not None and tokens < 1:
         raise BadInput(f"--tokens must be at least 1, not {tokens}")
     graph = frontend.open(model)
@@ -217,8 +216,7 @@ def bench(
         return
     if model is None:
         raise BadInput("give a MODEL to measure, or --tune")
-    if json and not json.absolute().parent.is_dir():
-        raise BadInput(f"--json {json}: the folder {json.absolute().parent} does not exist")
+    _check_folder_of(json)
     chosen = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     loaders = {model.name: partial(load, model, backend=backend, dtype=chosen)}
     if against:
@@ -231,6 +229,11 @@ def bench(
     print(speed.table(rows, rows[1].model if against else None))
     if json:
         json.write_text(json_module.dumps([asdict(row) for row in rows], indent=1) + "\n")
+
+
+def _check_folder_of(json: Path | None) -> None:
+    if json and not json.absolute().parent.is_dir():
+        raise BadInput(f"--json {json}: the folder {json.absolute().parent} does not exist")
 
 
 def _tune(minutes: float) -> None:

@@ -6,11 +6,11 @@
     mosaic             packed weights with a scale a row, on Hopper; only where it is asked for, until it is measured
     mosaic-interpret   the same on a CPU: for tests
 
-A backend has `supports(x, weight) -> str | None`, the reason why it cannot run or None, and `matmul(x, weight)`; one that
-`fuses(x, weight)` takes what comes before and after the product into its kernels. All
-see static shapes and types alone, so the choice is made while tracing. A backend that was named and cannot run raises
-with its reason: it is never replaced silently. Without a name the first of PREFERENCE that supports the call runs, and
-the logger `atd.kernels` says which at level INFO, and why not one before it.
+A backend has `supports(x, weight) -> str | None`, the reason why it cannot run or None, and `matmul(x, weight)`;
+Triton's takes what comes before and after a product of few tokens into its kernels (`fused`). All see static shapes and
+types alone, so the choice is made while tracing. A backend that was named and cannot run raises with its reason: it is
+never replaced silently. Without a name the first of PREFERENCE that supports the call runs, and the logger
+`atd.kernels` says which at level INFO, and why not one before it.
 """
 
 import logging
@@ -64,25 +64,15 @@ def matmul(x: jax.Array, weight: Weight, *, backend: str | None = None) -> jax.A
     return y.reshape(*x.shape[:-1], -1)
 
 
-def fuses(x: jax.Array, weight: Weight, *, backend: str | None = None) -> bool:
-    """Whether `fused` may be called for x [..., in, or 2 in where it is gated]: for few tokens on kernels that take it."""
-    rows = x.reshape(-1, x.shape[-1])
-    chosen = resolve(rows, weight, backend)
-    return isinstance(chosen, Triton) and chosen.fuses(rows, weight)
-
-
 def fused(
-    x: jax.Array,
-    weight: Weight,
-    *,
-    backend: str | None = None,
-    prologue: Prologue | None = None,
-    residual: jax.Array | None = None,
-) -> jax.Array:
-    """`matmul` of what the prologue makes of x, plus a residual [..., out], where it `fuses`: in the same kernels."""
+    x: jax.Array, weight: Weight, prologue: Prologue, residual: jax.Array | None = None, *, backend: str | None = None
+) -> jax.Array | None:
+    """`matmul` of what the prologue makes of x [..., in, or 2 in where it is gated], plus a residual [..., out], all in the
+    same kernels; None where the backend has none for these tokens and weight."""
     rows = x.reshape(-1, x.shape[-1])
     chosen = resolve(rows, weight, backend)
-    assert isinstance(chosen, Triton)
+    if not isinstance(chosen, Triton) or not chosen.fuses(rows, weight):
+        return None
     added = None if residual is None else residual.reshape(rows.shape[0], -1)
     return chosen.matmul(rows, weight, prologue, added).reshape(*x.shape[:-1], -1)
 

@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from atd.kernels.prefixes import THREADS_A_ROW, Plan, slots_of
-from atd.kernels.triton_gemv import plt
+from atd.kernels.triton_gemv import divided, plt
 
 SIZE = 1024  # words of a block
 WARPS = 8
@@ -78,20 +78,15 @@ def _kernel(
     index = pl.program_id(0) * SIZE + lax.iota(jnp.int32, SIZE)
     step_params = THREADS_A_ROW * plan.piece_params
 
-    def take(rest: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-        """(rest // count, rest % count)."""
-        divisor = jnp.full(rest.shape, count, jnp.int32)
-        return lax.div(rest, divisor), lax.rem(rest, divisor)
-
-    rest, in_quad = take(index, 4)
-    rest, thread = take(rest, THREADS_A_ROW)
-    rest, column = take(rest, columns)
-    rest, column_set = take(rest, sets)
-    step, quad = take(rest, plan.words // 4)
+    rest, in_quad = divided(index, 4)
+    rest, thread = divided(rest, THREADS_A_ROW)
+    rest, column = divided(rest, columns)
+    rest, column_set = divided(rest, sets)
+    step, quad = divided(rest, plan.words // 4)
     word = quad * 4 + in_quad
-    rest, byte = take(column_set * columns + column, 3 if group_size is None else 4)
-    rest, slot = take(rest, slots)
-    token, sum_ = take(rest, plan.sums)
+    rest, byte = divided(column_set * columns + column, 3 if group_size is None else 4)
+    rest, slot = divided(rest, slots)
+    token, sum_ = divided(rest, plan.sums)
     used = (token < tokens) & (byte < 3)
 
     def read(token, parameter, mask) -> tuple[jax.Array, jax.Array]:
@@ -119,7 +114,7 @@ def _kernel(
         parameter = (step * THREADS_A_ROW + thread) * plan.piece_params + plt.load(param_ref.at[at], mask=used, other=0)
         mine = used & (parameter < inputs)
         if group_size is not None:
-            group, first = (take(k, group_size)[0] for k in (parameter, step * step_params))
+            group, first = (divided(k, group_size)[0] for k in (parameter, step * step_params))
             mine &= group - first == slot
         scaled = read(token, parameter, mine)[0] / unit * plan.limit
         rounded = (scaled + jnp.where(scaled < 0, -0.5, 0.5)).astype(jnp.int32)  # Triton has no other rounding

@@ -73,7 +73,7 @@ def multiply(
     kernel = functools.partial(
         _kernel, plan=plan, turns=turns, warps=warps, row_blocks=row_blocks, unroll=unroll, sets=sets,
         lanes_kept=min(kept(columns), 8) * 4, shape=(out, row_words), tokens=tokens, columns=columns, grouped=grouped,
-        scales_rows=scales.shape[0], interpret=interpret,
+        interpret=interpret,
     )  # fmt: skip
     added = [] if residual is None else [residual.reshape(-1)]
     return pl.pallas_call(
@@ -111,7 +111,7 @@ def _by_register(scales: jax.Array, out: int, row_groups: int, steps: int, quads
 
 def _kernel(
     x_ref, codes_ref, largest_ref, scales_ref, *rest, plan: Plan, turns: int, warps: int, row_blocks: int, unroll: int,
-    sets: int, lanes_kept: int, shape: tuple[int, int], tokens: int, columns: int, grouped: bool, scales_rows: int,
+    sets: int, lanes_kept: int, shape: tuple[int, int], tokens: int, columns: int, grouped: bool,
     interpret: bool,
 ):  # fmt: skip
     *residual_ref, out_ref = rest
@@ -120,22 +120,15 @@ def _kernel(
     block = pl.program_id(0)
     index = lax.iota(jnp.int32, size)
 
-    def constant(value: int) -> jax.Array:
-        return jnp.full((size,), value, jnp.int32)
-
-    def part(of: int, count: int) -> jax.Array:
-        """Bits of the index: index // of % count."""
-        return lax.rem(lax.div(index, constant(of)), constant(count))
-
-    register, thread, group = part(1, 4), part(4, 4), part(16, 8)
-    warp, half = part(128, warps), lax.div(index, constant(128 * warps))
+    register, thread, group, warp = (bits(index, *where) for where in ((1, 4), (4, 4), (16, 8), (128, warps)))
+    half = divided(index, 128 * warps)[0]
     step_words, load = plan.step_words, plan.piece_words // 4
     in_piece = thread * plan.piece_words + register + warp * step_words
     # with one set of columns rows g + 8 are a load of their own, with two they are the second half of the tensor
     row = [group, group + 8] if sets == 1 else [group + half * 8]
     x_words = plan.words // 4 * sets * lanes_kept * 4
-    x_base = warp * x_words + lax.rem(index, constant(4 * lanes_kept)) + half * (4 * lanes_kept)
-    quad = (half * 2 + part(8, 2)) * 32 + group * 4 + register + warp * (64 * sets)  # in the scales
+    x_base = warp * x_words + divided(index, 4 * lanes_kept)[1] + half * (4 * lanes_kept)
+    quad = (half * 2 + bits(index, 8, 2)) * 32 + group * 4 + register + warp * (64 * sets)  # in the scales
 
     def read(at: jax.Array) -> jax.Array:
         return plt.load(codes_ref.at[at], mask=at < out * row_words, other=jnp.uint32(0))
@@ -163,15 +156,10 @@ def _kernel(
     sums = lax.fori_loop(0, turns, turn, zero) if turns > 1 else turn(0, zero)
 
     # The results once: thread 4 g + t, register 2 row half + parity of a set is row g + 8 row half, column 2 t + parity.
-    results = 128 * sets
-    index = lax.iota(jnp.int32, results)
-
-    def bits(of: int, count: int) -> jax.Array:
-        return lax.rem(lax.div(index, jnp.full((results,), of, jnp.int32)), jnp.full((results,), count, jnp.int32))
-
-    column = bits(128, sets) * 8 + bits(4, 4) * 2 + bits(1, 2)
-    sum_, byte = _divided(column, 4 if grouped else 3)
-    token, sum_ = _divided(sum_, columns // (tokens * (4 if grouped else 3)))
+    index, bytes_a_sum = lax.iota(jnp.int32, 128 * sets), 4 if grouped else 3
+    column = bits(index, 128, sets) * 8 + bits(index, 4, 4) * 2 + bits(index, 1, 2)
+    sum_, byte = divided(column, bytes_a_sum)
+    token, sum_ = divided(sum_, columns // (tokens * bytes_a_sum))  # of columns that do not count: no token
     place = jnp.where(byte == 0, 1.0, jnp.where(byte == 1, 256.0, 65536.0))
     half_rows = (8, 2)  # g, row half
     in_block = lax.broadcasted_iota(jnp.int32, half_rows, 0) + 8 * lax.broadcasted_iota(jnp.int32, half_rows, 1)
@@ -179,15 +167,15 @@ def _kernel(
         first = (block * row_blocks + r) * ROWS
         found = jnp.sum(sums[r].reshape(sets, warps, 128), axis=1).reshape(-1).astype(jnp.float32) * place
         if not grouped:
-            row = first + bits(16, 8) + 8 * bits(2, 2) if scales_rows > 1 else 0
-            at = row * plan.sums + sum_
-            mask = (column < columns) & (row < out)
-            found = found * plt.load(scales_ref.at[at], mask=mask, other=jnp.zeros((), scales_ref.dtype)).astype(
-                jnp.float32
-            )
+            row = first + bits(index, 16, 8) + 8 * bits(index, 2, 2)
+            at = (
+                sum_ if scales_ref.shape[0] == plan.sums else row * plan.sums + sum_
+            )  # one for all rows, or each its own
+            scale = plt.load(scales_ref.at[at], mask=row < out, other=jnp.zeros((), scales_ref.dtype))
+            found = found * scale.astype(jnp.float32)
         rows = first + in_block
         for t in range(tokens):
-            mine = jnp.where((token == t) & (column < columns) & (byte < 3), found, 0.0)
+            mine = jnp.where((token == t) & (byte < 3), found, 0.0)
             y = mine.reshape(sets, 8, 4, 2, 2).sum(axis=4).sum(axis=2).sum(axis=0)  # set, g, t, row half, parity
             y = y * (1 / plan.limit) * largest_ref[t]  # in this order: the largest may be tiny
             for ref in residual_ref:
@@ -195,10 +183,15 @@ def _kernel(
             plt.store(out_ref.at[t * out + rows], y, mask=rows < out)
 
 
-def _divided(value: jax.Array, by: int) -> tuple[jax.Array, jax.Array]:
-    """(value // by, value % by) of what is not negative."""
+def divided(value: jax.Array, by: int) -> tuple[jax.Array, jax.Array]:
+    """(value // by, value % by) of what is not negative, in operations through which Triton sees what is contiguous."""
     divisor = jnp.full(value.shape, by, jnp.int32)
     return lax.div(value, divisor), lax.rem(value, divisor)
+
+
+def bits(index: jax.Array, of: int, count: int) -> jax.Array:
+    """index // of % count."""
+    return divided(divided(index, of)[0], count)[1]
 
 
 def _multiply(

@@ -17,8 +17,6 @@ import ctypes
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -173,17 +171,21 @@ class _Watch:
     patience: int
     start: float  # the loss before the first step
     best: float
-    state: Any  # of the best loss: parameters of each unit
-    improved: bool = False
+    state: list[Parameters]  # of each unit, at the best loss
     worse: int = 0  # checks in a row
     risen: tuple[float, ...] = ()  # the loss at every check that was worse; the rates were halved after each
 
-    def is_better(self, loss: float, state) -> bool:
+    def take(self, loss: float, state: list[Parameters]) -> bool:
+        """Whether this is the best so far."""
         if loss < self.best:
-            self.best, self.state, self.improved, self.worse = loss, state, True, 0
+            self.best, self.state, self.worse = loss, state, 0
             return True
         self.worse, self.risen = self.worse + 1, (*self.risen, loss)
         return False
+
+    @property
+    def improved(self) -> bool:
+        return self.best < self.start
 
     @property
     def gave_up(self) -> bool:
@@ -201,29 +203,27 @@ class _Watch:
 class _Tuned:
     """A unit, its parameters and the state of its optimizer."""
 
-    def __init__(self, unit: Unit, optimizer: optax.GradientTransformation):
-        self.unit, self.parameters, self._optimizer = unit, unit.parameters, optimizer
-        self._state = optimizer.init(wide(unit.parameters))
+    def __init__(self, unit: Unit, optimizer: optax.GradientTransformation, update: Callable):
+        self.unit, self._optimizer, self._update = unit, optimizer, update
+        self.restart(unit.parameters)
 
     def move(self, gradients: Parameters, share: float) -> None:
         """By this share of the optimizer's rates."""
         if self.parameters:
-            step = _mover(self._optimizer)
-            self.parameters, self._state = step(gradients, self._state, self.parameters, share)
+            self.parameters, self._state = self._update(gradients, self._state, self.parameters, share)
 
     def restart(self, parameters: Parameters) -> None:
         """From these, with nothing remembered of the steps before."""
         self.parameters, self._state = parameters, self._optimizer.init(wide(parameters))
 
 
-@cache
-def _mover(optimizer: optax.GradientTransformation) -> Callable:
+def _updater(optimizer: optax.GradientTransformation) -> Callable:
     @jax.jit
-    def move(gradients, state, parameters, share):
+    def update(gradients, state, parameters, share):
         updates, state = optimizer.update(gradients, state, wide(parameters))
         return optax.apply_updates(parameters, jax.tree.map(lambda u: share * u, updates)), state
 
-    return move
+    return update
 
 
 def _watched(
@@ -244,7 +244,7 @@ def _watched(
     for i, batch in enumerate(data.batches(step.steps), start=1):
         move(batch, float(schedule(i)) / 2 ** len(watch.risen))
         advance(i)
-        if (i % every == 0 or i == step.steps) and not watch.is_better(held_out(), state()):
+        if (i % every == 0 or i == step.steps) and not watch.take(held_out(), state()):
             if watch.gave_up:
                 break
             for one, best in zip(tuned, watch.state, strict=True):
@@ -286,7 +286,8 @@ class _Converted:
 
     def __init__(self, step: Calibrate, graph: Graph, dense: Graph):
         optimizer = step.optimizer()
-        self.units = [_Tuned(step.unit(block), optimizer) for block in graph.units]
+        update = _updater(optimizer)
+        self.units = [_Tuned(step.unit(block), optimizer, update) for block in graph.units]
         self._prologue, *self._blocks, self._head = self.units
         self._tied = graph.is_tied
         self._teacher = frozen(dense.epilogue)
@@ -363,6 +364,7 @@ def _against_blocks(step: Calibrate, graph: Graph, context: Context, data: _Data
     dense = context.dense
     assert dense is not None
     optimizer = step.optimizer()
+    update = _updater(optimizer)
 
     def inputs(windows: np.ndarray) -> tuple[list, list]:
         tokens = [jnp.asarray(windows[i : i + 1], jnp.int32) for i in range(len(windows))]
@@ -373,7 +375,7 @@ def _against_blocks(step: Calibrate, graph: Graph, context: Context, data: _Data
     streams = {"train": inputs(data.train), "held": inputs(data.held)}
     units, gained = [graph.prologue], 0
     for number, (wanted, block) in enumerate(zip(dense.blocks, graph.blocks, strict=True)):
-        tuned, reference = _Tuned(step.unit(block), optimizer), frozen(wanted)
+        tuned, reference = _Tuned(step.unit(block), optimizer, update), frozen(wanted)
         targets = {key: [np.asarray(forward(reference, {}, x)) for x in stream[0]] for key, stream in streams.items()}
         # What the block adds to the stream, so that losses of blocks can be compared.
         scale = float(

@@ -204,7 +204,7 @@ def run_fused(product: fusion.Product, values, weights: Weights, embedding: Weig
     """The value of a product whose kernels compute all of it, or None where there are none for these tokens and weights."""
     mine = weights.get(product.linear.name, {})
     weight, x = mine.get("weight") or embedding, values[product.source]
-    if isinstance(weight, Dense | None) or not kernels.fuses(x, weight, backend=backend):
+    if isinstance(weight, Dense | None):
         return None
     norm = product.norm
     gain, eps = None, 0.0
@@ -212,8 +212,8 @@ def run_fused(product: fusion.Product, values, weights: Weights, embedding: Weig
         gain, eps = jnp.asarray(weights[norm.name]["weight"].dequantize()), norm.attrs["eps"]
     residual = None if product.residual is None else values[product.residual]
     prologue = kernels.Prologue(gain, eps, product.gated)
-    y = kernels.fused(x, weight, backend=backend, prologue=prologue, residual=residual)
-    return y + mine["bias"].dequantize().astype(y.dtype) if "bias" in mine else y
+    y = kernels.fused(x, weight, prologue, residual, backend=backend)
+    return y if y is None or "bias" not in mine else y + mine["bias"].dequantize().astype(y.dtype)
 
 
 def run_node(

@@ -64,6 +64,7 @@ NORM = Node("norm", "rms_norm", ("x",), attrs={"eps": 1e-5})
     [
         ((NORM, Node("l", "linear", ("norm",)), Node("a", "add", ("l", "norm"))), ["norm", "l a"]),
         ((Node("l", "linear", ("x",)), Node("a", "add", ("l", "l"))), ["l", "a"]),
+        ((Node("l", "linear", ("x",)), Node("m", "linear", ("x",)), Node("a", "add", ("l", "m"))), ["m", "l a"]),
         ((Node("l", "linear", ("x",)), Node("a", "add", ("x", "l")), Node("b", "add", ("l", "a"))), ["l", "a", "b"]),
         ((replace(NORM, attrs={"eps": 1e-5, "head_dim": 8}), Node("l", "linear", ("norm",))), ["norm", "l"]),
     ],
@@ -94,13 +95,19 @@ def test_values_are_those_of_the_nodes(monkeypatch, joined, bias):
     monkeypatch.setitem(kernels.BACKENDS, "fusing", kernels.Triton(interpret=True, settings=Settings(gemv_tokens=2)))
     calls = []
     fused = kernels.fused
-    monkeypatch.setattr(kernels, "fused", lambda *a, **k: calls.append(k) or fused(*a, **k))
+
+    def counted(x, weight, *around, backend):
+        if (y := fused(x, weight, *around, backend=backend)) is not None:
+            calls.append(around)
+        return y
+
+    monkeypatch.setattr(kernels, "fused", counted)
     unit = with_bias(graph.blocks[0], "self_attn.o_proj") if bias else graph.blocks[0]
     weights, x = weights_of(unit), np.random.default_rng(0).standard_normal((1, 2, 32)).astype(np.float32)
     found, _ = ops.run_block(unit, weights, x, ops.from_start(x), backend="fusing")
     wanted, _ = ops.run_block(unit, weights, x, ops.from_start(x), backend="xla")
     np.testing.assert_allclose(found, wanted, atol=2e-5 * np.abs(np.asarray(wanted)).max())
     assert len(calls) == (4 if joined else 7)
-    assert sum(call["prologue"].gain is not None for call in calls) == (2 if joined else 5)
-    assert sum(call["prologue"].gated for call in calls) == joined
-    assert sum(call["residual"] is not None for call in calls) == 2 - bias
+    assert sum(prologue.gain is not None for prologue, _ in calls) == (2 if joined else 5)
+    assert sum(prologue.gated for prologue, _ in calls) == joined
+    assert sum(residual is not None for _, residual in calls) == 2 - bias
