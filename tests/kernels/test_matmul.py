@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from jax.experimental import pallas as pl
 
+from atd import ternary as decompose
 from atd.kernels import matmul as kernels
 from atd.kernels import prefixes, triton, xla
 from atd.layout import LAYOUTS
@@ -160,6 +162,25 @@ def test_what_comes_before_and_after_a_product(backend, kind, rows, bases, group
     table = np.asarray(weight.dequantize()).astype(np.float64)
     bound = (24 * EPSILON * np.abs(made) + rounding_of_x(backend, made, packed)) @ np.abs(table).T + 1e-6
     assert (np.abs(y - (made @ table.T + residual)) / bound).max() < 1
+
+
+@pytest.mark.parametrize("tokens", [1, 6])
+@pytest.mark.parametrize(
+    ("tensor", "bases", "group", "tied"),
+    [
+        ("self_attn.q_proj", 2, "row", True),
+        ("mlp.down_proj", 1, 96, False),
+        ("mlp.down_proj", 2, 96, False),
+        ("mlp.down_proj", 3, "row", True),
+    ],
+)
+def test_matrices_of_a_model(backend, stories15m, tensor, tokens, bases, group, tied):
+    """288 x 288 and 288 x 768 of stories15M, decomposed, against activations as wide as a residual stream's are."""
+    real = safetensors.numpy.load_file(stories15m / "model.safetensors")[f"model.layers.3.{tensor}.weight"]
+    trits, scales = decompose.als(real.astype(np.float32), bases, group, tied)
+    weight = ternary(*real.shape, bases, group, tied, trits=trits, scales=scales)
+    assert decompose.relative_rmse(real, weight.dequantize()) < 0.6, "not what the model had"
+    check(backend, activations(tokens, real.shape[1]) * 8, pack(weight, "aligned"), weight.dequantize())
 
 
 @pytest.mark.parametrize("trit", [-1, 0, 1])
