@@ -125,61 +125,89 @@ def _kernel(
     step_words, load = plan.step_words, plan.piece_words // 4
     in_piece = thread * plan.piece_words + register + warp * step_words
     # with one set of columns rows g + 8 are a load of their own, with two they are the second half of the tensor
-    row = [group, group + 8] if sets == 1 else [group + half * 8]
+    row_of = [group, group + 8] if sets == 1 else [group + half * 8]
     x_words = plan.words // 4 * sets * lanes_kept * 4
     x_base = warp * x_words + divided(index, 4 * lanes_kept)[1] + half * (4 * lanes_kept)
     quad = (half * 2 + bits(index, 8, 2)) * 32 + group * 4 + register + warp * (64 * sets)  # in the scales
 
-    def read(at: jax.Array) -> jax.Array:
-        return plt.load(codes_ref.at[at], mask=at < out * row_words, other=jnp.uint32(0))
+    def first_row(r: int):
+        return (block * row_blocks + r) * ROWS
+
+    def read(i, u: int) -> tuple[jax.Array, ...]:
+        """Codes of step u of a turn, by groups of 16 rows and 4 words of a piece; nothing beyond the end of a row."""
+        at = in_piece + (i * unroll + u) * (warps * step_words)
+        return tuple(
+            plt.load(
+                codes_ref.at[row * row_words + (at + (first_row(r) * row_words + 4 * c))],
+                mask=(at + 4 * c < row_words) & (row < out - first_row(r)),
+                other=jnp.uint32(0),
+            )
+            for r in range(row_blocks)
+            for c in range(load)
+            for row in row_of
+        )
 
     nothing = jnp.zeros((size,), jnp.int32)
 
-    def turn(i, before: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        sums = list(before)
+    def turn(i, carry):
+        sums, codes = list(carry[0]), list(carry[1])
         for u in range(unroll):
             step = (i * unroll + u) * warps  # of the first warp
             x = [x_ref[x_base + (step * x_words + w * sets * lanes_kept * 4)] for w in range(plan.words // 4)]
+            now, codes[u] = (
+                codes[u],
+                read(i + 1, u),
+            )  # those of a turn are on their way while the one before is computed
             for r in range(row_blocks):
-                rows = block * row_blocks + r
-                start = rows * (ROWS * row_words) + step * step_words
-                words = [read(at * row_words + in_piece + (start + 4 * c)) for c in range(load) for at in row]
+                words = now[r * len(now) // row_blocks : (r + 1) * len(now) // row_blocks]
                 if grouped:
                     found = _multiply(plan, sets, words, x, nothing, interpret).astype(jnp.float32)
-                    at = (rows * (turns * unroll * warps) + step) * (64 * sets)
+                    at = ((block * row_blocks + r) * (turns * unroll * warps) + step) * (64 * sets)
                     sums[r] = sums[r] + found * scales_ref[quad + at].astype(jnp.float32)
                 else:
                     sums[r] = _multiply(plan, sets, words, x, sums[r], interpret)
-        return tuple(sums)
+        return tuple(sums), tuple(codes)
 
-    zero = tuple(jnp.zeros((size,), jnp.float32 if grouped else jnp.int32) for _ in range(row_blocks))
-    sums = lax.fori_loop(0, turns, turn, zero) if turns > 1 else turn(0, zero)
-
-    # The results once: thread 4 g + t, register 2 row half + parity of a set is row g + 8 row half, column 2 t + parity.
+    # What the end needs is on its way before the loop. Thread 4 g + t has in register 2 row half + parity of a set the results
+    # of row g + 8 row half, column 2 t + parity.
     index, bytes_a_sum = lax.iota(jnp.int32, 128 * sets), 4 if grouped else 3
     column = bits(index, 128, sets) * 8 + bits(index, 4, 4) * 2 + bits(index, 1, 2)
     sum_, byte = divided(column, bytes_a_sum)
     token, sum_ = divided(sum_, columns // (tokens * bytes_a_sum))  # of columns that do not count: no token
+    halves = (8, 2)  # g, row half
+    row_of_half = lax.broadcasted_iota(jnp.int32, halves, 0) + 8 * lax.broadcasted_iota(jnp.int32, halves, 1)
+
+    def scale_of(r: int) -> jax.Array:
+        row = first_row(r) + bits(index, 16, 8) + 8 * bits(index, 2, 2)
+        at = sum_ if scales_ref.shape[0] == plan.sums else row * plan.sums + sum_  # one for all rows, or each its own
+        return plt.load(scales_ref.at[at], mask=row < out, other=jnp.zeros((), scales_ref.dtype)).astype(jnp.float32)
+
+    def added(t: int, r: int) -> list[jax.Array]:
+        rows = first_row(r) + row_of_half
+        return [
+            plt.load(ref.at[t * out + rows], mask=rows < out, other=0.0).astype(jnp.float32) for ref in residual_ref
+        ]
+
+    scales = None if grouped else [scale_of(r) for r in range(row_blocks)]
+    residuals = [[added(t, r) for r in range(row_blocks)] for t in range(tokens)]
+    units = [largest_ref[t] for t in range(tokens)]
+
+    zero = tuple(jnp.zeros((size,), jnp.float32 if grouped else jnp.int32) for _ in range(row_blocks))
+    carry = zero, tuple(read(0, u) for u in range(unroll))
+    sums, _ = lax.fori_loop(0, turns, turn, carry) if turns > 1 else turn(0, carry)
+
     place = jnp.where(byte == 0, 1.0, jnp.where(byte == 1, 256.0, 65536.0))
-    half_rows = (8, 2)  # g, row half
-    in_block = lax.broadcasted_iota(jnp.int32, half_rows, 0) + 8 * lax.broadcasted_iota(jnp.int32, half_rows, 1)
     for r in range(row_blocks):
-        first = (block * row_blocks + r) * ROWS
         found = jnp.sum(sums[r].reshape(sets, warps, 128), axis=1).reshape(-1).astype(jnp.float32) * place
-        if not grouped:
-            row = first + bits(index, 16, 8) + 8 * bits(index, 2, 2)
-            at = (
-                sum_ if scales_ref.shape[0] == plan.sums else row * plan.sums + sum_
-            )  # one for all rows, or each its own
-            scale = plt.load(scales_ref.at[at], mask=row < out, other=jnp.zeros((), scales_ref.dtype))
-            found = found * scale.astype(jnp.float32)
-        rows = first + in_block
+        if scales is not None:
+            found = found * scales[r]
+        rows = first_row(r) + row_of_half
         for t in range(tokens):
             mine = jnp.where((token == t) & (byte < 3), found, 0.0)
             y = mine.reshape(sets, 8, 4, 2, 2).sum(axis=4).sum(axis=2).sum(axis=0)  # set, g, t, row half, parity
-            y = y * (1 / plan.limit) * largest_ref[t]  # in this order: the largest may be tiny
-            for ref in residual_ref:
-                y = y + plt.load(ref.at[t * out + rows], mask=rows < out, other=0.0).astype(jnp.float32)
+            y = y * (1 / plan.limit) * units[t]  # in this order: the largest may be tiny
+            for residual in residuals[t][r]:
+                y = y + residual
             plt.store(out_ref.at[t * out + rows], y, mask=rows < out)
 
 

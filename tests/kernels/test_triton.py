@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from atd.kernels import packed as packed_backends
 from atd.kernels import triton, triton_gemv, tuning
 from atd.kernels.matmul import matmul
 from atd.kernels.triton_gemm import Tiles
@@ -128,6 +129,24 @@ def test_self_test_sees_a_wrong_kernel(bases, tied, monkeypatch):
         triton_gemv, "twin", lambda plan, sets, words, x, sums: twin(plan, sets, [w[::-1] for w in words], x, sums)
     )
     assert triton.largest_difference(bases, tied, interpret=True) > 0.1
+
+
+def test_self_test_runs_while_a_program_is_traced(monkeypatch):
+    """As on a GPU, where the first product of a model asks for it: nothing of that trace may reach its kernels."""
+    found = []
+    monkeypatch.setattr(packed_backends.prefixes, "MAX_BASES", 1)
+
+    def difference(bases: int, tied: bool) -> float:
+        found.append(triton.largest_difference(bases, tied, interpret=True))
+        return found[-1]
+
+    @jax.jit
+    def model(x):
+        packed_backends.self_test("triton", difference)
+        return x
+
+    assert model(1.0) == 1.0
+    assert len(found) == 2
 
 
 def test_self_test_raises(monkeypatch):
