@@ -16,9 +16,9 @@ from jax.experimental import pallas as pl
 from atd.kernels.prefixes import THREADS_A_ROW, Plan, slots_of
 from atd.kernels.triton_gemv import divided, plt
 
-SIZE = 1024  # words of a block
-WARPS = 8
-CHUNK = 2048  # elements that a block looks at together for the largest: 8 a thread; more do not fit the registers
+SIZE = 512  # words of a block
+WARPS = 16
+CHUNK = 4096  # elements that a block looks at together for the largest: 8 a thread; more do not fit the registers
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,40 +89,49 @@ def _kernel(
     token, sum_ = divided(rest, plan.sums)
     used = (token < tokens) & (byte < 3)
 
-    def read(token, parameter, mask) -> tuple[jax.Array, jax.Array]:
-        """(activations, but for a norm's factor for the token; what is given), float32."""
+    def load(token, parameter, mask) -> tuple[jax.Array, ...]:
+        """What is given of a parameter, float32: x, or gate and up, and the norm's gain."""
 
-        def load(at) -> jax.Array:
-            return plt.load(x_ref.at[at], mask=mask, other=jnp.zeros((), x_ref.dtype)).astype(jnp.float32)
+        def of(ref, at) -> jax.Array:
+            return plt.load(ref.at[at], mask=mask, other=jnp.zeros((), ref.dtype)).astype(jnp.float32)
 
         if gated:
-            gate, up = (load(token * (2 * inputs) + first + parameter) for first in (0, inputs))
-            return gate / (1 + jnp.exp(-gate)) * up, gate
-        given = load(token * inputs + parameter)
-        return given * plt.load(gain_ref[0].at[parameter], mask=mask, other=0.0) if gain_ref else given, given
+            return tuple(of(x_ref, token * (2 * inputs) + first + parameter) for first in (0, inputs))
+        return of(x_ref, token * inputs + parameter), *(of(ref, parameter) for ref in gain_ref)
 
-    unit = jnp.ones((SIZE,), jnp.float32)
-    for t in range(tokens):
-        largest, mean_square = _largest(functools.partial(read, t), inputs, bool(gain_ref))
-        good = (largest > 0) & (largest < jnp.inf)  # neither for a NaN
-        unit = jnp.where(token == t, jnp.where(good, largest, 1.0), unit)
-        factor = 1.0 if mean_square is None else lax.rsqrt(mean_square + eps)
-        largest_ref[t] = jnp.where(largest < jnp.inf, largest * factor, jnp.nan)
+    def made(given: tuple[jax.Array, ...]) -> jax.Array:
+        """The activations, but for a norm's factor for the token."""
+        x, *other = given
+        if gated:
+            return x / (1 + jnp.exp(-x)) * other[0]
+        return x * other[0] if other else x
 
-    def term(i: int, b: int) -> jax.Array:
+    def term(i: int, b: int) -> tuple[jax.Array, jax.Array]:
+        """(activation, factor) of a byte of the words."""
         at = ((i * plan.sums + sum_) * plan.words + word) * 4 + b
         parameter = (step * THREADS_A_ROW + thread) * plan.piece_params + plt.load(param_ref.at[at], mask=used, other=0)
         mine = used & (parameter < inputs)
         if group_size is not None:
             group, first = (divided(k, group_size)[0] for k in (parameter, step * step_params))
             mine &= group - first == slot
-        scaled = read(token, parameter, mine)[0] / unit * plan.limit
-        rounded = (scaled + jnp.where(scaled < 0, -0.5, 0.5)).astype(jnp.int32)  # Triton has no other rounding
-        return rounded * plt.load(factor_ref.at[at], mask=used, other=0)
+        return made(load(token, parameter, mine)), plt.load(factor_ref.at[at], mask=used, other=0)
+
+    terms = [[term(i, b) for i in range(2)] for b in range(4)]  # on their way before anything waits
+    unit = jnp.ones((SIZE,), jnp.float32)
+    for t in range(tokens):
+        largest, mean_square = _largest(functools.partial(load, t), made, inputs, bool(gain_ref))
+        good = (largest > 0) & (largest < jnp.inf)  # neither for a NaN
+        unit = jnp.where(token == t, jnp.where(good, largest, 1.0), unit)
+        factor = 1.0 if mean_square is None else lax.rsqrt(mean_square + eps)
+        largest_ref[t] = jnp.where(largest < jnp.inf, largest * factor, jnp.nan)
+
+    def rounded(x: jax.Array) -> jax.Array:
+        scaled = x / unit * plan.limit
+        return (scaled + jnp.where(scaled < 0, -0.5, 0.5)).astype(jnp.int32)  # Triton has no other rounding
 
     found = jnp.zeros((SIZE,), jnp.uint32)
-    for b in range(4):
-        value = term(0, b) - term(1, b)
+    for b, ((first, times), (second, second_times)) in enumerate(terms):
+        value = rounded(first) * times - rounded(second) * second_times
         low = ((value + 128) & 255) - 128
         high = (value - low) >> 8
         middle = ((high + 128) & 255) - 128
@@ -131,18 +140,23 @@ def _kernel(
     plt.store(folded_ref.at[index], found, mask=index < folded_ref.shape[0])
 
 
-def _largest(read, count: int, normed: bool) -> tuple[jax.Array, jax.Array | None]:
+def _largest(load, made, count: int, normed: bool) -> tuple[jax.Array, jax.Array | None]:
     """(max |x|, infinity where one is NaN; mean square of what is given, of count elements, where that is asked for)."""
     size = min(CHUNK, pl.next_power_of_2(count))
     offsets = lax.iota(jnp.int32, size)
 
-    def chunk(i, found):
+    def read(i):
         at = i * size + offsets
-        value, given = read(at, at < count)
+        return load(at, at < count)
+
+    def chunk(i, carry):
+        (largest, *squares), given = carry
+        following = read(i + 1)  # on its way while this chunk is looked at
+        value = made(given)
         finite = jnp.where(value == value, jnp.abs(value), jnp.inf)  # a NaN counts as infinite
-        return jnp.maximum(found[0], finite), *(squares + given * given for squares in found[1:])
+        return (jnp.maximum(largest, finite), *(s + given[0] * given[0] for s in squares)), following
 
     chunks = -(-count // size)
-    zero = (jnp.zeros((size,), jnp.float32),) * (1 + normed)
-    largest, *squares = lax.fori_loop(0, chunks, chunk, zero) if chunks > 1 else chunk(0, zero)
+    carry = (jnp.zeros((size,), jnp.float32),) * (1 + normed), read(0)
+    (largest, *squares), _ = lax.fori_loop(0, chunks, chunk, carry) if chunks > 1 else chunk(0, carry)
     return jnp.max(largest), jnp.sum(squares[0]) / count if normed else None
