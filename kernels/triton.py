@@ -14,7 +14,6 @@ from functools import cache
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from atd.kernels import packed, prefixes, triton_fold, triton_gemm, triton_gemv, tuning
 from atd.kernels.packed import device_kind, prepare
@@ -86,22 +85,25 @@ def device_refuses() -> str | None:
 
 def path(settings: Settings, type: TernaryType, tokens: int) -> str:
     """Which way so many tokens go: gemv, gemm or decode."""
-    if tokens <= settings.gemv_tokens and _columns(type) <= triton_gemv.MAX_COLUMNS:
+    if tokens <= settings.gemv_tokens and columns(type, 1).sets <= triton_gemv.MOST_SETS:
         return "gemv"
     return "gemm" if tokens <= settings.gemm_tokens else "decode"
 
 
-def _columns(type: TernaryType) -> int:
-    """Columns that a token takes in the gemv kernel: three bytes of each sum, or four for each group that a step touches."""
+def columns(type: TernaryType, tokens: int) -> triton_gemv.Columns:
+    """Of the gemv kernel for so many tokens at once."""
     plan = prefixes.plan(type.bases, type.tied)
-    if type.scales_shape[1] == 1:
-        return prefixes.columns(plan, 1)
-    return 4 * plan.sums * prefixes.slots_of(plan, packed.steps(plan, type), type.group_size)[1]
+    return triton_gemv.columns(plan, tokens, packed.steps(plan, type), _group_size(type))
+
+
+def _group_size(type: TernaryType) -> int | None:
+    """None: a scale a row, or one for all."""
+    return type.group_size if type.scales_shape[1] > 1 else None
 
 
 def gemv_name(type: TernaryType, tokens: int) -> str:
     """The kernel's name in traces and dumps, for so many tokens of one call."""
-    return triton_gemv.name(prefixes.plan(type.bases, type.tied), _columns(type) * tokens)
+    return triton_gemv.name(prefixes.plan(type.bases, type.tied), columns(type, tokens))
 
 
 def gemv(
@@ -116,30 +118,18 @@ def gemv(
 ) -> jax.Array:
     """x [M, in], or what the prologue makes it of, times the matrix by `triton_gemv` -> float32 [M, out], plus the residual; as
     many tokens at a time as have columns."""
-    plan, grouped = prefixes.plan(type.bases, type.tied), type.scales_shape[1] > 1
-    steps, most = plan.steps(words.shape[1]), triton_gemv.MAX_COLUMNS // _columns(type)
-    group_size = type.group_size if grouped else None
-    shape = {"warps": settings.warps, "unroll": settings.unroll}
+    plan, group_size, shape = prefixes.plan(type.bases, type.tied), _group_size(type), settings.gemv
+    most = max(m for m in range(1, x.shape[0] + 1) if columns(type, m).sets <= triton_gemv.MOST_SETS)
     results = []
     for start in range(0, x.shape[0], most):
         part = x[start : start + most]
-        tokens, columns = part.shape[0], _columns(type) * part.shape[0]
-        padded, kept = triton_gemv.padded(steps, **shape), triton_gemv.kept(columns)
-        folded = triton_fold.fold(plan, part, padded, kept, group_size, prologue, interpret=interpret)
-        each = scales[:, 0]
-        if grouped:
-            each = jnp.tile(_scales_of_steps(scales, plan, steps, type.group_size), (1, 1, tokens))
+        held = columns(type, part.shape[0])
+        steps = shape.padded(plan.steps(words.shape[1]))
+        folded = triton_fold.fold(plan, part, steps, held, group_size, prologue, interpret=interpret)
         added = None if residual is None else residual[start : start + most]
-        options = shape | {"row_blocks": settings.row_blocks, "interpret": interpret}
-        results.append(triton_gemv.multiply(plan, folded, words, each, columns, added, **options))
+        options = {"shape": shape, "interpret": interpret}
+        results.append(triton_gemv.multiply(plan, folded, words, scales, held, group_size, added, **options))
     return jnp.concatenate(results) if len(results) > 1 else results[0]
-
-
-def _scales_of_steps(scales: jax.Array, plan: prefixes.Plan, steps: int, group_size: int) -> jax.Array:
-    """scales [rows, groups, sums] -> [rows, steps, sums x slots]: those of the groups that each step touches."""
-    first, slots = prefixes.slots_of(plan, steps, group_size)
-    groups = np.minimum(first[:, None] + np.arange(slots), scales.shape[1] - 1)  # beyond the last: times 0
-    return scales[:, groups].swapaxes(2, 3).reshape(scales.shape[0], steps, -1)
 
 
 @cache

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from atd.kernels.prefixes import THREADS_A_ROW, Plan, slots_of
-from atd.kernels.triton_gemv import divided, plt
+from atd.kernels.prefixes import THREADS_A_ROW, Plan
+from atd.kernels.triton_gemv import BYTES, Columns, divided, plt
 
 SIZE = 512  # words of a block
 WARPS = 16
-CHUNK = 4096  # elements that a block looks at together for the largest: 8 a thread; more do not fit the registers
+CHUNK = 16384  # elements that a block looks at together for the largest: 32 a thread, all asked for at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +38,7 @@ def fold(
     plan: Plan,
     x: jax.Array,
     steps: int,
-    kept: int,
+    columns: Columns,
     group_size: int | None = None,
     prologue: Prologue | None = None,
     *,
@@ -47,21 +47,24 @@ def fold(
     """x [M, in], or what the prologue makes it of -> (uint32 words in the order of `triton_gemv.multiply`, largest |x|
     float32 [M]), as `prefixes.fold` has it.
 
-    The order: steps, prefix words / 4, sets of 8 columns, columns, 4 threads, 4 prefix words. Columns: (token, sum, byte 0
-    to 2), or with a group_size (token, sum, slot, byte 0 to 3), byte 3 being 0; kept of them, the last of which may be 0.
+    The order: steps, prefix words / 4, sets of columns, columns kept of each, 4 threads, 4 prefix words.
     """
     prologue = prologue or Prologue()
-    tokens, inputs = x.shape[0], x.shape[1] // (2 if prologue.gated else 1)
+    inputs = x.shape[1] // (2 if prologue.gated else 1)
     gain = [] if prologue.gain is None else [prologue.gain.astype(jnp.float32)]
-    slots = 1 if group_size is None else slots_of(plan, steps, group_size)[1]
-    words = steps * plan.words * kept * THREADS_A_ROW
+    words = steps * plan.words * columns.sets * columns.kept * THREADS_A_ROW
     kernel = functools.partial(
-        _kernel, plan=plan, tokens=tokens, inputs=inputs, columns=min(kept, 8), sets=max(1, kept // 8), slots=slots,
-        group_size=group_size, eps=prologue.eps, gated=prologue.gated,
-    )  # fmt: skip
+        _kernel,
+        plan=plan,
+        columns=columns,
+        inputs=inputs,
+        group_size=group_size,
+        eps=prologue.eps,
+        gated=prologue.gated,
+    )
     folded, largest = pl.pallas_call(
         kernel,
-        out_shape=(jax.ShapeDtypeStruct((words,), jnp.uint32), jax.ShapeDtypeStruct((tokens,), jnp.float32)),
+        out_shape=(jax.ShapeDtypeStruct((words,), jnp.uint32), jax.ShapeDtypeStruct((columns.tokens,), jnp.float32)),
         grid=(-(-words // SIZE),),
         compiler_params=plt.CompilerParams(num_warps=WARPS, num_stages=1),
         interpret=interpret,
@@ -71,23 +74,24 @@ def fold(
 
 
 def _kernel(
-    x_ref, param_ref, factor_ref, *rest_refs, plan: Plan, tokens: int, inputs: int, columns: int, sets: int, slots: int,
-    group_size: int | None, eps: float, gated: bool,
+    x_ref, param_ref, factor_ref, *rest_refs, plan: Plan, columns: Columns, inputs: int, group_size: int | None, eps: float,
+    gated: bool,
 ):  # fmt: skip
     *gain_ref, folded_ref, largest_ref = rest_refs
+    tokens = columns.tokens
     index = pl.program_id(0) * SIZE + lax.iota(jnp.int32, SIZE)
     step_params = THREADS_A_ROW * plan.piece_params
 
     rest, in_quad = divided(index, 4)
     rest, thread = divided(rest, THREADS_A_ROW)
-    rest, column = divided(rest, columns)
-    rest, column_set = divided(rest, sets)
+    rest, column = divided(rest, columns.kept)
+    rest, set_ = divided(rest, columns.sets)
     step, quad = divided(rest, plan.words // 4)
     word = quad * 4 + in_quad
-    rest, byte = divided(column_set * columns + column, 3 if group_size is None else 4)
-    rest, slot = divided(rest, slots)
-    token, sum_ = divided(rest, plan.sums)
-    used = (token < tokens) & (byte < 3)
+    octet, byte = divided(set_, BYTES)
+    token, sum_, slot, byte_of_column = columns.of(octet, column)
+    byte = byte if columns.apart else byte_of_column
+    used = token < tokens
 
     def load(token, parameter, mask) -> tuple[jax.Array, ...]:
         """What is given of a parameter, float32: x, or gate and up, and the norm's gain."""
@@ -145,18 +149,14 @@ def _largest(load, made, count: int, normed: bool) -> tuple[jax.Array, jax.Array
     size = min(CHUNK, pl.next_power_of_2(count))
     offsets = lax.iota(jnp.int32, size)
 
-    def read(i):
+    def chunk(i, found):
         at = i * size + offsets
-        return load(at, at < count)
-
-    def chunk(i, carry):
-        (largest, *squares), given = carry
-        following = read(i + 1)  # on its way while this chunk is looked at
+        given = load(at, at < count)
         value = made(given)
         finite = jnp.where(value == value, jnp.abs(value), jnp.inf)  # a NaN counts as infinite
-        return (jnp.maximum(largest, finite), *(s + given[0] * given[0] for s in squares)), following
+        return jnp.maximum(found[0], finite), *(squares + given[0] * given[0] for squares in found[1:])
 
     chunks = -(-count // size)
-    carry = (jnp.zeros((size,), jnp.float32),) * (1 + normed), read(0)
-    (largest, *squares), _ = lax.fori_loop(0, chunks, chunk, carry) if chunks > 1 else chunk(0, carry)
+    zero = (jnp.zeros((size,), jnp.float32),) * (1 + normed)
+    largest, *squares = lax.fori_loop(0, chunks, chunk, zero) if chunks > 1 else chunk(0, zero)
     return jnp.max(largest), jnp.sum(squares[0]) / count if normed else None

@@ -1,35 +1,37 @@
 """Few tokens times a packed matrix: int8 tensor cores on prefixes, in Pallas for Triton.
 
-    products[c, o] = sum_k X[c, k] prefix[o, k]          int32, exact; c a column of `triton_fold.fold`
-    y[token, o]    = sum_c 256^byte(c) scale[o, sum(c)] products[c, o] largest|x| / limit   (+ residual), c of the token
+    products[c, o] = sum_k X[c, k] prefix[o, k]                         int32, exact; c a column of `triton_fold.fold`
+    y[token, o]    = sum_c 256^byte(c) scale[o, c] products[c, o] largest|x| / limit   (+ residual), c of the token
 
-A block of threads computes 16 R rows. Its warps take turns at the steps of a row (64 bytes of each row, 192 for N = 3);
-in a step, thread 4 g + t of a warp takes piece t of rows g and g + 8, decodes it (two operations a word, a multiply-add a
-`Half`, a byte permutation a prefix word) and multiplies two prefix words at a time,
+A warp computes 16 R rows. In a step it takes 64 bytes of each (192 for N = 3): thread 4 g + t takes piece t of rows g and
+g + 8, decodes it (two operations a word, a multiply-add a `Half`, a byte permutation a prefix word) and multiplies two
+prefix words at a time,
 
     mma.sync m16n8k32   A = prefix words of 16 rows, B = the same words of 8 columns of activations,
 
-which is all that the main loop does where rows have one scale: no scale, no conversion, no offset. With group scales each
-group that a step touches has columns of its own (a *slot*), and their results are scaled in float32 after each step, by
-scales that were laid out before in the order of the results. What the warps found is added, scaled and written as rows of
-y: nothing is left to other kernels. Codes are read as they are stored; beyond a row's end the
-activations are zero, beyond the last row reads are masked, so any number of inputs and rows will do.
+which is all that the main loop does where rows have one scale: no scale, no conversion, no offset. Codes are asked for a
+turn of the loop before they are needed. With group scales each group that a step touches has columns of its own (a *slot*),
+and their results are scaled in float32 after each step. Warps of a block share rows and take turns at their steps, or have
+rows of their own and share activations, which then come out of the L1. What the warps found is added, scaled and written
+as rows of y: nothing is left to other kernels. Codes are read as they are stored; nothing is read beyond a row's end.
 
-Tensors of a block are flat, and thread and register follow from the index: with 4 consecutive elements a thread, element
-4 (32 w + l) + e is register e of lane l of warp w, and a second half of the tensor makes registers 4 to 7. Triton keeps
-that as long as it can prove that loads are contiguous by 4, which `//`, `%` and `minimum` on tensors would hide from it.
+Tensors of a block are flat, and thread and register follow from the index: element 4 (32 w + l) + e is register e of lane l
+of warp w. Triton keeps that as long as it can prove that loads are contiguous by 4, which `//`, `%` and `minimum` on
+tensors would hide from it.
 """
 
 import functools
+import operator
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from atd.kernels.prefixes import Plan, multiplier, period
+from atd.kernels.prefixes import THREADS_A_ROW, Plan, multiplier, slots_of
 
 with warnings.catch_warnings():
     warnings.simplefilter(
@@ -37,8 +39,81 @@ with warnings.catch_warnings():
     )  # of the Triton backend as a whole: `mosaic.py` is its successor
     from jax.experimental.pallas import triton as plt
 
-ROWS = 16  # of one matrix instruction
-MAX_COLUMNS = 16  # two of its results a thread
+ROWS, SET = 16, 8  # of one matrix instruction: rows, and columns
+BYTES = 3  # of a coefficient
+MOST_SETS = 6  # 4 sums a thread each, and so many activations
+MOST_AHEAD = 24  # words of activations that a thread holds for the next step: more take registers from other warps
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where activations lie: a token has `sums` x `slots` coefficients a parameter, of three bytes each, in sets of 8 columns.
+
+    Column (token, sum, slot, byte) of one set where all fit, else column (token, sum, slot) of three sets, a byte each.
+    """
+
+    tokens: int
+    sums: int
+    slots: int = 1  # scale groups that a step can touch
+
+    @property
+    def coefficients(self) -> int:
+        return self.tokens * self.sums * self.slots
+
+    @property
+    def apart(self) -> bool:
+        """Whether each byte has sets of its own."""
+        return BYTES * self.coefficients > SET
+
+    @property
+    def octets(self) -> int:
+        return -(-self.coefficients // SET)
+
+    @property
+    def sets(self) -> int:
+        return BYTES * self.octets if self.apart else 1
+
+    @property
+    def kept(self) -> int:
+        """Columns of a set in memory, a power of two; those that are missing are read again."""
+        return pl.next_power_of_2(min(SET, self.coefficients if self.apart else BYTES * self.coefficients))
+
+    def of(self, octet, column: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """(token, sum, slot, byte) of a column of an octet's sets. Byte: where they are not `apart`. Tokens may be too many."""
+        rest, byte = (column + octet * SET, column * 0) if self.apart else divided(column, BYTES)
+        rest, slot = divided(rest, self.slots)
+        token, sum_ = divided(rest, self.sums)
+        return token, sum_, slot, byte
+
+
+def columns(plan: Plan, tokens: int, steps: int, group_size: int | None) -> Columns:
+    """Of so many tokens; group_size None: one scale a row."""
+    return Columns(tokens, plan.sums, 1 if group_size is None else slots_of(plan, steps, group_size)[1])
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How the work is cut: warps of a block; of these, how many have rows of their own, the others share them; groups of 16
+    rows of a warp that share its activations; steps of a warp in a turn of the loop. Powers of two."""
+
+    warps: int = 4
+    row_warps: int = 1
+    row_blocks: int = 1
+    unroll: int = 1
+
+    @property
+    def splits(self) -> int:
+        """Warps that take turns at the steps of a row."""
+        return self.warps // self.row_warps
+
+    @property
+    def rows(self) -> int:
+        """Of a block."""
+        return ROWS * self.row_blocks * self.row_warps
+
+    def padded(self, steps: int) -> int:
+        """Steps that the warps of a block take together, the last turn of its loop full."""
+        return -(-steps // (self.splits * self.unroll)) * self.splits * self.unroll
 
 
 def multiply(
@@ -46,169 +121,195 @@ def multiply(
     folded: tuple[jax.Array, jax.Array],
     codes: jax.Array,
     scales: jax.Array,
-    columns: int,
+    columns: Columns,
+    group_size: int | None = None,
     residual: jax.Array | None = None,
     *,
-    warps: int,
-    row_blocks: int = 1,
-    unroll: int = 1,
+    shape: Shape,
     interpret: bool = False,
 ) -> jax.Array:
     """y float32 [M, out], plus the residual [M, out]: the matrix times the tokens that were folded.
 
-    folded: of `triton_fold.fold`, for `padded(steps, warps, unroll)` steps and `kept(columns)` columns; columns: those that
-    count, at most MAX_COLUMNS. codes uint32 [out, row words]: the rows as they are stored, whole 16 bytes each. scales: one a
-    row and sum [rows or 1, sums], or of the groups that each step touches [rows or 1, steps, columns / 4]. warps: of a block;
-    a power of two. row_blocks: R, groups of 16 rows that share a thread's activations; a power of two. unroll: steps of a
-    warp in a turn of the loop.
+    folded: of `triton_fold.fold`, for `shape.padded(steps)` steps and these columns. codes uint32 [out, row words]: the rows as
+    they are stored, whole 16 bytes each. scales [rows or 1, groups, sums] as they are stored, of groups of group_size, None
+    for one a row.
     """
     x, largest = folded
-    sets = max(1, kept(columns) // 8)  # of 8 columns: results of 4 registers each
-    steps = plan.steps(codes.shape[1])
-    turns = padded(steps, warps, unroll) // (warps * unroll)
-    (out, row_words), tokens, grouped = codes.shape, largest.shape[0], scales.ndim == 3
-    blocks = -(-out // (ROWS * row_blocks))
-    if grouped:
-        scales = _by_register(scales, out, blocks * row_blocks, padded(steps, warps, unroll), 2 * sets)
+    out, row_words = codes.shape
     kernel = functools.partial(
-        _kernel, plan=plan, turns=turns, warps=warps, row_blocks=row_blocks, unroll=unroll, sets=sets,
-        lanes_kept=min(kept(columns), 8) * 4, shape=(out, row_words), tokens=tokens, columns=columns, grouped=grouped,
-        interpret=interpret,
+        _kernel, plan=plan, shape=shape, columns=columns, out=out, row_words=row_words, groups=scales.shape[1],
+        group_size=group_size, turns=shape.padded(plan.steps(row_words)) // (shape.splits * shape.unroll), interpret=interpret,
     )  # fmt: skip
     added = [] if residual is None else [residual.reshape(-1)]
     return pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct((tokens * out,), jnp.float32),
-        grid=(blocks,),
-        compiler_params=plt.CompilerParams(num_warps=warps, num_stages=1),
+        out_shape=jax.ShapeDtypeStruct((columns.tokens * out,), jnp.float32),
+        grid=(-(-out // shape.rows),),
+        compiler_params=plt.CompilerParams(num_warps=shape.warps, num_stages=1),
         interpret=interpret,
         name=name(plan, columns),
-    )(x, codes.reshape(-1), largest, scales.reshape(-1), *added).reshape(tokens, out)
+    )(x, codes.reshape(-1), largest, scales.reshape(-1), *added).reshape(columns.tokens, out)
 
 
-def padded(steps: int, warps: int, unroll: int) -> int:
-    """Steps that the warps of a block take together, the last turn of its loop full."""
-    return -(-steps // (warps * unroll)) * warps * unroll
-
-
-def kept(columns: int) -> int:
-    """Columns in memory: up to 4 are loaded once and multiplied twice."""
-    return 4 if columns <= 4 else 8 if columns <= 8 else 16
-
-
-def name(plan: Plan, columns: int) -> str:
-    """The kernel's, for so many columns that are used."""
-    return f"ternary_gemv_n{plan.bases}{'tied' if plan.tied else 'free'}_c{kept(columns)}"
-
-
-def _by_register(scales: jax.Array, out: int, row_groups: int, steps: int, quads: int) -> jax.Array:
-    """scales [rows or 1, steps, quads used] -> [groups of 16 rows, steps, quads, g, register], flat: a quad is 4 columns."""
-    rows = jnp.broadcast_to(scales, (out, *scales.shape[1:]))
-    rows = jnp.pad(rows, ((0, row_groups * ROWS - out), (0, steps - scales.shape[1]), (0, quads - scales.shape[2])))
-    rows = rows.reshape(row_groups, 2, 8, -1, quads).transpose(0, 3, 4, 2, 1)  # [groups, steps, quads, g, row half]
-    return jnp.repeat(rows, 2, axis=-1).reshape(-1)
+def name(plan: Plan, columns: Columns) -> str:
+    """The kernel's."""
+    return f"ternary_gemv_n{plan.bases}{'tied' if plan.tied else 'free'}_c{columns.sets * columns.kept}"
 
 
 def _kernel(
-    x_ref, codes_ref, largest_ref, scales_ref, *rest, plan: Plan, turns: int, warps: int, row_blocks: int, unroll: int,
-    sets: int, lanes_kept: int, shape: tuple[int, int], tokens: int, columns: int, grouped: bool,
-    interpret: bool,
+    x_ref, codes_ref, largest_ref, scales_ref, *rest, plan: Plan, shape: Shape, columns: Columns, out: int, row_words: int,
+    groups: int, group_size: int | None, turns: int, interpret: bool,
 ):  # fmt: skip
     *residual_ref, out_ref = rest
-    out, row_words = shape
-    size = warps * 128 * sets
-    block = pl.program_id(0)
-    index = lax.iota(jnp.int32, size)
+    splits, row_blocks, unroll, sets = shape.splits, shape.row_blocks, shape.unroll, columns.sets
+    quads, lanes = plan.words // 4, columns.kept * THREADS_A_ROW  # of a set in memory
+    index = lax.iota(jnp.int32, shape.warps * 128)
+    register, thread, group, split = (bits(index, *where) for where in ((1, 4), (4, 4), (16, 8), (128, splits)))
+    in_rows = divided(index, 128 * splits)[0] * ROWS + group
+    in_codes = thread * plan.piece_words + register + split * plan.step_words
+    in_x = split * (quads * sets * lanes * 4) + divided(index, 4 * lanes)[1]
 
-    register, thread, group, warp = (bits(index, *where) for where in ((1, 4), (4, 4), (16, 8), (128, warps)))
-    half = divided(index, 128 * warps)[0]
-    step_words, load = plan.step_words, plan.piece_words // 4
-    in_piece = thread * plan.piece_words + register + warp * step_words
-    # with one set of columns rows g + 8 are a load of their own, with two they are the second half of the tensor
-    row_of = [group, group + 8] if sets == 1 else [group + half * 8]
-    x_words = plan.words // 4 * sets * lanes_kept * 4
-    x_base = warp * x_words + divided(index, 4 * lanes_kept)[1] + half * (4 * lanes_kept)
-    quad = (half * 2 + bits(index, 8, 2)) * 32 + group * 4 + register + warp * (64 * sets)  # in the scales
+    block_row = pl.program_id(0) * shape.rows
 
     def first_row(r: int):
-        return (block * row_blocks + r) * ROWS
+        return block_row + r * (ROWS * shape.row_warps)
 
     def read(i, u: int) -> tuple[jax.Array, ...]:
-        """Codes of step u of a turn, by groups of 16 rows and 4 words of a piece; nothing beyond the end of a row."""
-        at = in_piece + (i * unroll + u) * (warps * step_words)
+        """Codes of step u of a turn: by groups of rows, 4 words of a piece, rows g and g + 8."""
+        at = in_codes + (i * unroll + u) * (splits * plan.step_words)
         return tuple(
             plt.load(
-                codes_ref.at[row * row_words + (at + (first_row(r) * row_words + 4 * c))],
-                mask=(at + 4 * c < row_words) & (row < out - first_row(r)),
+                codes_ref.at[(in_rows + half) * row_words + (at + (first_row(r) * row_words + 4 * c))],
+                mask=(at + 4 * c < row_words) & (in_rows + half < out - first_row(r)),
                 other=jnp.uint32(0),
+                eviction_policy="evict_first",  # read once: the L1 is for the activations
             )
             for r in range(row_blocks)
-            for c in range(load)
-            for row in row_of
+            for c in range(plan.piece_words // 4)
+            for half in (0, 8)
         )
 
-    nothing = jnp.zeros((size,), jnp.int32)
+    def activations(step, set_: int) -> tuple[jax.Array, ...]:
+        at = in_x + step * (splits * quads * sets * lanes * 4)
+        return tuple(x_ref[at + (q * sets + set_) * lanes * 4] for q in range(quads))
+
+    def scale_of(place: Place, r: int, octet: int, step=0) -> jax.Array:
+        """float32, of the results at a place."""
+        token, sum_, slot, _ = columns.of(octet, place.column)
+        row = first_row(r) + place.row
+        inside = (row < out) & (token < columns.tokens)
+        if group_size is not None:
+            slot += divided((step * splits + split) * (THREADS_A_ROW * plan.piece_params), group_size)[0]
+            inside &= slot < groups
+        each_row = scales_ref.shape[0] > groups * plan.sums  # or one for all
+        at = ((row * groups if each_row else 0) + slot) * plan.sums + sum_
+        return plt.load(scales_ref.at[at], mask=inside, other=jnp.zeros((), scales_ref.dtype)).astype(jnp.float32)
+
+    def values(sums: Sequence[jax.Array], place: Place) -> list[jax.Array]:
+        """float32 by octets of columns: of three sets of bytes, or of columns that are bytes."""
+        wide = [s.astype(jnp.float32) for s in sums]
+        if columns.apart:
+            return [wide[3 * o + 2] * 65536.0 + (wide[3 * o + 1] * 256.0 + wide[3 * o]) for o in range(columns.octets)]
+        byte = columns.of(0, place.column)[3]
+        return [wide[0] * jnp.where(byte == 0, 1.0, jnp.where(byte == 1, 256.0, 65536.0))]
+
+    here = Place.of(shape.row_warps, splits)
+    ahead = sets == 1 and plan.words <= MOST_AHEAD
+    nothing = jnp.zeros(index.shape, jnp.int32)
 
     def turn(i, carry):
-        sums, codes = list(carry[0]), list(carry[1])
+        sums, codes, x = list(carry[0]), list(carry[1]), carry[2]
         for u in range(unroll):
-            step = (i * unroll + u) * warps  # of the first warp
-            x = [x_ref[x_base + (step * x_words + w * sets * lanes_kept * 4)] for w in range(plan.words // 4)]
-            now, codes[u] = (
-                codes[u],
-                read(i + 1, u),
-            )  # those of a turn are on their way while the one before is computed
+            step = i * unroll + u
+            now, codes[u] = codes[u], read(i + 1, u)  # on their way while those that came are computed
+            following = jnp.minimum(step + 1, turns * unroll - 1)
+            x_now, x = (x, activations(following, 0)) if ahead else ((), ())
             for r in range(row_blocks):
                 words = now[r * len(now) // row_blocks : (r + 1) * len(now) // row_blocks]
-                if grouped:
-                    found = _multiply(plan, sets, words, x, nothing, interpret).astype(jnp.float32)
-                    at = ((block * row_blocks + r) * (turns * unroll * warps) + step) * (64 * sets)
-                    sums[r] = sums[r] + found * scales_ref[quad + at].astype(jnp.float32)
-                else:
-                    sums[r] = _multiply(plan, sets, words, x, sums[r], interpret)
-        return tuple(sums), tuple(codes)
+                prefix_words = _decode(plan, words, interpret)
+                found = list(sums[r]) if group_size is None else [nothing] * sets
+                for s in range(sets):
+                    for q, x_words in enumerate(x_now or activations(step, s)):
+                        found[s] = _multiply(*prefix_words[2 * q : 2 * q + 2], x_words, found[s], interpret)
+                if group_size is not None:
+                    scaled = [v * scale_of(here, r, o, step) for o, v in enumerate(values(found, here))]
+                    found = list(map(operator.add, sums[r], scaled))
+                sums[r] = tuple(found)
+        return tuple(sums), tuple(codes), x
 
-    # What the end needs is on its way before the loop. Thread 4 g + t has in register 2 row half + parity of a set the results
-    # of row g + 8 row half, column 2 t + parity.
-    index, bytes_a_sum = lax.iota(jnp.int32, 128 * sets), 4 if grouped else 3
-    column = bits(index, 128, sets) * 8 + bits(index, 4, 4) * 2 + bits(index, 1, 2)
-    sum_, byte = divided(column, bytes_a_sum)
-    token, sum_ = divided(sum_, columns // (tokens * bytes_a_sum))  # of columns that do not count: no token
-    halves = (8, 2)  # g, row half
-    row_of_half = lax.broadcasted_iota(jnp.int32, halves, 0) + 8 * lax.broadcasted_iota(jnp.int32, halves, 1)
+    # What the end needs is on its way before the loop.
+    there = Place.of(shape.row_warps, 1)  # when the results of warps that share rows are added
+    scales = [
+        [scale_of(there, r, o) for o in range(columns.octets)] for r in range(row_blocks if group_size is None else 0)
+    ]
+    ends = [_ends(columns, there, out, first_row(r), largest_ref, residual_ref) for r in range(row_blocks)]
 
-    def scale_of(r: int) -> jax.Array:
-        row = first_row(r) + bits(index, 16, 8) + 8 * bits(index, 2, 2)
-        at = sum_ if scales_ref.shape[0] == plan.sums else row * plan.sums + sum_  # one for all rows, or each its own
-        return plt.load(scales_ref.at[at], mask=row < out, other=jnp.zeros((), scales_ref.dtype)).astype(jnp.float32)
+    dtype, count = (jnp.int32, sets) if group_size is None else (jnp.float32, columns.octets)
+    zero = ((jnp.zeros(index.shape, dtype),) * count,) * row_blocks
+    carry = zero, tuple(read(0, u) for u in range(unroll)), activations(0, 0) if ahead else ()
+    sums, *_ = lax.fori_loop(0, turns, turn, carry) if turns > 1 else turn(0, carry)
 
-    def added(t: int, r: int) -> list[jax.Array]:
-        rows = first_row(r) + row_of_half
-        return [
-            plt.load(ref.at[t * out + rows], mask=rows < out, other=0.0).astype(jnp.float32) for ref in residual_ref
-        ]
-
-    scales = None if grouped else [scale_of(r) for r in range(row_blocks)]
-    residuals = [[added(t, r) for r in range(row_blocks)] for t in range(tokens)]
-    units = [largest_ref[t] for t in range(tokens)]
-
-    zero = tuple(jnp.zeros((size,), jnp.float32 if grouped else jnp.int32) for _ in range(row_blocks))
-    carry = zero, tuple(read(0, u) for u in range(unroll))
-    sums, _ = lax.fori_loop(0, turns, turn, carry) if turns > 1 else turn(0, carry)
-
-    place = jnp.where(byte == 0, 1.0, jnp.where(byte == 1, 256.0, 65536.0))
     for r in range(row_blocks):
-        found = jnp.sum(sums[r].reshape(sets, warps, 128), axis=1).reshape(-1).astype(jnp.float32) * place
-        if scales is not None:
-            found = found * scales[r]
-        rows = first_row(r) + row_of_half
-        for t in range(tokens):
-            mine = jnp.where((token == t) & (byte < 3), found, 0.0)
-            y = mine.reshape(sets, 8, 4, 2, 2).sum(axis=4).sum(axis=2).sum(axis=0)  # set, g, t, row half, parity
-            y = y * (1 / plan.limit) * units[t]  # in this order: the largest may be tiny
-            for residual in residuals[t][r]:
+        found = [s.reshape(shape.row_warps, splits, 128).sum(axis=1).reshape(-1) if splits > 1 else s for s in sums[r]]
+        if group_size is None:
+            found = [v * scale for v, scale in zip(values(found, there), scales[r], strict=True)]
+        for end in ends[r]:
+            y = end.result(found) * (1 / plan.limit) * end.unit  # in this order: the largest may be tiny
+            for residual in end.residual:
                 y = y + residual
-            plt.store(out_ref.at[t * out + rows], y, mask=rows < out)
+            plt.store(out_ref.at[end.at], y, mask=end.mask)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Of the results that a block's registers hold: row of a group of them, column of a set. int32 [warps x 128]."""
+
+    row: jax.Array
+    column: jax.Array
+
+    @staticmethod
+    def of(row_warps: int, splits: int) -> "Place":
+        """Thread 4 g + t has in register 2 row half + parity row g + 8 row half, column 2 t + parity."""
+        index = lax.iota(jnp.int32, row_warps * splits * 128)
+        row = divided(index, 128 * splits)[0] * ROWS + bits(index, 16, 8) + 8 * bits(index, 2, 2)
+        return Place(row, bits(index, 4, 4) * 2 + bits(index, 1, 2))
+
+
+@dataclass(frozen=True)
+class End:
+    """Some rows of y: what makes them of the octets, where they go, and what they are multiplied by and added to."""
+
+    result: Callable[[Sequence[jax.Array]], jax.Array]
+    at: jax.Array
+    mask: jax.Array
+    unit: jax.Array
+    residual: list[jax.Array]
+
+
+def _ends(columns: Columns, place: Place, out: int, first_row, largest_ref, residual_ref) -> list[End]:
+    def end(result, token, row) -> End:
+        at, mask = token * out + row, (row < out) & (token < columns.tokens)
+        unit = (
+            plt.load(largest_ref.at[token], mask=token < columns.tokens, other=0.0)
+            if token.ndim
+            else largest_ref[token]
+        )
+        added = [plt.load(ref.at[at], mask=mask, other=0.0).astype(jnp.float32) for ref in residual_ref]
+        return End(result, at, mask, unit, added)
+
+    if columns.apart and columns.coefficients == columns.tokens:  # a column is a token: as they lie
+        octets = range(columns.octets)
+        return [end(operator.itemgetter(o), columns.of(o, place.column)[0], first_row + place.row) for o in octets]
+
+    def of_token(t: int, octets: Sequence[jax.Array]) -> jax.Array:
+        """The sum over its columns, [row warps, g, row half]."""
+        mine = [jnp.where(columns.of(o, place.column)[0] == t, v, 0.0) for o, v in enumerate(octets)]
+        return functools.reduce(operator.add, mine).reshape(-1, 8, 4, 2, 2).sum(axis=4).sum(axis=2)
+
+    rows = (place.row.shape[0] // 128, 8, 2)
+    row_warp, g, half = (lax.broadcasted_iota(jnp.int32, rows, axis) for axis in range(3))
+    row = first_row + row_warp * ROWS + g + 8 * half
+    return [end(functools.partial(of_token, t), jnp.int32(t), row) for t in range(columns.tokens)]
 
 
 def divided(value: jax.Array, by: int) -> tuple[jax.Array, jax.Array]:
@@ -222,85 +323,93 @@ def bits(index: jax.Array, of: int, count: int) -> jax.Array:
     return divided(divided(index, of)[0], count)[1]
 
 
-def _multiply(
-    plan: Plan, sets: int, words: Sequence[jax.Array], x: Sequence[jax.Array], sums: jax.Array, interpret: bool
-) -> jax.Array:
-    """sums + prefixes of the words times x, in the registers of the module's text."""
-    if interpret:
-        return twin(plan, sets, words, x, sums)
-    text, constraints = assembly(plan, sets)
-    result = [jax.ShapeDtypeStruct(sums.shape, jnp.int32)]
-    operands = [*words, *x, sums]
-    return plt.elementwise_inline_asm(
-        text, args=operands, constraints=constraints, pack=4 * sets, result_shape_dtypes=result
-    )[0]
+def _decode(plan: Plan, words: Sequence[jax.Array], interpret: bool) -> Sequence[jax.Array]:
+    """Codes of a piece of rows g and g + 8 -> its prefix words two at a time: registers (w, g), (w, g + 8), (w + 1, g),
+    (w + 1, g + 8), which is what one matrix instruction takes."""
+
+    def pair(w: int) -> jax.Array:
+        """An assembly each, since jax takes one result of one alone; what two have in common is computed once."""
+        text, constraints = decode_assembly(plan, w)
+        result = [jax.ShapeDtypeStruct(words[0].shape, jnp.int32)]  # Triton's assembly has no unsigned results
+        operands = [words[k] for k in _read_by(plan, w)]
+        return plt.elementwise_inline_asm(
+            text, args=operands, constraints=constraints, pack=4, result_shape_dtypes=result
+        )[0]
+
+    return [(functools.partial(decode_twin, plan, words) if interpret else pair)(w) for w in range(0, plan.words, 2)]
+
+
+def _read_by(plan: Plan, w: int) -> list[int]:
+    """Which of the words of codes, four at a time and rows g and g + 8 in turn, prefix words w and w + 1 are made of."""
+    quads = sorted({half.word // 4 for half in plan.halves[2 * w : 2 * w + 4]})
+    return [2 * quad + row_half for quad in quads for row_half in (0, 1)]
 
 
 @functools.cache
-def assembly(plan: Plan, sets: int) -> tuple[str, str]:
-    """(PTX, constraints) of one step of one group of 16 rows. Operands: results, words of codes, words of x, sums so far."""
-    results, codes = 4 * sets, 2 * plan.piece_words
-    operands = results + codes + plan.words * sets + results
-
-    def word(row_half: int, w: int) -> str:
-        quad, e = divmod(w, 4)
-        return f"${results + (2 * quad + row_half) * 4 + e}"
-
-    def x(w: int, column_set: int) -> str:
-        quad, e = divmod(w, 4)
-        return f"${results + codes + (quad * sets + column_set) * 4 + e}"
-
-    lines = ["{", ".reg .b32 half<2>, p, q, a<4>;"]
-    lines += [f"mov.b32 ${e}, ${operands - results + e};" for e in range(results)]
-    for w in range(0, plan.words, 2):
-        for k, row_half in ((0, 0), (1, 1), (2, 0), (3, 1)):  # a0, a1 are the first prefix word of both rows
-            first, second = plan.halves[2 * (w + k // 2) : 2 * (w + k // 2) + 2]
-            for name, half in (("p", first), ("q", second)):
-                factor, addend = multiplier(half.digit)
-                selector = "0x4341" if half.odd else "0x4240"  # bytes 1 and 3, or 0 and 2, each below a zero
-                lines.append(f"prmt.b32 {name}, {word(row_half, half.word)}, 0, {selector};")
-                lines.append(f"mad.lo.u32 {name}, {name}, {factor}, {addend};")
-            lines.append(f"prmt.b32 a{k}, p, q, 0x7531;")
-        for s in range(sets):
-            d = ", ".join(f"${4 * s + e}" for e in range(4))
-            lines.append(
-                f"mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {{{d}}}, {{a0, a1, a2, a3}}, "
-                f"{{{x(w, s)}, {x(w + 1, s)}}}, {{{d}}};"
-            )
+def decode_assembly(plan: Plan, w: int) -> tuple[str, str]:
+    """(PTX, constraints) of prefix words w and w + 1. Operands: the result, words of codes."""
+    read = _read_by(plan, w)
+    lines = ["{", ".reg .b32 p, q;"]
+    for result, (word, row_half) in enumerate((word, row_half) for word in (w, w + 1) for row_half in (0, 1)):
+        for name, half in zip("pq", plan.halves[2 * word : 2 * word + 2], strict=True):
+            quad, e = divmod(half.word, 4)
+            factor, addend = multiplier(half.digit)
+            selector = "0x4341" if half.odd else "0x4240"  # bytes 1 and 3, or 0 and 2, each below a zero
+            lines.append(f"prmt.b32 {name}, ${4 + 4 * read.index(2 * quad + row_half) + e}, 0, {selector};")
+            lines.append(f"mad.lo.u32 {name}, {name}, {factor}, {addend};")
+        lines.append(f"prmt.b32 ${result}, p, q, 0x7531;")
     lines.append("}")
-    return "\n".join(lines), ",".join(["=&r"] * results + ["r"] * (operands - results))
+    return "\n".join(lines), ",".join(["=&r"] * 4 + ["r"] * (4 * len(read)))
 
 
-def twin(plan: Plan, sets: int, words, x, sums):
-    """What `assembly` computes, in jnp, for interpret mode."""
-    threads = (-1, 8, 4)  # warp, g, t
-    by_row = jnp.stack([w.reshape(sets, *threads, 4) for w in words])  # [loads, sets, warps, g, t, e]
-    if sets == 1:  # loads alternate between the two halves of the rows
-        piece = by_row.reshape(-1, 2, *by_row.shape[2:])
-    else:
-        piece = by_row
-    piece = jnp.moveaxis(piece, 0, -2)  # [row half, warps, g, t, quads, e]
-    piece = piece.reshape(*piece.shape[:4], plan.piece_words)
-    words = period(plan.bases)  # after which the prefixes that are needed repeat
-    piece = piece.reshape(*piece.shape[:4], -1, words)
-    prefix = []
-    for half in (h for h in plan.halves if h.word < words):
-        factor, addend = multiplier(half.digit)
-        pair = (piece[..., half.word] >> (8 * half.odd)) & jnp.uint32(0x00FF00FF)
-        product = pair * jnp.uint32(factor) + jnp.uint32(addend)
-        prefix += [(product >> 8) & 255, product >> 24]
-    a = jnp.stack(prefix, axis=-1).astype(jnp.int32)  # [row half, warps, g, t, periods, 4 words of each]
-    a = a.reshape(*a.shape[:4], -1)
-    b = jnp.stack([v.reshape(sets, *threads, 4) for v in x], axis=-2)  # [sets, warps, column, t, quads, e]
-    b = b.reshape(*b.shape[:4], plan.words)
-    b = jnp.stack([(b >> (8 * i)) & 255 for i in range(4)], axis=-1).astype(jnp.int32)
-    b = b.reshape(*b.shape[:4], -1)  # [sets, warps, column, t, 4 words]
+def decode_twin(plan: Plan, words: Sequence[jax.Array], w: int) -> jax.Array:
+    """What `decode_assembly` computes, in jnp, for interpret mode."""
+    registers = []
+    for word, row_half in ((word, row_half) for word in (w, w + 1) for row_half in (0, 1)):
+        bytes_ = []
+        for half in plan.halves[2 * word : 2 * word + 2]:
+            quad, e = divmod(half.word, 4)
+            factor, addend = multiplier(half.digit)
+            code = words[2 * quad + row_half].reshape(-1, 4)[:, e]
+            product = ((code >> (8 * half.odd)) & 0x00FF00FF) * jnp.uint32(factor) + jnp.uint32(addend)
+            bytes_ += [(product >> 8) & 255, product >> 24]
+        registers.append(functools.reduce(operator.or_, [b << (8 * i) for i, b in enumerate(bytes_)]))
+    return lax.bitcast_convert_type(jnp.stack(registers, axis=-1).reshape(-1), jnp.int32)
 
-    def signed(v):
-        return (v ^ 128) - 128
 
-    c = jnp.einsum("hwgtk,swctk->swghc", signed(a), signed(b))  # [sets, warps, g, row half, column]
-    c = c.reshape(*c.shape[:4], 4, 2).transpose(
-        0, 1, 2, 4, 3, 5
-    )  # column = 2 t + parity -> [sets, warps, g, t, half, parity]
+MULTIPLY = "\n".join(
+    ["{"]
+    + [f"mov.b32 ${e}, ${16 + e};" for e in range(4)]
+    + [
+        f"mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {{$0, $1, $2, $3}}, "
+        f"{{${4 + 4 * k}, ${5 + 4 * k}, ${6 + 4 * k}, ${7 + 4 * k}}}, {{${12 + 2 * k}, ${13 + 2 * k}}}, {{$0, $1, $2, $3}};"
+        for k in range(2)
+    ]
+    + ["}"]
+)  # operands: sums, two pairs of prefix words, four words of activations, sums so far
+
+
+def _multiply(first: jax.Array, second: jax.Array, x: jax.Array, sums: jax.Array, interpret: bool) -> jax.Array:
+    """sums + four prefix words, two pairs of `_decode`, times four words of activations."""
+    if interpret:
+        return multiply_twin(first, second, x, sums)
+    result = [jax.ShapeDtypeStruct(sums.shape, jnp.int32)]
+    constraints = ",".join(["=&r"] * 4 + ["r"] * 16)
+    operands = [first, second, x, sums]
+    return plt.elementwise_inline_asm(
+        MULTIPLY, args=operands, constraints=constraints, pack=4, result_shape_dtypes=result
+    )[0]
+
+
+def multiply_twin(first: jax.Array, second: jax.Array, x: jax.Array, sums: jax.Array) -> jax.Array:
+    """What MULTIPLY computes, in jnp, for interpret mode."""
+
+    def signed(words: jax.Array) -> jax.Array:  # [...] -> [..., 4 bytes]
+        bytes_ = jnp.stack([(words >> (8 * i)) & 255 for i in range(4)], axis=-1).astype(jnp.int32)
+        return (bytes_ ^ 128) - 128
+
+    pairs = jnp.stack([first, second]).reshape(2, -1, 8, 4, 2, 2)  # [pair, warps, g, t, word of the pair, row half]
+    b = signed(x.reshape(-1, 8, 4, 2, 2))  # [warps, column, t, pair, word of the pair, byte]
+    c = jnp.einsum("pwgtkhb,wctpkb->wghc", signed(pairs), b)
+    c = c.reshape(-1, 8, 2, 4, 2).transpose(0, 1, 3, 2, 4)  # column = 2 t + parity -> [warps, g, t, row half, parity]
     return sums + c.reshape(-1)

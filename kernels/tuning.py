@@ -14,6 +14,7 @@ from typing import Any
 
 from atd.kernels import packed, prefixes
 from atd.kernels.triton_gemm import Tiles, unit
+from atd.kernels.triton_gemv import Shape
 from atd.weights import TernaryType
 
 FOLDER = Path(__file__).parent / "tuned"
@@ -23,15 +24,19 @@ MOST_SHARED_BYTES = 227 << 10  # on those that have most: H100, H200
 
 @dataclass(frozen=True)
 class Settings:
-    """gemv: warps of a block, groups of 16 rows a warp, steps of a turn of its loop. Up to gemv_tokens tokens
-    go that way, up to gemm_tokens the tiles'."""
+    """gemv: see `triton_gemv.Shape`. Up to gemv_tokens tokens go that way, up to gemm_tokens the tiles'."""
 
     warps: int = 4
+    row_warps: int = 1
     row_blocks: int = 1
     unroll: int = 1
     gemv_tokens: int = 4
     tiles: Tiles = field(default_factory=Tiles)
     gemm_tokens: int = 256
+
+    @property
+    def gemv(self) -> Shape:
+        return Shape(self.warps, self.row_warps, self.row_blocks, self.unroll)
 
 
 def settings(device: str, type: TernaryType, tokens: int, activations: str = "float32") -> Settings:

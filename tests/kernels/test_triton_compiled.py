@@ -77,13 +77,13 @@ def test_tiles_do_not_spill(device, group, tied):
 @pytest.mark.parametrize(("bases", "tied", "group"), [(2, True, None), (3, False, None), (2, False, 128)])
 def test_folding_does_not_spill(bases, tied, group, prologue):
     plan = prefixes.plan(bases, tied)
-    kept = triton_gemv.kept(4 * plan.sums)
+    columns = triton_gemv.columns(plan, 1, 32, group)
     x = jax.ShapeDtypeStruct((1, INPUTS * (2 if prologue == "gated" else 1)), jnp.float32)
     gains = [jax.ShapeDtypeStruct((INPUTS,), jnp.float32)] if prologue == "norm" else []
 
     def fold(x, *gains):
         before = triton_fold.Prologue(*gains, eps=1e-5, gated=prologue == "gated")
-        return triton_fold.fold(plan, x, 32, kept, group, before)
+        return triton_fold.fold(plan, x, 32, columns, group, before)
 
     compiled = aot.compile_for("H200", fold, x, *gains, kernel=f"ternary_fold_n{bases}{'tied' if tied else 'free'}")
     assert compiled.spill_bytes == 0

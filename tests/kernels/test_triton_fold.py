@@ -6,14 +6,21 @@ import numpy as np
 import pytest
 
 from atd.kernels import prefixes, triton_fold, triton_gemv
+from atd.kernels.triton_gemv import Columns
 
 
-def in_order(plan: prefixes.Plan, x: jax.Array, steps: int, kept: int, group_size: int | None) -> np.ndarray:
+def in_order(plan: prefixes.Plan, x: jax.Array, steps: int, columns: Columns, group_size: int | None) -> np.ndarray:
     """What `triton_fold.fold` makes, by XLA."""
     coefficients, _ = prefixes.fold(plan, x, steps, group_size)
-    words = prefixes.fragments(coefficients, kept, 3 if group_size is None else 4)  # [steps, words, columns, 4 threads]
-    words = words.reshape(steps, plan.words // 4, 4, max(1, kept // 8), min(kept, 8), 4)
-    return np.asarray(words.transpose(0, 1, 3, 4, 5, 2).reshape(-1))
+    words = prefixes.fragments(coefficients, 3 * columns.coefficients)  # [steps, words, columns, 4 threads]
+    words = np.asarray(words).reshape(steps, plan.words // 4, 4, -1, 3, 4)  # coefficients, bytes
+    placed = np.zeros((steps, plan.words // 4, columns.sets, columns.kept, 4, 4), np.uint32)
+    for coefficient in range(columns.coefficients):
+        octet, column = divmod(coefficient, 8)
+        for byte in range(3):
+            set_, at = (3 * octet + byte, column) if columns.apart else (0, 3 * coefficient + byte)
+            placed[:, :, set_, at] = words[:, :, :, coefficient, byte].swapaxes(2, 3)
+    return placed.reshape(-1)
 
 
 @pytest.mark.parametrize(
@@ -25,6 +32,7 @@ def in_order(plan: prefixes.Plan, x: jax.Array, steps: int, kept: int, group_siz
         (3, True, 1, 128, jnp.float32),
         (2, False, 1, 128, jnp.float32),
         (4, True, 2, None, jnp.float32),
+        (2, True, 16, None, jnp.float32),
     ],
 )
 def test_it_folds_as_xla_does(bases, tied, tokens, group_size, dtype):
@@ -34,11 +42,10 @@ def test_it_folds_as_xla_does(bases, tied, tokens, group_size, dtype):
     # Integers, one of them the limit, so that both have the unit 1 and no rounding is a close call.
     x = random.integers(-99, 100, (tokens, inputs)).astype(np.float32)
     x[:, 3] = -(2.0 ** np.floor(np.log2(plan.limit)))
-    columns = tokens * plan.sums * (3 if group_size is None else 4 * prefixes.slots_of(plan, steps, group_size)[1])
-    kept = triton_gemv.kept(columns)
+    columns = triton_gemv.columns(plan, tokens, steps, group_size)
     x = jnp.asarray(x / 2.0**12, dtype)  # float16 ends at 65504
-    folded, largest = triton_fold.fold(plan, x, steps, kept, group_size, interpret=True)
-    wanted = in_order(plan, x, steps, kept, group_size)
+    folded, largest = triton_fold.fold(plan, x, steps, columns, group_size, interpret=True)
+    wanted = in_order(plan, x, steps, columns, group_size)
     np.testing.assert_array_equal(largest, np.abs(np.asarray(x, np.float32)).max(axis=1))
     parts = [v.view(np.uint8).astype(int) for v in (np.asarray(folded), wanted)]
     off = np.abs(parts[0] - parts[1])
@@ -50,12 +57,12 @@ def test_it_folds_as_xla_does(bases, tied, tokens, group_size, dtype):
 def test_a_token_that_is_not_finite_is_known_by_its_largest(bad):
     x = np.ones((2, 5000), np.float32)
     x[1, 4500] = bad
-    _, largest = triton_fold.fold(prefixes.plan(2, True), jnp.asarray(x), 32, 8, interpret=True)
+    _, largest = triton_fold.fold(prefixes.plan(2, True), jnp.asarray(x), 32, Columns(2, 1), interpret=True)
     np.testing.assert_array_equal(largest, [1.0, np.nan])
 
 
 def test_tokens_of_zeros_are_zeros():
-    folded, largest = triton_fold.fold(prefixes.plan(2, True), jnp.zeros((1, 320)), 2, 4, interpret=True)
+    folded, largest = triton_fold.fold(prefixes.plan(2, True), jnp.zeros((1, 320)), 2, Columns(1, 1), interpret=True)
     assert not np.asarray(folded).any()
     assert largest.tolist() == [0.0]
 
@@ -83,8 +90,8 @@ def test_a_prologue_is_folded_as_what_it_makes(kind, inputs):
         prologue, x = triton_fold.Prologue(gated=True), random.standard_normal((2, 2 * inputs)) * [[1], [5]]
     x = x.astype(np.float32)
     made = activations(prologue, x)
-    found, largest = triton_fold.fold(plan, jnp.asarray(x), steps, 8, prologue=prologue, interpret=True)
-    wanted, _ = triton_fold.fold(plan, jnp.asarray(made, jnp.float32), steps, 8, interpret=True)
+    found, largest = triton_fold.fold(plan, jnp.asarray(x), steps, Columns(2, 1), prologue=prologue, interpret=True)
+    wanted, _ = triton_fold.fold(plan, jnp.asarray(made, jnp.float32), steps, Columns(2, 1), interpret=True)
     np.testing.assert_allclose(largest, np.abs(made).max(axis=1), rtol=1e-6)
 
     def coefficients(words) -> np.ndarray:
@@ -100,7 +107,7 @@ def test_a_prologue_is_folded_as_what_it_makes(kind, inputs):
 def test_the_norm_of_zeros_is_zeros():
     prologue = triton_fold.Prologue(jnp.ones(320), 1e-5)
     folded, largest = triton_fold.fold(
-        prefixes.plan(2, True), jnp.zeros((1, 320)), 2, 4, prologue=prologue, interpret=True
+        prefixes.plan(2, True), jnp.zeros((1, 320)), 2, Columns(1, 1), prologue=prologue, interpret=True
     )
     assert not np.asarray(folded).any()
     assert largest.tolist() == [0.0]
