@@ -78,10 +78,10 @@ def product(x: jax.Array, weight: Any) -> jax.Array:
     return jnp.dot(x, weight.array.T)
 
 
-def way(backend: str, type: TernaryType, tokens: int, activations: str) -> str:
+def way(backend: str, type: TernaryType, tokens: int) -> str:
     if not backend.startswith("triton"):
         return backend
-    return triton.path(tuning.settings(jax.devices()[0].device_kind, type, tokens, activations), type, tokens)
+    return triton.path(tuning.settings(jax.devices()[0].device_kind, type, tokens), type, tokens)
 
 
 def error_of(multiply: timing.Multiply, x: jax.Array, weight: Weight) -> jax.Array:
@@ -145,7 +145,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 held = timing.stack(DenseType(shape, "bf16"), effort)
                 dense[name], _ = measure(product, in_bf16, held, effort, {})
             held = timing.stack(type, effort)
-            ways = {tokens: way(options.backend, type, tokens, options.activations) for tokens in xs}
+            ways = {tokens: way(options.backend, type, tokens) for tokens in xs}
             checks = {min(m for m in xs if ways[m] == kind): kind for kind in ways.values()}  # the first of each way
             try:
                 times, errors = measure(multiply, xs, held, effort, {tokens: xs[tokens] for tokens in sorted(checks)})

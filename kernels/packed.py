@@ -119,27 +119,16 @@ def scaled(sums: jax.Array, scales: jax.Array) -> jax.Array:
 
 
 def decode_once(x: jax.Array, weight: Packed) -> jax.Array:
-    """x W^T in float32, W [out, in] decoded into x's 16 bits, or into two bfloat16 parts where x is float32.
+    """x W^T in float32, x and W [out, in] in x's 16 bits, bfloat16 where x is float32: as a dense model's products have them.
 
-    Tied weights with a scale a row are decoded into integers, which 16 bits hold exactly: one part is enough.
+    Tied weights with a scale a row are decoded into integers, which 16 bits hold exactly.
     """
     ternary, scales = weight.type.ternary, jnp.asarray(weight.scales)
     integers = ternary.tied and ternary.scales_shape[1] == 1
     held = replace(weight, scales=jnp.ones_like(scales)) if integers else weight
-    dense = jnp.asarray(held.dequantize(jnp.float32))
-    if x.dtype != jnp.float32:
-        y = xla.tensor_cores(x, dense.astype(x.dtype))
-    else:
-        (x_high, x_low), (high, low) = split(x), split(dense)
-        y = xla.tensor_cores(x_high, high) + xla.tensor_cores(x_low, high)
-        y = y if integers else y + xla.tensor_cores(x_high, low)
+    narrow = x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x
+    y = xla.tensor_cores(narrow, jnp.asarray(held.dequantize(jnp.float32)).astype(narrow.dtype))
     return y * scales[:, 0, 0].astype(jnp.float32) if integers else y
-
-
-def split(value: jax.Array, dtype=jnp.bfloat16) -> list[jax.Array]:
-    """float32 -> two of a 16-bit dtype that add up to it, within 2^-17 of it in bfloat16."""
-    high = value.astype(dtype)
-    return [high, (value - high.astype(jnp.float32)).astype(dtype)]
 
 
 # --- self-test --------------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """The Triton backend: packed matrices on NVIDIA GPUs of compute capability 8.0 or newer.
 
-    few tokens      `triton_gemv`   int8 tensor cores on prefixes; fastest with one scale a row, for which scales wait to the end
-    some            `triton_gemm`   tiles decoded in registers
-    many            decoded once into 16 bits, then XLA's own matrix product
+    few tokens      `triton_gemv`     int8 tensor cores on prefixes; fastest with one scale a row, for which scales wait to the end
+    some            `triton_gemm`     tiles decoded in registers
+    many            `triton_decode`   decoded once into 16 bits, then XLA's own matrix product
 
 How many is few, and the shapes of tiles: `tuning`. All results are deterministic: few tokens add integers, the others
 add up in a fixed order. For few tokens a product is two kernels: what makes the activations (a norm, SwiGLU) is computed
@@ -15,7 +15,7 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 
-from atd.kernels import packed, prefixes, triton_fold, triton_gemm, triton_gemv, tuning
+from atd.kernels import packed, prefixes, triton_decode, triton_fold, triton_gemm, triton_gemv, tuning
 from atd.kernels.packed import device_kind, prepare
 from atd.kernels.triton_fold import Prologue
 from atd.kernels.tuning import Settings
@@ -63,18 +63,18 @@ def multiply(
     words, scales, type = jnp.asarray(held.codes), jnp.asarray(held.scales), held.type.ternary
     way = path(settings, type, x.shape[0])
     assert way == "gemv" or (prologue is None and residual is None), "see `Triton.fuses`"
-    match way:
-        case "gemv":
-            y = gemv(x, words, scales, type, settings, interpret, prologue, residual)
-        case "gemm":
-            y = triton_gemm.matmul(x, words, scales, type, settings.tiles, interpret=interpret)
-        case _:
-            y = packed.decode_once(x, weight)
+    if way == "gemv":
+        return gemv(x, words, scales, type, settings, interpret, prologue, residual).astype(x.dtype)
+    narrow = x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x  # as a dense model's products have them
+    if way == "gemm":
+        y = triton_gemm.matmul(narrow, words, scales, type, settings.tiles, interpret=interpret)
+    else:
+        y = triton_decode.matmul(narrow, words, scales, type, interpret=interpret)
     return y.astype(x.dtype)
 
 
 def _tuned(x: jax.Array, type: TernaryType) -> Settings:
-    return tuning.settings(device_kind(), type, x.shape[0], x.dtype.name)
+    return tuning.settings(device_kind(), type, x.shape[0])
 
 
 def device_refuses() -> str | None:

@@ -8,7 +8,7 @@ a plane comes out of one tile of words, without moving anything between threads,
 
 so activations, which are few, are put in the order of the planes beforehand. With a scale a row W_p holds integers, exact
 in 16 bits (one product a base where scales are free), and scales multiply the sums; with group scales W_p is scaled in
-float32 and split in two 16-bit parts. Activations in float32 are split likewise; results are summed in float32.
+float32 and rounded to 16 bits. Results are summed in float32.
 """
 
 import functools
@@ -20,7 +20,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from atd.kernels.packed import split
 from atd.kernels.prefixes import period
 from atd.kernels.triton_gemv import plt
 from atd.layout import TRITS_PER_BYTE
@@ -47,17 +46,14 @@ def unit(bases: int) -> tuple[int, int]:
 def matmul(
     x: jax.Array, codes: jax.Array, scales: jax.Array, type: TernaryType, tiles: Tiles, *, interpret: bool = False
 ) -> jax.Array:
-    """x [M, in] times the matrix -> float32 [M, out]. codes uint32 [out, row words], scales [rows, groups, N or 1]."""
+    """x [M, in] of 16 bits times the matrix -> float32 [M, out]. codes uint32 [out, row words], scales [rows, groups, N or 1]."""
     out, row_words = codes.shape
     words, params = unit(type.bases)
     units = -(-(row_words // words) // tiles.units) * tiles.units
     tokens = -(-x.shape[0] // tiles.tokens) * tiles.tokens
-    factors = jnp.stack(split(x) if x.dtype == jnp.float32 else [x])  # [parts, M, in]
-    x_planes = jnp.pad(factors, ((0, 0), (0, tokens - x.shape[0]), (0, units * params - x.shape[1])))
-    x_planes = x_planes.reshape(-1, tokens, units, params).transpose(0, 3, 2, 1)  # [parts, P, units, M]
-    kernel = functools.partial(
-        _kernel, type=type, tiles=tiles, parts=x_planes.shape[0], row_words=row_words, units=units, tokens=tokens
-    )
+    x_planes = jnp.pad(x, ((0, tokens - x.shape[0]), (0, units * params - x.shape[1])))
+    x_planes = x_planes.reshape(tokens, units, params).transpose(2, 1, 0)  # [P, units, M]
+    kernel = functools.partial(_kernel, type=type, tiles=tiles, row_words=row_words, units=units, tokens=tokens)
     return pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((tokens, out), jnp.float32),
@@ -68,23 +64,16 @@ def matmul(
     )(x_planes, codes.reshape(-1), scales.reshape(-1))[: x.shape[0]]
 
 
-def _kernel(x_ref, codes_ref, scales_ref, out_ref, *, type: TernaryType, tiles: Tiles, parts, row_words, units, tokens):
+def _kernel(
+    x_ref, codes_ref, scales_ref, out_ref, *, type: TernaryType, tiles: Tiles, row_words: int, units: int, tokens: int
+):
     out = type.shape[0]
     words, params = unit(type.bases)
     rows = pl.program_id(0) * tiles.rows + lax.iota(jnp.int32, tiles.rows)
     first_token = pl.program_id(1) * tiles.tokens
     token = first_token + lax.iota(jnp.int32, tiles.tokens)
     real = rows < out
-    dtype = x_ref.dtype
     groups, stored = type.scales_shape[1:]
-    scale_row = (rows if type.scales_shape[0] > 1 else rows * 0) * (groups * stored)
-
-    def scales(base: int, group: jax.Array | None = None) -> jax.Array:
-        """float32 [rows] of the only group, or [rows, units] of the groups [units]."""
-        at, mask = scale_row + base, real
-        if group is not None:
-            at, mask = at[:, None] + group[None, :] * stored, real[:, None] & (group < groups)[None, :]
-        return plt.load(scales_ref.at[at], mask=mask, other=jnp.zeros((), scales_ref.dtype)).astype(jnp.float32)
 
     def step(i, sums):
         sums = list(sums)
@@ -96,34 +85,36 @@ def _kernel(x_ref, codes_ref, scales_ref, out_ref, *, type: TernaryType, tiles: 
             )
             for v in range(words)
         ]  # [rows, units] each
-        trits = _trits(tile, type.bases)
+        trits = trits_of(tile, type.bases)
         for p in range(params):
-            x = [
-                x_ref[part, p, pl.ds(i * tiles.units, tiles.units), pl.ds(first_token, tiles.tokens)]
-                for part in range(parts)
-            ]
-            if groups == 1:
-                factors = [[v.astype(dtype)] for v in _exact(trits, p, type)]
-            else:
+            x = x_ref[p, pl.ds(i * tiles.units, tiles.units), pl.ds(first_token, tiles.tokens)]
+            factors = [v.astype(jnp.float32) for v in integers(trits, p, type)]
+            if groups > 1:
                 group = lax.div(at * params + p, jnp.full(at.shape, type.group_size, jnp.int32))
-                value = sum(v.astype(jnp.float32) * scales(b, group) for b, v in enumerate(_exact(trits, p, type)))
-                factors = [split(jnp.asarray(value), dtype)]
+                scaled = [v * scales_at(scales_ref, type, rows, b, group) for b, v in enumerate(factors)]
+                factors = [functools.reduce(operator.add, scaled)]
             for b, w in enumerate(factors):
-                for k, w_part in enumerate(w):
-                    for n, x_part in enumerate(x):
-                        if k + n < 2:  # the product of both low parts is below what is kept
-                            sums[b] = sums[b] + plt.dot(w_part, x_part)
+                sums[b] = sums[b] + plt.dot(w.astype(x_ref.dtype), x)
         return tuple(sums)
 
     count = stored if groups == 1 else 1
     zero = tuple(jnp.zeros((tiles.rows, tiles.tokens), jnp.float32) for _ in range(count))
     sums = lax.fori_loop(0, units // tiles.units, step, zero)
-    scaled = sums if groups > 1 else [s * scales(b)[:, None] for b, s in enumerate(sums)]
+    scaled = sums if groups > 1 else [s * scales_at(scales_ref, type, rows, b)[:, None] for b, s in enumerate(sums)]
     y = functools.reduce(operator.add, scaled)
     plt.store(out_ref.at[token[:, None], rows[None, :]], y.T, mask=real[None, :] & (token < tokens)[:, None])
 
 
-def _trits(tile: list[jax.Array], bases: int):
+def scales_at(scales_ref, type: TernaryType, rows: jax.Array, base: int, group: jax.Array | None = None) -> jax.Array:
+    """float32 [rows] of the only group, or [rows, units] of the groups [units]; 0 beyond the matrix."""
+    out, groups, stored = type.shape[0], *type.scales_shape[1:]
+    at, mask = (rows if type.scales_shape[0] > 1 else rows * 0) * (groups * stored) + base, rows < out
+    if group is not None:
+        at, mask = at[:, None] + group[None, :] * stored, mask[:, None] & (group < groups)[None, :]
+    return plt.load(scales_ref.at[at], mask=mask, other=jnp.zeros((), scales_ref.dtype)).astype(jnp.float32)
+
+
+def trits_of(tile: list[jax.Array], bases: int):
     """Words of a unit [...] -> trit(parameter, base), int32 [...]."""
     digits: dict[tuple[int, int], jax.Array] = {}
     for byte in range(4 * len(tile)):
@@ -141,7 +132,7 @@ def _trits(tile: list[jax.Array], bases: int):
     return trit
 
 
-def _exact(trit, parameter: int, type: TernaryType) -> list[jax.Array]:
+def integers(trit, parameter: int, type: TernaryType) -> list[jax.Array]:
     """The integers that scales multiply: one for tied weights, one a base for free ones."""
     trits = [trit(parameter, base) for base in range(type.bases)]
     if not type.tied:

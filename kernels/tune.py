@@ -44,28 +44,25 @@ NEVER, ALWAYS = 0, 1 << 30
 
 @dataclass(frozen=True)
 class Problem:
-    """So many tokens, in a dtype, times a matrix."""
+    """So many tokens times a matrix."""
 
     type: TernaryType
     tokens: int
-    activations: str
 
 
 Clock = Callable[[Problem, Sequence[Settings]], list[float]]  # seconds, infinity for what does not run
 
 
-def matrices() -> list[tuple[TernaryType, str]]:
-    """(matrix, dtype of activations) of what is tuned: Llama-3-8B's fused shapes and small ones, tied row scales before
-    free ones and groups. Models multiply in float32."""
+def matrices() -> list[TernaryType]:
+    """What is tuned: Llama-3-8B's fused shapes and small ones, tied row scales before free ones and groups."""
     large, small = [(28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096)], [(3072, 576), (576, 1536)]
 
-    def of(shapes, bases: int, tied: bool = True, group: int | str = "row", activations: str = "float32"):
-        return [(TernaryType(shape, bases, group, tied, "f16"), activations) for shape in shapes]
+    def of(shapes, bases: int, tied: bool = True, group: int | str = "row") -> list[TernaryType]:
+        return [TernaryType(shape, bases, group, tied, "f16") for shape in shapes]
 
     first = [each for bases in (2, 1, 3) for each in of(large, bases)]
-    in_bf16 = of(large[:2], 2, activations="bfloat16")
     free = [each for bases in (2, 3) for each in of(large[:2], bases, tied=False)]
-    return first + in_bf16 + of(small, 2) + free + of(large[:2], 2, tied=False, group=128)
+    return first + of(small, 2) + free + of(large[:2], 2, tied=False, group=128)
 
 
 def tune(minutes: float = 8, say: Callable[[str], None] = print) -> tuple[Path, list[str]]:
@@ -78,7 +75,7 @@ def tune(minutes: float = 8, say: Callable[[str], None] = print) -> tuple[Path, 
         raise RuntimeError(f"there is nothing to tune here: {reason}")
     device = jax.devices()[0].device_kind
     kept = tuning.kept(device, jax.__version__)
-    kinds = [(type, x) for type, x in matrices() if not any(_is_of(entry, type, x) for entry in kept)]
+    kinds = [type for type in matrices() if not any(_is_of(entry, type) for entry in kept)]
     if len(kinds) < len(matrices()):
         say(
             f"{len(matrices()) - len(kinds)} of {len(matrices())} are in {tuning.file_of(device)}; delete it to begin anew"
@@ -88,7 +85,7 @@ def tune(minutes: float = 8, say: Callable[[str], None] = print) -> tuple[Path, 
 
 
 def search(
-    kinds: Sequence[tuple[TernaryType, str]],
+    kinds: Sequence[TernaryType],
     clock: Clock,
     *,
     minutes: float,
@@ -104,25 +101,25 @@ def search(
         trials += len(candidates)
         return clock(problem, candidates)
 
-    for i, (type, activations) in enumerate(kinds):
-        name = f"{type}, {activations}"
+    for i, type in enumerate(kinds):
+        name = str(type)
         if time.monotonic() - started > 60 * minutes:
             left_out.append(name)
             continue
-        found = of_matrix(type, activations, counted, all_tokens)
+        found = of_matrix(type, counted, all_tokens)
         entries += found
         passed = max(time.monotonic() - started, 1e-9)
         say(f"{i + 1}/{len(kinds)} {name}: {summary(found)}  [{trials} trials, {trials / passed:.1f}/s]")
     return entries, left_out
 
 
-def of_matrix(type: TernaryType, activations: str, clock: Clock, all_tokens: Sequence[int]) -> list[dict[str, Any]]:
+def of_matrix(type: TernaryType, clock: Clock, all_tokens: Sequence[int]) -> list[dict[str, Any]]:
     """An entry for each number of tokens."""
     best: dict[int, Settings] = {}
     seconds: dict[int, dict[str, float]] = {}
     gemv, tiled = None, None
     for tokens in all_tokens:
-        problem, chosen = Problem(type, tokens, activations), tuning.heuristic(type, tokens, activations)
+        problem, chosen = Problem(type, tokens), tuning.heuristic(type, tokens)
         times = seconds[tokens] = {}
         has_gemv = triton.path(Settings(gemv_tokens=ALWAYS), type, tokens) == "gemv"
         if has_gemv and tokens <= GEMV_UP_TO:
@@ -140,7 +137,7 @@ def of_matrix(type: TernaryType, activations: str, clock: Clock, all_tokens: Seq
         best[tokens] = replace(chosen, warps=shape.warps, row_blocks=shape.row_blocks, unroll=shape.unroll)
     gemv_tokens, gemm_tokens = crossovers(seconds)
     return [
-        tuning.kind_of(type, tokens, activations)
+        tuning.kind_of(type, tokens)
         | {"settings": replace(best[tokens], gemv_tokens=gemv_tokens, gemm_tokens=gemm_tokens)}
         | {"microseconds": {way: round(1e6 * value, 2) for way, value in seconds[tokens].items() if value < np.inf}}
         for tokens in all_tokens
@@ -159,12 +156,11 @@ def best_tiles(
 ) -> tuple[Settings, float]:
     """One dimension of the tiles after the other. No wider than twice the tokens: the rest would be padding."""
     known: dict[Settings, float] = {}
-    needs = problem.type.bases, problem.activations
     best = replace(start, gemv_tokens=NEVER, gemm_tokens=ALWAYS)
     for dimension in dimensions:
         fit = [v for v in TILES[dimension] if dimension != "tokens" or v == 16 or v <= 2 * problem.tokens]
         tried = [best.tiles, *(replace(best.tiles, **{dimension: value}) for value in fit)]
-        room = [t for t in tried if tuning.shared_bytes(t, *needs) <= tuning.MOST_SHARED_BYTES]
+        room = [t for t in tried if tuning.shared_bytes(t, problem.type.bases) <= tuning.MOST_SHARED_BYTES]
         candidates = [replace(best, tiles=tiles) for tiles in room]
         new = [each for each in dict.fromkeys(candidates) if each not in known]
         known |= dict(zip(new, clock(problem, new), strict=True))
@@ -196,8 +192,8 @@ def summary(entries: Sequence[dict[str, Any]]) -> str:
     return f"{first['tokens']} token: {times} ({shape}); gemv to {settings.gemv_tokens}, gemm to {settings.gemm_tokens}"
 
 
-def _is_of(entry: dict[str, Any], type: TernaryType, activations: str) -> bool:
-    kind = tuning.kind_of(type, entry["tokens"], activations)
+def _is_of(entry: dict[str, Any], type: TernaryType) -> bool:
+    kind = tuning.kind_of(type, entry["tokens"])
     return kind == {name: entry[name] for name in kind}
 
 
@@ -213,7 +209,7 @@ class DeviceClock:
             self._stack = None  # frees the memory before more is taken
             self._type, self._stack = problem.type, timing.stack(problem.type, self._effort)
         random = np.random.default_rng(0).standard_normal((problem.tokens, problem.type.shape[1]), np.float32)
-        x, held = jnp.asarray(random, problem.activations), self._stack
+        x, held = jnp.asarray(random), self._stack
         chains = [timing.chain(self._with(settings), x, held, self._effort) for settings in candidates]
         compiled = timing.compile_all([chain.lower for chain in chains])
         return [self._seconds(program, chain.trips, x) for program, chain in zip(compiled, chains, strict=True)]

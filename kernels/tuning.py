@@ -30,52 +30,51 @@ class Settings:
     row_warps: int = 1
     row_blocks: int = 1
     unroll: int = 1
-    gemv_tokens: int = 4
+    gemv_tokens: int = 16
     tiles: Tiles = field(default_factory=Tiles)
-    gemm_tokens: int = 256
+    gemm_tokens: int = 64
 
     @property
     def gemv(self) -> Shape:
         return Shape(self.warps, self.row_warps, self.row_blocks, self.unroll)
 
 
-def settings(device: str, type: TernaryType, tokens: int, activations: str = "float32") -> Settings:
-    """For so many tokens, in this dtype, times a matrix of this type: the tuned ones of the nearest matrix, or
+def settings(device: str, type: TernaryType, tokens: int) -> Settings:
+    """For so many tokens times a matrix of this type: the tuned ones of the nearest matrix, or
     `heuristic`."""
     entries = tuned(device)
     if not entries:
-        return heuristic(type, tokens, activations)
-    entry = min(entries, key=lambda entry: _distance(entry, type, tokens, activations))
+        return heuristic(type, tokens)
+    entry = min(entries, key=lambda entry: _distance(entry, type, tokens))
     found: Settings = entry["settings"]
     # Tiles of another kind of matrix may take more shared memory for this one; what they took for theirs is there.
-    room = max(SHARED_BYTES, shared_bytes(found.tiles, entry["bases"], entry["activations"]))
-    return replace(found, tiles=_fit(found.tiles, type.bases, activations, room))
+    room = max(SHARED_BYTES, shared_bytes(found.tiles, entry["bases"]))
+    return replace(found, tiles=_fit(found.tiles, type.bases, room))
 
 
-def heuristic(type: TernaryType, tokens: int, activations: str = "float32") -> Settings:
+def heuristic(type: TernaryType, tokens: int) -> Settings:
     """As many warps to a row as 32 on each of 128 multiprocessors take, two steps ahead where there are many; tiles as wide
     as the tokens, or as the shared memory allows."""
     blocks, steps = -(-type.shape[0] // 16), packed.steps(prefixes.plan(type.bases, type.tied), type)
     warps = min(16, max(4, 1 << (-(-4096 // blocks) - 1).bit_length()))
     unroll = 2 if type.bases < 3 and steps >= 4 * warps else 1
     tiles = Tiles(rows=64, tokens=min(128, max(16, 1 << (tokens - 1).bit_length())), units=32, warps=4)
-    return Settings(warps=warps, unroll=unroll, tiles=_fit(tiles, type.bases, activations, SHARED_BYTES))
+    return Settings(warps=warps, unroll=unroll, tiles=_fit(tiles, type.bases, SHARED_BYTES))
 
 
-def _fit(tiles: Tiles, bases: int, activations: str, room: int) -> Tiles:
+def _fit(tiles: Tiles, bases: int, room: int) -> Tiles:
     """The tiles, narrower or with fewer units where they take more shared memory than there is."""
-    while shared_bytes(tiles, bases, activations) > room and (tiles.units > 16 or tiles.tokens > 16):
+    while shared_bytes(tiles, bases) > room and (tiles.units > 16 or tiles.tokens > 16):
         narrower = tiles.units <= 16 or tiles.tokens > 32
         tiles = replace(tiles, tokens=tiles.tokens // 2) if narrower else replace(tiles, units=tiles.units // 2)
     return tiles
 
 
-def shared_bytes(tiles: Tiles, bases: int, activations: str) -> int:
+def shared_bytes(tiles: Tiles, bases: int) -> int:
     """Shared memory that a block of tiles takes: the activations of all planes and the codes of a step, once a stage.
     Within a few per cent of what Triton asks for."""
     words, params = unit(bases)
-    halves = 2 if activations == "float32" else 1  # two parts of 16 bits
-    return tiles.stages * tiles.units * (2 * halves * params * tiles.tokens + 4 * words * tiles.rows)
+    return tiles.stages * tiles.units * (2 * params * tiles.tokens + 4 * words * tiles.rows)
 
 
 def file_of(device: str) -> Path:
@@ -83,10 +82,10 @@ def file_of(device: str) -> Path:
     return FOLDER / (re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json")
 
 
-def kind_of(type: TernaryType, tokens: int, activations: str) -> dict[str, Any]:
+def kind_of(type: TernaryType, tokens: int) -> dict[str, Any]:
     """What an entry is of, as it stands in the file."""
     grouped = type.scales_shape[1] > 1
-    kind = {"bases": type.bases, "tied": type.tied, "grouped": grouped, "activations": activations}
+    kind = {"bases": type.bases, "tied": type.tied, "grouped": grouped}
     return kind | {"out": type.shape[0], "in": type.shape[1], "tokens": tokens}
 
 
@@ -129,7 +128,7 @@ def write(device: str, version: str, entries: list[dict[str, Any]]) -> Path:
 
 
 def _key(entry: dict[str, Any]) -> tuple:
-    return tuple(entry[name] for name in ("grouped", "bases", "tied", "activations", "out", "in", "tokens"))
+    return tuple(entry[name] for name in ("grouped", "bases", "tied", "out", "in", "tokens"))
 
 
 def _parse(entry: dict[str, Any]) -> dict[str, Any]:
@@ -138,13 +137,13 @@ def _parse(entry: dict[str, Any]) -> dict[str, Any]:
     return entry | {"settings": replace(Settings(**values), tiles=Tiles(**values["tiles"]))}
 
 
-def _distance(entry: dict[str, Any], type: TernaryType, tokens: int, activations: str) -> float:
+def _distance(entry: dict[str, Any], type: TernaryType, tokens: int) -> float:
     """In octaves of tokens. Another matrix of the same kind is near, another kind of matrix far."""
-    kind = kind_of(type, tokens, activations)
+    kind = kind_of(type, tokens)
 
     def octaves(name: str) -> float:
         return abs(math.log2(entry[name] / kind[name]))
 
-    penalties = {"grouped": 8, "bases": 3, "tied": 2, "activations": 1}
+    penalties = {"grouped": 8, "bases": 3, "tied": 2}
     shape = (octaves("out") + octaves("in")) / 2
     return octaves("tokens") + shape + sum(far for name, far in penalties.items() if entry[name] != kind[name])

@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 
 from atd import ternary as decompose
 from atd.kernels import matmul as kernels
-from atd.kernels import prefixes, triton, xla
+from atd.kernels import mosaic, packed, prefixes, triton, tuning, xla
 from atd.layout import LAYOUTS
 from atd.weights import DTYPES, Dense, Packed, PackedType, Ternary, TernaryType
 from tests.kernels import aot
@@ -43,11 +43,17 @@ def activations(rows: int, inputs: int, seed=1) -> np.ndarray:
 
 
 def rounding_of_x(backend: str, x: np.ndarray, weight) -> np.ndarray:
-    """How far a backend's activations may lie from x, which is float32: fixed point in the gemv kernel, two bfloat16 parts elsewhere."""
+    """How far a backend's activations may lie from x, which is float32, rounded weights counted in: fixed point for few tokens
+    on kernels, 16 bits for many."""
     if backend not in kernels.PACKED and backend != "triton-ptx":
         return np.zeros_like(x)
-    limit = prefixes.plan(weight.type.ternary.bases, weight.type.ternary.tied).limit
-    return np.maximum(2**-16 * np.abs(x), np.abs(x).max(axis=1, keepdims=True) / limit)
+    type = weight.type.ternary
+    settings = tuning.settings(packed.device_kind(), type, x.shape[0])
+    few = x.shape[0] <= mosaic.MAX_TOKENS if "mosaic" in backend else triton.path(settings, type, x.shape[0]) == "gemv"
+    if few:
+        limit = prefixes.plan(type.bases, type.tied).limit
+        return np.maximum(2**-16 * np.abs(x), np.abs(x).max(axis=1, keepdims=True) / limit)
+    return 2.1 * 2**-9 * np.abs(x)
 
 
 def skip_what_is_refused(backend: str, x, weight):
@@ -152,15 +158,15 @@ def test_what_comes_before_and_after_a_product(backend, kind, rows, bases, group
     x, residual = activations(rows, 323 if kind == "norm" else 646), activations(rows, 49, seed=2)
     gain = random.uniform(0.5, 2, 323).astype(np.float32)
     prologue = triton.Prologue(jnp.asarray(gain), 1e-5) if kind == "norm" else triton.Prologue(gated=True)
-    packed, wide = pack(weight, "words"), x.astype(np.float64)
-    y = jax.jit(lambda x, w, r: kernels.fused(x, w, prologue, r, backend=backend))(x, packed, residual)
+    held, wide = pack(weight, "words"), x.astype(np.float64)
+    y = jax.jit(lambda x, w, r: kernels.fused(x, w, prologue, r, backend=backend))(x, held, residual)
     assert y is not None
     if kind == "norm":
         made = wide / np.sqrt((wide**2).mean(axis=1, keepdims=True) + 1e-5) * gain
     else:
         made = wide[:, :323] / (1 + np.exp(-wide[:, :323])) * wide[:, 323:]
     table = np.asarray(weight.dequantize()).astype(np.float64)
-    bound = (24 * EPSILON * np.abs(made) + rounding_of_x(backend, made, packed)) @ np.abs(table).T + 1e-6
+    bound = (24 * EPSILON * np.abs(made) + rounding_of_x(backend, made, held)) @ np.abs(table).T + 1e-6
     assert (np.abs(y - (made @ table.T + residual)) / bound).max() < 1
 
 
@@ -219,7 +225,8 @@ def test_one_hot_activations_give_back_each_column(backend):
     weight = ternary(12, 133, 3, 64)
     skip_what_is_refused(backend, jnp.eye(133), pack(weight, "interleaved"))
     y = product(backend, jnp.eye(133), pack(weight, "interleaved"))
-    np.testing.assert_allclose(y.T, weight.dequantize(), rtol=EPSILON)
+    rounded = backend in kernels.PACKED or backend == "triton-ptx"  # to 16 bits, for so many tokens
+    np.testing.assert_allclose(y.T, weight.dequantize(), rtol=2**-8 if rounded else EPSILON)
 
 
 @pytest.mark.parametrize("group", [128, "row"])
@@ -248,7 +255,7 @@ def test_leading_axes_and_dtype_of_x_are_kept(backend, group, tokens, dtype):
     skip_what_is_refused(backend, x, weight)
     y = product(backend, x, weight)
     assert (y.shape, y.dtype) == ((2, tokens // 2, 24), dtype)
-    exact = np.asarray(x).astype(np.float64) @ weight.dequantize().T
+    exact = np.asarray(x).astype(np.float64) @ np.asarray(weight.dequantize(), np.float64).T
     np.testing.assert_allclose(np.asarray(y).astype(np.float64), exact, rtol=2**-8, atol=1e-4)
 
 

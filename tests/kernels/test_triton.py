@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from atd.kernels import packed as packed_backends
-from atd.kernels import triton, triton_gemv, tuning
+from atd.kernels import triton, triton_decode, triton_gemv, tuning
 from atd.kernels.matmul import matmul
 from atd.kernels.triton_gemm import Tiles
 from atd.kernels.tuning import Settings
@@ -43,12 +43,21 @@ def test_ways(tokens, group, way):
 @pytest.mark.parametrize("way", ["gemv", "gemm", "decode"])
 @pytest.mark.parametrize(("bases", "group", "tied"), [(2, "row", True), (2, 128, False), (3, 160, True)])
 def test_all_ways_agree(way, bases, group, tied):
-    weight, x = packed(40, 700, bases, group, tied), activations(3, 700)
+    weight, x = packed(40, 700, bases, group, tied), activations(3, 700).astype(jnp.bfloat16).astype(jnp.float32)
     settings = {"gemv": Settings(), "gemm": Settings(gemv_tokens=0), "decode": Settings(gemv_tokens=0, gemm_tokens=0)}[
         way
     ]
     found = interpreted(x, weight, settings)
     wanted = x @ weight.dequantize().T
+    exact = way == "gemv" or group == "row"  # elsewhere weights are rounded to 16 bits
+    np.testing.assert_allclose(found, wanted, atol=(2e-5 if exact else 2e-3) * np.abs(np.asarray(wanted)).max())
+
+
+def test_decoding_goes_chunk_by_chunk(monkeypatch):
+    monkeypatch.setattr(triton_decode, "CHUNK_BYTES", 0)  # as few rows as a block has
+    weight, x = packed(44, 700, 3), activations(3, 700).astype(jnp.bfloat16).astype(jnp.float32)
+    wanted = x @ weight.dequantize().T
+    found = interpreted(x, weight, Settings(gemv_tokens=0, gemm_tokens=0))
     np.testing.assert_allclose(found, wanted, atol=2e-5 * np.abs(np.asarray(wanted)).max())
 
 
@@ -65,7 +74,10 @@ def test_all_ways_agree(way, bases, group, tied):
     ],
 )
 def test_shapes_of_tiles_change_nothing(settings):
-    weight, x = packed(75, 700), activations(5 if settings.gemv_tokens == 0 else 3, 700)
+    weight, x = (
+        packed(75, 700),
+        activations(5 if settings.gemv_tokens == 0 else 3, 700).astype(jnp.bfloat16).astype(jnp.float32),
+    )
     found = interpreted(x, weight, settings)
     wanted = x @ weight.dequantize().T
     np.testing.assert_allclose(found, wanted, atol=2e-5 * np.abs(np.asarray(wanted)).max())

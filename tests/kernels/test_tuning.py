@@ -22,8 +22,8 @@ def matrix(out, inputs, bases=2, tied=True, group: int | str = "row"):
     return TernaryType((out, inputs), bases, group, tied, "f16")
 
 
-def entry(tokens, out, inputs, bases=2, tied=True, group: int | str = "row", activations="float32", **settings):
-    kind = tuning.kind_of(matrix(out, inputs, bases, tied, group), tokens, activations)
+def entry(tokens, out, inputs, bases=2, tied=True, group: int | str = "row", **settings):
+    kind = tuning.kind_of(matrix(out, inputs, bases, tied, group), tokens)
     return kind | {"settings": Settings(**settings), "microseconds": {"gemv": 1.5}}
 
 
@@ -51,7 +51,6 @@ def test_an_entry_of_another_kind_is_farther_than_one_of_other_tokens(folder):
         entry(16, 4096, 4096, bases=3, warps=2),
         entry(16, 4096, 4096, tied=False, warps=4),
         entry(16, 4096, 4096, group=128, warps=8),
-        entry(16, 4096, 4096, activations="bfloat16", warps=16),
     ]
     tuning.write("gpu", "0.11.2", [*by_kind, entry(64, 4096, 4096, group=32, warps=32)])
     assert tuning.settings("gpu", matrix(4096, 4096), 24).warps == 1
@@ -59,7 +58,6 @@ def test_an_entry_of_another_kind_is_farther_than_one_of_other_tokens(folder):
     assert tuning.settings("gpu", matrix(4096, 4096, tied=False), 40).warps == 4
     assert tuning.settings("gpu", matrix(4096, 4096, group=64), 16).warps == 8
     assert tuning.settings("gpu", matrix(4096, 4096, group=64), 100).warps == 32
-    assert tuning.settings("gpu", matrix(4096, 4096), 16, "bfloat16").warps == 16
 
 
 def test_entries_of_the_same_version_are_kept_and_others_are_not(folder):
@@ -87,11 +85,10 @@ def test_few_rows_are_shared_by_more_warps():
 
 
 @pytest.mark.parametrize("bases", [1, 2, 3, 4])
-@pytest.mark.parametrize("activations", ["float32", "bfloat16"])
-def test_tiles_fit_into_the_shared_memory_of_every_gpu(bases, activations):
+def test_tiles_fit_into_the_shared_memory_of_every_gpu(bases):
     for tokens in (1, 5, 16, 40, 100, 2000):
-        tiles = tuning.heuristic(matrix(4096, 4096, bases), tokens, activations).tiles
-        assert tuning.shared_bytes(tiles, bases, activations) <= tuning.SHARED_BYTES
+        tiles = tuning.heuristic(matrix(4096, 4096, bases), tokens).tiles
+        assert tuning.shared_bytes(tiles, bases) <= tuning.SHARED_BYTES
         assert min(tiles.rows, tiles.tokens, tiles.units) >= 16
     assert tuning.heuristic(matrix(4096, 4096, 4), 100, "bfloat16").tiles.tokens == 128
 

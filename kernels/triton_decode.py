@@ -1,0 +1,99 @@
+"""Very many tokens times a packed matrix: decoded once into 16 bits, chunk of rows by chunk, and multiplied by XLA.
+
+A kernel writes the planes of `triton_gemm` one after the other, W_0 | W_1 | ..., so that neighbouring threads write
+neighbouring columns, and the activations are put in that order instead:
+
+    y = sum_p W_p x_p = [W_0 | W_1 | ...] [x_0 | x_1 | ...]
+
+With tied weights and a scale a row W_p holds integers, exact in 16 bits, and the scale multiplies the sums; otherwise
+scaled weights rounded to 16 bits, as a dense model has them.
+"""
+
+import functools
+import operator
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from atd.kernels import xla
+from atd.kernels.triton_gemm import integers, scales_at, trits_of, unit
+from atd.kernels.triton_gemv import plt
+from atd.weights import TernaryType
+
+CHUNK_BYTES = 128 << 20  # of decoded weights at a time: enough for the matrix product, little beside a model
+ROWS, UNITS, WARPS = 16, 64, 4  # of a block
+ALIGNED = 8  # units: whole 16 bytes of a plane's row
+
+
+def matmul(
+    x: jax.Array, codes: jax.Array, scales: jax.Array, type: TernaryType, *, interpret: bool = False
+) -> jax.Array:
+    """x [M, in] of 16 bits times the matrix -> float32 [M, out]. codes uint32 [out, row words], scales [rows, groups, N or 1]."""
+    words, params = unit(type.bases)
+    units = _units(codes.shape[1], words)
+    x_planes = jnp.pad(x, ((0, 0), (0, units * params - x.shape[1])))
+    x_planes = x_planes.reshape(-1, units, params).swapaxes(1, 2).reshape(-1, params * units)
+    step = max(ROWS, CHUNK_BYTES // (2 * params * units) // 128 * 128)
+    starts = range(0, type.shape[0], step)
+    parts = [min(step, type.shape[0] - start) for start in starts]
+    chunks = [
+        decoded(codes, scales, type, x.dtype, start, rows, interpret=interpret)
+        for start, rows in zip(starts, parts, strict=True)
+    ]
+    y = jnp.concatenate([xla.tensor_cores(x_planes, chunk) for chunk in chunks], axis=1)
+    return y * scales[:, 0, 0].astype(jnp.float32) if held_exactly(type) else y
+
+
+def _units(row_words: int, words: int) -> int:
+    units = -(-row_words // words)
+    return -(-units // ALIGNED) * ALIGNED
+
+
+def held_exactly(type: TernaryType) -> bool:
+    """Whether the decoded weights are integers, which the scale of their row multiplies later."""
+    return type.tied and type.scales_shape[1] == 1
+
+
+def decoded(
+    codes: jax.Array, scales: jax.Array, type: TernaryType, dtype, start: int, rows: int, *, interpret: bool = False
+) -> jax.Array:
+    """Rows start to start + rows of the matrix, or of its integers where they are `held_exactly` -> [rows, planes x units]."""
+    words, params = unit(type.bases)
+    units = _units(codes.shape[1], words)
+    kernel = functools.partial(_kernel, type=type, start=start, rows=rows, row_words=codes.shape[1], units=units)
+    return pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((rows * params * units,), dtype),
+        grid=(-(-units // UNITS), -(-rows // ROWS)),
+        compiler_params=plt.CompilerParams(num_warps=WARPS, num_stages=1),
+        interpret=interpret,
+        name=f"ternary_decode_n{type.bases}",
+    )(codes.reshape(-1), scales.reshape(-1)).reshape(rows, params * units)
+
+
+def _kernel(codes_ref, scales_ref, out_ref, *, type: TernaryType, start: int, rows: int, row_words: int, units: int):
+    words, params = unit(type.bases)
+    row = pl.program_id(1) * ROWS + lax.iota(jnp.int32, ROWS)
+    at = pl.program_id(0) * UNITS + lax.iota(jnp.int32, UNITS)
+    inside = (row < rows)[:, None] & (at < units)[None, :]
+
+    def word(v: int) -> jax.Array:
+        mask = inside & (at * words + v < row_words)[None, :]
+        place = (start + row)[:, None] * row_words + (at * words + v)[None, :]
+        return plt.load(codes_ref.at[place], mask=mask, other=jnp.uint32(0), eviction_policy="evict_first")
+
+    trits = trits_of([word(v) for v in range(words)], type.bases)
+    for p in range(params):
+        exact = integers(trits, p, type)
+        if held_exactly(type):
+            value = exact[0].astype(jnp.float32)
+        else:
+            group = lax.div(at * params + p, jnp.full(at.shape, type.group_size, jnp.int32))  # 0 where there is one
+            scaled = [
+                v.astype(jnp.float32) * scales_at(scales_ref, type, start + row, b, group) for b, v in enumerate(exact)
+            ]
+            value = functools.reduce(operator.add, scaled)
+        place = row[:, None] * (params * units) + (at + p * units)[None, :]
+        plt.store(out_ref.at[place], value.astype(out_ref.dtype), mask=inside)
