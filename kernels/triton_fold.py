@@ -2,7 +2,8 @@
 three of XLA's, and for a token a launch costs as much as the arithmetic of a layer.
 
 Every block looks for the largest |x| of each token itself (a few kB, out of the cache), then makes its share of the words.
-What makes the activations is computed on the way (`Prologue`): a norm would be two more launches, SwiGLU one.
+What makes the activations is computed on the way (`Prologue`): a norm would be two more launches, SwiGLU one. For more than
+SEARCHED tokens that is more work than launches, and XLA does both before.
 """
 
 import functools
@@ -16,6 +17,7 @@ from jax.experimental import pallas as pl
 from atd.kernels.prefixes import THREADS_A_ROW, Plan
 from atd.kernels.triton_gemv import BYTES, Columns, divided, plt
 
+SEARCHED = 2  # tokens
 SIZE = 512  # words of a block
 WARPS = 16
 CHUNK = 16384  # elements that a block looks at together for the largest: 32 a thread, all asked for at once
@@ -32,6 +34,16 @@ class Prologue:
     gain: jax.Array | None = None
     eps: float = 0.0
     gated: bool = False
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """The activations float32 [M, in], by XLA."""
+        wide = x.astype(jnp.float32)
+        if self.gated:
+            gate, up = jnp.split(wide, 2, axis=1)
+            return jax.nn.silu(gate) * up
+        if self.gain is None:
+            return wide
+        return wide * lax.rsqrt(jnp.mean(wide * wide, axis=1, keepdims=True) + self.eps) * self.gain.astype(jnp.float32)
 
 
 def fold(
@@ -50,34 +62,39 @@ def fold(
     The order: steps, prefix words / 4, sets of columns, columns kept of each, 4 threads, 4 prefix words.
     """
     prologue = prologue or Prologue()
-    inputs = x.shape[1] // (2 if prologue.gated else 1)
+    known = []  # the largest of each token, where XLA looks for them
+    if columns.tokens > SEARCHED:
+        x, prologue = prologue(x), Prologue()
+        known = [jnp.max(jnp.abs(x), axis=1)]
     gain = [] if prologue.gain is None else [prologue.gain.astype(jnp.float32)]
     words = steps * plan.words * columns.sets * columns.kept * THREADS_A_ROW
     kernel = functools.partial(
         _kernel,
         plan=plan,
         columns=columns,
-        inputs=inputs,
+        inputs=x.shape[1] // (2 if prologue.gated else 1),
         group_size=group_size,
         eps=prologue.eps,
         gated=prologue.gated,
+        searches=not known,
     )
-    folded, largest = pl.pallas_call(
+    shapes = jax.ShapeDtypeStruct((words,), jnp.uint32), jax.ShapeDtypeStruct((columns.tokens,), jnp.float32)
+    folded, *found = pl.pallas_call(
         kernel,
-        out_shape=(jax.ShapeDtypeStruct((words,), jnp.uint32), jax.ShapeDtypeStruct((columns.tokens,), jnp.float32)),
+        out_shape=shapes[: 1 if known else 2],
         grid=(-(-words // SIZE),),
         compiler_params=plt.CompilerParams(num_warps=WARPS, num_stages=1),
         interpret=interpret,
         name=f"ternary_fold_n{plan.bases}{'tied' if plan.tied else 'free'}",
-    )(x.reshape(-1), jnp.asarray(plan.param).reshape(-1), jnp.asarray(plan.factor).reshape(-1), *gain)
-    return folded, largest
+    )(x.reshape(-1), jnp.asarray(plan.param).reshape(-1), jnp.asarray(plan.factor).reshape(-1), *gain, *known)
+    return folded, found[0] if found else jnp.where(jnp.isfinite(known[0]), known[0], jnp.nan)
 
 
 def _kernel(
     x_ref, param_ref, factor_ref, *rest_refs, plan: Plan, columns: Columns, inputs: int, group_size: int | None, eps: float,
-    gated: bool,
+    gated: bool, searches: bool,
 ):  # fmt: skip
-    *gain_ref, folded_ref, largest_ref = rest_refs
+    *gain_ref, folded_ref, largest_ref = rest_refs if searches else (*rest_refs[1:], rest_refs[0])
     tokens = columns.tokens
     index = pl.program_id(0) * SIZE + lax.iota(jnp.int32, SIZE)
     step_params = THREADS_A_ROW * plan.piece_params
@@ -121,8 +138,12 @@ def _kernel(
         return made(load(token, parameter, mine)), plt.load(factor_ref.at[at], mask=used, other=0)
 
     terms = [[term(i, b) for i in range(2)] for b in range(4)]  # on their way before anything waits
-    unit = jnp.ones((SIZE,), jnp.float32)
-    for t in range(tokens):
+    if not searches:
+        found = plt.load(largest_ref.at[token], mask=used, other=1.0)
+        unit = jnp.where((found > 0) & (found < jnp.inf), found, 1.0)
+    else:
+        unit = jnp.ones((SIZE,), jnp.float32)
+    for t in range(tokens if searches else 0):
         largest, mean_square = _largest(functools.partial(load, t), made, inputs, bool(gain_ref))
         good = (largest > 0) & (largest < jnp.inf)  # neither for a NaN
         unit = jnp.where(token == t, jnp.where(good, largest, 1.0), unit)
