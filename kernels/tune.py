@@ -3,7 +3,7 @@ is faster. `atd bench --tune` or `python benchmarks/matmul.py --tune`.
 
 For each matrix, in an order that puts first what matters most, and for each number of tokens:
 
-    gemv     all of WARPS x ROWS_AND_STEPS for up to GEMV_TOKENS tokens; more take several calls of the same shape
+    gemv     all SHAPES for ALL_SHAPES tokens; between them the shape that was found
     gemm     tiles, one dimension after the other from the rule of thumb: the best value of each is kept
     decode   as it is
 
@@ -13,7 +13,7 @@ is fixed, the first of equally fast ones is taken: the same times make the same 
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,21 @@ import numpy as np
 
 from atd.kernels import timing, triton, tuning
 from atd.kernels.timing import Effort
+from atd.kernels.triton_gemv import Shape
 from atd.kernels.tuning import Settings
 from atd.weights import TernaryType
 
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024)
-WARPS, ROWS_AND_STEPS = (2, 4, 8, 16), ((1, 1), (1, 2), (2, 1), (2, 2), (4, 1))  # row_blocks, unroll
-GEMV_TOKENS = 4  # fill the columns of a gemv
-GEMV_UP_TO, GEMM_FROM, DECODE_FROM = 32, 4, 16  # tokens for which a way is tried
-TILED = (4, 8, 32, 128)  # tokens for which all dimensions of the tiles are tried; for others the width alone
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 1024)
+SHAPES = tuple(
+    Shape(warps, row_warps, row_blocks, unroll)
+    for warps in (4, 8, 16)
+    for row_warps in (1, 2, 4, 8)
+    for row_blocks, unroll in ((1, 1), (1, 2), (1, 4), (2, 1))
+    if row_warps <= warps
+)  # of a gemv
+GEMV_UP_TO, GEMM_FROM, DECODE_FROM = 32, 16, 64  # tokens for which a way is tried
+ALL_SHAPES = (1, 16)  # tokens for which all shapes are tried; for others the one found before
+TILED = (32,)  # tokens for which all dimensions of the tiles are tried; for others the width alone
 TILES = {
     "tokens": (16, 32, 64, 128),
     "rows": (32, 64, 128),
@@ -124,8 +131,8 @@ def of_matrix(type: TernaryType, clock: Clock, all_tokens: Sequence[int]) -> lis
         has_gemv = triton.path(Settings(gemv_tokens=ALWAYS), type, tokens) == "gemv"
         if has_gemv and tokens <= GEMV_UP_TO:
             only = replace(gemv or chosen, gemv_tokens=ALWAYS)
-            grid = [replace(only, warps=w, row_blocks=r, unroll=u) for w in WARPS for r, u in ROWS_AND_STEPS]
-            gemv, times["gemv"] = fastest(clock, problem, grid if tokens <= GEMV_TOKENS else [only])
+            grid = [replace(only, **asdict(shape)) for shape in SHAPES]
+            gemv, times["gemv"] = fastest(clock, problem, grid if tokens in ALL_SHAPES else [only])
         if tokens >= GEMM_FROM or not has_gemv:
             dimensions = TILES if tokens in TILED or tiled is None else ("tokens",)
             tiled, times["gemm"] = best_tiles(clock, problem, tiled or chosen, dimensions)
@@ -133,8 +140,7 @@ def of_matrix(type: TernaryType, clock: Clock, all_tokens: Sequence[int]) -> lis
         if tokens >= DECODE_FROM:
             decode = replace(chosen, gemv_tokens=NEVER, gemm_tokens=NEVER)
             (times["decode"],) = clock(problem, [decode])
-        shape = gemv or chosen
-        best[tokens] = replace(chosen, warps=shape.warps, row_blocks=shape.row_blocks, unroll=shape.unroll)
+        best[tokens] = replace(chosen, **asdict((gemv or chosen).gemv))
     gemv_tokens, gemm_tokens = crossovers(seconds)
     return [
         tuning.kind_of(type, tokens)
@@ -187,7 +193,7 @@ def crossovers(seconds: dict[int, dict[str, float]]) -> tuple[int, int]:
 def summary(entries: Sequence[dict[str, Any]]) -> str:
     """The crossovers, and what one token takes."""
     first, settings = entries[0], entries[0]["settings"]
-    shape = f"warps {settings.warps}, row_blocks {settings.row_blocks}, unroll {settings.unroll}"
+    shape = ", ".join(f"{name} {value}" for name, value in asdict(settings.gemv).items())
     times = ", ".join(f"{way} {value} us" for way, value in first["microseconds"].items())
     return f"{first['tokens']} token: {times} ({shape}); gemv to {settings.gemv_tokens}, gemm to {settings.gemm_tokens}"
 
