@@ -17,8 +17,9 @@ import logging
 from typing import Any
 
 import jax
+import numpy as np
 
-from atd.kernels import packed, xla
+from atd.kernels import packed, triton_attention, xla
 from atd.kernels.mosaic import Mosaic
 from atd.kernels.triton import Prologue, Triton
 from atd.weights import Dense, Weight
@@ -75,6 +76,26 @@ def fused(
         return None
     added = None if residual is None else residual.reshape(rows.shape[0], -1)
     return chosen.matmul(rows, weight, prologue, added).reshape(*x.shape[:-1], -1)
+
+
+def attend(
+    q: triton_attention.Part,
+    k: triton_attention.Part,
+    v: triton_attention.Part,
+    positions: jax.Array,
+    cache: tuple[jax.Array, jax.Array],
+    frequencies: np.ndarray,
+    heads: int,
+    window: int,
+    *,
+    backend: str | None = None,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]] | None:
+    """`triton_attention.attend` of q, k and v of one token of each sequence; None where the backend has no such kernel."""
+    chosen = BACKENDS.get(backend or PREFERENCE[0])
+    if not isinstance(chosen, Triton) or chosen.device_refuses() or triton_attention.refuses(cache):
+        return None
+    interpret = chosen.interpret
+    return triton_attention.attend(q, k, v, positions, cache, frequencies, heads, window, interpret=interpret)
 
 
 def take_rows(weight: Weight, rows: jax.Array) -> jax.Array:

@@ -1,8 +1,9 @@
-"""Which nodes of a block one product can take with it, on kernels that compute them on the way (`kernels.matmul.fused`).
+"""Which nodes of a block run together, on kernels that compute them on the way (`kernels.matmul.fused` and `attend`).
 
     rms_norm, linear            the norm is computed where activations are prepared; each linear that reads it does so anew
     slice, slice, silu_mul, linear      likewise, where gate and up are the halves of one value
     linear, add                 the residual stream is added where results are written
+    slice, slice, slice, rope, rope, attention      of one token to a cache; without slices likewise
 
 A token's products are so short that every other kernel counts: of a block's MLP four launches of eight are left out.
 """
@@ -25,15 +26,26 @@ class Product:
     residual: str | None = None  # the value that is added
 
 
-def plan(block: Block, weights: Mapping[str, Mapping]) -> list[Node | Product]:
-    """The nodes in order, linears as products. weights: by node and slot, of which only what slots there are counts."""
+@dataclass(frozen=True)
+class Attention:
+    """An attention and what makes its q, k and v. Its value is that of the last node."""
+
+    nodes: tuple[Node, ...]  # in order; run one by one they give the same
+    attention: Node
+    rope: Node  # of q; that of k is alike
+    parts: tuple[tuple[str, int], ...]  # q, k, v before rope: the value and the feature that they begin with
+
+
+def plan(block: Block, weights: Mapping[str, Mapping]) -> list[Node | Product | Attention]:
+    """The nodes in order, linears as products, attentions with their ropes. weights: by node and slot, of which only what
+    slots there are counts."""
     nodes = {node.name: node for node in block.nodes}
     readers: dict[str, list[Node]] = {name: [] for name in ("x", *nodes)}
     for node in block.nodes:
         for value in node.inputs:
             readers[value].append(node)
 
-    products: dict[str, Product] = {}
+    products: dict[str, Product | Attention] = {}
     absorbed: set[str] = set()
 
     def feeds_linears(name: str) -> bool:
@@ -62,6 +74,28 @@ def plan(block: Block, weights: Mapping[str, Mapping]) -> list[Node | Product]:
         takes = only is not None and only.op == "add" and len(set(only.inputs)) == 2 and only.name not in products
         return (only,) if only and takes and "bias" not in weights.get(linear.name, {}) else ()
 
+    def attended(attention: Node) -> Attention | None:
+        """With its two ropes, which it alone reads, and the slices that are read by these and by it alone."""
+        made = [nodes.get(value) for value in attention.inputs[:2]]
+        ropes = [node for node in made if node and node.op == "rope" and readers[node.name] == [attention]]
+        alike = len(ropes) == 2 and ropes[0].attrs == ropes[1].attrs
+        if not alike or ropes[0].attrs["head_dim"] != attention.attrs["head_dim"]:
+            return None
+        together, parts = [*ropes, attention], []
+        for reader, value in [*((rope, rope.inputs[0]) for rope in ropes), (attention, attention.inputs[2])]:
+            made = nodes.get(value)
+            if made and made.op == "slice" and readers[value] == [reader]:
+                together.append(made)
+                parts.append((made.inputs[0], made.attrs["start"]))
+            else:
+                parts.append((value, 0))
+        in_order = tuple(node for node in block.nodes if node in together)
+        return Attention(in_order, attention, ropes[0], tuple(parts))
+
+    for attention in (node for node in block.nodes if node.op == "attention"):
+        if found := attended(attention):
+            products[attention.name] = found
+            absorbed |= {node.name for node in found.nodes[:-1]}
     for linear in (node for node in block.nodes if node.op == "linear"):
         first, last = before(linear), after(linear)
         together = (*first, linear, *last)

@@ -188,12 +188,23 @@ def run_block(
         if filled is not None:
             new_cache[node.name] = filled
 
+    def run_together(step: fusion.Product | fusion.Attention) -> bool:
+        """Whether there are kernels for all nodes at once, which have then run."""
+        if isinstance(step, fusion.Product):
+            value = run_fused(step, values, weights, embedding, backend)
+        else:
+            places = cache.get(step.attention.name) if cache else None
+            value, filled = run_attention(step, values, positions, places, backend)
+            if filled is not None:
+                new_cache[step.attention.name] = filled
+        if value is not None:
+            values[step.nodes[-1].name] = value
+        return value is not None
+
     for step in fusion.plan(block, weights):
         if isinstance(step, Node):
             run(step)
-        elif (value := run_fused(step, values, weights, embedding, backend)) is not None:
-            values[step.nodes[-1].name] = value
-        else:
+        elif not run_together(step):
             for node in step.nodes:
                 if node.name not in values:  # a norm that another linear reads as well
                     run(node)
@@ -214,6 +225,20 @@ def run_fused(product: fusion.Product, values, weights: Weights, embedding: Weig
     prologue = kernels.Prologue(gain, eps, product.gated)
     y = kernels.fused(x, weight, prologue, residual, backend=backend)
     return y if y is None or "bias" not in mine else y + mine["bias"].dequantize().astype(y.dtype)
+
+
+def run_attention(
+    found: fusion.Attention, values, positions, cache: Cache | None, backend: str | None
+) -> tuple[jax.Array | None, Cache | None]:
+    """(value, new cache) of an attention whose kernel computes all of it, or None and None where there is none for these
+    tokens and this cache."""
+    q, k, v = ((values[name], first) for name, first in found.parts)
+    if cache is None or q[0].shape[1] > 1:
+        return None, None
+    rope, attrs = found.rope.attrs, found.attention.attrs
+    frequencies = rope_frequencies(rope["head_dim"], rope["theta"], rope["scaling"])
+    heads, window = attrs["heads"], attrs["window"]
+    return kernels.attend(q, k, v, positions, cache, frequencies, heads, window, backend=backend) or (None, None)
 
 
 def run_node(

@@ -22,21 +22,19 @@ def weights_of(block: Block) -> ops.Weights:
 
 
 def read(block: Block) -> list[str]:
-    """'a b c' for a product of these nodes, 'a' for a node of its own."""
-    steps = fusion.plan(ops.structure_of(block).block, weights_of(block))
-    return [" ".join(n.name for n in step.nodes) if isinstance(step, Product) else step.name for step in steps]
+    """'a b c' for nodes that run together, 'a' for a node of its own."""
+    return names(fusion.plan(ops.structure_of(block).block, weights_of(block)))
+
+
+def names(steps: list) -> list[str]:
+    return [step.name if isinstance(step, Node) else " ".join(n.name for n in step.nodes) for step in steps]
 
 
 def test_a_block_with_its_linears_joined():
     graph = Pipeline(["fuse"])(tiny_graph(layers=1))
     assert read(graph.blocks[0]) == [
         "input_layernorm self_attn.qkv_proj",
-        "self_attn.q_proj",
-        "self_attn.k_proj",
-        "self_attn.v_proj",
-        "self_attn.q_rope",
-        "self_attn.k_rope",
-        "self_attn.attention",
+        "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.q_rope self_attn.k_rope self_attn.attention",
         "self_attn.o_proj self_attn.residual",
         "post_attention_layernorm mlp.gate_up_proj",
         "mlp.gate_proj mlp.up_proj mlp.silu_mul mlp.down_proj mlp.residual",
@@ -48,6 +46,7 @@ def test_linears_apart_norm_anew_and_gate_by_themselves():
     assert [step for step in steps if step.startswith("input_layernorm ")] == [
         f"input_layernorm self_attn.{name}_proj" for name in "qkv"
     ]
+    assert "self_attn.q_rope self_attn.k_rope self_attn.attention" in steps
     assert "mlp.silu_mul" in steps
     assert "mlp.down_proj mlp.residual" in steps
 
@@ -70,8 +69,38 @@ NORM = Node("norm", "rms_norm", ("x",), attrs={"eps": 1e-5})
     ],
 )
 def test_what_others_read_stays(nodes, wanted):
+    assert names(fusion.plan(block(*nodes), {})) == wanted
+
+
+ATTRS = {"head_dim": 8, "theta": 10000.0, "scaling": ()}
+PARTS = tuple(Node(name, "slice", ("x",), attrs={"start": 8 * i, "stop": 8 * i + 8}) for i, name in enumerate("qkv"))
+Q_ROPE, K_ROPE = (Node(f"{name}_rope", "rope", (name,), attrs=ATTRS) for name in "qk")
+ATTENTION = Node("a", "attention", ("q_rope", "k_rope", "v"), attrs={"heads": 1, "head_dim": 8, "window": 0})
+
+
+def test_an_attention_takes_its_parts_where_they_lie():
+    (step,) = fusion.plan(block(*PARTS, Q_ROPE, K_ROPE, ATTENTION), {})
+    assert isinstance(step, fusion.Attention)
+    assert step.parts == (("x", 0), ("x", 8), ("x", 16))
+    norm = replace(NORM, inputs=("q",), attrs={"eps": 1e-5, "head_dim": 8})  # Qwen3's
+    *before, step = fusion.plan(block(*PARTS, norm, replace(Q_ROPE, inputs=("norm",)), K_ROPE, ATTENTION), {})
+    assert names([*before, step]) == ["q", "norm", "k v q_rope k_rope a"]
+    assert step.parts == (("norm", 0), ("x", 8), ("x", 16))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "wanted"),
+    [
+        ((*PARTS, Q_ROPE, K_ROPE, ATTENTION, Node("s", "add", ("v", "a"))), "q k q_rope k_rope a"),  # v is read again
+        ((*PARTS, Q_ROPE, K_ROPE, ATTENTION, Node("s", "add", ("k_rope", "a"))), "a"),
+        ((*PARTS, Q_ROPE, replace(K_ROPE, attrs=ATTRS | {"theta": 1.0}), ATTENTION), "a"),
+        ((*PARTS, Q_ROPE, replace(ATTENTION, inputs=("q_rope", "k", "v"))), "a"),
+        ((*PARTS, Q_ROPE, K_ROPE, replace(ATTENTION, attrs=ATTENTION.attrs | {"head_dim": 4})), "a"),
+    ],
+)
+def test_an_attention_leaves_what_others_read_and_what_is_no_rope_of_its_own(nodes, wanted):
     steps = fusion.plan(block(*nodes), {})
-    assert [" ".join(n.name for n in s.nodes) if isinstance(s, Product) else s.name for s in steps] == wanted
+    assert next(name for name in names(steps) if name.endswith("a")) == wanted
 
 
 def test_a_bias_comes_before_the_residual_stream():
