@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from atd.kernels import prefixes, triton, triton_fold, triton_gemm, triton_gemv
+from atd.kernels import prefixes, triton, triton_attention, triton_fold, triton_gemm, triton_gemv
 from atd.kernels.triton_gemm import Tiles
 from atd.kernels.tuning import Settings
 from atd.layout import LAYOUTS
 from atd.weights import TernaryType
 from tests.kernels import aot
+from tests.kernels.test_triton_attention import attend
 
 pytestmark = pytest.mark.skipif(bool(aot.missing()), reason=str(aot.missing()))
 OUT = INPUTS = 4096
@@ -87,3 +88,30 @@ def test_folding_does_not_spill(bases, tied, group, prologue):
 
     compiled = aot.compile_for("H200", fold, x, *gains, kernel=f"ternary_fold_n{bases}{'tied' if tied else 'free'}")
     assert compiled.spill_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("device", "batch", "heads", "kv_heads", "head_dim", "length", "dtype"),
+    [
+        ("H200", 1, 32, 8, 128, 256, "bfloat16"),
+        ("H200", 16, 32, 8, 128, 256, "bfloat16"),
+        ("H200", 1, 32, 8, 128, 8192, "bfloat16"),
+        ("L4", 1, 9, 3, 64, 1024, "float16"),
+        ("A10", 1, 32, 8, 80, 256, "float32"),
+    ],
+)
+def test_attention_reads_sixteen_bytes_at_a_time(device, batch, heads, kv_heads, head_dim, length, dtype):
+    shape = jax.ShapeDtypeStruct
+    compiled = aot.compile_for(
+        device,
+        lambda qkv, positions, k, v: attend(qkv, positions, (k, v), heads=heads),
+        shape((batch, 1, (heads + 2 * kv_heads) * head_dim), jnp.float32),
+        shape((batch, 1), jnp.int32),
+        *[shape((batch, kv_heads, length, head_dim), dtype)] * 2,
+        kernel=triton_attention.name(head_dim),
+    )
+    loop = aot.main_loop_instructions(compiled.sass)
+    assert compiled.spill_bytes == 0
+    assert {name for name in loop if name.startswith("LDG")} == {"LDG.E.128"}
+    assert "BAR.SYNC.DEFER_BLOCKING" not in loop  # warps wait for one another at the end alone
+    assert compiled.registers <= 160
