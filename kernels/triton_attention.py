@@ -34,8 +34,8 @@ LONG = 1024  # places of a cache that one block reads alone
 LEAST_SHARE = 512  # places for each of several blocks
 FLOOR = -1e30  # of the largest score: finite, so that a row without a place has weights of 0 and not NaN
 
-
-# An angle without its whole turns, which are taken off in three steps, as 2 pi is the sum of three numbers: exact enough up to 10^5.
+# An angle without its whole turns. They are taken off in three steps, 2 pi being the sum of three numbers: exact enough up to
+# angles of 10^5.
 IN_A_TURN = """{
 .reg .f32 turns;
 mul.rn.f32 turns, $1, 0f3E22F983;

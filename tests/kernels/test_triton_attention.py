@@ -1,4 +1,4 @@
-"""Attention of one token in one kernel, in interpret mode, against float64."""
+"""Attention of one token in one kernel, in interpret mode against float64, and on a GPU where there is one."""
 
 import math
 from functools import partial
@@ -9,11 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atd.kernels import triton_attention
+from atd.kernels import triton, triton_attention
 from atd.models import ops
 from tests.kernels.matrices import lowered_for
 
 THETA = 10000.0
+NAMES = ("heads", "kv_heads", "head_dim", "length", "positions", "dtype", "options")
+CASES = [
+    (4, 1, 64, 300, (0, 150, 299), "bfloat16", {}),  # nothing in the cache, something, the last place
+    (2, 2, 128, 140, (64, 63, 65), "bfloat16", {}),  # a turn's tiles end at 64
+    (3, 1, 48, 140, (129, 1), "float16", {}),
+    (6, 2, 128, 70, (69,), "float32", {}),
+    (8, 1, 8, 40, (17, 39), "float32", {}),  # the size of heads of test models
+    (4, 1, 64, 300, (3, 257), "bfloat16", {"window": 5}),
+    (3, 1, 80, 300, (299, 100), "bfloat16", {"window": 130, "splits": 2}),
+    (8, 1, 64, 300, (0, 299, 130), "bfloat16", {"splits": 3}),
+    (4, 2, 64, 2048, (1500,), "bfloat16", {}),  # a long cache
+]
 
 
 def operands(heads, kv_heads, head_dim, length, positions, dtype):
@@ -58,20 +70,7 @@ def wanted(q: np.ndarray, k: np.ndarray, v: np.ndarray, position: int, window: i
     return np.einsum("hs,hsd->hd", weights / weights.sum(axis=1, keepdims=True), v)
 
 
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim", "length", "positions", "dtype", "options"),
-    [
-        (4, 1, 64, 300, (0, 150, 299), "bfloat16", {}),  # nothing in the cache, something, the last place
-        (2, 2, 128, 140, (64, 63, 65), "bfloat16", {}),  # a turn's tiles end at 64
-        (3, 1, 48, 140, (129, 1), "float16", {}),
-        (6, 2, 128, 70, (69,), "float32", {}),
-        (8, 1, 8, 40, (17, 39), "float32", {}),  # the size of heads of test models
-        (4, 1, 64, 300, (3, 257), "bfloat16", {"window": 5}),
-        (3, 1, 80, 300, (299, 100), "bfloat16", {"window": 130, "splits": 2}),
-        (8, 1, 64, 300, (0, 299, 130), "bfloat16", {"splits": 3}),
-        (4, 2, 64, 2048, (1500,), "bfloat16", {}),  # a long cache
-    ],
-)
+@pytest.mark.parametrize(NAMES, CASES)
 def test_it_attends(heads, kv_heads, head_dim, length, positions, dtype, options):
     qkv, at, cache = operands(heads, kv_heads, head_dim, length, positions, dtype)
     mixed, new = interpreted(qkv, at, cache, heads=heads, **options)
@@ -88,6 +87,18 @@ def test_it_attends(heads, kv_heads, head_dim, length, positions, dtype, options
         expected = wanted(rotated(q[sequence], position), keys, values, position, options.get("window", 0))
         found = np.asarray(mixed[sequence]).reshape(heads, head_dim)
         np.testing.assert_allclose(found, expected, atol=3e-6 * np.abs(expected).max())
+
+
+@pytest.mark.skipif(bool(triton.device_refuses()), reason=str(triton.device_refuses()))
+@pytest.mark.parametrize(NAMES, CASES)
+def test_a_gpu_finds_the_same(heads, kv_heads, head_dim, length, positions, dtype, options):
+    given = operands(heads, kv_heads, head_dim, length, positions, dtype)
+    mixed, new = jax.jit(partial(attend, heads=heads, **options))(*given)
+    expected, expected_new = interpreted(*given, heads=heads, **options)
+    np.testing.assert_allclose(mixed, expected, atol=2e-5 * np.abs(np.asarray(expected)).max())
+    for found, wanted in zip(new, expected_new, strict=True):
+        epsilon = float(jnp.finfo(dtype).eps)
+        np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (found, wanted)), atol=1e-5, rtol=2 * epsilon)
 
 
 @pytest.mark.parametrize(
