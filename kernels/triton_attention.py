@@ -5,11 +5,11 @@ of k, two updates of the cache, scores and softmax, mix, and for so little work 
     cache  k and v written into the place of their position, where the cache lies
     mixed  softmax(q k^T / sqrt(head_dim)) v over the places up to it
 
-A block of threads has one head of keys, and one or a few of the query heads that attend to it. It reads the cache tile by
-tile, [places, features] with 16 bytes a thread, and every row of the tile keeps a softmax of its own, the largest score
-so far, the sum of its weights and of its weighted values. So rows, and the warps that hold them, need nothing of one another until
-the end, where they are joined, together with the new token. That one never comes out of the cache, which other blocks
-may not have written yet. Tiles beyond the position are not read.
+A block of threads has one head of keys, and one or a few of the query heads that attend to it. It reads the cache in
+tiles [places, features], 16 bytes a thread, and every row of the tiles keeps a softmax of its own: the largest score so far,
+the sum of its weights and of its weighted values. So rows, and the warps that hold them, need nothing of one another until
+the end, where they are joined, together with the new token. That one never comes out of the cache, where another block may
+not have written it yet. Tiles beyond the position are not read.
 
 In a long cache several blocks share the places of a head; what they find is joined by a second, small kernel.
 """
@@ -27,14 +27,15 @@ from atd.kernels.triton_gemv import plt
 
 Part = tuple[jax.Array, int]  # values [B, 1, width], and the first feature of those that are meant
 
+WARPS = 8
 PROGRAMS = 128  # blocks that a GPU runs at once, about: one a multiprocessor
 MOST_QUERIES = 4  # of a block; more do not fit the registers
 LONG = 1024  # places of a cache that one block reads alone
 LEAST_SHARE = 512  # places for each of several blocks
 FLOOR = -1e30  # of the largest score: finite, so that a row without a place has weights of 0 and not NaN
 
-
-# An angle without its whole turns, which are taken off in three steps, as 2 pi is the sum of three numbers: exact enough up to 10^5.
+# An angle without its whole turns. They are taken off in three steps, 2 pi being the sum of three numbers: exact enough up to
+# angles of 10^5.
 IN_A_TURN = """{
 .reg .f32 turns;
 mul.rn.f32 turns, $1, 0f3E22F983;
@@ -81,13 +82,11 @@ def attend(
     group = heads // kv_heads
     splits = splits or splits_of(batch * kv_heads, length)
     queries = queries_of(batch * heads, group, splits)
-    warps = 16 if queries == 1 else 8
-    features = pl.next_power_of_2(head_dim)
-    rows = max(1, warps * 32 * 16 // cache[0].dtype.itemsize // features)
+    rows = max(1, WARPS * 32 * 16 // cache[0].dtype.itemsize // pl.next_power_of_2(head_dim))
     kernel = functools.partial(
         _kernel, starts=(q[1], k[1], v[1]), widths=(q[0].shape[-1], k[0].shape[-1], v[0].shape[-1]), group=group,
         queries=queries, kv_heads=kv_heads, length=length, head_dim=head_dim, window=window, rows=rows,
-        tiles=max(1, min(4, 128 // rows)), splits=splits, interpret=interpret,
+        tiles=max(1, min(4 if queries == 1 else 2, 128 // rows)), splits=splits, interpret=interpret,
     )  # fmt: skip
     shape = jax.ShapeDtypeStruct
     cache_shapes = [shape((c.size,), c.dtype) for c in cache]
@@ -103,7 +102,7 @@ def attend(
         out_shape=[*found_shapes, *cache_shapes],
         grid=(batch, heads // queries, splits),
         input_output_aliases={len(inputs) - 2: len(found_shapes), len(inputs) - 1: len(found_shapes) + 1},
-        compiler_params=plt.CompilerParams(num_warps=warps, num_stages=1),
+        compiler_params=plt.CompilerParams(num_warps=WARPS, num_stages=1),
         interpret=interpret,
         name=name(head_dim),
     )(*(x.reshape(-1) for x in inputs))
@@ -141,8 +140,7 @@ def _kernel(
     first_head = part * queries
     kv_head = lax.div(first_head, group)
     cache_at = (batch * kv_heads + kv_head) * length
-    features = pl.next_power_of_2(head_dim)
-    feature = lax.iota(jnp.int32, features)
+    feature, half = lax.iota(jnp.int32, pl.next_power_of_2(head_dim)), head_dim // 2
     used = feature < head_dim
     position = positions_ref[batch]
 
@@ -152,102 +150,125 @@ def _kernel(
     last = jnp.minimum(position, length)  # the new token's own place is not read
     first_tile = lax.div(first, tile_places) + split if window else split
     turns = lax.div(jnp.maximum(last - first_tile * tile_places, 0) + (tile_places * splits - 1), tile_places * splits)
-    row = lax.broadcasted_iota(jnp.int32, (rows, features), 0)
-    column = lax.broadcasted_iota(jnp.int32, (rows, features), 1)
+    shape = rows, feature.size
+    row, column = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
 
     def seen(row: jax.Array, turn, tile: int) -> tuple[jax.Array, jax.Array]:
         """(places of rows, which of them are attended to)."""
         place = (first_tile + turn * splits) * tile_places + tile * rows + row
         return place, (place >= first) & (place < last)
 
-    def read(turn) -> tuple[jax.Array, ...]:
-        """k of each tile of a turn, then v of each: [rows, features], 0 where nothing is attended to."""
-        loaded = []
-        for ref in (k_cache_ref, v_cache_ref):
-            for tile in range(tiles):
-                place, mine = seen(row, turn, tile)
-                at = (cache_at + place) * head_dim + column
-                mask = mine & (column < head_dim)
-                loaded.append(plt.load(ref.at[at], mask=mask, other=jnp.zeros((), ref.dtype)))
-        return tuple(loaded)
+    def read(turn) -> list[list[jax.Array]]:
+        """k of each tile of a turn, and v of each: [rows, features], 0 where nothing is attended to."""
+
+        def load(ref, tile: int) -> jax.Array:
+            place, mine = seen(row, turn, tile)
+            at, mask = (cache_at + place) * head_dim + column, mine & (column < head_dim)
+            return plt.load(ref.at[at], mask=mask, other=jnp.zeros((), ref.dtype))
+
+        return [[load(ref, tile) for tile in range(tiles)] for ref in (k_cache_ref, v_cache_ref)]
 
     ahead = read(0)  # on its way while q and k are rotated
 
+    def load_new(ref, part: int, head, feature: jax.Array) -> jax.Array:
+        """One head of the new token's q, k or v."""
+        at = batch * widths[part] + starts[part] + head * head_dim + feature
+        return plt.load(ref.at[at], mask=used, other=jnp.zeros((), ref.dtype)).astype(jnp.float32)
+
     angle = position.astype(jnp.float32) * plt.load(angles_ref.at[feature], mask=used, other=0.0)
     cos, sin = _cos_sin(angle, interpret)
-    half = head_dim // 2
-    other_of_pair = jnp.where(feature < half, feature + half, feature - half)
 
-    def rotated(ref, start: int, width: int, head) -> jax.Array:
-        """One head of the new token, [features], rounded as it would be in memory."""
+    def rotated(ref, part: int, head) -> jax.Array:
+        other = load_new(ref, part, head, jnp.where(feature < half, feature + half, feature - half))
+        turned = load_new(ref, part, head, feature) * cos + jnp.where(feature < half, -other, other) * sin
+        return turned.astype(ref.dtype).astype(jnp.float32)  # as it would be in memory
 
-        def load(feature):
-            at = batch * width + start + head * head_dim + feature
-            return plt.load(ref.at[at], mask=used, other=jnp.zeros((), ref.dtype)).astype(jnp.float32)
-
-        other = load(other_of_pair)
-        turned = load(feature) * cos + jnp.where(feature < half, -other, other) * sin
-        return turned.astype(ref.dtype).astype(jnp.float32)
-
-    new_k = rotated(k_ref, starts[1], widths[1], kv_head).astype(new_k_ref.dtype)
-    at = batch * widths[2] + starts[2] + kv_head * head_dim + feature
-    new_v = plt.load(v_ref.at[at], mask=used, other=jnp.zeros((), v_ref.dtype)).astype(new_v_ref.dtype)
     writes = (first_head == kv_head * group) & (split == 0) & (position < length)  # one block of those with this head
-    at = (cache_at + position) * head_dim + feature
-    plt.store(new_k_ref.at[at], new_k, mask=used & writes)
-    plt.store(new_v_ref.at[at], new_v, mask=used & writes)
 
+    def stored(ref, new: jax.Array) -> jax.Array:
+        """The new token's k or v as the cache holds it."""
+        new = new.astype(ref.dtype)
+        plt.store(ref.at[(cache_at + position) * head_dim + feature], new, mask=used & writes)
+        return new.astype(jnp.float32)
+
+    new_k = stored(new_k_ref, rotated(k_ref, 1, kv_head))
+    new_v = stored(new_v_ref, load_new(v_ref, 2, kv_head, feature))
     unit = math.log2(math.e) / math.sqrt(head_dim)  # weights are powers of 2
-    qs = [rotated(q_ref, starts[0], widths[0], first_head + i) * unit for i in range(queries)]
-    new_scores = [jnp.where(split == 0, jnp.sum(q * new_k.astype(jnp.float32)), -jnp.inf) for q in qs]
+    qs = [rotated(q_ref, 0, first_head + i) * unit for i in range(queries)]
+    new_scores = [jnp.where(split == 0, jnp.sum(q * new_k), -jnp.inf) for q in qs]
 
     def turn(i, carry):
         states, now = carry
         ahead = read(i + 1)
-        ks, vs = ([x.astype(jnp.float32) for x in xs] for xs in (now[:tiles], now[tiles:]))
         mine = [seen(lax.iota(jnp.int32, rows), i, tile)[1] for tile in range(tiles)]
-        return tuple(_attended(q, ks, vs, mine, state) for q, state in zip(qs, states, strict=True)), ahead
+        ks, vs = ([_wide(tile, interpret) for tile in tiles] for tiles in now)
+        return tuple(_attended(q, ks, vs, mine, state, interpret) for q, state in zip(qs, states, strict=True)), ahead
 
-    nothing = jnp.full((rows,), FLOOR), jnp.zeros((rows,), jnp.float32), jnp.zeros((rows, features), jnp.float32)
+    nothing = jnp.full((rows,), FLOOR, jnp.float32), jnp.zeros((rows,), jnp.float32), jnp.zeros(shape, jnp.float32)
     states, _ = lax.fori_loop(0, turns, turn, ((nothing,) * queries, ahead))
 
     for i, (largest, total, mixed) in enumerate(states):
         largest_of_all = jnp.maximum(jnp.max(largest), new_scores[i])
         scale, new_weight = jnp.exp2(largest - largest_of_all), jnp.exp2(new_scores[i] - largest_of_all)
         total = jnp.sum(total * scale) + new_weight
-        mixed = jnp.sum(mixed * scale[:, None], axis=0) + new_weight * new_v.astype(jnp.float32)
-        at = (batch * (kv_heads * group) + first_head + i) * splits + split
+        found = jnp.sum(mixed * scale[:, None], axis=0) + new_weight * new_v
+        head = (batch * (kv_heads * group) + first_head + i) * splits + split
         if splits == 1:
-            plt.store(found_refs[0].at[at * head_dim + feature], (mixed / total).astype(q_ref.dtype), mask=used)
+            found = (found / total).astype(q_ref.dtype)
         else:
-            plt.store(found_refs[0].at[at * head_dim + feature], mixed, mask=used)
-            found_refs[1][at] = largest_of_all
-            found_refs[2][at] = total
+            found_refs[1][head] = largest_of_all
+            found_refs[2][head] = total
+        plt.store(found_refs[0].at[head * head_dim + feature], found, mask=used)
 
 
 def _cos_sin(angle: jax.Array, interpret: bool) -> tuple[jax.Array, jax.Array]:
     """Within 2^-20. Triton has each thread compute them for all features of its tile: too much for the exact functions."""
     if interpret:
         return jnp.cos(angle), jnp.sin(angle)
-
-    def computed(text: str, x: jax.Array) -> jax.Array:
-        result = [jax.ShapeDtypeStruct(x.shape, x.dtype)]
-        return plt.elementwise_inline_asm(text, args=[x], constraints="=&r,r", pack=1, result_shape_dtypes=result)[0]
-
-    rest = computed(IN_A_TURN, angle)
-    return computed("cos.approx.f32 $0, $1;", rest), computed("sin.approx.f32 $0, $1;", rest)
+    rest = _computed(IN_A_TURN, angle)
+    return _computed("cos.approx.f32 $0, $1;", rest), _computed("sin.approx.f32 $0, $1;", rest)
 
 
-def _attended(q, ks, vs, mine, state):
+def _power_of_2(x: jax.Array, interpret: bool) -> jax.Array:
+    """2^x, 0 where that is no normal number, for which jnp's has three more instructions."""
+    return jnp.exp2(x) if interpret else _computed("ex2.approx.ftz.f32 $0, $1;", x)
+
+
+def _wide(x: jax.Array, interpret: bool) -> jax.Array:
+    """x in float32. bfloat16 is its upper half: one instruction an element, of which Triton makes two."""
+    if interpret or x.dtype != jnp.bfloat16:
+        return x.astype(jnp.float32)
+    text = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
+    return _computed(text, x, constraints="=&r,=r,r", pack=2)
+
+
+def _multiply_add(x: jax.Array, y: jax.Array, z: jax.Array, interpret: bool) -> jax.Array:
+    """x y + z in one instruction, of which Triton makes two."""
+    if interpret:
+        return x * y + z
+    operands = [jnp.broadcast_to(a, z.shape) for a in (x, y, z)]
+    return _computed("fma.rn.f32 $0, $1, $2, $3;", *operands, constraints="=r,r,r,r")
+
+
+def _computed(text: str, *operands: jax.Array, constraints: str = "=&r,r", pack: int = 1) -> jax.Array:
+    """float32 results of PTX, elements `pack` at a time."""
+    result = [jax.ShapeDtypeStruct(operands[0].shape, jnp.float32)]
+    return plt.elementwise_inline_asm(
+        text, args=operands, constraints=constraints, pack=pack, result_shape_dtypes=result
+    )[0]
+
+
+def _attended(q, ks: list[jax.Array], vs: list[jax.Array], mine: list[jax.Array], state, interpret: bool):
     """The state of one query, (largest score [rows], sum of weights [rows], weighted values [rows, features]), after more
-    tiles: k and v [rows, features] and which rows count [rows], of each."""
+    tiles: k and v [rows, features], and which rows count [rows], of each."""
     largest, total, mixed = state
     scores = [jnp.where(m, jnp.sum(q[None] * k, axis=1), -jnp.inf) for k, m in zip(ks, mine, strict=True)]
     new_largest = functools.reduce(jnp.maximum, scores, largest)
-    scale = jnp.exp2(largest - new_largest)
-    weights = [jnp.exp2(score - new_largest) for score in scores]
-    total = sum(weights, total * scale)
-    mixed = sum((w[:, None] * v for w, v in zip(weights, vs, strict=True)), mixed * scale[:, None])
+    scale = _power_of_2(largest - new_largest, interpret)
+    total, mixed = total * scale, mixed * scale[:, None]
+    for v, score in zip(vs, scores, strict=True):
+        weight = _power_of_2(score - new_largest, interpret)
+        total, mixed = total + weight, _multiply_add(weight[:, None], v, mixed, interpret)
     return new_largest, total, mixed
 
 

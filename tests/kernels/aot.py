@@ -146,6 +146,16 @@ def compile_for(device: str, function: Callable, *shapes: jax.ShapeDtypeStruct, 
     return Compiled(name, ptx, sass, registers, spill_bytes, shared_bytes, grid)
 
 
+def program_for(device: str, function: Callable, *arguments, **options) -> jax.stages.Compiled:
+    """All that XLA makes of a function, of trees of shapes, for DEVICES[device]: its text, its memory. options: of jax.jit."""
+    mesh = _mesh(device)
+    whole = NamedSharding(mesh, PartitionSpec())
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), arguments)
+    with jax.sharding.set_mesh(mesh):
+        lowered = jax.jit(function, **options).trace(*shapes).lower()
+        return lowered.compile(compiler_options={"xla_gpu_cuda_data_dir": str(_tool("ptxas").parents[1])})
+
+
 def emulated_pallas_call(device: str) -> Callable:
     """To be put in the place of `pl.pallas_call`: compiles each kernel for DEVICES[device] and runs its PTX in the emulator,
     under jit as well. What a kernel does not write is poison."""

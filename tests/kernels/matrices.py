@@ -25,7 +25,10 @@ def activations(tokens, inputs, dtype=jnp.float32):
 
 def lowered(device: str, multiply: Callable, weight: Packed, tokens: int, dtype=jnp.bfloat16) -> str:
     """multiply(x, weight) for a device such as "NVIDIA H200", as StableHLO."""
+    return lowered_for(device, multiply, jax.ShapeDtypeStruct((tokens, weight.type.shape[1]), dtype), weight)
+
+
+def lowered_for(device: str, function: Callable, *arguments) -> str:
     mesh = AbstractMesh((), (), abstract_device=AbstractDevice(device_kind=device, num_cores=None, platform="gpu"))
-    shape = jax.ShapeDtypeStruct((tokens, weight.type.shape[1]), dtype)
     with use_abstract_mesh(mesh):
-        return jax.jit(multiply).trace(shape, weight).lower(lowering_platforms=("cuda",)).as_text()
+        return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()

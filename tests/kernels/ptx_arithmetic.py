@@ -121,6 +121,8 @@ elementwise("rcp", None, np.reciprocal)
 elementwise("sqrt", None, np.sqrt)
 elementwise("rsqrt", None, lambda a: 1 / np.sqrt(a))
 elementwise("ex2", None, np.exp2)
+elementwise("cos", None, np.cos)
+elementwise("sin", None, np.sin)
 elementwise("lg2", None, np.log2)
 elementwise("tanh", None, np.tanh)
 

@@ -7,14 +7,16 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from atd.kernels import prefixes, triton, triton_fold, triton_gemm, triton_gemv
+from atd.kernels import prefixes, triton, triton_attention, triton_fold, triton_gemm, triton_gemv
 from atd.kernels.triton_gemm import Tiles
 from atd.kernels.tuning import Settings
 from atd.layout import LAYOUTS
 from atd.weights import TernaryType
 from tests.kernels import aot
+from tests.kernels.test_triton_attention import attend, interpreted, operands
 
 pytestmark = pytest.mark.skipif(bool(aot.missing()), reason=str(aot.missing()))
 OUT = INPUTS = 4096
@@ -87,3 +89,74 @@ def test_folding_does_not_spill(bases, tied, group, prologue):
 
     compiled = aot.compile_for("H200", fold, x, *gains, kernel=f"ternary_fold_n{bases}{'tied' if tied else 'free'}")
     assert compiled.spill_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("device", "batch", "heads", "kv_heads", "head_dim", "length", "dtype"),
+    [
+        ("H200", 1, 32, 8, 128, 256, "bfloat16"),
+        ("H200", 16, 32, 8, 128, 256, "bfloat16"),
+        ("H200", 1, 32, 8, 128, 8192, "bfloat16"),
+        ("L4", 1, 9, 3, 64, 1024, "float16"),
+        ("A10", 1, 32, 8, 80, 256, "float32"),
+    ],
+)
+def test_attention_reads_sixteen_bytes_at_a_time(device, batch, heads, kv_heads, head_dim, length, dtype):
+    shape = jax.ShapeDtypeStruct
+    compiled = aot.compile_for(
+        device,
+        lambda qkv, positions, k, v: attend(qkv, positions, (k, v), heads=heads),
+        shape((batch, 1, (heads + 2 * kv_heads) * head_dim), jnp.float32),
+        shape((batch, 1), jnp.int32),
+        *[shape((batch, kv_heads, length, head_dim), dtype)] * 2,
+        kernel=triton_attention.name(head_dim),
+    )
+    loop = aot.main_loop_instructions(compiled.sass)
+    assert compiled.spill_bytes == 0
+    assert {name for name in loop if name.startswith("LDG")} == {"LDG.E.128"}
+    assert "BAR.SYNC.DEFER_BLOCKING" not in loop  # warps wait for one another at the end alone
+    assert compiled.registers <= 160
+
+
+@pytest.mark.parametrize("length", [256, 4096])
+def test_attention_writes_where_the_cache_lies(length):
+    """Step by step in one program: no copy of the cache, and no memory for one."""
+    shape = jax.ShapeDtypeStruct
+
+    def steps(qkv, positions, cache):
+        def step(carry, _):
+            positions, cache = carry
+            mixed, cache = attend(qkv, positions, cache, heads=32)
+            return (positions + 1, cache), mixed
+
+        return jax.lax.scan(step, (positions, cache), length=8)
+
+    cache = shape((1, 8, length, 128), jnp.bfloat16)
+    arguments = shape((1, 1, 6144), jnp.float32), shape((1, 1), jnp.int32), (cache, cache)
+    program = aot.program_for("H200", steps, *arguments, donate_argnums=2)
+    text = program.as_text() or ""
+    assert "bf16[" in text
+    assert not [line for line in text.splitlines() if " copy(" in line and "bf16[" in line]
+    memory = program.memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < cache.size  # half of one
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "length", "position", "dtype", "options"),
+    [
+        (3, 1, 64, 200, 190, "bfloat16", {}),
+        (4, 1, 128, 100, 99, "bfloat16", {"splits": 2}),
+        (2, 1, 48, 100, 90, "float16", {"window": 20}),
+        (2, 2, 16, 40, 0, "float32", {}),
+    ],
+)
+def test_attention_as_ptx(heads, kv_heads, head_dim, length, position, dtype, options, monkeypatch):
+    given = operands(heads, kv_heads, head_dim, length, (position,), dtype)
+    expected, expected_new = interpreted(*given, heads=heads, **options)
+    monkeypatch.setattr(triton_attention.pl, "pallas_call", aot.emulated_pallas_call("L4"))
+    mixed, new = attend(*given, heads=heads, **options)
+    np.testing.assert_allclose(mixed, expected, atol=2e-6 * np.abs(np.asarray(expected)).max())
+    for found, wanted in zip(new, expected_new, strict=True):
+        found, wanted = (np.asarray(x, np.float32)[0, :, position] for x in (found, wanted))
+        np.testing.assert_allclose(found, wanted, atol=1e-6, rtol=float(jnp.finfo(dtype).eps))

@@ -84,6 +84,7 @@ def test_an_attention_takes_its_parts_where_they_lie():
     assert step.parts == (("x", 0), ("x", 8), ("x", 16))
     norm = replace(NORM, inputs=("q",), attrs={"eps": 1e-5, "head_dim": 8})  # Qwen3's
     *before, step = fusion.plan(block(*PARTS, norm, replace(Q_ROPE, inputs=("norm",)), K_ROPE, ATTENTION), {})
+    assert isinstance(step, fusion.Attention)
     assert names([*before, step]) == ["q", "norm", "k v q_rope k_rope a"]
     assert step.parts == (("norm", 0), ("x", 8), ("x", 16))
 

@@ -11,9 +11,11 @@ from flax import nnx
 
 from atd.errors import BadInput
 from atd.ir import Graph, Node, WeightRef, in_memory
+from atd.kernels import matmul as kernels
 from atd.layout import LAYOUTS
 from atd.models import ops
 from atd.models.model import load
+from atd.pipeline import Pipeline
 from atd.weights import Dense, DenseType, Packed, PackedType, Ternary, TernaryType
 from tests.models.tiny import tiny_graph
 
@@ -137,6 +139,33 @@ def test_kernels_of_gpus_write_the_same_tokens(backend, group):
     np.testing.assert_allclose(logits, expected, atol=3e-5 * np.abs(np.asarray(expected)).max())
     logits, expected = found.decode([3], cache)[0], wanted.decode([3], wanted_cache)[0]
     np.testing.assert_allclose(logits, expected, atol=3e-5 * np.abs(np.asarray(expected)).max())
+
+
+@pytest.mark.parametrize(
+    ("graph", "length"),
+    [
+        (lambda: Pipeline(["fuse"])(tiny_graph(layers=2)), 16),
+        (lambda: with_window(tiny_graph(layers=1, heads=4, kv_heads=1), 5), 16),
+        (lambda: tiny_graph(layers=1), 1100),  # a cache that several blocks of the kernel share
+    ],
+    ids=["fused", "window", "long"],
+)
+def test_the_attention_kernel_writes_the_same_tokens(graph, length, monkeypatch):
+    """Sequences of different lengths, step by step; everything but attention is XLA's."""
+    calls, attend = [], kernels.triton_attention.attend
+    monkeypatch.setattr(kernels.triton_attention, "attend", lambda *a, **b: (calls.append(a), attend(*a, **b))[1])
+    results = []
+    for backend in ("triton-interpret", "xla"):
+        model = load(graph(), backend=backend)
+        logits, cache = model.prefill(tokens_of(2, 6), model.new_cache(2, length), [6, 1])
+        steps = [logits]
+        for token in range(4):
+            logits, cache = model.decode([token, token + 1], cache)
+            steps.append(logits)
+        results.append(np.stack(steps))
+    found, wanted = results
+    np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
+    assert calls  # by the kernel, and not by the nodes in its place
 
 
 def test_a_backend_that_cannot_take_the_model_names_every_reason():
