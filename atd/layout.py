@@ -8,8 +8,12 @@ allowed.
                   of 5 trits each (3^(5N) <= 256^N): 1.6 N bits a weight. codes [out, ceil(in/5), N].
     aligned       interleaved, and rows of 4096 inputs or more end on a whole 16 bytes, which is how GPU kernels read them
                   where they lie: at most 1.6 % more. Narrower rows are as in interleaved. codes [out, cells, N].
-    words         aligned with rows of any length, as what the kernels load: little-endian uint32. What models hold in GPU
-                  memory; a view of `aligned` from 4096 inputs up. codes uint32 [out, words].
+    words         aligned with rows of any length, as little-endian uint32; a view of `aligned` from 4096 inputs up. In
+                  memory alone. codes uint32 [out, words].
+    tiles         words in the order in which a GPU's threads take them: 16 rows and 64 bytes of each (192 for N = 3) lie
+                  together, and thread 4 g + t finds 16 bytes of row g, then of row g + 8, at place t of 32 side by side.
+                  A load of 32 threads is 512 bytes in a row. In memory alone; rows padded to 16, and to whole 64 (192)
+                  bytes: 1.5 % of 4096 inputs, 11 % of 576. codes uint32 [ceil(out/16), steps, loads, 128].
     bit-ttt       2 bits a trit, the N bytes of 4 parameters side by side (Bit-TTT-Engine): 00 = 0, 01 = +1, 10 = -1.
                   codes [out, ceil(in/4), N].
     hf-bitnet     2 bits a trit, N = 1, rows strided by out/4 (Hugging Face `bitnet`): code = trit + 1. codes [out/4,
@@ -142,6 +146,59 @@ def _words_unpack(words, inputs: int, bases: int):
     return _interleaved_unpack(codes.reshape(words.shape[0], -1, bases), inputs, bases)
 
 
+# --- tiles: words as threads take them --------------------------------------------------------------------------------
+
+TILE_ROWS, HALVES, THREADS_A_ROW, LOAD_WORDS = 16, 2, 4, 4
+
+
+def period(bases: int) -> int:
+    """32-bit words of a row after which cells of N bytes begin at a word again: 1, 1, 3, 1 for N = 1, 2, 3, 4."""
+    return bases // math.gcd(bases, 4)
+
+
+def _tiles_shape(out: int, inputs: int, bases: int) -> tuple[int, ...]:
+    loads, words = period(bases), _words_shape(out, inputs, bases)[1]  # of a thread and row; of a row
+    steps = -(-words // (THREADS_A_ROW * loads * LOAD_WORDS))
+    return -(-out // TILE_ROWS), steps, loads * HALVES, TILE_ROWS // HALVES * THREADS_A_ROW * LOAD_WORDS
+
+
+def tiles_of(words, bases: int):
+    """uint32 [out, words] of `words` -> those of `tiles`."""
+    (out, count), loads = words.shape, period(bases)
+    groups, steps = -(-out // TILE_ROWS), -(-count // (THREADS_A_ROW * loads * LOAD_WORDS))
+    width = steps * THREADS_A_ROW * loads * LOAD_WORDS
+    zero = int.from_bytes(bytes([DENSE_CODES[121]] * 4), "little")  # trits of 0
+    pad = ((0, groups * TILE_ROWS - out), (0, width - count))
+    padded = _namespace(words).pad(words, pad, constant_values=np.uint32(zero))
+    pieces = padded.reshape(
+        groups, HALVES, -1, steps, THREADS_A_ROW, loads, LOAD_WORDS
+    )  # [.., half, g, step, t, load, e]
+    return pieces.transpose(0, 3, 5, 1, 2, 4, 6).reshape(groups, steps, loads * HALVES, -1)
+
+
+def words_of_tiles(tiles, inputs: int, bases: int, rows=None):
+    """codes of `tiles` -> those of `words`, uint32 [rows, words], of some rows int [n], or of all of them and of the padding."""
+    groups, steps, loads, _ = tiles.shape
+    pieces = tiles.reshape(groups, steps, loads // HALVES, HALVES, -1, THREADS_A_ROW, LOAD_WORDS)
+    if rows is None:
+        taken = pieces.transpose(0, 3, 4, 1, 5, 2, 6)  # [group, half, g, step, t, load, e]
+        count = groups * TILE_ROWS
+    else:
+        half, count = TILE_ROWS // HALVES, len(rows)
+        taken = pieces[rows // TILE_ROWS, :, :, rows % TILE_ROWS // half, rows % half].swapaxes(
+            2, 3
+        )  # [n, step, t, load, e]
+    return taken.reshape(count, -1)[:, : _words_shape(count, inputs, bases)[1]]
+
+
+def _tiles_pack(trits):
+    return tiles_of(_words_pack(trits), trits.shape[2])
+
+
+def _tiles_unpack(tiles, inputs: int, bases: int):
+    return _words_unpack(words_of_tiles(tiles, inputs, bases), inputs, bases)
+
+
 # --- bit-ttt: 2 bits, interleaved -------------------------------------------------------------------------------------
 
 
@@ -246,7 +303,7 @@ class Layout:
         return self._in_row_chunks(self._pack, trits)
 
     def unpack(self, codes, inputs: int, bases: int):
-        """codes -> trits int8 [out, inputs, bases]."""
+        """codes -> trits int8 [out, inputs, bases]; with rows of padding at the end where the layout has them (tiles)."""
         return self._in_row_chunks(lambda rows: self._unpack(rows, inputs, bases), codes)
 
     def _in_row_chunks(self, function: Callable, array):
@@ -278,6 +335,9 @@ LAYOUTS = {
         Layout("aligned", 1, True, _valid_table(DENSE_CODES), _aligned_shape, _aligned_pack, _interleaved_unpack),
         Layout(
             "words", 1, True, _valid_table(DENSE_CODES), _words_shape, _words_pack, _words_unpack, np.dtype(np.uint32)
+        ),
+        Layout(
+            "tiles", 1, False, _valid_table(DENSE_CODES), _tiles_shape, _tiles_pack, _tiles_unpack, np.dtype(np.uint32)
         ),
         Layout("bit-ttt", 1, True, _NO_FIELD_IS_3, _bit_ttt_shape, _bit_ttt_pack, _bit_ttt_unpack),
         Layout("hf-bitnet", 1, False, _NO_FIELD_IS_3, _hf_bitnet_shape, _hf_bitnet_pack, _hf_bitnet_unpack),

@@ -218,9 +218,8 @@ class Packed:
 
     def unpack(self) -> Ternary:
         ternary = self.type.ternary
-        return Ternary(
-            LAYOUTS[self.type.layout].unpack(self.codes, ternary.shape[1], ternary.bases), self.scales, ternary
-        )
+        trits = LAYOUTS[self.type.layout].unpack(self.codes, ternary.shape[1], ternary.bases)
+        return Ternary(trits[: ternary.shape[0]], self.scales, ternary)
 
     def dequantize(self, dtype: Any = np.float32):
         return self.unpack().dequantize(dtype)

@@ -43,7 +43,7 @@ def multiply(x: jax.Array, weight: Packed, interpret: bool = False) -> jax.Array
         return packed.decode_once(x, weight).astype(x.dtype)
     from atd.kernels import mosaic_gemv  # here, because it imports Mosaic: half a second
 
-    held = packed.prepare(weight)
+    held = packed.prepare(weight, "words")
     assert isinstance(held, Packed)
     words, scales, type = jnp.asarray(held.codes), jnp.asarray(held.scales), held.type.ternary
 

@@ -13,11 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from atd.kernels import prefixes, xla
-from atd.layout import LAYOUTS, words_of
+from atd.layout import LAYOUTS, tiles_of, words_of, words_of_tiles
 from atd.weights import Packed, PackedType, Ternary, TernaryType, Weight
 
-LAYOUT = "words"  # in which weights are read as they lie
-READABLE = ("words", "aligned", "interleaved")  # the others are copied into it, each time
+READABLE = ("tiles", "words", "aligned", "interleaved")  # one of which a backend reads as it lies; the others it copies
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,7 @@ class Backend:
     """
 
     interpret: bool = False
+    layout = "words"  # in which weights are read as they lie
 
     def device_refuses(self) -> str | None:
         """Why it cannot run on this process's device, or None."""
@@ -43,7 +43,7 @@ class Backend:
 
     def prepare(self, weight: Weight) -> Weight:
         """The weight as it is read where it lies, or as it is where it is not read at all."""
-        return prepare(weight)
+        return prepare(weight, self.layout)
 
 
 def refuses(dtype, type) -> str | None:
@@ -73,17 +73,21 @@ def device_kind() -> str:
     return jax.devices()[0].device_kind
 
 
-def prepare(weight: Weight) -> Weight:
-    """The weight as the kernels read it where it lies, or as it is where they do not read it at all."""
-    if refuses(jnp.dtype(jnp.float32), weight.type) or not isinstance(weight, Packed) or weight.type.layout == LAYOUT:
+def prepare(weight: Weight, layout: str) -> Weight:
+    """The weight in the layout in which it is read where it lies, or as it is where it is not read at all."""
+    if refuses(jnp.dtype(jnp.float32), weight.type) or not isinstance(weight, Packed) or weight.type.layout == layout:
         return weight
-    ternary = weight.type.ternary
-    return Packed(words_of(weight.codes, ternary.shape[1], ternary.bases), weight.scales, PackedType(ternary, LAYOUT))
-
-
-def steps(plan: prefixes.Plan, type: TernaryType) -> int:
-    """Steps of the plan that a row of a matrix in layout `words` takes."""
-    return plan.steps(LAYOUTS[LAYOUT].codes_shape(*type.shape, type.bases)[1])
+    ternary, codes = weight.type.ternary, weight.codes
+    match weight.type.layout:
+        case "tiles":
+            words = words_of_tiles(codes, ternary.shape[1], ternary.bases)[: ternary.shape[0]]
+        case "words":
+            words = codes
+        case _:
+            words = words_of(codes, ternary.shape[1], ternary.bases)
+    return Packed(
+        tiles_of(words, ternary.bases) if layout == "tiles" else words, weight.scales, PackedType(ternary, layout)
+    )
 
 
 # --- ways to multiply -------------------------------------------------------------------------------------------------
@@ -156,7 +160,7 @@ def largest_difference(multiply: Callable[[jax.Array, Packed], jax.Array], bases
     ternary = TernaryType((80, 1000), bases, "row", tied, "f16")
     trits = random.integers(-1, 2, (*ternary.shape, bases)).astype(np.int8)
     scales = jnp.asarray(random.uniform(0.5, 1, ternary.scales_shape), jnp.float16)
-    packed = Packed(jnp.asarray(LAYOUTS[LAYOUT].pack(trits)), scales, PackedType(ternary, LAYOUT))
+    packed = Packed(jnp.asarray(LAYOUTS["aligned"].pack(trits)), scales, PackedType(ternary, "aligned"))
     x = jnp.asarray(random.standard_normal((2, 1000)), jnp.float32)
     wanted = jax.jit(xla.matmul)(x, Ternary(jnp.asarray(trits), scales, ternary))
     found = jax.jit(lambda x, packed: multiply(x, packed))(

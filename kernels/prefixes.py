@@ -30,16 +30,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atd.layout import TRITS_PER_BYTE
+from atd.layout import THREADS_A_ROW, TRITS_PER_BYTE, period
 
-THREADS_A_ROW = 4
 LARGEST = 127 * (1 + 256 + 65536)  # what three signed bytes hold
 MAX_BASES = 4
-
-
-def period(bases: int) -> int:
-    """32-bit words of a row after which cells of N bytes begin at a word again: 1, 1, 3, 1 for N = 1, 2, 3, 4."""
-    return bases // math.gcd(bases, 4)
 
 
 def multiplier(digit: int) -> tuple[int, int]:

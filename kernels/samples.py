@@ -14,12 +14,12 @@ from atd.weights import DTYPES, Dense, DenseType, Packed, PackedType, TernaryTyp
 BLOCK = 1024
 
 
-def random_weight(type: TernaryType | DenseType, seed: int) -> Weight:
-    """A `Packed` in layout words for a ternary type, a `Dense` for a dense one."""
+def random_weight(type: TernaryType | DenseType, seed: int, layout: str = "tiles") -> Weight:
+    """A `Packed` in layout tiles or words for a ternary type, a `Dense` for a dense one."""
     key = jax.random.key(seed, impl="rbg")  # compiles at once, and runs as fast as memory takes it
     if isinstance(type, DenseType):
         return Dense(_normal(key, type))
-    packed = PackedType(type, "words")
+    packed = PackedType(type, layout)
     return Packed(*_codes_and_scales(key, packed), packed)
 
 
@@ -33,8 +33,8 @@ def _normal(key: jax.Array, type: DenseType) -> jax.Array:
 @partial(jax.jit, static_argnums=1)
 def _codes_and_scales(key: jax.Array, type: PackedType) -> tuple[jax.Array, jax.Array]:
     of_codes, of_scales = jax.random.split(key)
-    rows, words = type.codes_shape
-    values = jax.random.randint(of_codes, (min(BLOCK, rows), words, 4), 0, 243, jnp.uint8)  # five trits each
+    rows, *of_row = type.codes_shape
+    values = jax.random.randint(of_codes, (min(BLOCK, rows), *of_row, 4), 0, 243, jnp.uint8)  # five trits each
     codes = jax.lax.bitcast_convert_type(jnp.asarray(DENSE_CODES)[values], jnp.uint32)
     ternary = type.ternary
     levels = level_weights(ternary.bases) if ternary.tied else [1.0] * ternary.bases

@@ -67,12 +67,12 @@ class Stack:
     between: jax.Array  # float32, empty where the matrices are enough
 
 
-def stack(type: TernaryType | DenseType, effort: Effort) -> Stack:
-    """As many matrices as a round needs, at most MOST_COPIES."""
-    first = random_weight(type, 0)
+def stack(type: TernaryType | DenseType, effort: Effort, layout: str = "tiles") -> Stack:
+    """As many matrices as a round needs, at most MOST_COPIES. layout: in which a ternary one is packed."""
+    first = random_weight(type, 0, layout)
     copies = min(effort.most_copies, max(2, math.ceil(effort.cold_bytes / first.type.nbytes)))
     cold = copies * first.type.nbytes >= effort.cold_bytes
-    weights = (first, *(random_weight(type, seed) for seed in range(1, copies)))
+    weights = (first, *(random_weight(type, seed, layout) for seed in range(1, copies)))
     return Stack(weights, _buffer(0 if cold else effort.cold_bytes // 4))
 
 

@@ -19,9 +19,11 @@ from atd.kernels import packed, prefixes, triton_decode, triton_fold, triton_gem
 from atd.kernels.packed import device_kind, prepare
 from atd.kernels.triton_fold import Prologue
 from atd.kernels.tuning import Settings
+from atd.layout import LAYOUTS
 from atd.weights import Packed, TernaryType, Weight
 
 LEAST_CAPABILITY = (8, 0)
+LAYOUT = "tiles"  # in which weights are read as they lie
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Triton(packed.Backend):
     """A backend of `atd.kernels.matmul`. settings: instead of those of `tuning`."""
 
     settings: Settings | None = None
+    layout = LAYOUT
 
     def device_refuses(self) -> str | None:
         return None if self.interpret else device_refuses()
@@ -58,18 +61,18 @@ def multiply(
 ) -> jax.Array:
     """`Triton.matmul` without the self-test."""
     settings = settings or _tuned(x, weight.type.ternary)
-    held = prepare(weight)
+    held = prepare(weight, LAYOUT)
     assert isinstance(held, Packed)
-    words, scales, type = jnp.asarray(held.codes), jnp.asarray(held.scales), held.type.ternary
+    codes, scales, type = jnp.asarray(held.codes), jnp.asarray(held.scales), held.type.ternary
     way = path(settings, type, x.shape[0])
     assert way == "gemv" or (prologue is None and residual is None), "see `Triton.fuses`"
     if way == "gemv":
-        return gemv(x, words, scales, type, settings, interpret, prologue, residual).astype(x.dtype)
+        return gemv(x, codes, scales, type, settings, interpret, prologue, residual).astype(x.dtype)
     narrow = x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x  # as a dense model's products have them
     if way == "gemm":
-        y = triton_gemm.matmul(narrow, words, scales, type, settings.tiles, interpret=interpret)
+        y = triton_gemm.matmul(narrow, codes, scales, type, settings.tiles, interpret=interpret)
     else:
-        y = triton_decode.matmul(narrow, words, scales, type, interpret=interpret)
+        y = triton_decode.matmul(narrow, codes, scales, type, interpret=interpret)
     return y.astype(x.dtype)
 
 
@@ -93,7 +96,12 @@ def path(settings: Settings, type: TernaryType, tokens: int) -> str:
 def columns(type: TernaryType, tokens: int) -> triton_gemv.Columns:
     """Of the gemv kernel for so many tokens at once."""
     plan = prefixes.plan(type.bases, type.tied)
-    return triton_gemv.columns(plan, tokens, packed.steps(plan, type), _group_size(type))
+    return triton_gemv.columns(plan, tokens, steps(type), _group_size(type))
+
+
+def steps(type: TernaryType) -> int:
+    """Of the gemv kernel, that a row takes."""
+    return LAYOUTS[LAYOUT].codes_shape(*type.shape, type.bases)[1]
 
 
 def _group_size(type: TernaryType) -> int | None:
@@ -108,7 +116,7 @@ def gemv_name(type: TernaryType, tokens: int) -> str:
 
 def gemv(
     x,
-    words,
+    codes,
     scales,
     type: TernaryType,
     settings: Settings,
@@ -124,11 +132,14 @@ def gemv(
     for start in range(0, x.shape[0], most):
         part = x[start : start + most]
         held = columns(type, part.shape[0])
-        steps = shape.padded(plan.steps(words.shape[1]))
-        folded = triton_fold.fold(plan, part, steps, held, group_size, prologue, interpret=interpret)
+        folded = triton_fold.fold(
+            plan, part, shape.padded(codes.shape[1]), held, group_size, prologue, interpret=interpret
+        )
         added = None if residual is None else residual[start : start + most]
         options = {"shape": shape, "interpret": interpret}
-        results.append(triton_gemv.multiply(plan, folded, words, scales, held, group_size, added, **options))
+        results.append(
+            triton_gemv.multiply(plan, folded, codes, scales, type.shape[0], held, group_size, added, **options)
+        )
     return jnp.concatenate(results) if len(results) > 1 else results[0]
 
 

@@ -18,21 +18,19 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from atd.kernels import xla
-from atd.kernels.triton_gemm import integers, scales_at, trits_of, unit
-from atd.kernels.triton_gemv import plt
+from atd.kernels.triton_gemm import integers, scales_at, trits_of, unit, units_of
+from atd.kernels.triton_gemv import plt, word_at
 from atd.weights import TernaryType
 
 CHUNK_BYTES = 128 << 20  # of decoded weights at a time: enough for the matrix product, little beside a model
 ROWS, UNITS, WARPS = 16, 64, 4  # of a block
-ALIGNED = 8  # units: whole 16 bytes of a plane's row
 
 
 def matmul(
     x: jax.Array, codes: jax.Array, scales: jax.Array, type: TernaryType, *, interpret: bool = False
 ) -> jax.Array:
-    """x [M, in] of 16 bits times the matrix -> float32 [M, out]. codes uint32 [out, row words], scales [rows, groups, N or 1]."""
-    words, params = unit(type.bases)
-    units = _units(codes.shape[1], words)
+    """x [M, in] of 16 bits times the matrix -> float32 [M, out]. codes of layout `tiles`, scales [rows, groups, N or 1]."""
+    units, params = units_of(codes), unit(type.bases)[1]
     x_planes = jnp.pad(x, ((0, 0), (0, units * params - x.shape[1])))
     x_planes = x_planes.reshape(-1, units, params).swapaxes(1, 2).reshape(-1, params * units)
     step = max(ROWS, CHUNK_BYTES // (2 * params * units) // 128 * 128)
@@ -46,11 +44,6 @@ def matmul(
     return y * scales[:, 0, 0].astype(jnp.float32) if held_exactly(type) else y
 
 
-def _units(row_words: int, words: int) -> int:
-    units = -(-row_words // words)
-    return -(-units // ALIGNED) * ALIGNED
-
-
 def held_exactly(type: TernaryType) -> bool:
     """Whether the decoded weights are integers, which the scale of their row multiplies later."""
     return type.tied and type.scales_shape[1] == 1
@@ -60,9 +53,8 @@ def decoded(
     codes: jax.Array, scales: jax.Array, type: TernaryType, dtype, start: int, rows: int, *, interpret: bool = False
 ) -> jax.Array:
     """Rows start to start + rows of the matrix, or of its integers where they are `held_exactly` -> [rows, planes x units]."""
-    words, params = unit(type.bases)
-    units = _units(codes.shape[1], words)
-    kernel = functools.partial(_kernel, type=type, start=start, rows=rows, row_words=codes.shape[1], units=units)
+    units, params = units_of(codes), unit(type.bases)[1]
+    kernel = functools.partial(_kernel, type=type, start=start, rows=rows, steps=codes.shape[1], units=units)
     return pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((rows * params * units,), dtype),
@@ -73,16 +65,15 @@ def decoded(
     )(codes.reshape(-1), scales.reshape(-1)).reshape(rows, params * units)
 
 
-def _kernel(codes_ref, scales_ref, out_ref, *, type: TernaryType, start: int, rows: int, row_words: int, units: int):
+def _kernel(codes_ref, scales_ref, out_ref, *, type: TernaryType, start: int, rows: int, steps: int, units: int):
     words, params = unit(type.bases)
     row = pl.program_id(1) * ROWS + lax.iota(jnp.int32, ROWS)
     at = pl.program_id(0) * UNITS + lax.iota(jnp.int32, UNITS)
     inside = (row < rows)[:, None] & (at < units)[None, :]
 
     def word(v: int) -> jax.Array:
-        mask = inside & (at * words + v < row_words)[None, :]
-        place = (start + row)[:, None] * row_words + (at * words + v)[None, :]
-        return plt.load(codes_ref.at[place], mask=mask, other=jnp.uint32(0), eviction_policy="evict_first")
+        place = word_at((start + row)[:, None], (at * words + v)[None, :], type.bases, steps)
+        return plt.load(codes_ref.at[place], mask=inside, other=jnp.uint32(0), eviction_policy="evict_first")
 
     trits = trits_of([word(v) for v in range(words)], type.bases)
     for p in range(params):

@@ -20,10 +20,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from atd.kernels.prefixes import period
-from atd.kernels.triton_gemv import plt
-from atd.layout import TRITS_PER_BYTE
+from atd.kernels.triton_gemv import plt, word_at
+from atd.layout import TRITS_PER_BYTE, period
 from atd.weights import TernaryType, level_weights
+
+UNITS_OF_STEP = 16  # for any N: 64 bytes of a row are 16 units of a word, 192 of N = 3 as many of three
 
 
 @dataclass(frozen=True)
@@ -43,17 +44,22 @@ def unit(bases: int) -> tuple[int, int]:
     return words, 4 * words // bases * TRITS_PER_BYTE
 
 
+def units_of(codes: jax.Array) -> int:
+    """Of a row, padding included."""
+    return codes.shape[1] * UNITS_OF_STEP
+
+
 def matmul(
     x: jax.Array, codes: jax.Array, scales: jax.Array, type: TernaryType, tiles: Tiles, *, interpret: bool = False
 ) -> jax.Array:
-    """x [M, in] of 16 bits times the matrix -> float32 [M, out]. codes uint32 [out, row words], scales [rows, groups, N or 1]."""
-    out, row_words = codes.shape
-    words, params = unit(type.bases)
-    units = -(-(row_words // words) // tiles.units) * tiles.units
+    """x [M, in] of 16 bits times the matrix -> float32 [M, out]. codes of layout `tiles`, scales [rows, groups, N or 1]."""
+    out, steps = type.shape[0], codes.shape[1]
+    params = unit(type.bases)[1]
+    units = -(-units_of(codes) // tiles.units) * tiles.units
     tokens = -(-x.shape[0] // tiles.tokens) * tiles.tokens
     x_planes = jnp.pad(x, ((0, tokens - x.shape[0]), (0, units * params - x.shape[1])))
     x_planes = x_planes.reshape(tokens, units, params).transpose(2, 1, 0)  # [P, units, M]
-    kernel = functools.partial(_kernel, type=type, tiles=tiles, row_words=row_words, units=units, tokens=tokens)
+    kernel = functools.partial(_kernel, type=type, tiles=tiles, steps=steps, units=units, tokens=tokens)
     return pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((tokens, out), jnp.float32),
@@ -65,7 +71,7 @@ def matmul(
 
 
 def _kernel(
-    x_ref, codes_ref, scales_ref, out_ref, *, type: TernaryType, tiles: Tiles, row_words: int, units: int, tokens: int
+    x_ref, codes_ref, scales_ref, out_ref, *, type: TernaryType, tiles: Tiles, steps: int, units: int, tokens: int
 ):
     out = type.shape[0]
     words, params = unit(type.bases)
@@ -78,10 +84,12 @@ def _kernel(
     def step(i, sums):
         sums = list(sums)
         at = i * tiles.units + lax.iota(jnp.int32, tiles.units)  # units
-        inside = real[:, None] & ((at * words) < row_words)[None, :]
+        inside = real[:, None] & (at < steps * UNITS_OF_STEP)[None, :]
         tile = [
             plt.load(
-                codes_ref.at[rows[:, None] * row_words + (at * words + v)[None, :]], mask=inside, other=jnp.uint32(0)
+                codes_ref.at[word_at(rows[:, None], (at * words + v)[None, :], type.bases, steps)],
+                mask=inside,
+                other=jnp.uint32(0),
             )
             for v in range(words)
         ]  # [rows, units] each

@@ -3,17 +3,16 @@
     products[c, o] = sum_k X[c, k] prefix[o, k]                         int32, exact; c a column of `triton_fold.fold`
     y[token, o]    = sum_c 256^byte(c) scale[o, c] products[c, o] largest|x| / limit   (+ residual), c of the token
 
-A warp computes 16 R rows. In a step it takes 64 bytes of each (192 for N = 3): thread 4 g + t takes piece t of rows g and
-g + 8, decodes it (two operations a word, a multiply-add a `Half`, a byte permutation a prefix word) and multiplies two
-prefix words at a time,
+A warp computes 16 R rows. In a step it takes 64 bytes of each (192 for N = 3), which lie together (layout `tiles`): thread
+4 g + t takes piece t of rows g and g + 8, decodes it (two operations a word, a multiply-add a `Half`, a byte permutation a
+prefix word) and multiplies two prefix words at a time,
 
     mma.sync m16n8k32   A = prefix words of 16 rows, B = the same words of 8 columns of activations,
 
-which is all that the main loop does where rows have one scale: no scale, no conversion, no offset. Codes are asked for a
-turn of the loop before they are needed. With group scales each group that a step touches has columns of its own (a *slot*),
-and their results are scaled in float32 after each step. Warps of a block share rows and take turns at their steps, or have
-rows of their own and share activations, which then come out of the L1. What the warps found is added, scaled and written
-as rows of y: nothing is left to other kernels. Codes are read as they are stored; nothing is read beyond a row's end.
+which is all that the main loop does where rows have one scale: no scale, no conversion, no offset. With group scales each
+group that a step touches has columns of its own (a *slot*), and their results are scaled in float32 after each step. Warps
+of a block share rows and take turns at their steps, or have rows of their own and share activations, which then come out
+of the L1. What the warps found is added, scaled and written as rows of y: nothing is left to other kernels.
 
 Tensors of a block are flat, and thread and register follow from the index: element 4 (32 w + l) + e is register e of lane l
 of warp w. Triton keeps that as long as it can prove that loads are contiguous by 4, which `//`, `%` and `minimum` on
@@ -31,7 +30,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from atd.kernels.prefixes import THREADS_A_ROW, Plan, multiplier, slots_of
+from atd.kernels.prefixes import Plan, multiplier, slots_of
+from atd.layout import LOAD_WORDS, THREADS_A_ROW, period
 
 with warnings.catch_warnings():
     warnings.simplefilter(
@@ -42,7 +42,6 @@ with warnings.catch_warnings():
 ROWS, SET = 16, 8  # of one matrix instruction: rows, and columns
 BYTES = 3  # of a coefficient
 MOST_SETS = 6  # 4 sums a thread each, and so many activations
-MOST_AHEAD = 24  # words of activations that a thread holds for the next step: more take registers from other warps
 
 
 @dataclass(frozen=True)
@@ -121,6 +120,7 @@ def multiply(
     folded: tuple[jax.Array, jax.Array],
     codes: jax.Array,
     scales: jax.Array,
+    out: int,
     columns: Columns,
     group_size: int | None = None,
     residual: jax.Array | None = None,
@@ -130,15 +130,14 @@ def multiply(
 ) -> jax.Array:
     """y float32 [M, out], plus the residual [M, out]: the matrix times the tokens that were folded.
 
-    folded: of `triton_fold.fold`, for `shape.padded(steps)` steps and these columns. codes uint32 [out, row words]: the rows as
-    they are stored, whole 16 bytes each. scales [rows or 1, groups, sums] as they are stored, of groups of group_size, None
-    for one a row.
+    folded: of `triton_fold.fold`, for `shape.padded(steps)` steps and these columns. codes: of layout `tiles`. scales [rows or
+    1, groups, sums] as they are stored, of groups of group_size, None for one a row.
     """
     x, largest = folded
-    out, row_words = codes.shape
+    tiles, steps = codes.shape[:2]
     kernel = functools.partial(
-        _kernel, plan=plan, shape=shape, columns=columns, out=out, row_words=row_words, groups=scales.shape[1],
-        group_size=group_size, turns=shape.padded(plan.steps(row_words)) // (shape.splits * shape.unroll), interpret=interpret,
+        _kernel, plan=plan, shape=shape, columns=columns, out=out, tiles=tiles, steps=steps, groups=scales.shape[1],
+        group_size=group_size, turns=shape.padded(steps) // (shape.splits * shape.unroll), interpret=interpret,
     )  # fmt: skip
     added = [] if residual is None else [residual.reshape(-1)]
     return pl.pallas_call(
@@ -157,36 +156,35 @@ def name(plan: Plan, columns: Columns) -> str:
 
 
 def _kernel(
-    x_ref, codes_ref, largest_ref, scales_ref, *rest, plan: Plan, shape: Shape, columns: Columns, out: int, row_words: int,
-    groups: int, group_size: int | None, turns: int, interpret: bool,
+    x_ref, codes_ref, largest_ref, scales_ref, *rest, plan: Plan, shape: Shape, columns: Columns, out: int, tiles: int,
+    steps: int, groups: int, group_size: int | None, turns: int, interpret: bool,
 ):  # fmt: skip
     *residual_ref, out_ref = rest
     splits, row_blocks, unroll, sets = shape.splits, shape.row_blocks, shape.unroll, columns.sets
     quads, lanes = plan.words // 4, columns.kept * THREADS_A_ROW  # of a set in memory
     index = lax.iota(jnp.int32, shape.warps * 128)
-    register, thread, group, split = (bits(index, *where) for where in ((1, 4), (4, 4), (16, 8), (128, splits)))
-    in_rows = divided(index, 128 * splits)[0] * ROWS + group
-    in_codes = thread * plan.piece_words + register + split * plan.step_words
+    split, row_warp = bits(index, 128, splits), divided(index, 128 * splits)[0]
+    tile = ROWS * plan.step_words
+    in_codes = (row_warp * steps + split) * tile + bits(index, 1, 128)
     in_x = split * (quads * sets * lanes * 4) + divided(index, 4 * lanes)[1]
 
-    block_row = pl.program_id(0) * shape.rows
+    block = pl.program_id(0) * (row_blocks * shape.row_warps)
 
     def first_row(r: int):
-        return block_row + r * (ROWS * shape.row_warps)
+        return (block + r * shape.row_warps) * ROWS
 
     def read(i, u: int) -> tuple[jax.Array, ...]:
         """Codes of step u of a turn: by groups of rows, 4 words of a piece, rows g and g + 8."""
-        at = in_codes + (i * unroll + u) * (splits * plan.step_words)
+        step = (i * unroll + u) * splits  # of the first warp
         return tuple(
             plt.load(
-                codes_ref.at[(in_rows + half) * row_words + (at + (first_row(r) * row_words + 4 * c))],
-                mask=(at + 4 * c < row_words) & (in_rows + half < out - first_row(r)),
+                codes_ref.at[in_codes + (((block + r * shape.row_warps) * steps + step) * tile + 128 * load)],
+                mask=(split < steps - step) & (row_warp < tiles - (block + r * shape.row_warps)),
                 other=jnp.uint32(0),
                 eviction_policy="evict_first",  # read once: the L1 is for the activations
             )
             for r in range(row_blocks)
-            for c in range(plan.piece_words // 4)
-            for half in (0, 8)
+            for load in range(plan.piece_words // 2)
         )
 
     def activations(step, set_: int) -> tuple[jax.Array, ...]:
@@ -214,28 +212,26 @@ def _kernel(
         return [wide[0] * jnp.where(byte == 0, 1.0, jnp.where(byte == 1, 256.0, 65536.0))]
 
     here = Place.of(shape.row_warps, splits)
-    ahead = sets == 1 and plan.words <= MOST_AHEAD
     nothing = jnp.zeros(index.shape, jnp.int32)
 
     def turn(i, carry):
-        sums, codes, x = list(carry[0]), list(carry[1]), carry[2]
+        sums = list(carry)
+        codes = [read(i, u) for u in range(unroll)]
         for u in range(unroll):
             step = i * unroll + u
-            now, codes[u] = codes[u], read(i + 1, u)  # on their way while those that came are computed
-            following = jnp.minimum(step + 1, turns * unroll - 1)
-            x_now, x = (x, activations(following, 0)) if ahead else ((), ())
+            x = [activations(step, s) for s in range(sets)]
             for r in range(row_blocks):
-                words = now[r * len(now) // row_blocks : (r + 1) * len(now) // row_blocks]
-                prefix_words = _decode(plan, words, interpret)
+                count = len(codes[u]) // row_blocks
+                prefix_words = _decode(plan, codes[u][r * count : (r + 1) * count], interpret)
                 found = list(sums[r]) if group_size is None else [nothing] * sets
                 for s in range(sets):
-                    for q, x_words in enumerate(x_now or activations(step, s)):
-                        found[s] = _multiply(*prefix_words[2 * q : 2 * q + 2], x_words, found[s], interpret)
+                    for q in range(quads):
+                        found[s] = _multiply(*prefix_words[2 * q : 2 * q + 2], x[s][q], found[s], interpret)
                 if group_size is not None:
                     scaled = [v * scale_of(here, r, o, step) for o, v in enumerate(values(found, here))]
                     found = list(map(operator.add, sums[r], scaled))
                 sums[r] = tuple(found)
-        return tuple(sums), tuple(codes), x
+        return tuple(sums)
 
     # What the end needs is on its way before the loop.
     there = Place.of(shape.row_warps, 1)  # when the results of warps that share rows are added
@@ -246,8 +242,7 @@ def _kernel(
 
     dtype, count = (jnp.int32, sets) if group_size is None else (jnp.float32, columns.octets)
     zero = ((jnp.zeros(index.shape, dtype),) * count,) * row_blocks
-    carry = zero, tuple(read(0, u) for u in range(unroll)), activations(0, 0) if ahead else ()
-    sums, *_ = lax.fori_loop(0, turns, turn, carry) if turns > 1 else turn(0, carry)
+    sums = lax.fori_loop(0, turns, turn, zero) if turns > 1 else turn(0, zero)
 
     for r in range(row_blocks):
         found = [s.reshape(shape.row_warps, splits, 128).sum(axis=1).reshape(-1) if splits > 1 else s for s in sums[r]]
@@ -310,6 +305,18 @@ def _ends(columns: Columns, place: Place, out: int, first_row, largest_ref, resi
     row_warp, g, half = (lax.broadcasted_iota(jnp.int32, rows, axis) for axis in range(3))
     row = first_row + row_warp * ROWS + g + 8 * half
     return [end(functools.partial(of_token, t), jnp.int32(t), row) for t in range(columns.tokens)]
+
+
+def word_at(row: jax.Array, word: jax.Array, bases: int, steps: int) -> jax.Array:
+    """Where a word of a row lies in the codes of layout `tiles`, for tensors that broadcast."""
+    loads = period(bases)
+    step, rest = divided(word, THREADS_A_ROW * loads * LOAD_WORDS)
+    thread, rest = divided(rest, loads * LOAD_WORDS)
+    load, e = divided(rest, LOAD_WORDS)
+    group, rest = divided(row, ROWS)
+    half, g = divided(rest, ROWS // 2)
+    of_row = group * (steps * loads * 256) + half * 128 + g * 16
+    return of_row + (step * (loads * 256) + load * 256 + thread * 4 + e)
 
 
 def divided(value: jax.Array, by: int) -> tuple[jax.Array, jax.Array]:

@@ -12,9 +12,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from atd.kernels import packed, prefixes
 from atd.kernels.triton_gemm import Tiles, unit
 from atd.kernels.triton_gemv import Shape
+from atd.layout import LAYOUTS
 from atd.weights import TernaryType
 
 FOLDER = Path(__file__).parent / "tuned"
@@ -55,7 +55,7 @@ def settings(device: str, type: TernaryType, tokens: int) -> Settings:
 def heuristic(type: TernaryType, tokens: int) -> Settings:
     """As many warps to a row as 32 on each of 128 multiprocessors take, two steps ahead where there are many; tiles as wide
     as the tokens, or as the shared memory allows."""
-    blocks, steps = -(-type.shape[0] // 16), packed.steps(prefixes.plan(type.bases, type.tied), type)
+    blocks, steps = -(-type.shape[0] // 16), LAYOUTS["tiles"].codes_shape(*type.shape, type.bases)[1]
     warps = min(16, max(4, 1 << (-(-4096 // blocks) - 1).bit_length()))
     unroll = 2 if type.bases < 3 and steps >= 4 * warps else 1
     tiles = Tiles(rows=64, tokens=min(128, max(16, 1 << (tokens - 1).bit_length())), units=32, warps=4)

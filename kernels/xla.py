@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from atd.layout import LAYOUTS, TRITS_PER_BYTE
+from atd.layout import LAYOUTS, TRITS_PER_BYTE, words_of_tiles
 from atd.weights import Dense, Packed, Ternary, TernaryType, Weight, combine, level_weights
 
 CHUNK_BYTES = {"cpu": 2 << 20}  # of float32 weights at a time: what stays in a core's cache
@@ -52,7 +52,7 @@ def matmul(x: jax.Array, weight: Weight) -> jax.Array:
             y = _by_rows([wide], array.shape[0], lambda cut: [cut(array).astype(jnp.float32)])
         case Ternary(trits, scales, type):
             y = _by_rows([wide], type.shape[0], lambda cut: [combine(cut(trits), _cut_scales(cut, scales), type)])
-        case Packed() if weight.type.layout == "words":
+        case Packed() if weight.type.layout in ("words", "tiles"):
             y = _packed(wide, _as_bytes(weight))
         case Packed() if weight.type.layout == "hf-bitnet":
             y = _hf_bitnet(wide, weight)
@@ -72,9 +72,13 @@ def take_rows(weight: Weight, rows: jax.Array) -> jax.Array:
     match weight:
         case Dense(array):
             taken = jnp.asarray(array)[flat].astype(jnp.float32)
-        case Packed(codes, scales, type) if LAYOUTS[type.layout].row_separable:
-            ternary = type.ternary
-            trits = LAYOUTS[type.layout].unpack(jnp.asarray(codes)[flat], ternary.shape[1], ternary.bases)
+        case Packed(codes, scales, type) if LAYOUTS[type.layout].row_separable or type.layout == "tiles":
+            ternary, codes, layout = type.ternary, jnp.asarray(codes), LAYOUTS[type.layout]
+            if type.layout == "tiles":
+                of_rows, layout = words_of_tiles(codes, ternary.shape[1], ternary.bases, flat), LAYOUTS["words"]
+            else:
+                of_rows = codes[flat]
+            trits = layout.unpack(of_rows, ternary.shape[1], ternary.bases)
             taken = combine(trits, _cut_scales(lambda a: a[flat], jnp.asarray(scales)), ternary)
         case Packed():
             return take_rows(weight.unpack(), rows)
@@ -177,8 +181,12 @@ _PLANES = {
 
 
 def _as_bytes(weight: Packed) -> Packed:
-    """A weight in layout `words` as one in `aligned`, whose bytes are the same."""
-    codes = lax.bitcast_convert_type(jnp.asarray(weight.codes), jnp.uint8)  # [out, words, 4]
+    """A weight in layout `words` as one in `aligned`, whose bytes are the same; one in `tiles` becomes one in `words` first."""
+    words = jnp.asarray(weight.codes)
+    if weight.type.layout == "tiles":
+        out, inputs = weight.type.shape
+        words = words_of_tiles(words, inputs, weight.type.ternary.bases)[:out]
+    codes = lax.bitcast_convert_type(words, jnp.uint8)  # [out, words, 4]
     codes = codes.reshape(codes.shape[0], -1, weight.type.ternary.bases)
     return Packed(codes, weight.scales, replace(weight.type, layout="aligned"))
 

@@ -30,9 +30,10 @@ def interpreted(x, weight, settings=None):
         (4, 128, "gemv"),
         (1, 64, "gemv"),
         (1, 32, "gemv"),
-        (5, "row", "gemm"),
-        (256, "row", "gemm"),
-        (257, 32, "decode"),
+        (16, "row", "gemv"),
+        (17, "row", "gemm"),
+        (64, "row", "gemm"),
+        (65, 32, "decode"),
     ],
 )
 def test_ways(tokens, group, way):
