@@ -144,7 +144,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 in_bf16 = {tokens: x.astype(jnp.bfloat16) for tokens, x in xs.items()}
                 held = timing.stack(DenseType(shape, "bf16"), effort)
                 dense[name], _ = measure(product, in_bf16, held, effort, {})
-            held = timing.stack(type, effort)
+            held = timing.stack(type, effort, "words" if options.backend.startswith("mosaic") else "tiles")
             ways = {tokens: way(options.backend, type, tokens) for tokens in xs}
             checks = {min(m for m in xs if ways[m] == kind): kind for kind in ways.values()}  # the first of each way
             try:

@@ -311,12 +311,13 @@ def word_at(row: jax.Array, word: jax.Array, bases: int, steps: int) -> jax.Arra
     """Where a word of a row lies in the codes of layout `tiles`, for tensors that broadcast."""
     loads = period(bases)
     step, rest = divided(word, THREADS_A_ROW * loads * LOAD_WORDS)
-    thread, rest = divided(rest, loads * LOAD_WORDS)
-    load, e = divided(rest, LOAD_WORDS)
-    group, rest = divided(row, ROWS)
-    half, g = divided(rest, ROWS // 2)
-    of_row = group * (steps * loads * 256) + half * 128 + g * 16
-    return of_row + (step * (loads * 256) + load * 256 + thread * 4 + e)
+    if loads > 1:  # of a thread, one after the other
+        thread, rest = divided(rest, loads * LOAD_WORDS)
+        load, e = divided(rest, LOAD_WORDS)
+        rest = load * 256 + thread * LOAD_WORDS + e
+    group, of_group = divided(row, ROWS)
+    half, g = divided(of_group, ROWS // 2)
+    return (group * (steps * loads * 256) + half * 128 + g * 16) + (step * (loads * 256) + rest)
 
 
 def divided(value: jax.Array, by: int) -> tuple[jax.Array, jax.Array]:

@@ -29,18 +29,20 @@ from atd.weights import TernaryType
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 1024)
 SHAPES = tuple(
-    Shape(warps, row_warps, row_blocks, unroll)
-    for warps in (4, 8, 16)
-    for row_warps in (1, 2, 4, 8)
-    for row_blocks, unroll in ((1, 1), (1, 2), (1, 4), (2, 1))
-    if row_warps <= warps
+    Shape(*each)
+    for each in [
+        *((warps, 1, 1, unroll) for warps in (1, 2, 4, 8, 16) for unroll in (1, 2, 4)),
+        *((warps, 1, 2, 1) for warps in (2, 4, 8)),
+        *((warps, row_warps, 1, 2) for warps, row_warps in ((4, 2), (4, 4), (8, 2), (8, 4))),
+        *((warps, row_warps, 2, 1) for warps, row_warps in ((4, 4), (8, 8), (8, 2), (16, 4))),
+    ]
 )  # of a gemv
 GEMV_UP_TO, GEMM_FROM, DECODE_FROM = 32, 16, 64  # tokens for which a way is tried
 ALL_SHAPES = (1, 16)  # tokens for which all shapes are tried; for others the one found before
 TILED = (32,)  # tokens for which all dimensions of the tiles are tried; for others the width alone
 TILES = {
     "tokens": (16, 32, 64, 128),
-    "rows": (32, 64, 128),
+    "rows": (64, 128),
     "units": (16, 32, 64),
     "warps": (4, 8),
     "stages": (1, 2, 3),
