@@ -234,20 +234,19 @@ def _kernel(
         return tuple(sums)
 
     # What the end needs is on its way before the loop.
-    there = Place.of(shape.row_warps, 1)  # when the results of warps that share rows are added
     scales = [
-        [scale_of(there, r, o) for o in range(columns.octets)] for r in range(row_blocks if group_size is None else 0)
+        [scale_of(here, r, o) for o in range(columns.octets)] for r in range(row_blocks if group_size is None else 0)
     ]
-    ends = [_ends(columns, there, out, first_row(r), largest_ref, residual_ref) for r in range(row_blocks)]
+    ends = [_ends(columns, shape, out, first_row(r), largest_ref, residual_ref) for r in range(row_blocks)]
 
     dtype, count = (jnp.int32, sets) if group_size is None else (jnp.float32, columns.octets)
     zero = ((jnp.zeros(index.shape, dtype),) * count,) * row_blocks
     sums = lax.fori_loop(0, turns, turn, zero) if turns > 1 else turn(0, zero)
 
     for r in range(row_blocks):
-        found = [s.reshape(shape.row_warps, splits, 128).sum(axis=1).reshape(-1) if splits > 1 else s for s in sums[r]]
+        found = sums[r]
         if group_size is None:
-            found = [v * scale for v, scale in zip(values(found, there), scales[r], strict=True)]
+            found = [v * scale for v, scale in zip(values(found, here), scales[r], strict=True)]
         for end in ends[r]:
             y = end.result(found) * (1 / plan.limit) * end.unit  # in this order: the largest may be tiny
             for residual in end.residual:
@@ -281,7 +280,7 @@ class End:
     residual: list[jax.Array]
 
 
-def _ends(columns: Columns, place: Place, out: int, first_row, largest_ref, residual_ref) -> list[End]:
+def _ends(columns: Columns, shape: Shape, out: int, first_row, largest_ref, residual_ref) -> list[End]:
     def end(result, token, row) -> End:
         at, mask = token * out + row, (row < out) & (token < columns.tokens)
         unit = (
@@ -292,16 +291,28 @@ def _ends(columns: Columns, place: Place, out: int, first_row, largest_ref, resi
         added = [plt.load(ref.at[at], mask=mask, other=0.0).astype(jnp.float32) for ref in residual_ref]
         return End(result, at, mask, unit, added)
 
+    def of_rows(parts: jax.Array) -> jax.Array:
+        """Adds what the warps that share rows have found: [warps x ...] -> [row warps, ...]."""
+        return parts.reshape(shape.row_warps, shape.splits, -1).sum(axis=1) if shape.splits > 1 else parts
+
     if columns.apart and columns.coefficients == columns.tokens:  # a column is a token: as they lie
-        octets = range(columns.octets)
-        return [end(operator.itemgetter(o), columns.of(o, place.column)[0], first_row + place.row) for o in octets]
+        place = Place.of(shape.row_warps, 1)
+
+        def of_octet(o: int, octets: Sequence[jax.Array]) -> jax.Array:
+            return of_rows(octets[o]).reshape(-1)
+
+        tokens = [columns.of(o, place.column)[0] for o in range(columns.octets)]
+        return [end(functools.partial(of_octet, o), token, first_row + place.row) for o, token in enumerate(tokens)]
+
+    column = Place.of(shape.row_warps, shape.splits).column
 
     def of_token(t: int, octets: Sequence[jax.Array]) -> jax.Array:
-        """The sum over its columns, [row warps, g, row half]."""
-        mine = [jnp.where(columns.of(o, place.column)[0] == t, v, 0.0) for o, v in enumerate(octets)]
-        return functools.reduce(operator.add, mine).reshape(-1, 8, 4, 2, 2).sum(axis=4).sum(axis=2)
+        """The sum over its columns: first within a warp, where that takes no memory. [row warps, g, row half]"""
+        mine = [jnp.where(columns.of(o, column)[0] == t, v, 0.0) for o, v in enumerate(octets)]
+        of_warps = functools.reduce(operator.add, mine).reshape(-1, 8, 4, 2, 2).sum(axis=4).sum(axis=2)
+        return of_rows(of_warps).reshape(rows)
 
-    rows = (place.row.shape[0] // 128, 8, 2)
+    rows = (shape.row_warps, 8, 2)
     row_warp, g, half = (lax.broadcasted_iota(jnp.int32, rows, axis) for axis in range(3))
     row = first_row + row_warp * ROWS + g + 8 * half
     return [end(functools.partial(of_token, t), jnp.int32(t), row) for t in range(columns.tokens)]
