@@ -26,9 +26,9 @@ def instructions(device: str, type: TernaryType) -> tuple[float, aot.Compiled]:
     """(instructions of a thread in the main loop for each weight it multiplies, machine code)."""
     settings, plan = tuning.heuristic(type, 1), prefixes.plan(type.bases, type.tied)
     shape = jax.ShapeDtypeStruct
-    words = LAYOUTS["words"].codes_shape(*type.shape, type.bases)
+    codes = LAYOUTS[triton.LAYOUT].codes_shape(*type.shape, type.bases)
     function = partial(triton.gemv, type=type, settings=settings, interpret=False)
-    operands = shape((1, type.shape[1]), jnp.bfloat16), shape(words, jnp.uint32), shape(type.scales_shape, jnp.float16)
+    operands = shape((1, type.shape[1]), jnp.bfloat16), shape(codes, jnp.uint32), shape(type.scales_shape, jnp.float16)
     compiled = aot.compile_for(device, function, *operands, kernel=triton.gemv_name(type, 1))
     weights = 2 * settings.row_blocks * settings.unroll * plan.piece_params
     return aot.main_loop_instructions(compiled.sass).total() / weights, compiled
@@ -52,7 +52,7 @@ def main() -> None:
         if triton.path(tuning.heuristic(type, 1), type, 1) != "gemv":
             continue  # more groups in a step than the kernel has columns for
         count, compiled = instructions(arguments.device, type)
-        bits = bits_per_weight(PackedType(type, "words"))
+        bits = bits_per_weight(PackedType(type, triton.LAYOUT))
         by_bytes, by_instructions = copied / (bits / 8), issued / count  # weights a second
         bound, speed = min(("bytes", by_bytes), ("instructions", by_instructions), key=lambda way: way[1])
         kind = "tied" if tied else "free"

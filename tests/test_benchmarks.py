@@ -49,10 +49,14 @@ def test_decode_of_random_weights_and_in_one_jit(tmp_path):
 def test_matmul(tmp_path):
     out = run("matmul.py", "--tiny", "--json", tmp_path / "f.json")
     figures = json.loads((tmp_path / "f.json").read_text())
-    assert [(row["tokens"], row["way"]) for row in figures["rows"]] == [(1, "gemv"), (6, "gemm"), (300, "decode")]
-    assert all(row["error"] < 1e-2 and row["bytes_per_second"] > 0 for row in figures["rows"])
+    rows = figures["rows"]
+    assert (rows[0]["tokens"], rows[0]["way"], rows[-1]["way"]) == (1, "gemv", "decode")
+    first = {row["way"]: row for row in reversed(rows)}  # of each way, which is compared with XLA
+    assert all(row["error"] < 1e-2 for row in first.values())
+    assert all(row["bytes_per_second"] > 0 for row in rows)
     assert not figures["failures"]
-    assert "tiny n=2 g=row tied f16[80,200]" in out
+    assert "tiny n=2 g=row tied " in out
+    assert "f16[80,200]" in out
 
 
 def test_matmul_says_what_it_leaves_out_and_refuses_what_does_not_run(tmp_path):

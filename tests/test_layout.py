@@ -10,12 +10,13 @@ from gguf.quants import dequantize, quantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atd.layout import DEFAULT_LAYOUT, DENSE_CODES, LAYOUTS, repack
+from atd.layout import DEFAULT_LAYOUT, DENSE_CODES, LAYOUTS, TILE_ROWS, repack, tiles_of, words_of_tiles
 
 CELL = {
     "interleaved": 5,
     "aligned": 5,
     "words": 5,
+    "tiles": 5,
     "bit-ttt": 4,
     "hf-bitnet": 1,
     "tq2_0": 256,
@@ -29,6 +30,11 @@ def random_trits(out: int, inputs: int, bases: int, seed=0) -> np.ndarray:
 
 def accepted(name: str, out: int, bases: int) -> bool:
     return LAYOUTS[name].refuses(out, 1, bases) is None
+
+
+def padded_rows(name: str, out: int) -> int:
+    """Rows that `unpack` returns of a matrix of so many."""
+    return -(-out // TILE_ROWS) * TILE_ROWS if name == "tiles" else out
 
 
 # --- every code of every cell ----------------------------------------------------------------------------------------
@@ -88,7 +94,7 @@ def test_every_2_bit_cell(bases):
 # --- every byte ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "words"])  # whose bytes are those of aligned
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("words", "tiles")])  # bytes of aligned
 def test_every_byte(name):
     """pack writes exactly the valid bytes, unpack makes trits of all 256, and a valid byte comes back as it was."""
     layout = LAYOUTS[name]
@@ -190,7 +196,9 @@ def test_round_trip(name, out, inputs, bases, seed):
     assert codes.dtype == layout.dtype
     unpacked = layout.unpack(codes, inputs, bases)
     assert unpacked.dtype == np.int8
-    np.testing.assert_array_equal(unpacked, trits)
+    assert len(unpacked) == padded_rows(name, out)
+    np.testing.assert_array_equal(unpacked[:out], trits)
+    assert not unpacked[out:].any()  # nor is there anything in rows of padding
     assert layout.invalid_bytes(codes) == 0
     rest = layout.unpack(codes, -(-inputs // CELL[name]) * CELL[name], bases)[:, inputs:]
     assert not rest.any()  # the padding is zero trits
@@ -210,7 +218,7 @@ def test_numpy_and_jax_agree(name, shape):
     np.testing.assert_array_equal(ours, codes)
     unpacked = layout.unpack(jnp.asarray(codes), *shape[1:])
     assert unpacked.dtype == jnp.int8
-    np.testing.assert_array_equal(unpacked, trits)
+    np.testing.assert_array_equal(unpacked[: shape[0]], trits)
     every = np.arange(256, dtype=layout.dtype)[:, None]  # invalid bytes too are read alike
     every = every * 0x01010101 if layout.dtype == np.uint32 else every
     codes = np.broadcast_to(every.reshape(-1, *[1] * (codes.ndim - 1)), (256, *codes.shape[1:])).copy()
@@ -240,11 +248,67 @@ def test_narrow_rows_waste_four_parameters_at_most(inputs, bases, most):
     assert LAYOUTS["words"].pack(trits).nbytes % 16 == 0
 
 
+@pytest.mark.parametrize("bases", [1, 2, 3, 4])
+@pytest.mark.parametrize(("out", "inputs"), [(16, 320), (20, 333), (1, 1), (48, 2000)])
+def test_where_tiles_have_the_words_of_rows(out, inputs, bases):
+    trits = random_trits(out, inputs, bases)
+    words, tiles = LAYOUTS["words"].pack(trits), LAYOUTS["tiles"].pack(trits)
+    np.testing.assert_array_equal(tiles, tiles_of(words, bases))
+    np.testing.assert_array_equal(tiles, tiles_of(jnp.asarray(words), bases))
+    loads = 3 if bases == 3 else 1  # 16 bytes each, of a thread and a row
+    row, word = np.indices(words.shape)
+    step, rest = np.divmod(word, 4 * loads * 4)
+    thread, rest = np.divmod(rest, loads * 4)
+    load, e = np.divmod(rest, 4)
+    half, g = np.divmod(row % 16, 8)
+    at = row // 16, step, 2 * load + half, g * 16 + thread * 4 + e
+    np.testing.assert_array_equal(tiles[at], words)
+    others = np.ones(tiles.shape, bool)
+    others[at] = False
+    assert (tiles[others] == 0x80808080).all()  # five trits of 0 a byte
+
+    for form in (np.asarray, jnp.asarray):
+        found = np.asarray(words_of_tiles(form(tiles), inputs, bases))
+        assert found.shape == (padded_rows("tiles", out), words.shape[1])
+        np.testing.assert_array_equal(found[:out], words)
+        some = np.array([out - 1, 0, out // 2, 0])
+        np.testing.assert_array_equal(words_of_tiles(form(tiles), inputs, bases, form(some)), words[some])
+
+
+@pytest.mark.parametrize("bases", [1, 2, 3])
+def test_32_threads_load_128_words_in_a_row_of_tiles(bases):
+    """Thread 4 g + t: piece t of row g, then of row g + 8; a piece is 4 words, or 12 for N = 3, which are 3 loads."""
+    inputs, piece = 4096, 12 if bases == 3 else 4
+    _, steps, loads, size = LAYOUTS["tiles"].codes_shape(32, inputs, bases)
+    count = LAYOUTS["words"].codes_shape(32, inputs, bases)[1]
+    places = np.arange(32 * count, dtype=np.uint32).reshape(32, count)
+    flat = tiles_of(places, bases).ravel()
+    assert size == 128
+    for group, step, load, half in product(
+        range(2), range(steps - 1), range(loads // 2), range(2)
+    ):  # the last is not full
+        wanted = [
+            places[16 * group + 8 * half + g, (4 * step + t) * piece + 4 * load :][:4]
+            for g in range(8)
+            for t in range(4)
+        ]
+        start = ((group * steps + step) * loads + 2 * load + half) * 128
+        np.testing.assert_array_equal(flat[start : start + 128], np.concatenate(wanted))
+
+
+@pytest.mark.parametrize("bases", [1, 2, 3, 4])
+@pytest.mark.parametrize("inputs", [4096, 14336])
+def test_tiles_of_wide_rows_waste_two_per_cent_at_most(inputs, bases):
+    taken = 4 * np.prod(LAYOUTS["tiles"].codes_shape(4096, inputs, bases))
+    assert 1 <= taken / (4096 * inputs * bases * 1.6 / 8) < 1.02
+
+
 @pytest.mark.parametrize(("source", "target"), list(product(NAMES, NAMES)))
 def test_repack(source, target):
+    out = TILE_ROWS  # rows of padding would stay
     for inputs, bases in ((1, 1), (37, 1), (300, 1), (131, 2), (40, 3), (13, 4)):
-        if accepted(source, 8, bases) and accepted(target, 8, bases):
-            trits = random_trits(8, inputs, bases)
+        if accepted(source, out, bases) and accepted(target, out, bases):
+            trits = random_trits(out, inputs, bases)
             codes = repack(LAYOUTS[source].pack(trits), inputs, bases, source, target)
             np.testing.assert_array_equal(codes, LAYOUTS[target].pack(trits))
             back = repack(codes, inputs, bases, target, source)

@@ -184,9 +184,10 @@ def test_matrices_of_a_model(backend, stories15m, tensor, tokens, bases, group, 
     """288 x 288 and 288 x 768 of stories15M, decomposed, against activations as wide as a residual stream's are."""
     real = safetensors.numpy.load_file(stories15m / "model.safetensors")[f"model.layers.3.{tensor}.weight"]
     trits, scales = decompose.als(real.astype(np.float32), bases, group, tied)
-    weight = ternary(*real.shape, bases, group, tied, trits=trits, scales=scales)
+    out, inputs = real.shape
+    weight = ternary(out, inputs, bases, group, tied, trits=trits, scales=scales)
     assert decompose.relative_rmse(real, weight.dequantize()) < 0.6, "not what the model had"
-    check(backend, activations(tokens, real.shape[1]) * 8, pack(weight, "aligned"), weight.dequantize())
+    check(backend, activations(tokens, inputs) * 8, pack(weight, "aligned"), weight.dequantize())
 
 
 @pytest.mark.parametrize("trit", [-1, 0, 1])

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from atd.kernels import packed as packed_backends
-from atd.kernels import triton, triton_decode, triton_gemv, tuning
+from atd.kernels import prefixes, triton, triton_decode, triton_gemv, tuning
 from atd.kernels.matmul import matmul
 from atd.kernels.triton_gemm import Tiles
 from atd.kernels.tuning import Settings
-from atd.weights import Dense, Packed, TernaryType
+from atd.layout import LAYOUTS
+from atd.weights import Dense, Packed, PackedType, TernaryType
 from tests.kernels.matrices import activations, lowered, packed
 
 DEVICES = ["NVIDIA H200", "NVIDIA A10", "NVIDIA L4"]
@@ -69,6 +70,8 @@ def test_decoding_goes_chunk_by_chunk(monkeypatch):
         Settings(warps=8, row_blocks=2),
         Settings(warps=2, row_blocks=4, unroll=2),
         Settings(warps=4, row_warps=4, unroll=4),
+        Settings(warps=2, ahead=False),
+        Settings(warps=4, row_blocks=2, ahead=False, unroll=2),
         Settings(warps=8, row_warps=2, row_blocks=2),
         Settings(gemv_tokens=0, tiles=Tiles(16, 16, 16, 2, 1)),
         Settings(gemv_tokens=0, tiles=Tiles(128, 64, 64, 8, 3)),
@@ -85,11 +88,12 @@ def test_shapes_of_tiles_change_nothing(settings):
 
 
 @pytest.mark.parametrize(
-    ("layout", "inputs"), [("aligned", 288), ("interleaved", 576), ("aligned", 4096), ("interleaved", 4096)]
+    ("layout", "inputs"),
+    [("aligned", 288), ("words", 300), ("interleaved", 576), ("aligned", 4096), ("interleaved", 4096)],
 )
 def test_stored_layouts_are_read(layout, inputs):
     weight, x = packed(20, inputs, layout=layout), activations(1, inputs)
-    np.testing.assert_array_equal(interpreted(x, weight), interpreted(x, packed(20, inputs)))
+    np.testing.assert_array_equal(interpreted(x, weight), interpreted(x, packed(20, inputs, layout=triton.LAYOUT)))
 
 
 def test_a_row_too_short_for_all_the_groups_that_a_step_can_touch():
@@ -99,14 +103,51 @@ def test_a_row_too_short_for_all_the_groups_that_a_step_can_touch():
     np.testing.assert_allclose(interpreted(x, weight, Settings(warps=4)), wanted, atol=2e-5 * np.abs(wanted).max())
 
 
-def test_prepare_keeps_the_bytes_of_wide_rows_and_leaves_alone_what_it_does_not_read():
+@pytest.mark.parametrize("layout", ["words", "aligned", "interleaved"])
+def test_prepare_makes_tiles_and_leaves_alone_what_it_does_not_read(layout):
+    weight, tiles = packed(20, 333, bases=3, layout=layout), packed(20, 333, bases=3, layout="tiles")
+    for form in (np.asarray, jnp.asarray):
+        held = triton.Triton().prepare(jax.tree.map(form, weight))
+        assert isinstance(held, Packed)
+        assert held.type == tiles.type
+        np.testing.assert_array_equal(held.codes, tiles.codes)
+    for other in (tiles, Dense(np.ones((3, 4))), packed(4, 64, layout="bit-ttt")):
+        assert triton.Triton().prepare(other) is other
+
+
+def test_prepare_of_words_keeps_the_bytes_of_wide_rows():
     aligned = jax.tree.map(np.asarray, packed(4, 4096, layout="aligned"))
-    held = triton.prepare(aligned)
+    held = packed_backends.prepare(aligned, "words")
     assert isinstance(held, Packed)
     assert held.type.nbytes == aligned.type.nbytes
     assert np.shares_memory(held.codes, aligned.codes)
-    for other in (Dense(np.ones((3, 4))), packed(4, 64, layout="bit-ttt")):
-        assert triton.prepare(other) is other
+
+
+@pytest.mark.parametrize("bases", [1, 2, 3, 4])
+def test_kernels_find_words_where_tiles_have_them(bases):
+    words, tiles = (np.asarray(packed(40, 1300, bases, layout=layout).codes) for layout in ("words", "tiles"))
+    row, word = (jnp.asarray(i, jnp.int32) for i in np.indices(words.shape))
+    at = triton_gemv.word_at(row, word, bases, tiles.shape[1])
+    np.testing.assert_array_equal(tiles.reshape(-1)[np.asarray(at)], words)
+
+
+@pytest.mark.parametrize(("bases", "tied"), [(2, True), (2, False)])
+def test_sixteen_tokens_are_fixed_point_and_exact(bases, tied):
+    """Integers of which the largest is the limit stay what they are, in columns of all bytes together and apart."""
+    limit = prefixes.plan(bases, tied).limit
+    type = PackedType(TernaryType((40, 700), bases, "row", tied, "f16"), "tiles")
+    random = np.random.default_rng(0)
+    x = random.integers(-99, 100, (16, 700))
+    x[:, 5] = limit
+    trits = random.integers(-1, 2, (40, 700, bases)).astype(np.int8)
+    scales = np.ones(type.ternary.scales_shape, np.float16)
+    weight = Packed(jnp.asarray(LAYOUTS["tiles"].pack(trits)), jnp.asarray(scales), type)
+    wanted = x @ np.asarray(weight.dequantize()).astype(int).T
+    settings = Settings(warps=4, row_warps=2, row_blocks=2)
+    assert triton.path(settings, type.ternary, 16) == "gemv"
+    for tokens in (2, 16):
+        found = interpreted(jnp.asarray(x[:tokens], jnp.float32), weight, settings)
+        np.testing.assert_allclose(found, wanted[:tokens], rtol=1e-6, atol=0.1)  # of 2^22: of float32 alone
 
 
 def test_refusals_name_the_reason_and_the_backend_that_could():
@@ -179,15 +220,21 @@ KINDS = [(1, True), (2, True), (2, False), (3, True), (3, False), (4, True)]
     ("device", "bases", "tied"), [*((DEVICES[0], *kind) for kind in KINDS), *((d, 2, True) for d in DEVICES[1:])]
 )
 def test_lowers_for_cuda(device, bases, tied):
-    for tokens, group, name in ((1, "row", "gemv"), (4, "row", "gemv"), (16, "row", "gemm"), (16, 128, "gemm")):
-        text = lowered(device, triton.multiply, packed(64, 640, bases, group, tied), tokens)
+    for tokens, group, name in (
+        (1, "row", "gemv"),
+        (16, "row", "gemv"),
+        (32, "row", "gemm"),
+        (32, 128, "gemm"),
+        (65, "row", "decode"),
+    ):
+        text = lowered(device, triton.multiply, packed(64, 640, bases, group, tied, layout="tiles"), tokens)
         assert f"ternary_{name}_n{bases}" in text
         assert "triton" in text
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
 def test_other_activations_lower_for_cuda(dtype):
-    for tokens in (1, 16, 300):
+    for tokens in (1, 16, 32, 300):
         lowered("NVIDIA H200", triton.multiply, packed(50, 333, group="row"), tokens, dtype)
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atd.kernels import timing, triton, tune, tuning
+from atd.kernels import mosaic, timing, triton, tune, tuning
 from atd.kernels.triton_gemm import Tiles
 from atd.kernels.triton_gemv import Shape
 from atd.kernels.tune import ALWAYS, NEVER, Problem
@@ -14,7 +14,7 @@ from atd.kernels.tuning import Settings
 from atd.weights import DenseType, Packed, PackedType, TernaryType
 
 ROW = TernaryType((4096, 4096), 4, "row", True, "f16")  # with tiles that all fit into shared memory
-GROUPS = replace(ROW, group=16)  # too small for a gemv
+GROUPS = replace(ROW, group=4)  # too small for a gemv
 
 
 def way(settings: Settings) -> str:
@@ -108,7 +108,7 @@ def test_the_file_is_written_and_a_second_run_goes_on(tmp_path, monkeypatch):
     lines: list[str] = []
     assert tune.tune(say=lines.append) == (path, [])
     assert lines[0] == f"1 of 2 are in {path}; delete it to begin anew"
-    assert lines[1].startswith("1/1 ternary n=4 g=16")
+    assert lines[1].startswith("1/1 ternary n=4 g=4 ")
     assert len(tuning.tuned("cpu")) == 2 * len(tune.TOKENS)
     assert tuning.settings("cpu", ROW, 4).gemv_tokens == 16
     assert tuning.settings("cpu", GROUPS, 100).gemm_tokens == 64
@@ -124,11 +124,12 @@ def test_the_clock_of_this_device_times_what_runs_and_nothing_else():
     assert taken[1] == np.inf
 
 
-def test_random_matrices_are_what_kernels_read():
+@pytest.mark.parametrize("layout", [triton.LAYOUT, mosaic.Mosaic.layout])
+def test_random_matrices_are_what_kernels_read(layout):
     ternary = TernaryType((2000, 70), 3, "row", True, "f16")
-    packed = timing.stack(ternary, timing.TINY).weights[0]
+    packed = timing.stack(ternary, timing.TINY, layout).weights[0]
     assert isinstance(packed, Packed)
-    assert packed.type == PackedType(ternary, "words")
+    assert packed.type == PackedType(ternary, layout)
     assert packed.codes.shape == packed.type.codes_shape
     trits = np.asarray(packed.unpack().trits)
     assert {-1, 0, 1} == set(np.unique(trits))

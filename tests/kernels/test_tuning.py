@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from atd.kernels import tuning
-from atd.kernels.triton_gemm import Tiles
+from atd.kernels.triton_gemm import Tiles, unit
 from atd.kernels.tuning import Settings
 from atd.weights import TernaryType
 
@@ -94,19 +94,25 @@ def test_tiles_fit_into_the_shared_memory_of_every_gpu(bases):
 
 
 def test_tuned_tiles_fit_another_kind_of_matrix(folder):
-    tiles = Tiles(64, 64, 32, 4, 2)  # 175 KB for N = 2 in float32
+    tiles = Tiles(64, 128, 32, 4, 2)  # 176 KB for N = 2
     tuning.write("gpu", "0.11.2", [entry(64, 4096, 4096, tiles=tiles)])
     assert tuning.settings("gpu", matrix(4096, 4096), 64).tiles == tiles
-    assert tuning.settings("gpu", matrix(4096, 4096, bases=1), 64).tiles == replace(tiles, tokens=32)
-    assert tuning.settings("gpu", matrix(4096, 4096, bases=3), 64).tiles == tiles
+    assert tuning.settings("gpu", matrix(4096, 4096, bases=1), 64).tiles == replace(tiles, tokens=64)
+    assert tuning.settings("gpu", matrix(4096, 4096, bases=3), 64).tiles == replace(tiles, tokens=32)
+    assert tuning.settings("gpu", matrix(4096, 4096, bases=4), 64).tiles == tiles
 
 
 def test_shared_bytes_are_what_triton_asked_for():
-    """Counted by Triton, compiled ahead of time for an H200 (with layouts converted in half a stage of codes less)."""
+    """Counted by Triton, compiled ahead of time for an H200. It keeps the codes of one stage less than are counted."""
     asked = {
-        (2, Tiles(64, 128, 32, 4, 2)): 339968,
-        (2, Tiles(128, 128, 64, 8, 3)): 1064960,
-        (1, Tiles(128, 128, 64, 4, 3)): 2048000,
+        (1, Tiles(64, 16, 16, 4, 2)): 24576,
+        (1, Tiles(128, 128, 64, 4, 3)): 1048576,
+        (2, Tiles(64, 16, 32, 4, 2)): 28672,
+        (2, Tiles(64, 128, 32, 4, 2)): 172032,
+        (2, Tiles(128, 128, 64, 8, 3)): 557056,
+        (3, Tiles(64, 32, 32, 4, 2)): 106496,
+        (4, Tiles(64, 128, 32, 4, 2)): 90112,
     }
     for (bases, tiles), count in asked.items():
-        assert tuning.shared_bytes(tiles, bases, "float32") == pytest.approx(count, rel=0.03)
+        of_a_stage = 4 * unit(bases)[0] * tiles.rows * tiles.units
+        assert count <= tuning.shared_bytes(tiles, bases) <= count + of_a_stage, (bases, tiles)

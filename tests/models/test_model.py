@@ -130,7 +130,7 @@ def test_packed_and_unpacked_agree(layout):
     ("backend", "group"), [("triton-interpret", "row"), pytest.param("mosaic-interpret", "row", marks=pytest.mark.slow)]
 )
 def test_kernels_of_gpus_write_the_same_tokens(backend, group):
-    """Prefill and decode, with the embedding and the tied head in layout words too."""
+    """Prefill and decode, with the embedding and the tied head in the layout that kernels read too."""
     graph = ternary(tiny_graph(layers=1, tied=True), packed=True, group=group, tied=True)
     found, wanted = load(graph, backend=backend), load(graph, backend="xla")
     assert found.backend == backend
