@@ -30,13 +30,14 @@ class Settings:
     row_warps: int = 1
     row_blocks: int = 1
     unroll: int = 1
+    ahead: bool = True
     gemv_tokens: int = 16
     tiles: Tiles = field(default_factory=Tiles)
     gemm_tokens: int = 64
 
     @property
     def gemv(self) -> Shape:
-        return Shape(self.warps, self.row_warps, self.row_blocks, self.unroll)
+        return Shape(self.warps, self.row_warps, self.row_blocks, self.unroll, self.ahead)
 
 
 def settings(device: str, type: TernaryType, tokens: int) -> Settings:

@@ -70,6 +70,8 @@ def test_decoding_goes_chunk_by_chunk(monkeypatch):
         Settings(warps=8, row_blocks=2),
         Settings(warps=2, row_blocks=4, unroll=2),
         Settings(warps=4, row_warps=4, unroll=4),
+        Settings(warps=2, ahead=False),
+        Settings(warps=4, row_blocks=2, ahead=False, unroll=2),
         Settings(warps=8, row_warps=2, row_blocks=2),
         Settings(gemv_tokens=0, tiles=Tiles(16, 16, 16, 2, 1)),
         Settings(gemv_tokens=0, tiles=Tiles(128, 64, 64, 8, 3)),
