@@ -2,6 +2,7 @@
 
     python benchmarks/matmul.py                     the matrices of Llama-3-8B and SmolLM2-135M, N = 2, 1, 3, up to 8 minutes
     python benchmarks/matmul.py --tune              no table: search for this GPU's settings, written to kernels/tuned/
+    python benchmarks/matmul.py --matrices 'llama3-8b gate_up' --bases 2
     python benchmarks/matmul.py --tiny              whether it runs, on any machine, in seconds
 
 It needs jax and numpy alone. bf16 is `jnp.dot` in the same run, on whatever XLA takes for it (cuBLAS or its own). Both
@@ -51,7 +52,7 @@ SMOLLM2 = {
 }
 TINY_MATRICES = {"tiny": (80, 200)}
 TOKENS = (1, 2, 4, 8, 16, 64, 256, 2048)
-TINY_TOKENS = (1, 6, 300)  # one of each way
+TINY_TOKENS = (1, 20, 300)  # one of each way
 TINY_BASES = (2,)
 BASES = (2, 1, 3)  # what matters most comes first, if time should run out
 CHECKED = 1e-2  # largest root mean square error over that of the result: bf16 activations, weights and results
@@ -122,7 +123,9 @@ def attempt(program: Any, use: Any) -> Any:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """All figures that the time allows."""
     effort = TINY if options.tiny else Effort()
-    matrices = TINY_MATRICES if options.tiny else LLAMA | SMOLLM2 | (HEAD if options.head else {})
+    matrices = TINY_MATRICES if options.tiny else LLAMA | SMOLLM2 | HEAD
+    chosen = options.matrices or [name for name in matrices if name not in HEAD]
+    matrices = {name: shape for name, shape in matrices.items() if name in chosen}
     all_tokens = TINY_TOKENS if options.tiny else TOKENS
     deadline = time.monotonic() + 60 * options.minutes
     bandwidth = timing.copy_bytes_per_second(1 << 20 if options.tiny else timing.COPY_BYTES)
@@ -190,7 +193,7 @@ def table(results: dict[str, Any]) -> str:
     for (matrix, type), found in by_kind.items():
         first = found[min(found)]
         cells = [f"{found[m].microseconds:.1f} ({found[m].over_bf16:.2f})" if m in found else "-" for m in all_tokens]
-        short = type.removeprefix("packed ").replace(" layout=words/1", "")
+        short = type.removeprefix("packed ").replace(" layout=words/1", "").replace(" layout=tiles/1", "")
         lines.append([f"{matrix} {short}", f"{first.bytes_per_second / 1e9:.0f}", f"{first.of_copy:.2f}", *cells])
     return timing.columns(header, lines)
 
@@ -204,7 +207,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--group", type=group, default="row", help="inputs that share a scale: row or a number (row)")
     parser.add_argument("--activations", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--backend", help="of atd.kernels.matmul (triton on a GPU, triton-interpret elsewhere)")
-    parser.add_argument("--head", action="store_true", help="Llama-3-8B's head as well")
+    names = [*LLAMA, *SMOLLM2, *HEAD]
+    parser.add_argument(
+        "--matrices", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)} (all but the head)"
+    )
     parser.add_argument("--minutes", type=float, default=8, help="begin nothing after so long (8)")
     parser.add_argument("--json", type=Path, default=tuned and tuned / "matmul.json", help="file ($OUT/matmul.json)")
     parser.add_argument("--tiny", action="store_true", help="a small matrix, timed without care")

@@ -93,14 +93,12 @@ def columns(plan: Plan, tokens: int, steps: int, group_size: int | None) -> Colu
 @dataclass(frozen=True)
 class Shape:
     """How the work is cut: warps of a block; of these, how many have rows of their own, the others share them; groups of 16
-    rows of a warp that share its activations; steps of a warp in a turn of the loop. Powers of two. ahead: a turn's codes are
-    loaded before the turn before it is computed; more registers, so fewer warps."""
+    rows of a warp that share its activations; steps of a warp in a turn of the loop. Powers of two."""
 
     warps: int = 4
     row_warps: int = 1
     row_blocks: int = 1
     unroll: int = 1
-    ahead: bool = False
 
     @property
     def splits(self) -> int:
@@ -216,23 +214,15 @@ def _kernel(
     here = Place.of(shape.row_warps, splits)
     nothing = jnp.zeros(index.shape, jnp.int32)
 
-    def load(i):
-        """Codes of a turn, and activations where they are few."""
-        codes = tuple(read(i, u) for u in range(unroll))
-        last = turns * unroll - 1
-        xs = tuple((activations(jnp.minimum(i * unroll + u, last), 0),) for u in range(unroll)) if sets == 1 else ()
-        return codes, xs
-
     def turn(i, carry):
-        sums, (codes, xs) = list(carry[0]), carry[1] if shape.ahead else load(i)
-        following = load(i + 1) if shape.ahead else ()
-        zero = _opaque(nothing + (pl.program_id(0) >> 30)) if shape.ahead and not interpret else None
+        sums = list(carry)
+        codes = [read(i, u) for u in range(unroll)]
         for u in range(unroll):
             step = i * unroll + u
-            x = xs[u] if xs else [activations(step, s) for s in range(sets)]
+            x = [activations(step, s) for s in range(sets)]
             for r in range(row_blocks):
                 count = len(codes[u]) // row_blocks
-                prefix_words = _decode(plan, codes[u][r * count : (r + 1) * count], zero, interpret)
+                prefix_words = _decode(plan, codes[u][r * count : (r + 1) * count], interpret)
                 found = list(sums[r]) if group_size is None else [nothing] * sets
                 for s in range(sets):
                     for q in range(quads):
@@ -241,7 +231,7 @@ def _kernel(
                     scaled = [v * scale_of(here, r, o, step) for o, v in enumerate(values(found, here))]
                     found = list(map(operator.add, sums[r], scaled))
                 sums[r] = tuple(found)
-        return tuple(sums), following
+        return tuple(sums)
 
     # What the end needs is on its way before the loop.
     scales = [
@@ -250,17 +240,8 @@ def _kernel(
     ends = [_ends(columns, shape, out, first_row(r), largest_ref, residual_ref) for r in range(row_blocks)]
 
     dtype, count = (jnp.int32, sets) if group_size is None else (jnp.float32, columns.octets)
-    no_sums = ((jnp.zeros(index.shape, dtype),) * count,) * row_blocks
-    carry = no_sums, load(0) if shape.ahead else ()
-    if shape.ahead:  # two turns in one: what one loads takes the registers of what the other has computed
-        first = min(turns, turns % 2 or 2)  # see `_opaque`
-        for i in range(first):
-            carry = turn(i, carry)
-        sums, _ = lax.fori_loop(
-            0, (turns - first) // 2, lambda i, c: turn(first + 2 * i + 1, turn(first + 2 * i, c)), carry
-        )
-    else:
-        sums, _ = lax.fori_loop(0, turns, turn, carry) if turns > 1 else turn(0, carry)
+    zero = ((jnp.zeros(index.shape, dtype),) * count,) * row_blocks
+    sums = lax.fori_loop(0, turns, turn, zero) if turns > 1 else turn(0, zero)
 
     for r in range(row_blocks):
         found = sums[r]
@@ -361,32 +342,15 @@ def bits(index: jax.Array, of: int, count: int) -> jax.Array:
     return divided(divided(index, of)[0], count)[1]
 
 
-OPAQUE = "\n".join(["{", ".reg .b32 c;", "mov.u32 c, %clock;", *(f"and.b32 ${e}, c, $4;" for e in range(4)), "}"])
-
-
-def _opaque(zeros: jax.Array) -> jax.Array:
-    """Zeros of which ptxas knows neither that they are, nor that they could be had before the clock has been read.
-
-    Decoding waits for them, so that the loads of the first turns stand before it. That takes registers, and where registers
-    are taken anyway ptxas leaves loads early in the loop as well; otherwise it puts each right before what needs it, and
-    every turn waits for the memory. (ptxas 13; looked up in the machine code, see tests/kernels/test_triton_compiled.py.)
-    """
-    result = [jax.ShapeDtypeStruct(zeros.shape, jnp.int32)]
-    constraints = "=r,=r,=r,=r,r,r,r,r"
-    return plt.elementwise_inline_asm(
-        OPAQUE, args=[zeros], constraints=constraints, pack=4, result_shape_dtypes=result
-    )[0]
-
-
-def _decode(plan: Plan, words: Sequence[jax.Array], zero: jax.Array | None, interpret: bool) -> Sequence[jax.Array]:
+def _decode(plan: Plan, words: Sequence[jax.Array], interpret: bool) -> Sequence[jax.Array]:
     """Codes of a piece of rows g and g + 8 -> its prefix words two at a time: registers (w, g), (w, g + 8), (w + 1, g),
-    (w + 1, g + 8), which is what one matrix instruction takes. zero: those of `_opaque`."""
+    (w + 1, g + 8), which is what one matrix instruction takes."""
 
     def pair(w: int) -> jax.Array:
         """An assembly each, since jax takes one result of one alone; what two have in common is computed once."""
-        text, constraints = decode_assembly(plan, w, zero is not None)
+        text, constraints = decode_assembly(plan, w)
         result = [jax.ShapeDtypeStruct(words[0].shape, jnp.int32)]  # Triton's assembly has no unsigned results
-        operands = [words[k] for k in _read_by(plan, w)] + ([] if zero is None else [zero])
+        operands = [words[k] for k in _read_by(plan, w)]
         return plt.elementwise_inline_asm(
             text, args=operands, constraints=constraints, pack=4, result_shape_dtypes=result
         )[0]
@@ -401,21 +365,20 @@ def _read_by(plan: Plan, w: int) -> list[int]:
 
 
 @functools.cache
-def decode_assembly(plan: Plan, w: int, with_zero: bool) -> tuple[str, str]:
-    """(PTX, constraints) of prefix words w and w + 1. Operands: the result, words of codes, zeros."""
+def decode_assembly(plan: Plan, w: int) -> tuple[str, str]:
+    """(PTX, constraints) of prefix words w and w + 1. Operands: the result, words of codes."""
     read = _read_by(plan, w)
-    zero = f"${4 + 4 * len(read)}" if with_zero else "0"
     lines = ["{", ".reg .b32 p, q;"]
     for result, (word, row_half) in enumerate((word, row_half) for word in (w, w + 1) for row_half in (0, 1)):
         for name, half in zip("pq", plan.halves[2 * word : 2 * word + 2], strict=True):
             quad, e = divmod(half.word, 4)
             factor, addend = multiplier(half.digit)
             selector = "0x4341" if half.odd else "0x4240"  # bytes 1 and 3, or 0 and 2, each below a zero
-            lines.append(f"prmt.b32 {name}, ${4 + 4 * read.index(2 * quad + row_half) + e}, {zero}, {selector};")
+            lines.append(f"prmt.b32 {name}, ${4 + 4 * read.index(2 * quad + row_half) + e}, 0, {selector};")
             lines.append(f"mad.lo.u32 {name}, {name}, {factor}, {addend};")
         lines.append(f"prmt.b32 ${result}, p, q, 0x7531;")
     lines.append("}")
-    return "\n".join(lines), ",".join(["=&r"] * 4 + ["r"] * (4 * (len(read) + with_zero)))
+    return "\n".join(lines), ",".join(["=&r"] * 4 + ["r"] * (4 * len(read)))
 
 
 def decode_twin(plan: Plan, words: Sequence[jax.Array], w: int) -> jax.Array:

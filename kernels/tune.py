@@ -31,10 +31,7 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 256)
 SHAPES = tuple(
     Shape(*each)
     for each in [
-        *((warps, 1, 1, 1, True) for warps in (1, 2, 4, 8, 16)),
-        *((warps, row_warps, 1, 1, True) for warps, row_warps in ((4, 2), (4, 4), (8, 2), (8, 4))),
-        *((warps, 1, 2, 1, True) for warps in (2, 4)),
-        *((warps, 1, 1, unroll) for warps in (1, 2, 4, 8, 16) for unroll in (1, 2)),
+        *((warps, 1, 1, unroll) for warps in (1, 2, 4, 8, 16) for unroll in (1, 2, 4)),
         *((warps, 1, 2, 1) for warps in (2, 4, 8)),
         *((warps, row_warps, 2, 1) for warps, row_warps in ((4, 4), (8, 8), (8, 2))),
     ]

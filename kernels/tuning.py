@@ -30,37 +30,40 @@ class Settings:
     row_warps: int = 1
     row_blocks: int = 1
     unroll: int = 1
-    ahead: bool = True
     gemv_tokens: int = 16
     tiles: Tiles = field(default_factory=Tiles)
     gemm_tokens: int = 64
 
     @property
     def gemv(self) -> Shape:
-        return Shape(self.warps, self.row_warps, self.row_blocks, self.unroll, self.ahead)
+        return Shape(self.warps, self.row_warps, self.row_blocks, self.unroll)
 
 
 def settings(device: str, type: TernaryType, tokens: int) -> Settings:
-    """For so many tokens times a matrix of this type: the tuned ones of the nearest matrix, or
-    `heuristic`."""
-    entries = tuned(device)
+    """For so many tokens times a matrix of this type: the tuned ones of the nearest matrix, or `heuristic`. The shape of a
+    gemv goes with the size of the matrix and is taken from one of about the same size alone."""
+    entries, usual = tuned(device), heuristic(type, tokens)
     if not entries:
-        return heuristic(type, tokens)
+        return usual
     entry = min(entries, key=lambda entry: _distance(entry, type, tokens))
     found: Settings = entry["settings"]
+    if max(_octaves(entry, kind_of(type, tokens), name) for name in ("out", "in")) > 0.6:
+        found = replace(found, **asdict(usual.gemv))
     # Tiles of another kind of matrix may take more shared memory for this one; what they took for theirs is there.
     room = max(SHARED_BYTES, shared_bytes(found.tiles, entry["bases"]))
     return replace(found, tiles=_fit(found.tiles, type.bases, room))
 
 
 def heuristic(type: TernaryType, tokens: int) -> Settings:
-    """As many warps to a row as 32 on each of 128 multiprocessors take, two steps ahead where there are many; tiles as wide
-    as the tokens, or as the shared memory allows."""
-    blocks, steps = -(-type.shape[0] // 16), LAYOUTS["tiles"].codes_shape(*type.shape, type.bases)[1]
-    warps = min(16, max(4, 1 << (-(-4096 // blocks) - 1).bit_length()))
-    unroll = 2 if type.bases < 3 and steps >= 4 * warps else 1
+    """As many warps to a row as make 4096 of them, 31 on each multiprocessor of an H200, where that was fastest; but no more
+    than have two steps to do. Tiles as wide as the tokens, or as the shared memory allows."""
+    groups, steps = (LAYOUTS["tiles"].codes_shape(*type.shape, type.bases)[i] for i in range(2))
+    warps = 2 ** min(4, max(0, round(math.log2(4096 / groups))))
+    warps = max(1, min(warps, 2 ** int(math.log2(max(1, steps / 2)))))
     tiles = Tiles(rows=64, tokens=min(128, max(16, 1 << (tokens - 1).bit_length())), units=32, warps=4)
-    return Settings(warps=warps, unroll=unroll, tiles=_fit(tiles, type.bases, SHARED_BYTES))
+    # Beyond 8 tokens there are more activations than codes to load: two groups of rows share them.
+    row_blocks, unroll = (2, 1) if tokens > 8 else (1, 2 if steps > warps else 1)
+    return Settings(warps=warps, row_blocks=row_blocks, unroll=unroll, tiles=_fit(tiles, type.bases, SHARED_BYTES))
 
 
 def _fit(tiles: Tiles, bases: int, room: int) -> Tiles:
@@ -138,13 +141,17 @@ def _parse(entry: dict[str, Any]) -> dict[str, Any]:
     return entry | {"settings": replace(Settings(**values), tiles=Tiles(**values["tiles"]))}
 
 
+def _octaves(entry: dict[str, Any], kind: dict[str, Any], name: str) -> float:
+    return abs(math.log2(entry[name] / kind[name]))
+
+
 def _distance(entry: dict[str, Any], type: TernaryType, tokens: int) -> float:
     """In octaves of tokens. Another matrix of the same kind is near, another kind of matrix far."""
     kind = kind_of(type, tokens)
-
-    def octaves(name: str) -> float:
-        return abs(math.log2(entry[name] / kind[name]))
-
     penalties = {"grouped": 8, "bases": 3, "tied": 2}
-    shape = (octaves("out") + octaves("in")) / 2
-    return octaves("tokens") + shape + sum(far for name, far in penalties.items() if entry[name] != kind[name])
+    shape = (_octaves(entry, kind, "out") + _octaves(entry, kind, "in")) / 2
+    return (
+        _octaves(entry, kind, "tokens")
+        + shape
+        + sum(far for name, far in penalties.items() if entry[name] != kind[name])
+    )

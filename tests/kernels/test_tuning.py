@@ -42,7 +42,14 @@ def test_the_nearest_entry_is_taken(folder):
     assert tuning.settings("gpu", matrix(4000, 4096), 2).warps == 1
     assert tuning.settings("gpu", matrix(10000, 4096), 1).warps == 2
     assert tuning.settings("gpu", matrix(14336, 4096), 64).warps == 4
-    assert tuning.settings("gpu", matrix(14336, 4096, bases=3), 1).warps == 8
+    assert tuning.settings("gpu", matrix(4096, 4096, bases=3), 1).warps == 8
+
+
+def test_a_matrix_of_another_size_takes_the_ways_of_the_nearest_and_its_own_shape(folder):
+    tuning.write("gpu", "0.11.2", [entry(1, 28672, 4096, warps=16, gemv_tokens=5)])
+    found, usual = (tuning.settings(device, matrix(4096, 4096), 1) for device in ("gpu", "none"))
+    assert (found.gemv_tokens, found.gemv) == (5, usual.gemv)
+    assert tuning.settings("gpu", matrix(24576, 4096), 1).warps == 16
 
 
 def test_an_entry_of_another_kind_is_farther_than_one_of_other_tokens(folder):
