@@ -23,7 +23,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from atd.kernels.triton_gemv import plt
+from atd.kernels.triton_ptx import plt
 
 Part = tuple[jax.Array, int]  # values [B, 1, width], and the first feature of those that are meant
 

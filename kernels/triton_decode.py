@@ -19,7 +19,8 @@ from jax.experimental import pallas as pl
 
 from atd.kernels import xla
 from atd.kernels.triton_gemm import integers, scales_at, trits_of, unit, units_of
-from atd.kernels.triton_gemv import plt, word_at
+from atd.kernels.triton_gemv import word_at
+from atd.kernels.triton_ptx import plt
 from atd.weights import TernaryType
 
 CHUNK_BYTES = 128 << 20  # of decoded weights at a time: enough for the matrix product, little beside a model

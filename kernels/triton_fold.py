@@ -15,7 +15,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from atd.kernels.prefixes import THREADS_A_ROW, Plan
-from atd.kernels.triton_gemv import BYTES, Columns, divided, plt
+from atd.kernels.triton_gemv import BYTES, Columns
+from atd.kernels.triton_ptx import divided, plt
 
 SEARCHED = 2  # tokens
 SIZE = 512  # words of a block

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from atd.kernels.triton_gemv import plt, word_at
+from atd.kernels.triton_gemv import word_at
+from atd.kernels.triton_ptx import plt
 from atd.layout import TRITS_PER_BYTE, period
 from atd.weights import TernaryType, level_weights
 

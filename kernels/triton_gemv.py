@@ -21,7 +21,6 @@ tensors would hide from it.
 
 import functools
 import operator
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -30,14 +29,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from atd.kernels.prefixes import Plan, multiplier, slots_of
+from atd.kernels.prefixes import Plan, slots_of
+from atd.kernels.triton_ptx import bits, decode, divided, multiply_add, plt
 from atd.layout import LOAD_WORDS, THREADS_A_ROW, period
-
-with warnings.catch_warnings():
-    warnings.simplefilter(
-        "ignore", DeprecationWarning
-    )  # of the Triton backend as a whole: `mosaic.py` is its successor
-    from jax.experimental.pallas import triton as plt
 
 ROWS, SET = 16, 8  # of one matrix instruction: rows, and columns
 BYTES = 3  # of a coefficient
@@ -222,11 +216,11 @@ def _kernel(
             x = [activations(step, s) for s in range(sets)]
             for r in range(row_blocks):
                 count = len(codes[u]) // row_blocks
-                prefix_words = _decode(plan, codes[u][r * count : (r + 1) * count], interpret)
+                prefix_words = decode(plan, codes[u][r * count : (r + 1) * count], interpret)
                 found = list(sums[r]) if group_size is None else [nothing] * sets
                 for s in range(sets):
                     for q in range(quads):
-                        found[s] = _multiply(*prefix_words[2 * q : 2 * q + 2], x[s][q], found[s], interpret)
+                        found[s] = multiply_add(*prefix_words[2 * q : 2 * q + 2], x[s][q], found[s], interpret)
                 if group_size is not None:
                     scaled = [v * scale_of(here, r, o, step) for o, v in enumerate(values(found, here))]
                     found = list(map(operator.add, sums[r], scaled))
@@ -329,106 +323,3 @@ def word_at(row: jax.Array, word: jax.Array, bases: int, steps: int) -> jax.Arra
     group, of_group = divided(row, ROWS)
     half, g = divided(of_group, ROWS // 2)
     return (group * (steps * loads * 256) + half * 128 + g * 16) + (step * (loads * 256) + rest)
-
-
-def divided(value: jax.Array, by: int) -> tuple[jax.Array, jax.Array]:
-    """(value // by, value % by) of what is not negative, in operations through which Triton sees what is contiguous."""
-    divisor = jnp.full(value.shape, by, jnp.int32)
-    return lax.div(value, divisor), lax.rem(value, divisor)
-
-
-def bits(index: jax.Array, of: int, count: int) -> jax.Array:
-    """index // of % count."""
-    return divided(divided(index, of)[0], count)[1]
-
-
-def _decode(plan: Plan, words: Sequence[jax.Array], interpret: bool) -> Sequence[jax.Array]:
-    """Codes of a piece of rows g and g + 8 -> its prefix words two at a time: registers (w, g), (w, g + 8), (w + 1, g),
-    (w + 1, g + 8), which is what one matrix instruction takes."""
-
-    def pair(w: int) -> jax.Array:
-        """An assembly each, since jax takes one result of one alone; what two have in common is computed once."""
-        text, constraints = decode_assembly(plan, w)
-        result = [jax.ShapeDtypeStruct(words[0].shape, jnp.int32)]  # Triton's assembly has no unsigned results
-        operands = [words[k] for k in _read_by(plan, w)]
-        return plt.elementwise_inline_asm(
-            text, args=operands, constraints=constraints, pack=4, result_shape_dtypes=result
-        )[0]
-
-    return [(functools.partial(decode_twin, plan, words) if interpret else pair)(w) for w in range(0, plan.words, 2)]
-
-
-def _read_by(plan: Plan, w: int) -> list[int]:
-    """Which of the words of codes, four at a time and rows g and g + 8 in turn, prefix words w and w + 1 are made of."""
-    quads = sorted({half.word // 4 for half in plan.halves[2 * w : 2 * w + 4]})
-    return [2 * quad + row_half for quad in quads for row_half in (0, 1)]
-
-
-@functools.cache
-def decode_assembly(plan: Plan, w: int) -> tuple[str, str]:
-    """(PTX, constraints) of prefix words w and w + 1. Operands: the result, words of codes."""
-    read = _read_by(plan, w)
-    lines = ["{", ".reg .b32 p, q;"]
-    for result, (word, row_half) in enumerate((word, row_half) for word in (w, w + 1) for row_half in (0, 1)):
-        for name, half in zip("pq", plan.halves[2 * word : 2 * word + 2], strict=True):
-            quad, e = divmod(half.word, 4)
-            factor, addend = multiplier(half.digit)
-            selector = "0x4341" if half.odd else "0x4240"  # bytes 1 and 3, or 0 and 2, each below a zero
-            lines.append(f"prmt.b32 {name}, ${4 + 4 * read.index(2 * quad + row_half) + e}, 0, {selector};")
-            lines.append(f"mad.lo.u32 {name}, {name}, {factor}, {addend};")
-        lines.append(f"prmt.b32 ${result}, p, q, 0x7531;")
-    lines.append("}")
-    return "\n".join(lines), ",".join(["=&r"] * 4 + ["r"] * (4 * len(read)))
-
-
-def decode_twin(plan: Plan, words: Sequence[jax.Array], w: int) -> jax.Array:
-    """What `decode_assembly` computes, in jnp, for interpret mode."""
-    registers = []
-    for word, row_half in ((word, row_half) for word in (w, w + 1) for row_half in (0, 1)):
-        bytes_ = []
-        for half in plan.halves[2 * word : 2 * word + 2]:
-            quad, e = divmod(half.word, 4)
-            factor, addend = multiplier(half.digit)
-            code = words[2 * quad + row_half].reshape(-1, 4)[:, e]
-            product = ((code >> (8 * half.odd)) & 0x00FF00FF) * jnp.uint32(factor) + jnp.uint32(addend)
-            bytes_ += [(product >> 8) & 255, product >> 24]
-        registers.append(functools.reduce(operator.or_, [b << (8 * i) for i, b in enumerate(bytes_)]))
-    return lax.bitcast_convert_type(jnp.stack(registers, axis=-1).reshape(-1), jnp.int32)
-
-
-MULTIPLY = "\n".join(
-    ["{"]
-    + [f"mov.b32 ${e}, ${16 + e};" for e in range(4)]
-    + [
-        f"mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {{$0, $1, $2, $3}}, "
-        f"{{${4 + 4 * k}, ${5 + 4 * k}, ${6 + 4 * k}, ${7 + 4 * k}}}, {{${12 + 2 * k}, ${13 + 2 * k}}}, {{$0, $1, $2, $3}};"
-        for k in range(2)
-    ]
-    + ["}"]
-)  # operands: sums, two pairs of prefix words, four words of activations, sums so far
-
-
-def _multiply(first: jax.Array, second: jax.Array, x: jax.Array, sums: jax.Array, interpret: bool) -> jax.Array:
-    """sums + four prefix words, two pairs of `_decode`, times four words of activations."""
-    if interpret:
-        return multiply_twin(first, second, x, sums)
-    result = [jax.ShapeDtypeStruct(sums.shape, jnp.int32)]
-    constraints = ",".join(["=&r"] * 4 + ["r"] * 16)
-    operands = [first, second, x, sums]
-    return plt.elementwise_inline_asm(
-        MULTIPLY, args=operands, constraints=constraints, pack=4, result_shape_dtypes=result
-    )[0]
-
-
-def multiply_twin(first: jax.Array, second: jax.Array, x: jax.Array, sums: jax.Array) -> jax.Array:
-    """What MULTIPLY computes, in jnp, for interpret mode."""
-
-    def signed(words: jax.Array) -> jax.Array:  # [...] -> [..., 4 bytes]
-        bytes_ = jnp.stack([(words >> (8 * i)) & 255 for i in range(4)], axis=-1).astype(jnp.int32)
-        return (bytes_ ^ 128) - 128
-
-    pairs = jnp.stack([first, second]).reshape(2, -1, 8, 4, 2, 2)  # [pair, warps, g, t, word of the pair, row half]
-    b = signed(x.reshape(-1, 8, 4, 2, 2))  # [warps, column, t, pair, word of the pair, byte]
-    c = jnp.einsum("pwgtkhb,wctpkb->wghc", signed(pairs), b)
-    c = c.reshape(-1, 8, 2, 4, 2).transpose(0, 1, 3, 2, 4)  # column = 2 t + parity -> [warps, g, t, row half, parity]
-    return sums + c.reshape(-1)

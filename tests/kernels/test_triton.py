@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from atd.kernels import packed as packed_backends
-from atd.kernels import prefixes, triton, triton_decode, triton_gemv, tuning
+from atd.kernels import prefixes, triton, triton_decode, triton_gemv, triton_ptx, tuning
 from atd.kernels.matmul import matmul
 from atd.kernels.triton_gemm import Tiles
 from atd.kernels.tuning import Settings
@@ -179,8 +179,8 @@ def test_an_old_gpu_is_refused(monkeypatch):
 @pytest.mark.parametrize(("bases", "tied"), [(1, True), (2, False), (3, True)])
 def test_self_test_sees_a_wrong_kernel(bases, tied, monkeypatch):
     assert triton.largest_difference(bases, tied, interpret=True) < 1e-4
-    twin = triton_gemv.multiply_twin
-    monkeypatch.setattr(triton_gemv, "multiply_twin", lambda a, b, x, sums: twin(b, a, x, sums))
+    twin = triton_ptx.multiply_twin
+    monkeypatch.setattr(triton_ptx, "multiply_twin", lambda a, b, x, sums: twin(b, a, x, sums))
     assert triton.largest_difference(bases, tied, interpret=True) > 0.1
 
 
