@@ -218,9 +218,7 @@ def _kernel(
                 count = len(codes[u]) // row_blocks
                 prefix_words = decode(plan, codes[u][r * count : (r + 1) * count], interpret)
                 found = list(sums[r]) if group_size is None else [nothing] * sets
-                for s in range(sets):
-                    for q in range(quads):
-                        found[s] = multiply_add(*prefix_words[2 * q : 2 * q + 2], x[s][q], found[s], interpret)
+                found = [multiply_add(prefix_words, x[s], found[s], interpret) for s in range(sets)]
                 if group_size is not None:
                     scaled = [v * scale_of(here, r, o, step) for o, v in enumerate(values(found, here))]
                     found = list(map(operator.add, sums[r], scaled))

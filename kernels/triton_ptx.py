@@ -3,7 +3,6 @@ that Triton sees through. Registers are those of `triton_gemv`: four consecutive
 """
 
 import functools
-import operator
 import warnings
 from collections.abc import Sequence
 
@@ -34,6 +33,8 @@ def bits(index: jax.Array, of: int, count: int) -> jax.Array:
 def decode(plan: Plan, words: Sequence[jax.Array], interpret: bool) -> Sequence[jax.Array]:
     """Codes of a piece of rows g and g + 8 -> its prefix words two at a time: registers (w, g), (w, g + 8), (w + 1, g),
     (w + 1, g + 8), which is what one matrix instruction takes."""
+    if interpret:
+        return decode_twin(plan, words)
 
     def pair(w: int) -> jax.Array:
         """An assembly each, since jax takes one result of one alone; what two have in common is computed once."""
@@ -44,7 +45,7 @@ def decode(plan: Plan, words: Sequence[jax.Array], interpret: bool) -> Sequence[
             text, args=operands, constraints=constraints, pack=4, result_shape_dtypes=result
         )[0]
 
-    return [(functools.partial(decode_twin, plan, words) if interpret else pair)(w) for w in range(0, plan.words, 2)]
+    return [pair(w) for w in range(0, plan.words, 2)]
 
 
 def _read_by(plan: Plan, w: int) -> list[int]:
@@ -70,19 +71,23 @@ def decode_assembly(plan: Plan, w: int) -> tuple[str, str]:
     return "\n".join(lines), ",".join(["=&r"] * 4 + ["r"] * (4 * len(read)))
 
 
-def decode_twin(plan: Plan, words: Sequence[jax.Array], w: int) -> jax.Array:
-    """What `decode_assembly` computes, in jnp, for interpret mode."""
-    registers = []
-    for word, row_half in ((word, row_half) for word in (w, w + 1) for row_half in (0, 1)):
-        bytes_ = []
-        for half in plan.halves[2 * word : 2 * word + 2]:
-            quad, e = divmod(half.word, 4)
-            factor, addend = multiplier(half.digit)
-            code = words[2 * quad + row_half].reshape(-1, 4)[:, e]
-            product = ((code >> (8 * half.odd)) & 0x00FF00FF) * jnp.uint32(factor) + jnp.uint32(addend)
-            bytes_ += [(product >> 8) & 255, product >> 24]
-        registers.append(functools.reduce(operator.or_, [b << (8 * i) for i, b in enumerate(bytes_)]))
-    return lax.bitcast_convert_type(jnp.stack(registers, axis=-1).reshape(-1), jnp.int32)
+def decode_twin(plan: Plan, words: Sequence[jax.Array]) -> list[jax.Array]:
+    """What `decode_assembly` computes for all pairs, in jnp, for interpret mode."""
+    codes = jnp.stack(words).reshape(-1, 2, words[0].size // 4, 4)  # [quads, row half, threads, e]
+    codes = codes.transpose(1, 0, 3, 2).reshape(2, plan.piece_words, -1)  # [row half, words, threads]
+
+    @functools.cache
+    def two_bytes(odd: int, digit: int) -> jax.Array:
+        factor, addend = multiplier(digit)
+        product = ((codes >> (8 * odd)) & 0x00FF00FF) * jnp.uint32(factor) + jnp.uint32(addend)
+        return ((product >> 8) & 255) | (product >> 24 << 8)
+
+    halves = [two_bytes(half.odd, half.digit)[:, half.word] for half in plan.halves]  # [row half, threads] each
+    prefix_words = [low | (high << 16) for low, high in zip(halves[::2], halves[1::2], strict=True)]
+    pairs = (
+        jnp.stack(prefix_words).reshape(-1, 2, 2, words[0].size // 4).transpose(0, 3, 1, 2)
+    )  # [.., threads, word, row half]
+    return list(lax.bitcast_convert_type(pairs, jnp.int32).reshape(plan.words // 2, -1))
 
 
 MULTIPLY = "\n".join(
@@ -97,27 +102,33 @@ MULTIPLY = "\n".join(
 )  # operands: sums, two pairs of prefix words, four words of activations, sums so far
 
 
-def multiply_add(first: jax.Array, second: jax.Array, x: jax.Array, sums: jax.Array, interpret: bool) -> jax.Array:
-    """sums + four prefix words, two pairs of `decode`, times four words of activations."""
+def multiply_add(
+    prefix_words: Sequence[jax.Array], x: Sequence[jax.Array], sums: jax.Array, interpret: bool
+) -> jax.Array:
+    """sums + the prefix words of a piece, pairs of `decode`, times the words of activations, four of them to two pairs."""
     if interpret:
-        return multiply_twin(first, second, x, sums)
+        return multiply_twin(prefix_words, x, sums)
     result = [jax.ShapeDtypeStruct(sums.shape, jnp.int32)]
     constraints = ",".join(["=&r"] * 4 + ["r"] * 16)
-    operands = [first, second, x, sums]
-    return plt.elementwise_inline_asm(
-        MULTIPLY, args=operands, constraints=constraints, pack=4, result_shape_dtypes=result
-    )[0]
+    for first, second, four in zip(prefix_words[::2], prefix_words[1::2], x, strict=True):
+        operands = [first, second, four, sums]
+        (sums,) = plt.elementwise_inline_asm(
+            MULTIPLY, args=operands, constraints=constraints, pack=4, result_shape_dtypes=result
+        )
+    return sums
 
 
-def multiply_twin(first: jax.Array, second: jax.Array, x: jax.Array, sums: jax.Array) -> jax.Array:
-    """What MULTIPLY computes, in jnp, for interpret mode."""
+def multiply_twin(prefix_words: Sequence[jax.Array], x: Sequence[jax.Array], sums: jax.Array) -> jax.Array:
+    """What MULTIPLY computes, for all words together, in jnp, for interpret mode."""
 
     def signed(words: jax.Array) -> jax.Array:  # [...] -> [..., 4 bytes]
         bytes_ = jnp.stack([(words >> (8 * i)) & 255 for i in range(4)], axis=-1).astype(jnp.int32)
         return (bytes_ ^ 128) - 128
 
-    pairs = jnp.stack([first, second]).reshape(2, -1, 8, 4, 2, 2)  # [pair, warps, g, t, word of the pair, row half]
-    b = signed(x.reshape(-1, 8, 4, 2, 2))  # [warps, column, t, pair, word of the pair, byte]
-    c = jnp.einsum("pwgtkhb,wctpkb->wghc", signed(pairs), b)
+    pairs = jnp.stack(prefix_words).reshape(
+        len(x), 2, -1, 8, 4, 2, 2
+    )  # [quad, pair, warps, g, t, word of the pair, row half]
+    b = signed(jnp.stack(x).reshape(len(x), -1, 8, 4, 2, 2))  # [quad, warps, column, t, pair, word of the pair, byte]
+    c = jnp.einsum("qpwgtkhb,qwctpkb->wghc", signed(pairs), b)
     c = c.reshape(-1, 8, 2, 4, 2).transpose(0, 1, 3, 2, 4)  # column = 2 t + parity -> [warps, g, t, row half, parity]
     return sums + c.reshape(-1)

@@ -61,8 +61,8 @@ def heuristic(type: TernaryType, tokens: int) -> Settings:
     warps = 2 ** min(4, max(0, round(math.log2(4096 / groups))))
     warps = max(1, min(warps, 2 ** int(math.log2(max(1, steps / 2)))))
     tiles = Tiles(rows=64, tokens=min(128, max(16, 1 << (tokens - 1).bit_length())), units=32, warps=4)
-    # Beyond 8 tokens there are more activations than codes to load: two groups of rows share them.
-    row_blocks, unroll = (2, 1) if tokens > 8 else (1, 2 if steps > warps and type.scales_shape[1] == 1 else 1)
+    # Rows of a few steps have nothing to unroll. Beyond 8 tokens there are more activations than codes to load: two groups of rows share them.
+    row_blocks, unroll = (2, 1) if tokens > 8 else (1, 2 if steps >= 8 and type.scales_shape[1] == 1 else 1)
     return Settings(warps=warps, row_blocks=row_blocks, unroll=unroll, tiles=_fit(tiles, type.bases, SHARED_BYTES))
 
 

@@ -107,7 +107,8 @@ def test_text_that_is_no_type(text):
 @pytest.mark.parametrize("layout", ["zigzag/1", "interleaved/2"])
 def test_a_layout_from_the_future(layout):
     with pytest.raises(
-        ValueError, match=rf"layout {layout} is not known .* known: interleaved/1, aligned/1, words/1, bit-ttt/1"
+        ValueError,
+        match=rf"layout {layout} is not known .* known: interleaved/1, aligned/1, words/1, tiles/1, bit-ttt/1",
     ):
         parse_type(f"packed n=2 g=128 free layout={layout} f16[2,3]")
 
