@@ -189,7 +189,7 @@ def signed_bytes(coefficients: jax.Array) -> jax.Array:
     return jnp.stack(bytes_, axis=2)
 
 
-def fragments(coefficients: jax.Array, columns_kept: int, columns_a_sum: int = 3) -> jax.Array:
+def fragments(coefficients: jax.Array, columns_kept: int) -> jax.Array:
     """Coefficients of `fold` -> uint32 [steps, words, columns_kept, 4 threads], four signed bytes a word.
 
     Column (token, sum, byte) holds byte 0, 1 or 2 of the coefficient, as in `signed_bytes`; columns beyond are 0.
@@ -197,8 +197,7 @@ def fragments(coefficients: jax.Array, columns_kept: int, columns_a_sum: int = 3
     tokens, sums, steps, threads, words, _ = coefficients.shape
     split = signed_bytes(coefficients).astype(jnp.uint32) & 255  # [M, sums, 3, steps, threads, words, 4]
     word = split[..., 0] | (split[..., 1] << 8) | (split[..., 2] << 16) | (split[..., 3] << 24)
-    word = jnp.pad(word, ((0, 0), (0, 0), (0, columns_a_sum - 3), (0, 0), (0, 0), (0, 0)))
-    flat = word.reshape(tokens * sums * columns_a_sum, steps, threads, words)
+    flat = word.reshape(tokens * sums * 3, steps, threads, words)
     padded = jnp.pad(flat, ((0, columns_kept - flat.shape[0]), (0, 0), (0, 0), (0, 0)))
     return padded.transpose(1, 3, 0, 2)  # [steps, words, columns, threads]
 

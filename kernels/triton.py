@@ -4,9 +4,9 @@
     some            `triton_gemm`     tiles decoded in registers
     many            `triton_decode`   decoded once into 16 bits, then XLA's own matrix product
 
-How many is few, and the shapes of tiles: `tuning`. All results are deterministic: few tokens add integers, the others
-add up in a fixed order. For few tokens a product is two kernels: what makes the activations (a norm, SwiGLU) is computed
-where they are folded, and a residual is added where the results are written.
+How many is few, and the shapes of tiles: `tuning`. All results are deterministic: everything adds up in a fixed order. For
+few tokens a product is two kernels: what makes the activations (a norm, SwiGLU) is computed where they are folded, and a
+residual is added where the results are written.
 """
 
 from dataclasses import dataclass

@@ -10,7 +10,6 @@ scaled weights rounded to 16 bits, as a dense model has them.
 """
 
 import functools
-import operator
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from atd.kernels import xla
-from atd.kernels.triton_gemm import integers, scales_at, trits_of, unit, units_of
+from atd.kernels.triton_gemm import integers, scaled, trits_of, unit, units_of
 from atd.kernels.triton_gemv import word_at
 from atd.kernels.triton_ptx import plt
 from atd.weights import TernaryType
@@ -78,14 +77,7 @@ def _kernel(codes_ref, scales_ref, out_ref, *, type: TernaryType, start: int, ro
 
     trits = trits_of([word(v) for v in range(words)], type.bases)
     for p in range(params):
-        exact = integers(trits, p, type)
-        if held_exactly(type):
-            value = exact[0].astype(jnp.float32)
-        else:
-            group = lax.div(at * params + p, jnp.full(at.shape, type.group_size, jnp.int32))  # 0 where there is one
-            scaled = [
-                v.astype(jnp.float32) * scales_at(scales_ref, type, start + row, b, group) for b, v in enumerate(exact)
-            ]
-            value = functools.reduce(operator.add, scaled)
+        exact = [v.astype(jnp.float32) for v in integers(trits, p, type)]
+        value = exact[0] if held_exactly(type) else scaled(scales_ref, type, start + row, at * params + p, exact)
         place = row[:, None] * (params * units) + (at + p * units)[None, :]
         plt.store(out_ref.at[place], value.astype(out_ref.dtype), mask=inside)

@@ -139,17 +139,14 @@ def _kernel(
         return made(load(token, parameter, mine)), plt.load(factor_ref.at[at], mask=used, other=0)
 
     terms = [[term(i, b) for i in range(2)] for b in range(4)]  # on their way before anything waits
-    if not searches:
-        found = plt.load(largest_ref.at[token], mask=used, other=1.0)
-        unit = jnp.where((found > 0) & (found < jnp.inf), found, 1.0)
-    else:
-        unit = jnp.ones((SIZE,), jnp.float32)
+    of_token = jnp.ones((SIZE,), jnp.float32) if searches else plt.load(largest_ref.at[token], mask=used, other=1.0)
     for t in range(tokens if searches else 0):
         largest, mean_square = _largest(functools.partial(load, t), made, inputs, bool(gain_ref))
-        good = (largest > 0) & (largest < jnp.inf)  # neither for a NaN
-        unit = jnp.where(token == t, jnp.where(good, largest, 1.0), unit)
+        of_token = jnp.where(token == t, largest, of_token)
         factor = 1.0 if mean_square is None else lax.rsqrt(mean_square + eps)
         largest_ref[t] = jnp.where(largest < jnp.inf, largest * factor, jnp.nan)
+
+    unit = jnp.where((of_token > 0) & (of_token < jnp.inf), of_token, 1.0)  # neither for a NaN
 
     def rounded(x: jax.Array) -> jax.Array:
         scaled = x / unit * plan.limit

@@ -99,9 +99,7 @@ def _kernel(
             x = x_ref[p, pl.ds(i * tiles.units, tiles.units), pl.ds(first_token, tiles.tokens)]
             factors = [v.astype(jnp.float32) for v in integers(trits, p, type)]
             if groups > 1:
-                group = lax.div(at * params + p, jnp.full(at.shape, type.group_size, jnp.int32))
-                scaled = [v * scales_at(scales_ref, type, rows, b, group) for b, v in enumerate(factors)]
-                factors = [functools.reduce(operator.add, scaled)]
+                factors = [scaled(scales_ref, type, rows, at * params + p, factors)]
             for b, w in enumerate(factors):
                 sums[b] = sums[b] + plt.dot(w.astype(x_ref.dtype), x)
         return tuple(sums)
@@ -109,9 +107,17 @@ def _kernel(
     count = stored if groups == 1 else 1
     zero = tuple(jnp.zeros((tiles.rows, tiles.tokens), jnp.float32) for _ in range(count))
     sums = lax.fori_loop(0, units // tiles.units, step, zero)
-    scaled = sums if groups > 1 else [s * scales_at(scales_ref, type, rows, b)[:, None] for b, s in enumerate(sums)]
-    y = functools.reduce(operator.add, scaled)
+    parts = sums if groups > 1 else [s * scales_at(scales_ref, type, rows, b)[:, None] for b, s in enumerate(sums)]
+    y = functools.reduce(operator.add, parts)
     plt.store(out_ref.at[token[:, None], rows[None, :]], y.T, mask=real[None, :] & (token < tokens)[:, None])
+
+
+def scaled(scales_ref, type: TernaryType, rows: jax.Array, parameters: jax.Array, exact: list[jax.Array]) -> jax.Array:
+    """Weights float32 [rows, parameters] of their `integers`, as float32, each by the scale of its group."""
+    group = lax.div(parameters, jnp.full(parameters.shape, type.group_size, jnp.int32))  # 0 where there is one
+    return functools.reduce(
+        operator.add, [v * scales_at(scales_ref, type, rows, b, group) for b, v in enumerate(exact)]
+    )
 
 
 def scales_at(scales_ref, type: TernaryType, rows: jax.Array, base: int, group: jax.Array | None = None) -> jax.Array:

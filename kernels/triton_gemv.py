@@ -163,17 +163,21 @@ def _kernel(
     in_x = split * (quads * sets * lanes * 4) + divided(index, 4 * lanes)[1]
 
     block = pl.program_id(0) * (row_blocks * shape.row_warps)
+    here = Place.of(shape.row_warps, splits)
+
+    def first_tile(r: int):
+        return block + r * shape.row_warps
 
     def first_row(r: int):
-        return (block + r * shape.row_warps) * ROWS
+        return first_tile(r) * ROWS
 
     def read(i, u: int) -> tuple[jax.Array, ...]:
         """Codes of step u of a turn: by groups of rows, 4 words of a piece, rows g and g + 8."""
         step = (i * unroll + u) * splits  # of the first warp
         return tuple(
             plt.load(
-                codes_ref.at[in_codes + (((block + r * shape.row_warps) * steps + step) * tile + 128 * load)],
-                mask=(split < steps - step) & (row_warp < tiles - (block + r * shape.row_warps)),
+                codes_ref.at[in_codes + ((first_tile(r) * steps + step) * tile + 128 * load)],
+                mask=(split < steps - step) & (row_warp < tiles - first_tile(r)),
                 other=jnp.uint32(0),
                 eviction_policy="evict_first",  # read once: the L1 is for the activations
             )
@@ -185,10 +189,10 @@ def _kernel(
         at = in_x + step * (splits * quads * sets * lanes * 4)
         return tuple(x_ref[at + (q * sets + set_) * lanes * 4] for q in range(quads))
 
-    def scale_of(place: Place, r: int, octet: int, step=0) -> jax.Array:
-        """float32, of the results at a place."""
-        token, sum_, slot, _ = columns.of(octet, place.column)
-        row = first_row(r) + place.row
+    def scale_of(r: int, octet: int, step=0) -> jax.Array:
+        """float32, of the results in the registers."""
+        token, sum_, slot, _ = columns.of(octet, here.column)
+        row = first_row(r) + here.row
         inside = (row < out) & (token < columns.tokens)
         if group_size is not None:
             slot += divided((step * splits + split) * (THREADS_A_ROW * plan.piece_params), group_size)[0]
@@ -197,15 +201,14 @@ def _kernel(
         at = ((row * groups if each_row else 0) + slot) * plan.sums + sum_
         return plt.load(scales_ref.at[at], mask=inside, other=jnp.zeros((), scales_ref.dtype)).astype(jnp.float32)
 
-    def values(sums: Sequence[jax.Array], place: Place) -> list[jax.Array]:
+    def values(sums: Sequence[jax.Array]) -> list[jax.Array]:
         """float32 by octets of columns: of three sets of bytes, or of columns that are bytes."""
         wide = [s.astype(jnp.float32) for s in sums]
         if columns.apart:
             return [wide[3 * o + 2] * 65536.0 + (wide[3 * o + 1] * 256.0 + wide[3 * o]) for o in range(columns.octets)]
-        byte = columns.of(0, place.column)[3]
+        byte = columns.of(0, here.column)[3]
         return [wide[0] * jnp.where(byte == 0, 1.0, jnp.where(byte == 1, 256.0, 65536.0))]
 
-    here = Place.of(shape.row_warps, splits)
     nothing = jnp.zeros(index.shape, jnp.int32)
 
     def turn(i, carry):
@@ -217,18 +220,16 @@ def _kernel(
             for r in range(row_blocks):
                 count = len(codes[u]) // row_blocks
                 prefix_words = decode(plan, codes[u][r * count : (r + 1) * count], interpret)
-                found = list(sums[r]) if group_size is None else [nothing] * sets
-                found = [multiply_add(prefix_words, x[s], found[s], interpret) for s in range(sets)]
+                before = sums[r] if group_size is None else [nothing] * sets
+                found = [multiply_add(prefix_words, x[s], before[s], interpret) for s in range(sets)]
                 if group_size is not None:
-                    scaled = [v * scale_of(here, r, o, step) for o, v in enumerate(values(found, here))]
+                    scaled = [v * scale_of(r, o, step) for o, v in enumerate(values(found))]
                     found = list(map(operator.add, sums[r], scaled))
                 sums[r] = tuple(found)
         return tuple(sums)
 
     # What the end needs is on its way before the loop.
-    scales = [
-        [scale_of(here, r, o) for o in range(columns.octets)] for r in range(row_blocks if group_size is None else 0)
-    ]
+    scales = [[scale_of(r, o) for o in range(columns.octets)] for r in range(row_blocks if group_size is None else 0)]
     ends = [_ends(columns, shape, out, first_row(r), largest_ref, residual_ref) for r in range(row_blocks)]
 
     dtype, count = (jnp.int32, sets) if group_size is None else (jnp.float32, columns.octets)
@@ -238,7 +239,7 @@ def _kernel(
     for r in range(row_blocks):
         found = sums[r]
         if group_size is None:
-            found = [v * scale for v, scale in zip(values(found, here), scales[r], strict=True)]
+            found = [v * scale for v, scale in zip(values(found), scales[r], strict=True)]
         for end in ends[r]:
             y = end.result(found) * (1 / plan.limit) * end.unit  # in this order: the largest may be tiny
             for residual in end.residual:

@@ -58,8 +58,7 @@ def heuristic(type: TernaryType, tokens: int) -> Settings:
     """As many warps to a row as make 4096 of them, 31 on each multiprocessor of an H200, where that was fastest; but no more
     than have two steps to do. Tiles as wide as the tokens, or as the shared memory allows."""
     groups, steps = (LAYOUTS["tiles"].codes_shape(*type.shape, type.bases)[i] for i in range(2))
-    warps = 2 ** min(4, max(0, round(math.log2(4096 / groups))))
-    warps = max(1, min(warps, 2 ** int(math.log2(max(1, steps / 2)))))
+    warps = 2 ** min(4, max(0, round(math.log2(4096 / groups))), int(math.log2(max(1, steps / 2))))
     tiles = Tiles(rows=64, tokens=min(128, max(16, 1 << (tokens - 1).bit_length())), units=32, warps=4)
     # Rows of a few steps have nothing to unroll. Beyond 8 tokens there are more activations than codes to load: two groups of rows share them.
     row_blocks, unroll = (2, 1) if tokens > 8 else (1, 2 if steps >= 8 and type.scales_shape[1] == 1 else 1)
