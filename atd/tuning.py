@@ -101,21 +101,24 @@ def grid_of(weight: Weight) -> Grid:
 
 
 def weights(fixed: dict[str, dict[str, Any]], parameters: Parameters) -> ops.Weights:
-    """Every weight of a unit as a dense float32 one, differentiable in the parameters."""
-
-    def value(moves: dict[str, jax.Array], given) -> Dense:
-        if isinstance(given, Grid):
-            return Dense(dequantize(given, moves))
-        return Dense(given * (1 + moves["gain"]) if "gain" in moves else given)
-
+    """Every weight of a unit as a dense float32 one."""
     return {
         name: {
-            slot: value(parameters.get(name, {}) if slot == "weight" else {}, given) for slot, given in slots.items()
+            slot: Dense(value(given, parameters.get(name, {}) if slot == "weight" else {}))
+            for slot, given in slots.items()
         }
         for name, slots in fixed.items()
     }
 
 
+def value(given: Grid | jax.Array, moves: dict[str, jax.Array]) -> jax.Array:
+    """The float32 weight that a fixed one becomes by what moves."""
+    if isinstance(given, Grid):
+        return dequantize(given, moves)
+    return given * (1 + moves["gain"]) if "gain" in moves else given
+
+
+@jax.jit
 def dequantize(grid: Grid, moves: dict[str, jax.Array]) -> jax.Array:
     """The weights [out, in] of a grid that has moved; gradients to scales are exact, to codes straight through."""
     scales = _scales(grid, moves)
@@ -182,7 +185,7 @@ def _spread(scale, grid: Grid) -> jax.Array:
 
 def forward(unit: Unit, parameters: Parameters, x):
     """x [B, T, D] (token ids [B, T] in the prologue) -> the unit's output."""
-    return _programs(unit.structure)[0](parameters, unit.fixed, x)
+    return _programs(unit.structure)[0](weights(unit.fixed, parameters), x)
 
 
 def backward(unit: Unit, parameters: Parameters, x, gradient):
@@ -190,58 +193,61 @@ def backward(unit: Unit, parameters: Parameters, x, gradient):
 
     The prologue's input are token ids, which have none: None.
     """
-    return _programs(unit.structure)[1](parameters, unit.fixed, x, gradient)
+    made = weights(unit.fixed, parameters)
+    moving = {name: made[name]["weight"] for name in parameters}
+    slopes, at_input = _programs(unit.structure)[1](moving, made, x, gradient)
+    moves = {
+        name: _value_backward(unit.fixed[name]["weight"], parameters[name], slope.array)
+        for name, slope in slopes.items()
+    }
+    return moves, at_input
 
 
 @cache
 def _programs(structure: Structure) -> tuple[Callable, Callable]:
-    """Compiled forward and backward of all units that read the same."""
+    """Compiled forward and backward of all units that read the same, in dense weights: each kind of ternary weight has
+    a small program of its own, or every combination of them in a block would be compiled."""
 
-    def run(parameters, fixed, x):
-        return ops.run_block(structure.block, weights(fixed, parameters), x, ops.from_start(x))[0]
+    def run(made, x):
+        return ops.run_block(structure.block, made, x, ops.from_start(x))[0]
 
-    def back(parameters, fixed, x, gradient):
-        parameters = wide(parameters)
+    def back(moving, made, x, gradient):
+        def moved(moving, x):
+            return run(made | {name: made[name] | {"weight": weight} for name, weight in moving.items()}, x)
+
         if jnp.issubdtype(x.dtype, jnp.integer):
-            return jax.vjp(lambda p: run(p, fixed, x), parameters)[1](gradient)[0], None
-        return jax.vjp(lambda p, x: run(p, fixed, x), parameters, x)[1](gradient)
+            return jax.vjp(lambda moving: moved(moving, x), moving)[1](gradient)[0], None
+        return jax.vjp(moved, moving, x)[1](gradient)
 
     return jax.jit(run), jax.jit(back)
 
 
-def wide(parameters: Parameters) -> Parameters:
+@jax.jit
+def _value_backward(given: Grid | jax.Array, moves: dict[str, jax.Array], slope) -> dict[str, jax.Array]:
+    """The gradient at a weight -> at what moves it."""
+    return jax.vjp(partial(value, given), wide(moves))[1](slope)[0]
+
+
+def wide(parameters):
     """In float32: gradients are of the type of what they are by, and may be too small for float16."""
     return jax.tree.map(lambda p: p.astype(jnp.float32), parameters)
 
 
 def table(unit: Unit, parameters: Parameters) -> jax.Array:
     """The embedding [V, D] of a prologue, for a head that is tied to it."""
-    return _table(_embedding(unit), parameters.get(_embed_name(unit), {}))
+    name = _embed_name(unit)
+    return value(unit.fixed[name]["weight"], parameters.get(name, {}))
 
 
 def table_backward(unit: Unit, parameters: Parameters, gradient) -> Parameters:
     """Gradients of the prologue's parameters from that of its table [V, D]."""
     name = _embed_name(unit)
-    moved = _table_back(_embedding(unit), parameters.get(name, {}), gradient)
+    moved = _value_backward(unit.fixed[name]["weight"], parameters.get(name, {}), gradient)
     return {n: moved if n == name else jax.tree.map(jnp.zeros_like, moves) for n, moves in parameters.items()}
 
 
 def _embed_name(unit: Unit) -> str:
     return next(node.name for node in unit.block.nodes if node.op == "embed")
-
-
-def _embedding(unit: Unit):
-    return unit.fixed[_embed_name(unit)]["weight"]
-
-
-@jax.jit
-def _table(given, moves):
-    return dequantize(given, moves) if isinstance(given, Grid) else given
-
-
-@jax.jit
-def _table_back(given, moves, gradient):
-    return jax.vjp(lambda moves: _table(given, moves), moves)[1](gradient)[0]
 
 
 # --- losses ------------------------------------------------------------------------------------------------------------
@@ -292,13 +298,18 @@ def settled(unit: Unit, parameters: Parameters) -> Block:
 def _weight(type, grid: Grid, moves: dict[str, jax.Array]) -> Weight:
     ternary = ternary_of(type)
     assert ternary is not None
-    scales = round_scales(_scales(grid, moves), DTYPES[ternary.dtype])
-    codes = grid.codes
-    if "codes" in moves:
-        codes, _ = nearest(_latent(grid, moves), scales, grid)
-        scales = _descending(scales)
-    trits = np.asarray(trits_of(codes, ternary.bases))
-    made = Ternary(trits, np.asarray(scales).astype(DTYPES[ternary.dtype]), ternary)
+    trits, scales = _rounded(grid, moves, ternary.bases, ternary.dtype)
+    made = Ternary(np.asarray(trits), np.asarray(scales).astype(DTYPES[ternary.dtype]), ternary)
     if isinstance(type, PackedType):
         return Packed(LAYOUTS[type.layout].pack(made.trits), made.scales, type)
     return made
+
+
+@partial(jax.jit, static_argnames=("bases", "dtype"))
+def _rounded(grid: Grid, moves: dict[str, jax.Array], bases: int, dtype: str) -> tuple[jax.Array, jax.Array]:
+    """(trits [out, in, N], scales that `dtype` can store) of a grid that has moved."""
+    scales, codes = round_scales(_scales(grid, moves), DTYPES[dtype]), grid.codes
+    if "codes" in moves:
+        codes, _ = nearest(_latent(grid, moves), scales, grid)
+        scales = _descending(scales)
+    return trits_of(codes, bases), scales
