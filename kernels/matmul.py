@@ -21,7 +21,7 @@ import numpy as np
 
 from atd.kernels import packed, triton_attention, xla
 from atd.kernels.mosaic import Mosaic
-from atd.kernels.triton import Prologue, Triton
+from atd.kernels.triton import Norm, Triton
 from atd.weights import Dense, Weight
 
 PACKED: dict[str, packed.Backend] = {
@@ -66,16 +66,22 @@ def matmul(x: jax.Array, weight: Weight, *, backend: str | None = None) -> jax.A
 
 
 def fused(
-    x: jax.Array, weight: Weight, prologue: Prologue, residual: jax.Array | None = None, *, backend: str | None = None
+    x: jax.Array,
+    weight: Weight,
+    norm: Norm | None = None,
+    residual: jax.Array | None = None,
+    gated: bool = False,
+    *,
+    backend: str | None = None,
 ) -> jax.Array | None:
-    """`matmul` of what the prologue makes of x [..., in, or 2 in where it is gated], plus a residual [..., out], all in the
-    same kernels; None where the backend has none for these tokens and weight."""
+    """`matmul` of x [..., in], normed if so asked, plus a residual [..., out]; or, gated, silu(gate) * up [..., out / 2] of gate
+    and up in one matrix: all in the same kernels. None where the backend has none for these tokens and weight."""
     rows = x.reshape(-1, x.shape[-1])
     chosen = resolve(rows, weight, backend)
-    if not isinstance(chosen, Triton) or not chosen.fuses(rows, weight):
+    if not isinstance(chosen, Triton) or not chosen.fuses(rows, weight, gated):
         return None
     added = None if residual is None else residual.reshape(rows.shape[0], -1)
-    return chosen.matmul(rows, weight, prologue, added).reshape(*x.shape[:-1], -1)
+    return chosen.matmul(rows, weight, norm, added, gated).reshape(*x.shape[:-1], -1)
 
 
 def attend(

@@ -5,8 +5,8 @@
     many            `triton_decode`   decoded once into 16 bits, then XLA's own matrix product
 
 How many is few, and the shapes of tiles: `tuning`. All results are deterministic: everything adds up in a fixed order. For
-few tokens a product is two kernels: what makes the activations (a norm, SwiGLU) is computed where they are folded, and a
-residual is added where the results are written.
+few tokens a product is two kernels: a norm is computed where the activations are folded, and SwiGLU or a residual where the
+results are written.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from atd.kernels import packed, prefixes, triton_decode, triton_fold, triton_gemm, triton_gemv, tuning
 from atd.kernels.packed import device_kind, prepare
-from atd.kernels.triton_fold import Prologue
+from atd.kernels.triton_fold import Norm
 from atd.kernels.tuning import Settings
 from atd.layout import LAYOUTS
 from atd.weights import Packed, TernaryType, Weight
@@ -36,19 +36,27 @@ class Triton(packed.Backend):
     def device_refuses(self) -> str | None:
         return None if self.interpret else device_refuses()
 
-    def fuses(self, x: jax.Array, weight: Weight) -> bool:
-        """Whether `matmul` takes a prologue and a residual for these."""
-        return path(self.settings or _tuned(x, weight.type.ternary), weight.type.ternary, x.shape[0]) == "gemv"
+    def fuses(self, x: jax.Array, weight: Weight, gated: bool = False) -> bool:
+        """Whether `matmul` takes a norm and a residual, or is gated, for these."""
+        type = weight.type.ternary
+        if gated and type.shape[0] % (2 * triton_gemv.ROWS):
+            return False
+        return path(self.settings or _tuned(x, type), type, x.shape[0]) == "gemv"
 
     def matmul(
-        self, x: jax.Array, weight: Weight, prologue: Prologue | None = None, residual: jax.Array | None = None
+        self,
+        x: jax.Array,
+        weight: Weight,
+        norm: Norm | None = None,
+        residual: jax.Array | None = None,
+        gated: bool = False,
     ) -> jax.Array:
         """x [M, in] times weight [out, in] -> [M, out] in x's dtype. Raises RuntimeError where the device's own results
-        are not those of the XLA backend (`self_test`). prologue, residual [M, out]: see `gemv`; where it `fuses` alone."""
+        are not those of the XLA backend (`self_test`). norm, residual [M, out], gated: see `gemv`; where it `fuses` alone."""
         assert isinstance(weight, Packed)
         if not self.interpret and jax.default_backend() == "gpu":
             self_test()
-        return multiply(x, weight, self.settings, self.interpret, prologue, residual)
+        return multiply(x, weight, self.settings, self.interpret, norm, residual, gated)
 
 
 def multiply(
@@ -56,8 +64,9 @@ def multiply(
     weight: Packed,
     settings: Settings | None = None,
     interpret: bool = False,
-    prologue: Prologue | None = None,
+    norm: Norm | None = None,
     residual: jax.Array | None = None,
+    gated: bool = False,
 ) -> jax.Array:
     """`Triton.matmul` without the self-test."""
     settings = settings or _tuned(x, weight.type.ternary)
@@ -65,9 +74,9 @@ def multiply(
     assert isinstance(held, Packed)
     codes, scales, type = jnp.asarray(held.codes), jnp.asarray(held.scales), held.type.ternary
     way = path(settings, type, x.shape[0])
-    assert way == "gemv" or (prologue is None and residual is None), "see `Triton.fuses`"
+    assert way == "gemv" or (norm is None and residual is None and not gated), "see `Triton.fuses`"
     if way == "gemv":
-        return gemv(x, codes, scales, type, settings, interpret, prologue, residual).astype(x.dtype)
+        return gemv(x, codes, scales, type, settings, interpret, norm, residual, gated).astype(x.dtype)
     narrow = x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x  # as a dense model's products have them
     if way == "gemm":
         y = triton_gemm.matmul(narrow, codes, scales, type, settings.tiles, interpret=interpret)
@@ -121,22 +130,22 @@ def gemv(
     type: TernaryType,
     settings: Settings,
     interpret: bool,
-    prologue: Prologue | None = None,
+    norm: Norm | None = None,
     residual: jax.Array | None = None,
+    gated: bool = False,
 ) -> jax.Array:
-    """x [M, in], or what the prologue makes it of, times the matrix by `triton_gemv` -> float32 [M, out], plus the residual; as
-    many tokens at a time as have columns."""
-    plan, group_size, shape = prefixes.plan(type.bases, type.tied), _group_size(type), settings.gemv
+    """x [M, in], normed if so asked, times the matrix by `triton_gemv` -> float32 [M, out], plus the residual; or, of gate and
+    up in one matrix, silu(gate) * up [M, out / 2]. As many tokens at a time as have columns."""
+    plan, group_size = prefixes.plan(type.bases, type.tied), _group_size(type)
+    shape = settings.gemv.paired() if gated else settings.gemv
     most = max(m for m in range(1, x.shape[0] + 1) if columns(type, m).sets <= triton_gemv.MOST_SETS)
     results = []
     for start in range(0, x.shape[0], most):
         part = x[start : start + most]
         held = columns(type, part.shape[0])
-        folded = triton_fold.fold(
-            plan, part, shape.padded(codes.shape[1]), held, group_size, prologue, interpret=interpret
-        )
+        folded = triton_fold.fold(plan, part, shape.padded(codes.shape[1]), held, group_size, norm, interpret=interpret)
         added = None if residual is None else residual[start : start + most]
-        options = {"shape": shape, "interpret": interpret}
+        options = {"gated": gated, "shape": shape, "interpret": interpret}
         results.append(
             triton_gemv.multiply(plan, folded, codes, scales, type.shape[0], held, group_size, added, **options)
         )

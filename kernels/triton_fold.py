@@ -2,8 +2,8 @@
 three of XLA's, and for a token a launch costs as much as the arithmetic of a layer.
 
 Every block looks for the largest |x| of each token itself (a few kB, out of the cache), then makes its share of the words.
-What makes the activations is computed on the way (`Prologue`): a norm would be two more launches, SwiGLU one. For more than
-SEARCHED tokens that is more work than launches, and XLA does both before.
+A norm in front of the product is computed on the way: it would be two more launches. For more than SEARCHED tokens that is
+more work than launches, and XLA does both before.
 """
 
 import functools
@@ -25,25 +25,15 @@ CHUNK = 16384  # elements that a block looks at together for the largest: 32 a t
 
 
 @dataclass(frozen=True, eq=False)
-class Prologue:
-    """How the activations that are multiplied come from the array that is given, in float32.
+class Norm:
+    """An RMS norm, in float32: x / sqrt(mean(x^2) + eps) * gain of x [M, in], gain [in]."""
 
-    gain [in]:  x / sqrt(mean(x^2) + eps) * gain of x [M, in]
-    gated:      silu(x[:, :in]) * x[:, in:] of x [M, 2 in]
-    """
-
-    gain: jax.Array | None = None
-    eps: float = 0.0
-    gated: bool = False
+    gain: jax.Array
+    eps: float
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """The activations float32 [M, in], by XLA."""
+        """By XLA."""
         wide = x.astype(jnp.float32)
-        if self.gated:
-            gate, up = jnp.split(wide, 2, axis=1)
-            return jax.nn.silu(gate) * up
-        if self.gain is None:
-            return wide
         return wide * lax.rsqrt(jnp.mean(wide * wide, axis=1, keepdims=True) + self.eps) * self.gain.astype(jnp.float32)
 
 
@@ -53,30 +43,28 @@ def fold(
     steps: int,
     columns: Columns,
     group_size: int | None = None,
-    prologue: Prologue | None = None,
+    norm: Norm | None = None,
     *,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """x [M, in], or what the prologue makes it of -> (uint32 words in the order of `triton_gemv.multiply`, largest |x|
+    """x [M, in], normed if so asked -> (uint32 words in the order of `triton_gemv.multiply`, largest |x|
     float32 [M]), as `prefixes.fold` has it.
 
     The order: steps, prefix words / 4, sets of columns, columns kept of each, 4 threads, 4 prefix words.
     """
-    prologue = prologue or Prologue()
     known = []  # the largest of each token, where XLA looks for them
     if columns.tokens > SEARCHED:
-        x, prologue = prologue(x), Prologue()
+        x, norm = x.astype(jnp.float32) if norm is None else norm(x), None
         known = [jnp.max(jnp.abs(x), axis=1)]
-    gain = [] if prologue.gain is None else [prologue.gain.astype(jnp.float32)]
+    gain = [] if norm is None else [norm.gain.astype(jnp.float32)]
     words = steps * plan.words * columns.sets * columns.kept * THREADS_A_ROW
     kernel = functools.partial(
         _kernel,
         plan=plan,
         columns=columns,
-        inputs=x.shape[1] // (2 if prologue.gated else 1),
+        inputs=x.shape[1],
         group_size=group_size,
-        eps=prologue.eps,
-        gated=prologue.gated,
+        eps=0.0 if norm is None else norm.eps,
         searches=not known,
     )
     shapes = jax.ShapeDtypeStruct((words,), jnp.uint32), jax.ShapeDtypeStruct((columns.tokens,), jnp.float32)
@@ -93,7 +81,7 @@ def fold(
 
 def _kernel(
     x_ref, param_ref, factor_ref, *rest_refs, plan: Plan, columns: Columns, inputs: int, group_size: int | None, eps: float,
-    gated: bool, searches: bool,
+    searches: bool,
 ):  # fmt: skip
     *gain_ref, folded_ref, largest_ref = rest_refs if searches else (*rest_refs[1:], rest_refs[0])
     tokens = columns.tokens
@@ -112,21 +100,16 @@ def _kernel(
     used = token < tokens
 
     def load(token, parameter, mask) -> tuple[jax.Array, ...]:
-        """What is given of a parameter, float32: x, or gate and up, and the norm's gain."""
+        """What is given of a parameter, float32: x, and the norm's gain."""
 
         def of(ref, at) -> jax.Array:
             return plt.load(ref.at[at], mask=mask, other=jnp.zeros((), ref.dtype)).astype(jnp.float32)
 
-        if gated:
-            return tuple(of(x_ref, token * (2 * inputs) + first + parameter) for first in (0, inputs))
         return of(x_ref, token * inputs + parameter), *(of(ref, parameter) for ref in gain_ref)
 
     def made(given: tuple[jax.Array, ...]) -> jax.Array:
         """The activations, but for a norm's factor for the token."""
-        x, *other = given
-        if gated:
-            return x / (1 + jnp.exp(-x)) * other[0]
-        return x * other[0] if other else x
+        return given[0] * given[1] if len(given) > 1 else given[0]
 
     def term(i: int, b: int) -> tuple[jax.Array, jax.Array]:
         """(activation, factor) of a byte of the words."""

@@ -3,6 +3,8 @@
     products[c, o] = sum_k X[c, k] prefix[o, k]                         int32, exact; c a column of `triton_fold.fold`
     y[token, o]    = sum_c 256^byte(c) scale[o, c] products[c, o] largest|x| / limit   (+ residual), c of the token
 
+Gate and up in one matrix, rows 0 .. out/2 - 1 and those behind them, give silu(gate) * up: a warp has rows of both.
+
 A warp computes 16 R rows. In a step it takes 64 bytes of each (192 for N = 3), which lie together (layout `tiles`): thread
 4 g + t takes piece t of rows g and g + 8, decodes it (two operations a word, a multiply-add a `Half`, a byte permutation a
 prefix word) and multiplies two prefix words at a time,
@@ -22,7 +24,7 @@ tensors would hide from it.
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +38,7 @@ from atd.layout import LOAD_WORDS, THREADS_A_ROW, period
 ROWS, SET = 16, 8  # of one matrix instruction: rows, and columns
 BYTES = 3  # of a coefficient
 MOST_SETS = 6  # 4 sums a thread each, and so many activations
+MOST_WARPS = 16
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,14 @@ class Shape:
         """Of a block."""
         return ROWS * self.row_blocks * self.row_warps
 
+    def paired(self) -> "Shape":
+        """That a warp has rows of two halves of the matrix: twice the rows, so half as many steps in a turn of the loop, and as
+        many more warps to share them."""
+        if self.row_blocks > 1:
+            return self
+        warps = min(MOST_WARPS, 2 * self.warps)
+        return replace(self, row_blocks=2, warps=warps, unroll=max(1, self.unroll // 2))
+
     def padded(self, steps: int) -> int:
         """Steps that the warps of a block take together, the last turn of its loop full."""
         return -(-steps // (self.splits * self.unroll)) * self.splits * self.unroll
@@ -119,29 +130,33 @@ def multiply(
     group_size: int | None = None,
     residual: jax.Array | None = None,
     *,
+    gated: bool = False,
     shape: Shape,
     interpret: bool = False,
 ) -> jax.Array:
     """y float32 [M, out], plus the residual [M, out]: the matrix times the tokens that were folded.
+
+    gated: silu(gate) * up [M, out / 2] instead, out / 2 a multiple of 16, in a shape that is `paired`; no residual.
 
     folded: of `triton_fold.fold`, for `shape.padded(steps)` steps and these columns. codes: of layout `tiles`. scales [rows or
     1, groups, sums] as they are stored, of groups of group_size, None for one a row.
     """
     x, largest = folded
     tiles, steps = codes.shape[:2]
+    results, rows = (out // 2, shape.rows // 2) if gated else (out, shape.rows)
     kernel = functools.partial(
         _kernel, plan=plan, shape=shape, columns=columns, out=out, tiles=tiles, steps=steps, groups=scales.shape[1],
-        group_size=group_size, turns=shape.padded(steps) // (shape.splits * shape.unroll), interpret=interpret,
+        group_size=group_size, gated=gated, turns=shape.padded(steps) // (shape.splits * shape.unroll), interpret=interpret,
     )  # fmt: skip
     added = [] if residual is None else [residual.reshape(-1)]
     return pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct((columns.tokens * out,), jnp.float32),
-        grid=(-(-out // shape.rows),),
+        out_shape=jax.ShapeDtypeStruct((columns.tokens * results,), jnp.float32),
+        grid=(-(-results // rows),),
         compiler_params=plt.CompilerParams(num_warps=shape.warps, num_stages=1),
         interpret=interpret,
         name=name(plan, columns),
-    )(x, codes.reshape(-1), largest, scales.reshape(-1), *added).reshape(columns.tokens, out)
+    )(x, codes.reshape(-1), largest, scales.reshape(-1), *added).reshape(columns.tokens, results)
 
 
 def name(plan: Plan, columns: Columns) -> str:
@@ -151,7 +166,7 @@ def name(plan: Plan, columns: Columns) -> str:
 
 def _kernel(
     x_ref, codes_ref, largest_ref, scales_ref, *rest, plan: Plan, shape: Shape, columns: Columns, out: int, tiles: int,
-    steps: int, groups: int, group_size: int | None, turns: int, interpret: bool,
+    steps: int, groups: int, group_size: int | None, gated: bool, turns: int, interpret: bool,
 ):  # fmt: skip
     *residual_ref, out_ref = rest
     splits, row_blocks, unroll, sets = shape.splits, shape.row_blocks, shape.unroll, columns.sets
@@ -162,11 +177,14 @@ def _kernel(
     in_codes = (row_warp * steps + split) * tile + bits(index, 1, 128)
     in_x = split * (quads * sets * lanes * 4) + divided(index, 4 * lanes)[1]
 
-    block = pl.program_id(0) * (row_blocks * shape.row_warps)
+    ends_of = row_blocks // 2 if gated else row_blocks  # groups of rows that make results, gates; up behind them
+    results = out // 2 if gated else out
+    block = pl.program_id(0) * (ends_of * shape.row_warps)
     here = Place.of(shape.row_warps, splits)
 
     def first_tile(r: int):
-        return block + r * shape.row_warps
+        half, r = divmod(r, ends_of)
+        return block + r * shape.row_warps + half * (results // ROWS)
 
     def first_row(r: int):
         return first_tile(r) * ROWS
@@ -230,18 +248,25 @@ def _kernel(
 
     # What the end needs is on its way before the loop.
     scales = [[scale_of(r, o) for o in range(columns.octets)] for r in range(row_blocks if group_size is None else 0)]
-    ends = [_ends(columns, shape, out, first_row(r), largest_ref, residual_ref) for r in range(row_blocks)]
+    ends = [_ends(columns, shape, results, first_row(r), largest_ref, residual_ref) for r in range(ends_of)]
 
     dtype, count = (jnp.int32, sets) if group_size is None else (jnp.float32, columns.octets)
     zero = ((jnp.zeros(index.shape, dtype),) * count,) * row_blocks
     sums = lax.fori_loop(0, turns, turn, zero) if turns > 1 else turn(0, zero)
 
-    for r in range(row_blocks):
-        found = sums[r]
-        if group_size is None:
-            found = [v * scale for v, scale in zip(values(found), scales[r], strict=True)]
+    def finished(r: int) -> Sequence[jax.Array]:
+        """float32, by octets of columns."""
+        if group_size is not None:
+            return sums[r]
+        return [v * scale for v, scale in zip(values(sums[r]), scales[r], strict=True)]
+
+    for r in range(ends_of):
+        halves = [finished(h) for h in range(r, row_blocks, ends_of)]
         for end in ends[r]:
-            y = end.result(found) * (1 / plan.limit) * end.unit  # in this order: the largest may be tiny
+            # In this order: the largest may be tiny.
+            y, *up = (end.result(found) * (1 / plan.limit) * end.unit for found in halves)
+            if up:
+                y = y / (1 + jnp.exp(-y)) * up[0]
             for residual in end.residual:
                 y = y + residual
             plt.store(out_ref.at[end.at], y, mask=end.mask)

@@ -1,8 +1,8 @@
 """Which nodes of a block run together, on kernels that compute them on the way (`kernels.matmul.fused` and `attend`).
 
     rms_norm, linear            the norm is computed where activations are prepared; each linear that reads it does so anew
-    slice, slice, silu_mul, linear      likewise, where gate and up are the halves of one value
-    linear, add                 the residual stream is added where results are written
+    linear, slice, slice, silu_mul      SwiGLU is computed where results are written, where gate and up are halves of one matrix
+    linear, add                 likewise the residual stream is added
     slice, slice, slice, rope, rope, attention      of one token to a cache; without slices likewise
 
 A token's products are so short that every other kernel counts: of a block's MLP four launches of eight are left out.
@@ -22,7 +22,7 @@ class Product:
     linear: Node
     source: str  # the value that it begins with
     norm: Node | None = None
-    gated: bool = False
+    gated: bool = False  # SwiGLU of its halves
     residual: str | None = None  # the value that is added
 
 
@@ -54,25 +54,26 @@ def plan(block: Block, weights: Mapping[str, Mapping]) -> list[Node | Product | 
     def before(linear: Node) -> tuple[Node, ...]:
         """What makes the linear's input and is read by linears alone."""
         made = nodes.get(linear.inputs[0])
-        if made is None or not feeds_linears(made.name):
-            return ()
-        if made.op == "rms_norm" and "head_dim" not in made.attrs:
-            return (made,)
-        if made.op == "silu_mul":
-            halves = [nodes.get(value) for value in made.inputs]
-            if all(half and half.op == "slice" and readers[half.name] == [made] for half in halves):
-                gate, up = (half for half in halves if half)
-                width = gate.attrs["stop"]
-                halved = [gate.attrs["start"], up.attrs["start"], up.attrs["stop"]] == [0, width, 2 * width]
-                if gate.inputs == up.inputs and halved and _width(nodes.get(gate.inputs[0]), weights) == 2 * width:
-                    return (gate, up, made)
-        return ()
+        normed = made is not None and made.op == "rms_norm" and "head_dim" not in made.attrs
+        return (made,) if made is not None and normed and feeds_linears(made.name) else ()
 
     def after(linear: Node) -> tuple[Node, ...]:
-        """The sum that alone reads the linear, where no other product has it."""
-        (only,) = readers[linear.name] if len(readers[linear.name]) == 1 else (None,)
-        takes = only is not None and only.op == "add" and len(set(only.inputs)) == 2 and only.name not in products
-        return (only,) if only and takes and "bias" not in weights.get(linear.name, {}) else ()
+        """The sum that alone reads the linear, where no other product has it; or what makes SwiGLU of its halves."""
+        reads, mine = readers[linear.name], weights.get(linear.name, {})
+        if "bias" in mine:
+            return ()
+        match [node.op for node in reads]:
+            case ["add"] if len(set(reads[0].inputs)) == 2 and reads[0].name not in products:
+                return (reads[0],)
+            case ["slice", "slice"]:
+                made = readers[reads[0].name]
+                if len(made) == 1 and made[0].op == "silu_mul" and readers[reads[1].name] == made:
+                    gate, up = (nodes[value] for value in made[0].inputs)
+                    width = gate.attrs["stop"]
+                    halved = [gate.attrs["start"], up.attrs["start"], up.attrs["stop"]] == [0, width, 2 * width]
+                    if halved and "weight" in mine and mine["weight"].type.shape[0] == 2 * width:
+                        return (gate, up, made[0])
+        return ()
 
     def attended(attention: Node) -> Attention | None:
         """With its two ropes, which it alone reads, and the slices that are read by these and by it alone."""
@@ -99,16 +100,10 @@ def plan(block: Block, weights: Mapping[str, Mapping]) -> list[Node | Product | 
     for linear in (node for node in block.nodes if node.op == "linear"):
         first, last = before(linear), after(linear)
         together = (*first, linear, *last)
-        norm = first[0] if len(first) == 1 else None
-        residual = next((value for add in last for value in add.inputs if value != linear.name), None)
+        norm, gated = first[0] if first else None, len(last) == 3
+        residual = next((value for value in last[0].inputs if value != linear.name), None) if len(last) == 1 else None
         source = together[0].inputs[0]
-        products[together[-1].name] = Product(together, linear, source, norm, len(first) == 3, residual)
+        products[together[-1].name] = Product(together, linear, source, norm, gated, residual)
         absorbed |= {node.name for node in together[:-1]}
     kept = (node for node in block.nodes if node.name not in absorbed)
     return [products.get(node.name, node) for node in kept]
-
-
-def _width(linear: Node | None, weights: Mapping[str, Mapping]) -> int | None:
-    """Features that a linear puts out."""
-    weight = weights.get(linear.name, {}).get("weight") if linear is not None and linear.op == "linear" else None
-    return None if weight is None else weight.type.shape[0]

@@ -223,13 +223,12 @@ def run_fused(product: fusion.Product, values, weights: Weights, embedding: Weig
     weight, x = mine.get("weight") or embedding, values[product.source]
     if isinstance(weight, Dense | None):
         return None
-    norm = product.norm
-    gain, eps = None, 0.0
-    if norm is not None:
-        gain, eps = jnp.asarray(weights[norm.name]["weight"].dequantize()), norm.attrs["eps"]
+    norm = None
+    if product.norm is not None:
+        gain = jnp.asarray(weights[product.norm.name]["weight"].dequantize())
+        norm = kernels.Norm(gain, product.norm.attrs["eps"])
     residual = None if product.residual is None else values[product.residual]
-    prologue = kernels.Prologue(gain, eps, product.gated)
-    y = kernels.fused(x, weight, prologue, residual, backend=backend)
+    y = kernels.fused(x, weight, norm, residual, product.gated, backend=backend)
     return y if y is None or "bias" not in mine else y + mine["bias"].dequantize().astype(y.dtype)
 
 

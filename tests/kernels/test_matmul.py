@@ -1,5 +1,7 @@
 """One suite for every backend of `atd.kernels.matmul`, against float64 numpy; a new backend joins by its name there."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -151,29 +153,57 @@ def test_any_number_of_activations(backend, rows, group):
     check(backend, activations(rows, 320), pack(weight, "interleaved"), weight.dequantize())
 
 
-@pytest.mark.parametrize("kind", ["norm", "gated"])
-@pytest.mark.parametrize(
+OF_PRODUCTS = pytest.mark.parametrize(
     ("rows", "bases", "group", "tied"),
     [(1, 2, "row", True), (3, 2, "row", False), (1, 2, 128, True), (4, 3, "row", True), (2, 1, "tensor", True)],
 )
-def test_what_comes_before_and_after_a_product(backend, kind, rows, bases, group, tied):
-    """A norm or SwiGLU before it and a residual behind it, 49 rows: the last of a block's groups of rows is not full."""
+
+
+@OF_PRODUCTS
+def test_a_norm_before_and_a_residual_after_a_product(backend, rows, bases, group, tied):
+    """49 rows: the last of a block's groups of rows is not full."""
     if not isinstance(kernels.BACKENDS[backend], triton.Triton):
         pytest.skip("computes products alone")
     weight, random = ternary(49, 323, bases, group, tied), np.random.default_rng(5)
-    x, residual = activations(rows, 323 if kind == "norm" else 646), activations(rows, 49, seed=2)
-    gain = random.uniform(0.5, 2, 323).astype(np.float32)
-    prologue = triton.Prologue(jnp.asarray(gain), 1e-5) if kind == "norm" else triton.Prologue(gated=True)
+    x, residual = activations(rows, 323), activations(rows, 49, seed=2)
+    norm = triton.Norm(jnp.asarray(random.uniform(0.5, 2, 323), jnp.float32), 1e-5)
     held, wide = pack(weight, "words"), x.astype(np.float64)
-    y = jax.jit(lambda x, w, r: kernels.fused(x, w, prologue, r, backend=backend))(x, held, residual)
+    y = jax.jit(lambda x, w, r: kernels.fused(x, w, norm, r, backend=backend))(x, held, residual)
     assert y is not None
-    if kind == "norm":
-        made = wide / np.sqrt((wide**2).mean(axis=1, keepdims=True) + 1e-5) * gain
-    else:
-        made = wide[:, :323] / (1 + np.exp(-wide[:, :323])) * wide[:, 323:]
+    made = wide / np.sqrt((wide**2).mean(axis=1, keepdims=True) + 1e-5) * np.asarray(norm.gain)
     table = np.asarray(weight.dequantize()).astype(np.float64)
     bound = (24 * EPSILON * np.abs(made) + rounding_of_x(backend, made, held)) @ np.abs(table).T + 1e-6
     assert (np.abs(y - (made @ table.T + residual)) / bound).max() < 1
+
+
+@OF_PRODUCTS
+@pytest.mark.parametrize("row_blocks", [1, 4])
+def test_swiglu_of_a_product(backend, monkeypatch, row_blocks, rows, bases, group, tied):
+    """80 gates and 80 up: the last of a block's groups of rows is not full."""
+    chosen = kernels.BACKENDS[backend]
+    if not isinstance(chosen, triton.Triton):
+        pytest.skip("computes products alone")
+    settings = tuning.Settings(warps=2, row_blocks=row_blocks)
+    monkeypatch.setitem(kernels.BACKENDS, backend, replace(chosen, settings=settings))
+    weight, x = ternary(160, 323, bases, group, tied), activations(rows, 323)
+    held = pack(weight, "words")
+    y = jax.jit(lambda x, w: kernels.fused(x, w, gated=True, backend=backend))(x, held)
+    assert y is not None
+    table = np.asarray(weight.dequantize()).astype(np.float64)
+    wide = x.astype(np.float64)
+    gate, up = np.split(wide @ table.T, 2, axis=1)
+    bound = (24 * EPSILON * np.abs(wide) + rounding_of_x(backend, wide, held)) @ np.abs(table).T + 1e-6
+    of_gate, of_up = np.split(bound, 2, axis=1)
+    sigmoid = 1 / (1 + np.exp(-gate))
+    of_silu = 1.1 * of_gate + 4 * EPSILON * np.abs(gate)  # its slope is at most 1.1
+    most = of_silu * (np.abs(up) + of_up) + np.abs(gate * sigmoid) * of_up
+    assert (np.abs(y - gate * sigmoid * up) / most).max() < 1
+
+
+def test_gates_that_end_within_a_group_of_rows_are_left_to_others():
+    backend, weight = triton.Triton(interpret=True), pack(ternary(48, 64), "words")
+    assert backend.fuses(activations(1, 64), weight)
+    assert not backend.fuses(activations(1, 64), weight, gated=True)
 
 
 @pytest.mark.parametrize(

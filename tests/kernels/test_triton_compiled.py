@@ -28,11 +28,11 @@ CODES = {bases: LAYOUTS[triton.LAYOUT].codes_shape(OUT, INPUTS, bases) for bases
 
 
 def compiled_gemv(
-    device: str, bases: int, tied: bool, tokens: int = 1, settings: Settings = ONE_TOKEN
+    device: str, bases: int, tied: bool, tokens: int = 1, settings: Settings = ONE_TOKEN, gated: bool = False
 ) -> tuple[aot.Compiled, float]:
     """(machine code, instructions in the loop for each weight)."""
     type = TernaryType((OUT, INPUTS), bases, "row", tied, "f16")
-    function = partial(triton.gemv, type=type, settings=settings, interpret=False)
+    function = partial(triton.gemv, type=type, settings=settings, interpret=False, gated=gated)
     shape = jax.ShapeDtypeStruct
     operands = (
         shape((tokens, INPUTS), jnp.bfloat16),
@@ -40,7 +40,8 @@ def compiled_gemv(
         shape(type.scales_shape, jnp.float16),
     )
     compiled = aot.compile_for(device, function, *operands, kernel=triton.gemv_name(type, tokens))
-    weights = 2 * settings.row_blocks * settings.unroll * prefixes.plan(bases, tied).piece_params
+    cut = settings.gemv.paired() if gated else settings.gemv
+    weights = 2 * cut.row_blocks * cut.unroll * prefixes.plan(bases, tied).piece_params
     return compiled, aot.main_loop_instructions(compiled.sass).total() / weights
 
 
@@ -82,6 +83,23 @@ def test_instructions_a_weight_of_one_token(device, bases, tied, most):
 )
 def test_more_tokens_and_rows_cost_little_more(tokens, settings, most):
     compiled, instructions = compiled_gemv("H200", 2, True, tokens, settings)
+    assert compiled.spill_bytes == 0
+    assert instructions < most
+    assert loads(compiled) == WIDE
+
+
+@pytest.mark.parametrize("device", ["H200", "A10"])
+@pytest.mark.parametrize(
+    ("bases", "tokens", "settings", "most"),
+    [
+        (1, 1, Settings(warps=2, unroll=2), 1.1),
+        (2, 1, Settings(warps=2, unroll=2), 1.45),
+        (3, 1, Settings(warps=2), 2.4),
+        (2, 16, Settings(warps=4, row_warps=4, row_blocks=2), 1.95),
+    ],
+)
+def test_swiglu_costs_the_loop_nothing(device, bases, tokens, settings, most):
+    compiled, instructions = compiled_gemv(device, bases, True, tokens, settings, gated=True)
     assert compiled.spill_bytes == 0
     assert instructions < most
     assert loads(compiled) == WIDE
@@ -129,17 +147,17 @@ def test_tiles_do_not_spill(device, group, tied):
     assert compiled.spill_bytes == 0
 
 
-@pytest.mark.parametrize("prologue", ["none", "norm", "gated"])
+@pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize(("bases", "tied", "group"), [(2, True, None), (3, False, None), (2, False, 128)])
-def test_folding_does_not_spill(bases, tied, group, prologue):
+def test_folding_does_not_spill(bases, tied, group, normed):
     plan = prefixes.plan(bases, tied)
     columns = triton_gemv.columns(plan, 1, 32, group)
-    x = jax.ShapeDtypeStruct((1, INPUTS * (2 if prologue == "gated" else 1)), jnp.float32)
-    gains = [jax.ShapeDtypeStruct((INPUTS,), jnp.float32)] if prologue == "norm" else []
+    x = jax.ShapeDtypeStruct((1, INPUTS), jnp.float32)
+    gains = [jax.ShapeDtypeStruct((INPUTS,), jnp.float32)] if normed else []
 
     def fold(x, *gains):
-        before = triton_fold.Prologue(*gains, eps=1e-5, gated=prologue == "gated")
-        return triton_fold.fold(plan, x, 32, columns, group, before)
+        norm = triton_fold.Norm(*gains, eps=1e-5) if gains else None
+        return triton_fold.fold(plan, x, 32, columns, group, norm)
 
     compiled = aot.compile_for("H200", fold, x, *gains, kernel=f"ternary_fold_n{bases}{'tied' if tied else 'free'}")
     assert compiled.spill_bytes == 0

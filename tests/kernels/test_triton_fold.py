@@ -67,30 +67,16 @@ def test_tokens_of_zeros_are_zeros():
     assert largest.tolist() == [0.0]
 
 
-def activations(prologue: triton_fold.Prologue, x: np.ndarray) -> np.ndarray:
-    """What a prologue says, in float64."""
-    x = x.astype(np.float64)
-    if prologue.gated:
-        gate, up = np.split(x, 2, axis=1)
-        return gate / (1 + np.exp(-gate)) * up
-    assert prologue.gain is not None
-    return x / np.sqrt((x**2).mean(axis=1, keepdims=True) + prologue.eps) * np.asarray(prologue.gain, np.float64)
-
-
 @pytest.mark.parametrize("inputs", [300, 5000])
-@pytest.mark.parametrize("kind", ["norm", "gated"])
-def test_a_prologue_is_folded_as_what_it_makes(kind, inputs):
+def test_a_norm_is_folded_as_what_it_makes(inputs):
     """Words of the activations made before, but for close calls of rounding; and the largest of them."""
     plan, random = prefixes.plan(2, True), np.random.default_rng(0)
     steps = plan.steps(-(-inputs * 2 // 20)) + 1
-    if kind == "norm":
-        prologue = triton_fold.Prologue(jnp.asarray(random.uniform(0.5, 2, inputs), jnp.float32), 1e-5)
-        x = random.standard_normal((2, inputs)) * [[0.01], [30]]
-    else:
-        prologue, x = triton_fold.Prologue(gated=True), random.standard_normal((2, 2 * inputs)) * [[1], [5]]
-    x = x.astype(np.float32)
-    made = activations(prologue, x)
-    found, largest = triton_fold.fold(plan, jnp.asarray(x), steps, Columns(2, 1), prologue=prologue, interpret=True)
+    norm = triton_fold.Norm(jnp.asarray(random.uniform(0.5, 2, inputs), jnp.float32), 1e-5)
+    x = (random.standard_normal((2, inputs)) * [[0.01], [30]]).astype(np.float32)
+    wide = x.astype(np.float64)
+    made = wide / np.sqrt((wide**2).mean(axis=1, keepdims=True) + norm.eps) * np.asarray(norm.gain, np.float64)
+    found, largest = triton_fold.fold(plan, jnp.asarray(x), steps, Columns(2, 1), norm=norm, interpret=True)
     wanted, _ = triton_fold.fold(plan, jnp.asarray(made, jnp.float32), steps, Columns(2, 1), interpret=True)
     np.testing.assert_allclose(largest, np.abs(made).max(axis=1), rtol=1e-6)
 
@@ -105,9 +91,9 @@ def test_a_prologue_is_folded_as_what_it_makes(kind, inputs):
 
 
 def test_the_norm_of_zeros_is_zeros():
-    prologue = triton_fold.Prologue(jnp.ones(320), 1e-5)
+    norm = triton_fold.Norm(jnp.ones(320), 1e-5)
     folded, largest = triton_fold.fold(
-        prefixes.plan(2, True), jnp.zeros((1, 320)), 2, Columns(1, 1), prologue=prologue, interpret=True
+        prefixes.plan(2, True), jnp.zeros((1, 320)), 2, Columns(1, 1), norm=norm, interpret=True
     )
     assert not np.asarray(folded).any()
     assert largest.tolist() == [0.0]

@@ -36,8 +36,8 @@ def test_a_block_with_its_linears_joined():
         "input_layernorm self_attn.qkv_proj",
         "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.q_rope self_attn.k_rope self_attn.attention",
         "self_attn.o_proj self_attn.residual",
-        "post_attention_layernorm mlp.gate_up_proj",
-        "mlp.gate_proj mlp.up_proj mlp.silu_mul mlp.down_proj mlp.residual",
+        "post_attention_layernorm mlp.gate_up_proj mlp.gate_proj mlp.up_proj mlp.silu_mul",
+        "mlp.down_proj mlp.residual",
     ]
 
 
@@ -138,6 +138,6 @@ def test_values_are_those_of_the_nodes(monkeypatch, joined, bias):
     wanted, _ = ops.run_block(unit, weights, x, ops.from_start(x), backend="xla")
     np.testing.assert_allclose(found, wanted, atol=2e-5 * np.abs(np.asarray(wanted)).max())
     assert len(calls) == (4 if joined else 7)
-    assert sum(prologue.gain is not None for prologue, _ in calls) == (2 if joined else 5)
-    assert sum(prologue.gated for prologue, _ in calls) == joined
-    assert sum(residual is not None for _, residual in calls) == 2 - bias
+    assert sum(norm is not None for norm, _, _ in calls) == (2 if joined else 5)
+    assert sum(gated for _, _, gated in calls) == joined
+    assert sum(residual is not None for _, residual, _ in calls) == 2 - bias
