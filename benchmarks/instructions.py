@@ -30,7 +30,7 @@ def instructions(device: str, type: TernaryType) -> tuple[float, aot.Compiled]:
     function = partial(triton.gemv, type=type, settings=settings, interpret=False)
     operands = shape((1, type.shape[1]), jnp.bfloat16), shape(codes, jnp.uint32), shape(type.scales_shape, jnp.float16)
     compiled = aot.compile_for(device, function, *operands, kernel=triton.gemv_name(type, 1))
-    weights = 2 * settings.row_blocks * settings.unroll * plan.piece_params
+    weights = 2 * settings.gemv.row_blocks * settings.gemv.unroll * plan.piece_params
     return aot.main_loop_instructions(compiled.sass).total() / weights, compiled
 
 

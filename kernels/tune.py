@@ -132,7 +132,7 @@ def of_matrix(type: TernaryType, clock: Clock, all_tokens: Sequence[int]) -> lis
         has_gemv = triton.path(Settings(gemv_tokens=ALWAYS), type, tokens) == "gemv"
         if has_gemv and tokens <= GEMV_UP_TO:
             only = replace(gemv or chosen, gemv_tokens=ALWAYS)
-            grid = [replace(only, **asdict(shape)) for shape in SHAPES]
+            grid = [replace(only, gemv=shape) for shape in SHAPES]
             gemv, times["gemv"] = fastest(clock, problem, grid if tokens in ALL_SHAPES else [only])
         if tokens >= GEMM_FROM or not has_gemv:
             dimensions = TILES if tokens in TILED or tiled is None else ("tokens",)
@@ -141,7 +141,7 @@ def of_matrix(type: TernaryType, clock: Clock, all_tokens: Sequence[int]) -> lis
         if tokens >= DECODE_FROM:
             decode = replace(chosen, gemv_tokens=NEVER, gemm_tokens=NEVER)
             (times["decode"],) = clock(problem, [decode])
-        best[tokens] = replace(chosen, **asdict((gemv or chosen).gemv))
+        best[tokens] = replace(chosen, gemv=(gemv or chosen).gemv)
     gemv_tokens, gemm_tokens = crossovers(seconds)
     return [
         tuning.kind_of(type, tokens)

@@ -24,19 +24,12 @@ MOST_SHARED_BYTES = 227 << 10  # on those that have most: H100, H200
 
 @dataclass(frozen=True)
 class Settings:
-    """gemv: see `triton_gemv.Shape`. Up to gemv_tokens tokens go that way, up to gemm_tokens the tiles'."""
+    """Up to gemv_tokens tokens go by `triton_gemv`, up to gemm_tokens by the tiles of `triton_gemm`."""
 
-    warps: int = 4
-    row_warps: int = 1
-    row_blocks: int = 1
-    unroll: int = 1
+    gemv: Shape = field(default_factory=Shape)
     gemv_tokens: int = 16
     tiles: Tiles = field(default_factory=Tiles)
     gemm_tokens: int = 64
-
-    @property
-    def gemv(self) -> Shape:
-        return Shape(self.warps, self.row_warps, self.row_blocks, self.unroll)
 
 
 def settings(device: str, type: TernaryType, tokens: int) -> Settings:
@@ -48,7 +41,7 @@ def settings(device: str, type: TernaryType, tokens: int) -> Settings:
     entry = min(entries, key=lambda entry: _distance(entry, type, tokens))
     found: Settings = entry["settings"]
     if max(_octaves(entry, kind_of(type, tokens), name) for name in ("out", "in")) > 0.6:
-        found = replace(found, **asdict(usual.gemv))
+        found = replace(found, gemv=usual.gemv)
     # Tiles of another kind of matrix may take more shared memory for this one; what they took for theirs is there.
     room = max(SHARED_BYTES, shared_bytes(found.tiles, entry["bases"]))
     return replace(found, tiles=_fit(found.tiles, type.bases, room))
@@ -62,7 +55,8 @@ def heuristic(type: TernaryType, tokens: int) -> Settings:
     tiles = Tiles(rows=64, tokens=min(128, max(16, 1 << (tokens - 1).bit_length())), units=32, warps=4)
     # Rows of a few steps have nothing to unroll. Beyond 8 tokens there are more activations than codes to load: two groups of rows share them.
     row_blocks, unroll = (2, 1) if tokens > 8 else (1, 2 if steps >= 8 and type.scales_shape[1] == 1 else 1)
-    return Settings(warps=warps, row_blocks=row_blocks, unroll=unroll, tiles=_fit(tiles, type.bases, SHARED_BYTES))
+    shape = Shape(warps=warps, row_blocks=row_blocks, unroll=unroll)
+    return Settings(gemv=shape, tiles=_fit(tiles, type.bases, SHARED_BYTES))
 
 
 def _fit(tiles: Tiles, bases: int, room: int) -> Tiles:
@@ -137,7 +131,9 @@ def _key(entry: dict[str, Any]) -> tuple:
 def _parse(entry: dict[str, Any]) -> dict[str, Any]:
     _key(entry)  # all of it is there
     values = entry["settings"]
-    return entry | {"settings": replace(Settings(**values), tiles=Tiles(**values["tiles"]))}
+    return entry | {
+        "settings": Settings(**values | {"gemv": Shape(**values["gemv"]), "tiles": Tiles(**values["tiles"])})
+    }
 
 
 def _octaves(entry: dict[str, Any], kind: dict[str, Any], name: str) -> float:

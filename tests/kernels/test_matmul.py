@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from atd import ternary as decompose
 from atd.kernels import matmul as kernels
 from atd.kernels import mosaic, packed, prefixes, triton, tuning, xla
+from atd.kernels.triton_gemv import Shape
 from atd.layout import LAYOUTS
 from atd.weights import DTYPES, Dense, Packed, PackedType, Ternary, TernaryType
 from tests.kernels import aot
@@ -183,7 +184,7 @@ def test_swiglu_of_a_product(backend, monkeypatch, row_blocks, rows, bases, grou
     chosen = kernels.BACKENDS[backend]
     if not isinstance(chosen, triton.Triton):
         pytest.skip("computes products alone")
-    settings = tuning.Settings(warps=2, row_blocks=row_blocks)
+    settings = tuning.Settings(Shape(warps=2, row_blocks=row_blocks))
     monkeypatch.setitem(kernels.BACKENDS, backend, replace(chosen, settings=settings))
     weight, x = ternary(160, 323, bases, group, tied), activations(rows, 323)
     held = pack(weight, "words")
@@ -201,9 +202,9 @@ def test_swiglu_of_a_product(backend, monkeypatch, row_blocks, rows, bases, grou
 
 
 def test_gates_that_end_within_a_group_of_rows_are_left_to_others():
-    backend, weight = triton.Triton(interpret=True), pack(ternary(48, 64), "words")
-    assert backend.fuses(activations(1, 64), weight)
-    assert not backend.fuses(activations(1, 64), weight, gated=True)
+    backend, weight, x = triton.Triton(interpret=True), pack(ternary(48, 64), "words"), jnp.zeros((1, 64))
+    assert backend.fuses(x, weight)
+    assert not backend.fuses(x, weight, gated=True)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from atd.kernels import packed as packed_backends
 from atd.kernels import prefixes, triton, triton_decode, triton_gemv, triton_ptx, tuning
 from atd.kernels.matmul import matmul
 from atd.kernels.triton_gemm import Tiles
+from atd.kernels.triton_gemv import Shape
 from atd.kernels.tuning import Settings
 from atd.layout import LAYOUTS
 from atd.weights import Dense, Packed, PackedType, TernaryType
@@ -66,12 +67,12 @@ def test_decoding_goes_chunk_by_chunk(monkeypatch):
 @pytest.mark.parametrize(
     "settings",
     [
-        Settings(warps=1),
-        Settings(warps=8, row_blocks=2),
-        Settings(warps=2, row_blocks=4, unroll=2),
-        Settings(warps=4, row_warps=4, unroll=4),
-        Settings(warps=4, row_blocks=2, unroll=2),
-        Settings(warps=8, row_warps=2, row_blocks=2),
+        Settings(Shape(warps=1)),
+        Settings(Shape(warps=8, row_blocks=2)),
+        Settings(Shape(warps=2, row_blocks=4, unroll=2)),
+        Settings(Shape(warps=4, row_warps=4, unroll=4)),
+        Settings(Shape(warps=4, row_blocks=2, unroll=2)),
+        Settings(Shape(warps=8, row_warps=2, row_blocks=2)),
         Settings(gemv_tokens=0, tiles=Tiles(16, 16, 16, 2, 1)),
         Settings(gemv_tokens=0, tiles=Tiles(128, 64, 64, 8, 3)),
     ],
@@ -99,7 +100,9 @@ def test_a_row_too_short_for_all_the_groups_that_a_step_can_touch():
     """One step touches two groups of 100, later ones three: the padding must not count them otherwise."""
     weight, x = packed(20, 110, group=100), activations(1, 110)
     wanted = np.asarray(x @ weight.dequantize().T)
-    np.testing.assert_allclose(interpreted(x, weight, Settings(warps=4)), wanted, atol=2e-5 * np.abs(wanted).max())
+    np.testing.assert_allclose(
+        interpreted(x, weight, Settings(Shape(warps=4))), wanted, atol=2e-5 * np.abs(wanted).max()
+    )
 
 
 @pytest.mark.parametrize("layout", ["words", "aligned", "interleaved"])
@@ -142,7 +145,7 @@ def test_sixteen_tokens_are_fixed_point_and_exact(bases, tied):
     scales = np.ones(type.ternary.scales_shape, np.float16)
     weight = Packed(jnp.asarray(LAYOUTS["tiles"].pack(trits)), jnp.asarray(scales), type)
     wanted = x @ np.asarray(weight.dequantize()).astype(int).T
-    settings = Settings(warps=4, row_warps=2, row_blocks=2)
+    settings = Settings(Shape(warps=4, row_warps=2, row_blocks=2))
     assert triton.path(settings, type.ternary, 16) == "gemv"
     for tokens in (2, 16):
         found = interpreted(jnp.asarray(x[:tokens], jnp.float32), weight, settings)

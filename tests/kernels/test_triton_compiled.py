@@ -13,6 +13,7 @@ import pytest
 
 from atd.kernels import prefixes, triton, triton_attention, triton_decode, triton_fold, triton_gemm, triton_gemv
 from atd.kernels.triton_gemm import Tiles
+from atd.kernels.triton_gemv import Shape
 from atd.kernels.tuning import Settings
 from atd.layout import LAYOUTS
 from atd.weights import TernaryType
@@ -21,7 +22,7 @@ from tests.kernels.test_triton_attention import attend, interpreted, operands
 
 pytestmark = pytest.mark.skipif(bool(aot.missing()), reason=str(aot.missing()))
 OUT = INPUTS = 4096
-ONE_TOKEN = Settings(warps=4)
+ONE_TOKEN = Settings(Shape(warps=4))
 
 
 CODES = {bases: LAYOUTS[triton.LAYOUT].codes_shape(OUT, INPUTS, bases) for bases in (1, 2, 3, 4)}
@@ -72,13 +73,13 @@ def test_instructions_a_weight_of_one_token(device, bases, tied, most):
 @pytest.mark.parametrize(
     ("tokens", "settings", "most"),
     [
-        (2, Settings(warps=4), 1.65),
-        (1, Settings(warps=4, unroll=2), 1.55),
-        (2, Settings(warps=4, row_blocks=2), 1.5),
-        (4, Settings(warps=4), 1.9),
-        (4, Settings(warps=4, row_blocks=2), 1.65),
-        (8, Settings(warps=4, row_warps=4, row_blocks=2), 1.65),
-        (16, Settings(warps=4, row_warps=4, row_blocks=2), 1.95),
+        (2, Settings(Shape(warps=4)), 1.65),
+        (1, Settings(Shape(warps=4, unroll=2)), 1.55),
+        (2, Settings(Shape(warps=4, row_blocks=2)), 1.5),
+        (4, Settings(Shape(warps=4)), 1.9),
+        (4, Settings(Shape(warps=4, row_blocks=2)), 1.65),
+        (8, Settings(Shape(warps=4, row_warps=4, row_blocks=2)), 1.65),
+        (16, Settings(Shape(warps=4, row_warps=4, row_blocks=2)), 1.95),
     ],
 )
 def test_more_tokens_and_rows_cost_little_more(tokens, settings, most):
@@ -92,10 +93,10 @@ def test_more_tokens_and_rows_cost_little_more(tokens, settings, most):
 @pytest.mark.parametrize(
     ("bases", "tokens", "settings", "most"),
     [
-        (1, 1, Settings(warps=2, unroll=2), 1.1),
-        (2, 1, Settings(warps=2, unroll=2), 1.45),
-        (3, 1, Settings(warps=2), 2.4),
-        (2, 16, Settings(warps=4, row_warps=4, row_blocks=2), 1.95),
+        (1, 1, Settings(Shape(warps=2, unroll=2)), 1.1),
+        (2, 1, Settings(Shape(warps=2, unroll=2)), 1.45),
+        (3, 1, Settings(Shape(warps=2)), 2.4),
+        (2, 16, Settings(Shape(warps=4, row_warps=4, row_blocks=2)), 1.95),
     ],
 )
 def test_swiglu_costs_the_loop_nothing(device, bases, tokens, settings, most):
@@ -107,7 +108,7 @@ def test_swiglu_costs_the_loop_nothing(device, bases, tokens, settings, most):
 
 @pytest.mark.parametrize("device", ["A10", "L4"])
 def test_sixteen_tokens_do_not_spill(device):
-    compiled, _ = compiled_gemv(device, 2, True, 16, Settings(warps=4, row_warps=4, row_blocks=2))
+    compiled, _ = compiled_gemv(device, 2, True, 16, Settings(Shape(warps=4, row_warps=4, row_blocks=2)))
     assert compiled.spill_bytes == 0
     assert loads(compiled) == WIDE
 

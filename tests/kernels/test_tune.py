@@ -28,7 +28,7 @@ def clock(problem: Problem, candidates) -> list[float]:
     def seconds(settings: Settings) -> float:
         tiles = settings.tiles
         if way(settings) == "gemv":
-            off = abs(settings.warps - 4) + abs(settings.row_warps - 4) + abs(settings.row_blocks - 2)
+            off = abs(settings.gemv.warps - 4) + abs(settings.gemv.row_warps - 4) + abs(settings.gemv.row_blocks - 2)
             return 1e-6 * (3 * problem.tokens + off)
         if way(settings) == "gemm":
             off = (
@@ -117,7 +117,7 @@ def test_the_file_is_written_and_a_second_run_goes_on(tmp_path, monkeypatch):
 
 def test_the_clock_of_this_device_times_what_runs_and_nothing_else():
     type = TernaryType((32, 100), 1, "row", True, "f16")
-    good = Settings(warps=1, gemv_tokens=ALWAYS)
+    good = Settings(Shape(warps=1), gemv_tokens=ALWAYS)
     bad = Settings(gemv_tokens=NEVER, gemm_tokens=ALWAYS, tiles=Tiles(rows=-1))
     taken = tune.DeviceClock(timing.TINY, interpret=True)(Problem(type, 1), [good, bad])
     assert 0 < taken[0] < 10

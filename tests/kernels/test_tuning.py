@@ -6,6 +6,7 @@ import pytest
 
 from atd.kernels import tuning
 from atd.kernels.triton_gemm import Tiles, unit
+from atd.kernels.triton_gemv import Shape
 from atd.kernels.tuning import Settings
 from atd.weights import TernaryType
 
@@ -30,54 +31,58 @@ def entry(tokens, out, inputs, bases=2, tied=True, group: int | str = "row", **s
 def test_tuned_settings_go_before_the_rule_of_thumb(folder):
     type = matrix(4096, 4096)
     assert tuning.settings("NVIDIA H200", type, 1) == tuning.heuristic(type, 1)
-    path = tuning.write("NVIDIA H200", "0.11.2", [entry(1, 4096, 4096, warps=2, tiles=Tiles(rows=16))])
+    path = tuning.write("NVIDIA H200", "0.11.2", [entry(1, 4096, 4096, gemv=Shape(warps=2), tiles=Tiles(rows=16))])
     assert path.name == "nvidia-h200.json"
-    assert tuning.settings("NVIDIA H200", type, 1) == Settings(warps=2, tiles=Tiles(rows=16))
+    assert tuning.settings("NVIDIA H200", type, 1) == Settings(gemv=Shape(warps=2), tiles=Tiles(rows=16))
     assert tuning.settings("NVIDIA L4", type, 1) == tuning.heuristic(type, 1)
 
 
 def test_the_nearest_entry_is_taken(folder):
-    entries = [entry(1, 4096, 4096, warps=1), entry(1, 14336, 4096, warps=2), entry(16, 4096, 4096, warps=4)]
-    tuning.write("gpu", "0.11.2", [*entries, entry(1, 4096, 4096, bases=3, warps=8)])
-    assert tuning.settings("gpu", matrix(4000, 4096), 2).warps == 1
-    assert tuning.settings("gpu", matrix(10000, 4096), 1).warps == 2
-    assert tuning.settings("gpu", matrix(14336, 4096), 64).warps == 4
-    assert tuning.settings("gpu", matrix(4096, 4096, bases=3), 1).warps == 8
+    entries = [
+        entry(1, 4096, 4096, gemv=Shape(warps=1)),
+        entry(1, 14336, 4096, gemv=Shape(warps=2)),
+        entry(16, 4096, 4096, gemv=Shape(warps=4)),
+    ]
+    tuning.write("gpu", "0.11.2", [*entries, entry(1, 4096, 4096, bases=3, gemv=Shape(warps=8))])
+    assert tuning.settings("gpu", matrix(4000, 4096), 2).gemv.warps == 1
+    assert tuning.settings("gpu", matrix(10000, 4096), 1).gemv.warps == 2
+    assert tuning.settings("gpu", matrix(14336, 4096), 64).gemv.warps == 4
+    assert tuning.settings("gpu", matrix(4096, 4096, bases=3), 1).gemv.warps == 8
 
 
 def test_a_matrix_of_another_size_takes_the_ways_of_the_nearest_and_its_own_shape(folder):
-    tuning.write("gpu", "0.11.2", [entry(1, 28672, 4096, warps=16, gemv_tokens=5)])
+    tuning.write("gpu", "0.11.2", [entry(1, 28672, 4096, gemv=Shape(warps=16), gemv_tokens=5)])
     found, usual = (tuning.settings(device, matrix(4096, 4096), 1) for device in ("gpu", "none"))
     assert (found.gemv_tokens, found.gemv) == (5, usual.gemv)
-    assert tuning.settings("gpu", matrix(24576, 4096), 1).warps == 16
+    assert tuning.settings("gpu", matrix(24576, 4096), 1).gemv.warps == 16
 
 
 def test_an_entry_of_another_kind_is_farther_than_one_of_other_tokens(folder):
     by_kind = [
-        entry(16, 4096, 4096, warps=1),
-        entry(16, 4096, 4096, bases=3, warps=2),
-        entry(16, 4096, 4096, tied=False, warps=4),
-        entry(16, 4096, 4096, group=128, warps=8),
+        entry(16, 4096, 4096, gemv=Shape(warps=1)),
+        entry(16, 4096, 4096, bases=3, gemv=Shape(warps=2)),
+        entry(16, 4096, 4096, tied=False, gemv=Shape(warps=4)),
+        entry(16, 4096, 4096, group=128, gemv=Shape(warps=8)),
     ]
-    tuning.write("gpu", "0.11.2", [*by_kind, entry(64, 4096, 4096, group=32, warps=32)])
-    assert tuning.settings("gpu", matrix(4096, 4096), 24).warps == 1
-    assert tuning.settings("gpu", matrix(4096, 4096, bases=3), 40).warps == 2
-    assert tuning.settings("gpu", matrix(4096, 4096, tied=False), 40).warps == 4
-    assert tuning.settings("gpu", matrix(4096, 4096, group=64), 16).warps == 8
-    assert tuning.settings("gpu", matrix(4096, 4096, group=64), 100).warps == 32
+    tuning.write("gpu", "0.11.2", [*by_kind, entry(64, 4096, 4096, group=32, gemv=Shape(warps=32))])
+    assert tuning.settings("gpu", matrix(4096, 4096), 24).gemv.warps == 1
+    assert tuning.settings("gpu", matrix(4096, 4096, bases=3), 40).gemv.warps == 2
+    assert tuning.settings("gpu", matrix(4096, 4096, tied=False), 40).gemv.warps == 4
+    assert tuning.settings("gpu", matrix(4096, 4096, group=64), 16).gemv.warps == 8
+    assert tuning.settings("gpu", matrix(4096, 4096, group=64), 100).gemv.warps == 32
 
 
 def test_entries_of_the_same_version_are_kept_and_others_are_not(folder):
-    tuning.write("gpu", "0.11.2", [entry(1, 64, 64, warps=1), entry(2, 64, 64, warps=2)])
-    path = tuning.write("gpu", "0.11.2", [entry(2, 64, 64, warps=8)])
-    assert [e["settings"].warps for e in tuning.tuned("gpu")] == [1, 8]
+    tuning.write("gpu", "0.11.2", [entry(1, 64, 64, gemv=Shape(warps=1)), entry(2, 64, 64, gemv=Shape(warps=2))])
+    path = tuning.write("gpu", "0.11.2", [entry(2, 64, 64, gemv=Shape(warps=8))])
+    assert [e["settings"].gemv.warps for e in tuning.tuned("gpu")] == [1, 8]
     assert len([line for line in path.read_text().splitlines() if "microseconds" in line]) == 2  # one a line
-    tuning.write("gpu", "0.12.0", [entry(4, 64, 64, warps=16)])
-    assert [e["settings"].warps for e in tuning.tuned("gpu")] == [16]
+    tuning.write("gpu", "0.12.0", [entry(4, 64, 64, gemv=Shape(warps=16))])
+    assert [e["settings"].gemv.warps for e in tuning.tuned("gpu")] == [16]
     path.write_text("{")
     tuning.tuned.cache_clear()
-    tuning.write("gpu", "0.12.0", [entry(1, 64, 64, warps=4)])
-    assert [e["settings"].warps for e in tuning.tuned("gpu")] == [4]
+    tuning.write("gpu", "0.12.0", [entry(1, 64, 64, gemv=Shape(warps=4))])
+    assert [e["settings"].gemv.warps for e in tuning.tuned("gpu")] == [4]
 
 
 @pytest.mark.parametrize("text", ["{", '{"entries": [{"settings": {"warp": 3, "tiles": {}}}]}', '{"rows": []}'])
@@ -88,7 +93,7 @@ def test_a_broken_file_is_named(folder, text):
 
 
 def test_few_rows_are_shared_by_more_warps():
-    assert tuning.heuristic(matrix(1024, 4096), 1).warps > tuning.heuristic(matrix(14336, 4096), 1).warps
+    assert tuning.heuristic(matrix(1024, 4096), 1).gemv.warps > tuning.heuristic(matrix(14336, 4096), 1).gemv.warps
 
 
 @pytest.mark.parametrize("bases", [1, 2, 3, 4])
