@@ -165,6 +165,7 @@ def run_convert(model: Path, out: Path) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 def test_kill_at_random_moments_ends_in_the_same_bytes(stories15m, tmp_path):
     """kill -9 again and again, then let it finish: the digests of a run that was never disturbed."""
     started = time.monotonic()

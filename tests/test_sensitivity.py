@@ -30,7 +30,10 @@ def windows_of(folder, text, count, context=128):
     return np.asarray(tokens[: count * context], np.int32).reshape(count, context)
 
 
-@pytest.mark.parametrize("options", [("row", "tied"), (64, "tied"), ("row", "free")])
+@pytest.mark.parametrize(
+    "options",
+    [("row", "tied"), *(pytest.param(each, marks=pytest.mark.slow) for each in ((64, "tied"), ("row", "free")))],
+)
 def test_predicted_losses_are_what_feedback_leaves(stories15m, shared_data, options):
     """Real layers, rotated: within 12 % (8 % for more than one base) of the loss of feedback with two sweeps."""
     group, scales = options
@@ -61,7 +64,7 @@ def test_pivots_are_conditional_variances():
     assert np.prod(sensitivity.feedback_pivots(hessian)) == pytest.approx(np.linalg.det(damped), rel=1e-3)
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_gradients_are_those_of_the_whole_model(tied):
     """The walk backward block by block, against one gradient through the model by a constant added to a linear's bias."""
     graph = tiny_graph(tied=tied)

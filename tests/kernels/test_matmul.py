@@ -70,11 +70,13 @@ def is_prepared(backend: str, layout: str) -> bool:
     return isinstance(chosen, packed.Backend) and layout in packed.READABLE and layout != chosen.layout
 
 
+def compiled(backend: str, function):
+    """As a whole, and in the interpreters without optimisation: it is compiling that takes long there."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0} if "interpret" in backend else None)
+
+
 def product(backend: str, x, weight) -> np.ndarray:
-    """Compiled as a whole, and in the interpreters without optimisation: it is compiling that takes long there."""
-    options = {"xla_backend_optimization_level": 0} if "interpret" in backend else None
-    run = jax.jit(lambda x, w: kernels.matmul(x, w, backend=backend), compiler_options=options)
-    return np.asarray(run(x, weight))
+    return np.asarray(compiled(backend, lambda x, w: kernels.matmul(x, w, backend=backend))(x, weight))
 
 
 def check(backend: str, x: np.ndarray, weight, dense):
@@ -169,7 +171,7 @@ def test_a_norm_before_and_a_residual_after_a_product(backend, rows, bases, grou
     x, residual = activations(rows, 323), activations(rows, 49, seed=2)
     norm = triton.Norm(jnp.asarray(random.uniform(0.5, 2, 323), jnp.float32), 1e-5)
     held, wide = pack(weight, "words"), x.astype(np.float64)
-    y = jax.jit(lambda x, w, r: kernels.fused(x, w, norm, r, backend=backend))(x, held, residual)
+    y = compiled(backend, lambda x, w, r: kernels.fused(x, w, norm, r, backend=backend))(x, held, residual)
     assert y is not None
     made = wide / np.sqrt((wide**2).mean(axis=1, keepdims=True) + 1e-5) * np.asarray(norm.gain)
     table = np.asarray(weight.dequantize()).astype(np.float64)
@@ -178,7 +180,7 @@ def test_a_norm_before_and_a_residual_after_a_product(backend, rows, bases, grou
 
 
 @OF_PRODUCTS
-@pytest.mark.parametrize("row_blocks", [1, 4])
+@pytest.mark.parametrize("row_blocks", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_swiglu_of_a_product(backend, monkeypatch, row_blocks, rows, bases, group, tied):
     """80 gates and 80 up: the last of a block's groups of rows is not full."""
     chosen = kernels.BACKENDS[backend]
@@ -188,7 +190,7 @@ def test_swiglu_of_a_product(backend, monkeypatch, row_blocks, rows, bases, grou
     monkeypatch.setitem(kernels.BACKENDS, backend, replace(chosen, settings=settings))
     weight, x = ternary(160, 323, bases, group, tied), activations(rows, 323)
     held = pack(weight, "words")
-    y = jax.jit(lambda x, w: kernels.fused(x, w, gated=True, backend=backend))(x, held)
+    y = compiled(backend, lambda x, w: kernels.fused(x, w, gated=True, backend=backend))(x, held)
     assert y is not None
     table = np.asarray(weight.dequantize()).astype(np.float64)
     wide = x.astype(np.float64)

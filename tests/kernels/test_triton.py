@@ -179,7 +179,9 @@ def test_an_old_gpu_is_refused(monkeypatch):
     assert triton.device_refuses() is None
 
 
-@pytest.mark.parametrize(("bases", "tied"), [(1, True), (2, False), (3, True)])
+@pytest.mark.parametrize(
+    ("bases", "tied"), [(1, True), *(pytest.param(*kind, marks=pytest.mark.slow) for kind in ((2, False), (3, True)))]
+)
 def test_self_test_sees_a_wrong_kernel(bases, tied, monkeypatch):
     assert triton.largest_difference(bases, tied, interpret=True) < 1e-4
     twin = triton_ptx.multiply_twin

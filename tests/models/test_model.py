@@ -126,9 +126,8 @@ def test_packed_and_unpacked_agree(layout):
     np.testing.assert_allclose(packed(tokens), expected, atol=1e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize(
-    ("backend", "group"), [("triton-interpret", "row"), pytest.param("mosaic-interpret", "row", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("backend", "group"), [("triton-interpret", "row"), ("mosaic-interpret", "row")])
+@pytest.mark.slow
 def test_kernels_of_gpus_write_the_same_tokens(backend, group):
     """Prefill and decode, with the embedding and the tied head in the layout that kernels read too."""
     graph = ternary(tiny_graph(layers=1, tied=True), packed=True, group=group, tied=True)
