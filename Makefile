@@ -3,6 +3,7 @@ PYTHON ?= $(firstword $(shell command -v python3.12 python3 python))
 VENV ?= .venv
 BIN := $(VENV)/bin
 EMULATED ?= triton-ptx
+SLOW ?= test
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 
 # BLAS's threads spin while they wait, and take the cores from XLA's (see atd/cli.py).
@@ -34,7 +35,7 @@ test: $(VENV)/.test
 
 # What takes minutes: conversions that are killed, benchmarks in their --tiny forms, whole models on interpreted kernels.
 test-slow: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -n 2 -m slow -k "$(SLOW)"
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .
