@@ -1,6 +1,7 @@
-"""Random matrices and activations for tests of GPU kernels, and lowering for a GPU that is not here."""
+"""Random matrices and activations for tests of GPU kernels, and compiling: for interpret mode, and for a GPU that is not here."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,9 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from atd.layout import LAYOUTS
 from atd.weights import Packed, PackedType, TernaryType
+
+# In interpret mode it is compiling that takes long.
+unoptimized = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def packed(out, inputs, bases=2, group: int | str = "row", tied=True, layout="words", seed=0) -> Packed:

@@ -16,6 +16,7 @@ from atd.kernels.triton_gemv import Shape
 from atd.layout import LAYOUTS
 from atd.weights import DTYPES, Dense, Packed, PackedType, Ternary, TernaryType
 from tests.kernels import aot
+from tests.kernels.matrices import unoptimized
 
 BACKENDS = tuple(kernels.BACKENDS)
 EPSILON = float(np.finfo(np.float32).eps)
@@ -71,8 +72,8 @@ def is_prepared(backend: str, layout: str) -> bool:
 
 
 def compiled(backend: str, function):
-    """As a whole, and in the interpreters without optimisation: it is compiling that takes long there."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0} if "interpret" in backend else None)
+    """As a whole, and in the interpreters without optimisation."""
+    return (unoptimized if "interpret" in backend else jax.jit)(function)
 
 
 def product(backend: str, x, weight) -> np.ndarray:

@@ -14,7 +14,7 @@ from atd.kernels import mosaic, mosaic_gemv, packed, prefixes, triton
 from atd.kernels.matmul import matmul
 from atd.weights import Packed
 from tests.kernels import aot
-from tests.kernels.matrices import activations, lowered
+from tests.kernels.matrices import activations, lowered, unoptimized
 from tests.kernels.matrices import packed as weight
 from tests.kernels.ptx_emulator import run_ptx
 
@@ -26,9 +26,8 @@ HERE = jax.default_backend()
 
 
 def run(multiply, x, w) -> np.ndarray:
-    """In the interpreter; it is compiling that takes long."""
-    options = {"xla_backend_optimization_level": 0}
-    return np.asarray(jax.jit(lambda x, w: multiply(x, w, interpret=True), compiler_options=options)(x, w))
+    """In the interpreter."""
+    return np.asarray(unoptimized(lambda x, w: multiply(x, w, interpret=True))(x, w))
 
 
 @pytest.mark.parametrize(

@@ -13,15 +13,14 @@ from atd.kernels.triton_gemv import Shape
 from atd.kernels.tuning import Settings
 from atd.layout import LAYOUTS
 from atd.weights import Dense, Packed, PackedType, TernaryType
-from tests.kernels.matrices import activations, lowered, packed
+from tests.kernels.matrices import activations, lowered, packed, unoptimized
 
 DEVICES = ["NVIDIA H200", "NVIDIA A10", "NVIDIA L4"]
 
 
 def interpreted(x, weight, settings=None):
     """`triton.multiply` in interpret mode, compiled in a hurry."""
-    options = {"xla_backend_optimization_level": 0}
-    return jax.jit(lambda x, w: triton.multiply(x, w, settings, interpret=True), compiler_options=options)(x, weight)
+    return unoptimized(lambda x, w: triton.multiply(x, w, settings, interpret=True))(x, weight)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 
 from atd.kernels import triton, triton_attention
 from atd.models import ops
-from tests.kernels.matrices import lowered_for
+from tests.kernels.matrices import lowered_for, unoptimized
 
 THETA = 10000.0
 NAMES = ("heads", "kv_heads", "head_dim", "length", "positions", "dtype", "options")
@@ -50,7 +50,7 @@ def attend(qkv, positions, cache, *, heads, window=0, splits=None, interpret=Fal
 
 def interpreted(*operands, **options):
     options = partial(attend, interpret=True, **options)
-    return jax.jit(options, compiler_options={"xla_backend_optimization_level": 0})(*operands)
+    return unoptimized(options)(*operands)
 
 
 def rotated(x: np.ndarray, position: int) -> np.ndarray:
