@@ -160,9 +160,14 @@ def test_nan_is_refused_by_name_or_becomes_zero(with_nan, tmp_path):
 def run_convert(model: Path, out: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "atd.convert_adaptive", str(model), str(out), "--recipe", "datafree3"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT
-    )
+    # A shell starts what it runs in the background with SIGINT ignored, and children inherit that. A handler they don't.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT
+        )
+    finally:
+        signal.signal(signal.SIGINT, inherited)
 
 
 @pytest.mark.slow
@@ -203,7 +208,7 @@ def test_ctrl_c_leaves_one_line_and_a_run_that_goes_on(stories15m, tmp_path):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
-    assert process.returncode == 130
+    assert process.returncode == 130, errors
     assert (
         errors.strip().splitlines()[-1]
         == "interrupted; a conversion goes on where it stopped when the same command is given again"
