@@ -100,8 +100,9 @@ def plan(block: Block, weights: Mapping[str, Mapping]) -> list[Node | Product | 
     for linear in (node for node in block.nodes if node.op == "linear"):
         first, last = before(linear), after(linear)
         together = (*first, linear, *last)
-        norm, gated = first[0] if first else None, len(last) == 3
-        residual = next((value for value in last[0].inputs if value != linear.name), None) if len(last) == 1 else None
+        norm, ends_in = first[0] if first else None, together[-1]
+        gated = ends_in.op == "silu_mul"
+        residual = next(value for value in ends_in.inputs if value != linear.name) if ends_in.op == "add" else None
         source = together[0].inputs[0]
         products[together[-1].name] = Product(together, linear, source, norm, gated, residual)
         absorbed |= {node.name for node in together[:-1]}
