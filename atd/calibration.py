@@ -91,23 +91,46 @@ class _Stream:
         self.x, self._values = self.value(self.block.nodes[-1].name), {}
 
     def value(self, name: str) -> list[jax.Array]:
-        """The value of a node in each batch, [B, T, features]."""
+        """The value of a node in each batch, [B, T, features].
+
+        What it needs is computed with it, batch by batch: what nobody reads afterwards, as an MLP's gate and up, is never
+        there of all batches at once.
+        """
         if name not in self._values:
-            node = self.block.node(name)
-            inputs = [self.value(source) for source in node.inputs]
-            weights = {slot: Dense(jnp.asarray(ref.load().dequantize())) for slot, ref in node.weights.items()}
-            run = _program(node)
-            self._values[name] = [run(values, weights) for values in zip(*inputs, strict=True)]
-            self._readers.subtract(node.inputs)
-            for source in set(node.inputs) - {"x"}:
+            nodes = self._unknown(name)
+            for node in nodes:
+                self._readers.subtract(node.inputs)
+            steps = [(node, _program(node), _dense_weights(node)) for node in nodes]
+            known = {source for node in nodes for source in node.inputs if source in self._values}
+            found = {node.name: [] for node in nodes if node.name == name or self._readers[node.name]}
+            for i in range(len(self.x)):
+                values = {source: self._values[source][i] for source in known}
+                for node, run, weights in steps:
+                    values[node.name] = run([values[source] for source in node.inputs], weights)
+                for kept, batches in found.items():
+                    batches.append(values[kept])
+            self._values |= found
+            for source in known - {"x"}:
                 if not self._readers[source]:
                     del self._values[source]
         return self._values[name]
+
+    def _unknown(self, name: str) -> list[Node]:
+        """The nodes that must run for this one's value, itself included, in order."""
+        needed = {name}
+        for node in reversed(self.block.nodes):
+            if node.name in needed:
+                needed |= {source for source in node.inputs if source not in self._values}
+        return [node for node in self.block.nodes if node.name in needed]
 
 
 def _program(node: Node) -> Callable:
     """(values of the inputs, weights) -> value, compiled; nodes of one op and attrs share it whatever they are called."""
     return _compiled(node.op, tuple(sorted(ops.bare_node(node).attrs.items())))
+
+
+def _dense_weights(node: Node) -> dict[str, Dense]:
+    return {slot: Dense(jnp.asarray(ref.load().dequantize())) for slot, ref in node.weights.items()}
 
 
 @cache
