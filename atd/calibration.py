@@ -25,7 +25,7 @@ from atd.ir import Block, Node
 from atd.models import ops
 from atd.weights import Dense, Weight
 
-BATCH = 8  # windows that run together
+BATCH = 4096  # positions that run together: at least one window
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +43,8 @@ class Calibration:
     def __init__(self, tokens: np.ndarray):
         self.tokens = tokens
         self.digest = tokens_digest(tokens)
-        batches = [np.asarray(tokens[i : i + BATCH], np.int32) for i in range(0, len(tokens), BATCH)]
+        windows = max(1, BATCH // tokens.shape[1])
+        batches = [np.asarray(tokens[i : i + windows], np.int32) for i in range(0, len(tokens), windows)]
         self._dense, self._quantized = _Stream(batches), _Stream(batches)
         self._moments: dict[str, Moments] = {}
 
