@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from atd.ir import Block, Node
+from atd.memory import return_freed
 from atd.models import ops
 from atd.weights import Dense, Weight
 
@@ -114,6 +115,7 @@ class _Stream:
             for source in known - {"x"}:
                 if not self._readers[source]:
                     del self._values[source]
+            return_freed()
         return self._values[name]
 
     def _unknown(self, name: str) -> list[Node]:

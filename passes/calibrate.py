@@ -13,8 +13,6 @@
    so and leaves the model as it was.
 """
 
-import ctypes
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -25,6 +23,7 @@ import optax
 
 from atd.errors import BadInput, nearest
 from atd.ir import ROTATIONS, Block, Graph
+from atd.memory import return_freed_from_now_on
 from atd.pipeline import Context, Pass
 from atd.tuning import (
     Parameters,
@@ -44,7 +43,6 @@ from atd.weights import DenseType
 AGAINST = ("logits", "block")
 HELD_OUT = 8  # one window in so many
 WARM_UP = 4  # steps
-M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # of glibc's malloc.h
 POSITIONS = 128  # whose logits exist at a time, where the context is a multiple of it
 
 
@@ -102,7 +100,7 @@ class Calibrate(Pass):
         size = max(1, self.batch // windows.shape[1])
         data = _Data(windows[~held], windows[held], size, np.random.default_rng(context.seed))
         tune = _against_logits if self.against == "logits" else _against_blocks
-        _return_freed_memory()
+        return_freed_from_now_on()
         return tune(self, graph, context, data)
 
     # --- the optimizer ---
@@ -127,19 +125,6 @@ class Calibrate(Pass):
 
     def unit(self, block: Block) -> Unit:
         return tunable(block, scales=self.scales, gains=self.gains, codes=self.codes)
-
-
-def _return_freed_memory() -> None:
-    """Has glibc give back what is free now, and from now on freed arrays of 4 MB and more; threads share two heaps.
-
-    By default it keeps all below 32 MB, scattered over a heap a thread, which makes the peak of this pass half as high again.
-    End to end, .04 s after each step give back 200 MB of what lies between the arrays that stay.
-    """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if libc is not None and hasattr(libc, "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, 4 << 20)
-        libc.mallopt(M_ARENA_MAX, 2)
-        libc.malloc_trim(0)
 
 
 @dataclass
@@ -266,7 +251,7 @@ def _against_logits(step: Calibrate, graph: Graph, context: Context, data: _Data
 
     def move(batch: np.ndarray, share: float) -> None:
         model.move(data.train[batch], targets[batch], share)
-        _return_freed_memory()
+        return_freed_from_now_on()
 
     def held_out() -> float:
         parts = range(0, len(data.held), data.size)
