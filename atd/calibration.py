@@ -26,6 +26,7 @@ from atd.memory import return_freed
 from atd.models import ops
 from atd.weights import Dense, Weight
 
+LARGE = 128 << 20  # bytes of a value in all batches, behind which freed memory is given back: it takes time
 BATCH = 4096  # positions that run together: at least one window
 
 
@@ -115,7 +116,8 @@ class _Stream:
             for source in known - {"x"}:
                 if not self._readers[source]:
                     del self._values[source]
-            return_freed()
+            if sum(batch.nbytes for batch in found[name]) > LARGE:
+                return_freed()
         return self._values[name]
 
     def _unknown(self, name: str) -> list[Node]:
