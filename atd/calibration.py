@@ -103,7 +103,7 @@ class _Stream:
             nodes = self._unknown(name)
             for node in nodes:
                 self._readers.subtract(node.inputs)
-            steps = [(node, _program(node), _dense_weights(node)) for node in nodes]
+            steps = [(node, _program(node), dense_weights(node)) for node in nodes]
             known = {source for node in nodes for source in node.inputs if source in self._values}
             found = {node.name: [] for node in nodes if node.name == name or self._readers[node.name]}
             for i in range(len(self.x)):
@@ -134,7 +134,8 @@ def _program(node: Node) -> Callable:
     return _compiled(node.op, tuple(sorted(ops.bare_node(node).attrs.items())))
 
 
-def _dense_weights(node: Node) -> dict[str, Dense]:
+def dense_weights(node: Node) -> dict[str, Weight]:
+    """All weights of a node, dense float32, by slot."""
     return {slot: Dense(jnp.asarray(ref.load().dequantize())) for slot, ref in node.weights.items()}
 
 

@@ -1,5 +1,5 @@
 """What is freed goes back to the system. By default glibc keeps freed arrays below 32 MB, scattered over a heap a thread:
-two fifths of the memory of a calibrated conversion were such (stories15M, 65,536 tokens: 2.3 GB instead of 1.4).
+two fifths of the memory of a calibrated conversion were such (stories15M, 65,536 tokens: 2.3 GB instead of 1.5).
 
 Elsewhere than on glibc nothing happens.
 """

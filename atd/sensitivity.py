@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from atd import feedback, ternary
+from atd.calibration import dense_weights
 from atd.ir import Block, Graph, Node
 from atd.models import ops
 from atd.models.ops import Structure, structure_of
@@ -323,10 +324,7 @@ def _tied_embedding(graph: Graph) -> Dense | None:
 
 def weights_of(block: Block) -> ops.Weights:
     """All weights of a block, dense float32."""
-    return {
-        node.name: {slot: Dense(jnp.asarray(ref.load().dequantize())) for slot, ref in node.weights.items()}
-        for node in block.nodes
-    }
+    return {node.name: dense_weights(node) for node in block.nodes}
 
 
 def _behind_embedding(prologue: Block) -> Block:

@@ -23,7 +23,7 @@ import optax
 
 from atd.errors import BadInput, nearest
 from atd.ir import ROTATIONS, Block, Graph
-from atd.memory import return_freed_from_now_on
+from atd.memory import return_freed, return_freed_from_now_on
 from atd.pipeline import Context, Pass
 from atd.tuning import (
     Parameters,
@@ -251,7 +251,7 @@ def _against_logits(step: Calibrate, graph: Graph, context: Context, data: _Data
 
     def move(batch: np.ndarray, share: float) -> None:
         model.move(data.train[batch], targets[batch], share)
-        return_freed_from_now_on()
+        return_freed()
 
     def held_out() -> float:
         parts = range(0, len(data.held), data.size)
