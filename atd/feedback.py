@@ -49,7 +49,6 @@ from atd.ternary import RIDGE, als
 from atd.weights import Group
 
 DAMPING = 0.01  # of the mean diagonal, added to the diagonal: second moments are estimates, and often singular
-TARGET_DAMPING = 0.02
 MOST_DAMPING = 10.0  # what needs more is no second moment
 BLOCK = 64  # columns
 ROWS = 256  # rows of a chunk on a CPU: the errors of a block stay in its cache
@@ -84,7 +83,7 @@ def factor(hessian, damping: float = DAMPING, order: bool = True) -> Factor:
     return Factor(visits, feedback, damping)
 
 
-def asymmetric_target(weight, hessian, cross, damping: float = TARGET_DAMPING) -> jax.Array:
+def asymmetric_target(weight, hessian, cross, damping: float = DAMPING) -> jax.Array:
     """W* = W + W (C - H) (H + damping mean(diag H) I)^-1: the weights whose outputs on the quantized inputs are closest to those of W on the dense
     model's (GPTAQ).
 

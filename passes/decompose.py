@@ -45,7 +45,7 @@ class Decompose(Pass):
     # hessian alone:
     sweeps: int = 2  # of coordinate descent after the error feedback
     refits: int = 0  # rounds of (scales in closed form, one more sweep)
-    damping: float = 0.01  # of the second moments, relative to their mean diagonal
+    damping: float = 0.3  # of the second moments, relative to their mean diagonal: in feedback, scales and correction
     order: bool = True  # visit inputs by descending second moment (act-order)
     asymmetric: float = 1.0  # share of the correction toward the dense model's outputs; 0: none
 
@@ -148,7 +148,7 @@ class Decompose(Pass):
             moments = context.calibration.moments(name)
             hessian, factor = moments.hessian, _factor(moments, self.damping, self.order)
             if self.asymmetric:
-                corrected = feedback.asymmetric_target(weight, hessian, moments.cross)
+                corrected = feedback.asymmetric_target(weight, hessian, moments.cross, self.damping)
                 target = weight + self.asymmetric * (np.asarray(corrected) - weight)
         trits, scales = feedback.decompose(
             target,

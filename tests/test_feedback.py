@@ -268,6 +268,26 @@ def test_asymmetric_target_answers_the_dense_outputs_on_quantized_inputs():
     assert error(asymmetric_target(weight, hessian, cross)) < 1.01 * error(best) < 0.9 * error(weight)
 
 
+def test_a_damped_correction_holds_on_inputs_that_were_not_seen():
+    """From 100 tokens for 40 inputs the undamped one learns their noise: worse than none."""
+    rng, weight = np.random.default_rng(0), gaussian(30, 40, seed=2)
+    mix = gaussian(40, 40, seed=1) * np.exp(gaussian(40, seed=5))
+
+    def streams(tokens):
+        dense = rng.standard_normal((tokens, 40)) @ mix
+        return dense, dense + 0.6 * rng.standard_normal((tokens, 40)) @ mix
+
+    x, x_quantized = streams(100)
+    hessian, cross = x_quantized.T @ x_quantized / 100, x.T @ x_quantized / 100
+    undamped, damped = (asymmetric_target(weight, hessian, cross, damping) for damping in (0.001, 0.3))
+    x, x_quantized = streams(4000)
+
+    def error(target):
+        return np.square(x @ weight.T - x_quantized @ np.asarray(target).T).sum()
+
+    assert error(damped) < 0.85 * error(weight) < 0.85 * error(undamped)
+
+
 # --- moments that are hard, and bad ones -------------------------------------------------------------------------------------
 
 

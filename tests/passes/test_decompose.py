@@ -1,9 +1,11 @@
 """decompose on real weights: types, figures, options."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
-from atd.calibration import Calibration
+from atd.calibration import Calibration, Moments
 from atd.feedback import proxy_loss
 from atd.models import frontend
 from atd.passes.decompose import Decompose
@@ -59,3 +61,22 @@ def test_an_embedding_is_rounded_under_the_moments_left_for_it():
         error = np.asarray(after.prologue.nodes[0].weights["weight"].load().dequantize()) - weight
         losses.append(float(proxy_loss(error, hessian).sum()))
     assert losses[1] < 0.7 * losses[0]
+
+
+def test_damping_holds_for_the_correction_as_well():
+    """Much damping leaves little of the correction toward the dense model's outputs."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((400, 32)) @ rng.standard_normal((32, 32))
+    x_quantized = x + 0.5 * rng.standard_normal((400, 32)) @ rng.standard_normal((32, 32))
+    hessian, cross = ((a.T @ x_quantized / 400).astype(np.float32) for a in (x_quantized, x))
+    moments = Moments(hessian, cross, 400)
+    context = Context(calibration=SimpleNamespace(moments=lambda name: moments))  # type: ignore[arg-type]
+    name = "model.layers.0.self_attn.q_proj"
+
+    def found(damping: float, asymmetric: float) -> np.ndarray:
+        options = {"bases": 3, "group": "row", "nodes": name, "damping": damping, "asymmetric": asymmetric}
+        after = Decompose(method="hessian", **options)(tiny_graph(), context)
+        return np.asarray(dict(after.weights())[name].load().dequantize())
+
+    much, little = (np.linalg.norm(found(d, 1.0) - found(d, 0.0)) / np.linalg.norm(found(d, 0.0)) for d in (0.01, 10.0))
+    assert little < 0.2 * much
