@@ -2,7 +2,7 @@
 
     python benchmarks/matmul.py                     the matrices of Llama-3-8B and SmolLM2-135M, N = 2, 1, 3, up to 8 minutes
     python benchmarks/matmul.py --tune              no table: search for this GPU's settings, written to kernels/tuned/
-    python benchmarks/matmul.py --matrices 'llama3-8b gate_up' --bases 2
+    python benchmarks/matmul.py --matrices 'llama3-8b gate_up' --bases 2 --tokens 1 16
     python benchmarks/matmul.py --tiny              whether it runs, on any machine, in seconds
 
 It needs jax and numpy alone. bf16 is `jnp.dot` in the same run, on whatever XLA takes for it (cuBLAS or its own). Both
@@ -126,7 +126,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     matrices = TINY_MATRICES if options.tiny else LLAMA | SMOLLM2 | HEAD
     chosen = options.matrices or [name for name in matrices if name not in HEAD]
     matrices = {name: shape for name, shape in matrices.items() if name in chosen}
-    all_tokens = TINY_TOKENS if options.tiny else TOKENS
+    all_tokens = options.tokens or (TINY_TOKENS if options.tiny else TOKENS)
     deadline = time.monotonic() + 60 * options.minutes
     bandwidth = timing.copy_bytes_per_second(1 << 20 if options.tiny else timing.COPY_BYTES)
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: copies {bandwidth / 1e9:.0f} GB/s", flush=True)
@@ -205,6 +205,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--bases", type=int, nargs="+", help="N, in this order (2 1 3)")
     parser.add_argument("--free", action="store_true", help="a scale a base instead of tied ones")
     parser.add_argument("--group", type=group, default="row", help="inputs that share a scale: row or a number (row)")
+    parser.add_argument("--tokens", type=int, nargs="+", help=f"rows of activations ({' '.join(map(str, TOKENS))})")
     parser.add_argument("--activations", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--backend", help="of atd.kernels.matmul (triton on a GPU, triton-interpret elsewhere)")
     names = [*LLAMA, *SMOLLM2, *HEAD]

@@ -76,7 +76,7 @@ def multiply(
     way = path(settings, type, x.shape[0])
     assert way == "gemv" or (norm is None and residual is None and not gated), "see `Triton.fuses`"
     if way == "gemv":
-        return gemv(x, codes, scales, type, settings, interpret, norm, residual, gated).astype(x.dtype)
+        return gemv(x, codes, scales, type, settings, interpret, norm, residual, gated)
     narrow = x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x  # as a dense model's products have them
     if way == "gemm":
         y = triton_gemm.matmul(narrow, codes, scales, type, settings.tiles, interpret=interpret)
@@ -134,8 +134,8 @@ def gemv(
     residual: jax.Array | None = None,
     gated: bool = False,
 ) -> jax.Array:
-    """x [M, in], normed if so asked, times the matrix by `triton_gemv` -> float32 [M, out], plus the residual; or, of gate and
-    up in one matrix, silu(gate) * up [M, out / 2]. As many tokens at a time as have columns."""
+    """x [M, in], normed if so asked, times the matrix by `triton_gemv` -> [M, out] in x's dtype, plus the residual; or, of
+    gate and up in one matrix, silu(gate) * up [M, out / 2]. As many tokens at a time as have columns."""
     plan, group_size = prefixes.plan(type.bases, type.tied), _group_size(type)
     shape = settings.gemv.paired() if gated else settings.gemv
     most = max(m for m in range(1, x.shape[0] + 1) if columns(type, m).sets <= triton_gemv.MOST_SETS)
@@ -147,7 +147,9 @@ def gemv(
         added = None if residual is None else residual[start : start + most]
         options = {"gated": gated, "shape": shape, "interpret": interpret}
         results.append(
-            triton_gemv.multiply(plan, folded, codes, scales, type.shape[0], held, group_size, added, **options)
+            triton_gemv.multiply(
+                plan, folded, codes, scales, type.shape[0], held, group_size, added, x.dtype, **options
+            )
         )
     return jnp.concatenate(results) if len(results) > 1 else results[0]
 

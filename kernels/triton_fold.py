@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 
 from atd.kernels.prefixes import THREADS_A_ROW, Plan
 from atd.kernels.triton_gemv import BYTES, Columns
-from atd.kernels.triton_ptx import divided, plt
+from atd.kernels.triton_ptx import divided, launch_next, launches_early, plt
 
 SEARCHED = 2  # tokens
 SIZE = 512  # words of a block
@@ -66,6 +66,7 @@ def fold(
         group_size=group_size,
         eps=0.0 if norm is None else norm.eps,
         searches=not known,
+        interpret=interpret,
     )
     shapes = jax.ShapeDtypeStruct((words,), jnp.uint32), jax.ShapeDtypeStruct((columns.tokens,), jnp.float32)
     folded, *found = pl.pallas_call(
@@ -81,7 +82,7 @@ def fold(
 
 def _kernel(
     x_ref, param_ref, factor_ref, *rest_refs, plan: Plan, columns: Columns, inputs: int, group_size: int | None, eps: float,
-    searches: bool,
+    searches: bool, interpret: bool,
 ):  # fmt: skip
     *gain_ref, folded_ref, largest_ref = rest_refs if searches else (*rest_refs[1:], rest_refs[0])
     tokens = columns.tokens
@@ -135,7 +136,8 @@ def _kernel(
         scaled = x / unit * plan.limit
         return (scaled + jnp.where(scaled < 0, -0.5, 0.5)).astype(jnp.int32)  # Triton has no other rounding
 
-    found = jnp.zeros((SIZE,), jnp.uint32)
+    begun = terms[0][0][1]  # what has come out of memory
+    found = (begun * 0 if interpret or not launches_early() else launch_next(begun)).astype(jnp.uint32)
     for b, ((first, times), (second, second_times)) in enumerate(terms):
         value = rounded(first) * times - rounded(second) * second_times
         low = ((value + 128) & 255) - 128

@@ -129,12 +129,13 @@ def multiply(
     columns: Columns,
     group_size: int | None = None,
     residual: jax.Array | None = None,
+    dtype: jax.typing.DTypeLike = jnp.float32,
     *,
     gated: bool = False,
     shape: Shape,
     interpret: bool = False,
 ) -> jax.Array:
-    """y float32 [M, out], plus the residual [M, out]: the matrix times the tokens that were folded.
+    """y [M, out] in dtype, plus the residual [M, out]: the matrix times the tokens that were folded, in float32.
 
     gated: silu(gate) * up [M, out / 2] instead, out / 2 a multiple of 16, in a shape that is `paired`; no residual.
 
@@ -151,7 +152,7 @@ def multiply(
     added = [] if residual is None else [residual.reshape(-1)]
     return pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct((columns.tokens * results,), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((columns.tokens * results,), dtype),
         grid=(-(-results // rows),),
         compiler_params=plt.CompilerParams(num_warps=shape.warps, num_stages=1),
         interpret=interpret,
@@ -269,7 +270,7 @@ def _kernel(
                 y = y / (1 + jnp.exp(-y)) * up[0]
             for residual in end.residual:
                 y = y + residual
-            plt.store(out_ref.at[end.at], y, mask=end.mask)
+            plt.store(out_ref.at[end.at], y.astype(out_ref.dtype), mask=end.mask)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,30 @@ def bits(index: jax.Array, of: int, count: int) -> jax.Array:
     return divided(divided(index, of)[0], count)[1]
 
 
+def launches_early() -> bool:
+    """Whether kernels of the GPU that is compiled for may begin before the one they wait for ends: XLA lets those that Triton
+    compiles wait for it in their first instruction."""
+    try:
+        return plt.get_gpu_info().compute_capability >= 90
+    except ValueError:  # no GPU, or an abstract one that jax does not know
+        return False
+
+
+def launch_next(value: jax.Array) -> jax.Array:
+    """Lets the next kernel's blocks take their places: they wait there for all that this one writes. Returns int32 zeros
+    [...], to be used. value: of memory, int32; so this does not come before what this kernel itself waits for.
+
+    Only where this kernel's results are for kernels of Triton alone: others of XLA may read before they wait.
+    """
+    return plt.elementwise_inline_asm(
+        "{ griddepcontrol.launch_dependents; mov.b32 $0, 0; }",
+        args=[value],
+        constraints="=r,r",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(value.shape, jnp.int32)],
+    )[0]
+
+
 def decode(plan: Plan, words: Sequence[jax.Array], interpret: bool) -> Sequence[jax.Array]:
     """Codes of a piece of rows g and g + 8 -> its prefix words two at a time: registers (w, g), (w, g + 8), (w + 1, g),
     (w + 1, g + 8), which is what one matrix instruction takes."""
