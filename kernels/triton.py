@@ -79,10 +79,8 @@ def multiply(
         return gemv(x, codes, scales, type, settings, interpret, norm, residual, gated)
     narrow = x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x  # as a dense model's products have them
     if way == "gemm":
-        y = triton_gemm.matmul(narrow, codes, scales, type, settings.tiles, interpret=interpret)
-    else:
-        y = triton_decode.matmul(narrow, codes, scales, type, interpret=interpret)
-    return y.astype(x.dtype)
+        return triton_gemm.matmul(narrow, codes, scales, type, settings.tiles, x.dtype, interpret=interpret)
+    return triton_decode.matmul(narrow, codes, scales, type, x.dtype, interpret=interpret)
 
 
 def _tuned(x: jax.Array, type: TernaryType) -> Settings:

@@ -5,8 +5,8 @@ neighbouring columns, and the activations are put in that order instead:
 
     y = sum_p W_p x_p = [W_0 | W_1 | ...] [x_0 | x_1 | ...]
 
-With tied weights and a scale a row W_p holds integers, exact in 16 bits, and the scale multiplies the sums; otherwise
-scaled weights rounded to 16 bits, as a dense model has them.
+For results in float32, with tied weights and a scale a row, W_p holds integers, exact in 16 bits, and the scale multiplies
+the sums. Otherwise scaled weights rounded to 16 bits, as a dense model has them: what XLA multiplies is the result.
 """
 
 import functools
@@ -27,34 +27,51 @@ ROWS, UNITS, WARPS = 16, 64, 4  # of a block
 
 
 def matmul(
-    x: jax.Array, codes: jax.Array, scales: jax.Array, type: TernaryType, *, interpret: bool = False
+    x: jax.Array,
+    codes: jax.Array,
+    scales: jax.Array,
+    type: TernaryType,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    *,
+    interpret: bool = False,
 ) -> jax.Array:
-    """x [M, in] of 16 bits times the matrix -> float32 [M, out]. codes of layout `tiles`, scales [rows, groups, N or 1]."""
+    """x [M, in] of 16 bits times the matrix -> [M, out] in dtype. codes of layout `tiles`, scales [rows, groups, N or 1]."""
     units, params = units_of(codes), unit(type.bases)[1]
     x_planes = jnp.pad(x, ((0, 0), (0, units * params - x.shape[1])))
     x_planes = x_planes.reshape(-1, units, params).swapaxes(1, 2).reshape(-1, params * units)
     step = max(ROWS, CHUNK_BYTES // (2 * params * units) // 128 * 128)
     starts = range(0, type.shape[0], step)
     parts = [min(step, type.shape[0] - start) for start in starts]
+    exact = dtype == jnp.float32 and can_be_exact(type)
     chunks = [
-        decoded(codes, scales, type, x.dtype, start, rows, interpret=interpret)
+        decoded(codes, scales, type, x.dtype, start, rows, exact, interpret=interpret)
         for start, rows in zip(starts, parts, strict=True)
     ]
-    y = jnp.concatenate([xla.tensor_cores(x_planes, chunk) for chunk in chunks], axis=1)
-    return y * scales[:, 0, 0].astype(jnp.float32) if held_exactly(type) else y
+    y = jnp.concatenate([xla.tensor_cores(x_planes, chunk, dtype) for chunk in chunks], axis=1)
+    return y * scales[:, 0, 0].astype(jnp.float32) if exact else y
 
 
-def held_exactly(type: TernaryType) -> bool:
-    """Whether the decoded weights are integers, which the scale of their row multiplies later."""
+def can_be_exact(type: TernaryType) -> bool:
+    """Whether a row is integers times one scale."""
     return type.tied and type.scales_shape[1] == 1
 
 
 def decoded(
-    codes: jax.Array, scales: jax.Array, type: TernaryType, dtype, start: int, rows: int, *, interpret: bool = False
+    codes: jax.Array,
+    scales: jax.Array,
+    type: TernaryType,
+    dtype: jax.typing.DTypeLike,
+    start: int,
+    rows: int,
+    exact: bool,
+    *,
+    interpret: bool = False,
 ) -> jax.Array:
-    """Rows start to start + rows of the matrix, or of its integers where they are `held_exactly` -> [rows, planes x units]."""
+    """Rows start to start + rows of the matrix, or, exact, of its integers -> [rows, planes x units]."""
     units, params = units_of(codes), unit(type.bases)[1]
-    kernel = functools.partial(_kernel, type=type, start=start, rows=rows, steps=codes.shape[1], units=units)
+    kernel = functools.partial(
+        _kernel, type=type, start=start, rows=rows, steps=codes.shape[1], units=units, exact=exact
+    )
     return pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((rows * params * units,), dtype),
@@ -65,7 +82,9 @@ def decoded(
     )(codes.reshape(-1), scales.reshape(-1)).reshape(rows, params * units)
 
 
-def _kernel(codes_ref, scales_ref, out_ref, *, type: TernaryType, start: int, rows: int, steps: int, units: int):
+def _kernel(
+    codes_ref, scales_ref, out_ref, *, type: TernaryType, start: int, rows: int, steps: int, units: int, exact: bool
+):
     words, params = unit(type.bases)
     row = pl.program_id(1) * ROWS + lax.iota(jnp.int32, ROWS)
     at = pl.program_id(0) * UNITS + lax.iota(jnp.int32, UNITS)
@@ -77,7 +96,7 @@ def _kernel(codes_ref, scales_ref, out_ref, *, type: TernaryType, start: int, ro
 
     trits = trits_of([word(v) for v in range(words)], type.bases)
     for p in range(params):
-        exact = [v.astype(jnp.float32) for v in integers(trits, p, type)]
-        value = exact[0] if held_exactly(type) else scaled(scales_ref, type, start + row, at * params + p, exact)
+        found = [v.astype(jnp.float32) for v in integers(trits, p, type)]
+        value = found[0] if exact else scaled(scales_ref, type, start + row, at * params + p, found)
         place = row[:, None] * (params * units) + (at + p * units)[None, :]
         plt.store(out_ref.at[place], value.astype(out_ref.dtype), mask=inside)

@@ -19,9 +19,12 @@ from atd.kernels.triton_gemv import BYTES, Columns
 from atd.kernels.triton_ptx import divided, launch_next, launches_early, plt
 
 SEARCHED = 2  # tokens
-SIZE = 512  # words of a block
-WARPS = 16
-CHUNK = 16384  # elements that a block looks at together for the largest: 32 a thread, all asked for at once
+SIZE = 128  # words of a block, one a thread: what a block takes is its time, there are enough multiprocessors
+WARPS = 4
+CHUNK = 16384  # elements that a block looks at together for the largest: 128 a thread, all asked for at once; of a normed token half as many
+LEAST = 2.0**-104  # largest |x| for which limit / |x| is finite; a token of less is zeros
+ROUNDS, ROUNDS_BITS = 1.5 * 2.0**23, 0x4B400000  # x + ROUNDS has the bits ROUNDS_BITS + round(x), |x| < 2^22
+SIGNED = 0x808080  # added to a coefficient, it makes its three bytes count from 0 on
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,12 +79,12 @@ def fold(
         compiler_params=plt.CompilerParams(num_warps=WARPS, num_stages=1),
         interpret=interpret,
         name=f"ternary_fold_n{plan.bases}{'tied' if plan.tied else 'free'}",
-    )(x.reshape(-1), jnp.asarray(plan.param).reshape(-1), jnp.asarray(plan.factor).reshape(-1), *gain, *known)
+    )(x.reshape(-1), _table(plan), *gain, *known)
     return folded, found[0] if found else jnp.where(jnp.isfinite(known[0]), known[0], jnp.nan)
 
 
 def _kernel(
-    x_ref, param_ref, factor_ref, *rest_refs, plan: Plan, columns: Columns, inputs: int, group_size: int | None, eps: float,
+    x_ref, table_ref, *rest_refs, plan: Plan, columns: Columns, inputs: int, group_size: int | None, eps: float,
     searches: bool, interpret: bool,
 ):  # fmt: skip
     *gain_ref, folded_ref, largest_ref = rest_refs if searches else (*rest_refs[1:], rest_refs[0])
@@ -112,17 +115,20 @@ def _kernel(
         """The activations, but for a norm's factor for the token."""
         return given[0] * given[1] if len(given) > 1 else given[0]
 
-    def term(i: int, b: int) -> tuple[jax.Array, jax.Array]:
-        """(activation, factor) of a byte of the words."""
-        at = ((i * plan.sums + sum_) * plan.words + word) * 4 + b
-        parameter = (step * THREADS_A_ROW + thread) * plan.piece_params + plt.load(param_ref.at[at], mask=used, other=0)
-        mine = used & (parameter < inputs)
-        if group_size is not None:
-            group, first = (divided(k, group_size)[0] for k in (parameter, step * step_params))
-            mine &= group - first == slot
-        return made(load(token, parameter, mine)), plt.load(factor_ref.at[at], mask=used, other=0)
+    def byte_of(b: int) -> list[tuple[jax.Array, jax.Array]]:
+        """(activation, factor), twice, of a byte of the words."""
+        entry = plt.load(table_ref.at[(sum_ * plan.words + word) * 4 + b], mask=used, other=0)
+        terms = []
+        for i in range(2):
+            parameter = (step * THREADS_A_ROW + thread) * plan.piece_params + ((entry >> (8 * i)) & 255)
+            mine = used & (parameter < inputs)
+            if group_size is not None:
+                group, first = (divided(k, group_size)[0] for k in (parameter, step * step_params))
+                mine &= group - first == slot
+            terms.append((made(load(token, parameter, mine)), (entry >> (16 + 8 * i)) & 255))
+        return terms
 
-    terms = [[term(i, b) for i in range(2)] for b in range(4)]  # on their way before anything waits
+    bytes_ = [byte_of(b) for b in range(4)]  # on their way before anything waits
     of_token = jnp.ones((SIZE,), jnp.float32) if searches else plt.load(largest_ref.at[token], mask=used, other=1.0)
     for t in range(tokens if searches else 0):
         largest, mean_square = _largest(functools.partial(load, t), made, inputs, bool(gain_ref))
@@ -130,27 +136,29 @@ def _kernel(
         factor = 1.0 if mean_square is None else lax.rsqrt(mean_square + eps)
         largest_ref[t] = jnp.where(largest < jnp.inf, largest * factor, jnp.nan)
 
-    unit = jnp.where((of_token > 0) & (of_token < jnp.inf), of_token, 1.0)  # neither for a NaN
+    scale = plan.limit / jnp.where((of_token > LEAST) & (of_token < jnp.inf), of_token, plan.limit / 0.25)  # else zeros
 
     def rounded(x: jax.Array) -> jax.Array:
-        scaled = x / unit * plan.limit
-        return (scaled + jnp.where(scaled < 0, -0.5, 0.5)).astype(jnp.int32)  # Triton has no other rounding
+        return lax.bitcast_convert_type(x * scale + jnp.float32(ROUNDS), jnp.int32) - ROUNDS_BITS
 
-    begun = terms[0][0][1]  # what has come out of memory
+    begun = bytes_[0][0][1]  # what has come out of memory
     found = (begun * 0 if interpret or not launches_early() else launch_next(begun)).astype(jnp.uint32)
-    for b, ((first, times), (second, second_times)) in enumerate(terms):
+    for b, ((first, times), (second, second_times)) in enumerate(bytes_):
         value = rounded(first) * times - rounded(second) * second_times
-        low = ((value + 128) & 255) - 128
-        high = (value - low) >> 8
-        middle = ((high + 128) & 255) - 128
-        chosen = jnp.where(byte == 0, low, jnp.where(byte == 1, middle, (high - middle) >> 8))
-        found |= jnp.where(used, chosen & 255, 0).astype(jnp.uint32) << (8 * b)
+        chosen = (((value + SIGNED) >> (8 * byte)) & 255) ^ 128
+        found |= chosen.astype(jnp.uint32) << (8 * b)
     plt.store(folded_ref.at[index], found, mask=index < folded_ref.shape[0])
+
+
+def _table(plan: Plan) -> jax.Array:
+    """int32 [sums x words x 4]: both parameters and both factors of each coefficient, a byte each."""
+    (first, second), (times, second_times) = plan.param, plan.factor
+    return jnp.asarray(first | second << 8 | times << 16 | second_times << 24).reshape(-1)
 
 
 def _largest(load, made, count: int, normed: bool) -> tuple[jax.Array, jax.Array | None]:
     """(max |x|, infinity where one is NaN; mean square of what is given, of count elements, where that is asked for)."""
-    size = min(CHUNK, pl.next_power_of_2(count))
+    size = min(CHUNK // (1 + normed), pl.next_power_of_2(count))
     offsets = lax.iota(jnp.int32, size)
 
     def chunk(i, found):

@@ -51,9 +51,16 @@ def units_of(codes: jax.Array) -> int:
 
 
 def matmul(
-    x: jax.Array, codes: jax.Array, scales: jax.Array, type: TernaryType, tiles: Tiles, *, interpret: bool = False
+    x: jax.Array,
+    codes: jax.Array,
+    scales: jax.Array,
+    type: TernaryType,
+    tiles: Tiles,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    *,
+    interpret: bool = False,
 ) -> jax.Array:
-    """x [M, in] of 16 bits times the matrix -> float32 [M, out]. codes of layout `tiles`, scales [rows, groups, N or 1]."""
+    """x [M, in] of 16 bits times the matrix -> [M, out] in dtype, summed in float32. codes of layout `tiles`, scales [rows, groups, N or 1]."""
     out, steps = type.shape[0], codes.shape[1]
     params = unit(type.bases)[1]
     units = -(-units_of(codes) // tiles.units) * tiles.units
@@ -63,7 +70,7 @@ def matmul(
     kernel = functools.partial(_kernel, type=type, tiles=tiles, steps=steps, units=units, tokens=tokens)
     return pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct((tokens, out), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((tokens, out), dtype),
         grid=(-(-out // tiles.rows), tokens // tiles.tokens),
         compiler_params=plt.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=interpret,
@@ -109,7 +116,11 @@ def _kernel(
     sums = lax.fori_loop(0, units // tiles.units, step, zero)
     parts = sums if groups > 1 else [s * scales_at(scales_ref, type, rows, b)[:, None] for b, s in enumerate(sums)]
     y = functools.reduce(operator.add, parts)
-    plt.store(out_ref.at[token[:, None], rows[None, :]], y.T, mask=real[None, :] & (token < tokens)[:, None])
+    plt.store(
+        out_ref.at[token[:, None], rows[None, :]],
+        y.T.astype(out_ref.dtype),
+        mask=real[None, :] & (token < tokens)[:, None],
+    )
 
 
 def scaled(scales_ref, type: TernaryType, rows: jax.Array, parameters: jax.Array, exact: list[jax.Array]) -> jax.Array:

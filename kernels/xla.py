@@ -61,9 +61,9 @@ def matmul(x: jax.Array, weight: Weight) -> jax.Array:
     return y.astype(x.dtype)
 
 
-def tensor_cores(x: jax.Array, array: jax.Array) -> jax.Array:
-    """x in the matrix's 16 bits times the matrix, summed in float32: what a GPU has a library for."""
-    return lax.dot_general(x.astype(array.dtype), array, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+def tensor_cores(x: jax.Array, array: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+    """x in the matrix's 16 bits times the matrix, summed in float32, in dtype: what a GPU has a library for."""
+    return lax.dot_general(x.astype(array.dtype), array, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
 
 
 def take_rows(weight: Weight, rows: jax.Array) -> jax.Array:

@@ -49,8 +49,10 @@ def attend(qkv, positions, cache, *, heads, window=0, splits=None, interpret=Fal
 
 
 def interpreted(*operands, **options):
+    """On the CPU: on a GPU XLA leaves out the rounding of new keys and values."""
     options = partial(attend, interpret=True, **options)
-    return unoptimized(options)(*operands)
+    with jax.default_device(jax.devices("cpu")[0]):
+        return unoptimized(options)(*jax.tree.map(np.asarray, operands))
 
 
 def rotated(x: np.ndarray, position: int) -> np.ndarray:
@@ -94,9 +96,7 @@ def test_it_attends(heads, kv_heads, head_dim, length, positions, dtype, options
 def test_a_gpu_finds_the_same(heads, kv_heads, head_dim, length, positions, dtype, options):
     given = operands(heads, kv_heads, head_dim, length, positions, dtype)
     mixed, new = jax.jit(partial(attend, heads=heads, **options))(*given)
-    with jax.default_device(jax.devices("cpu")[0]):  # on a GPU XLA would leave out the rounding of new keys and values
-        on_cpu = jax.tree.map(np.asarray, given)
-        expected, expected_new = interpreted(*jax.tree.map(jnp.asarray, on_cpu), heads=heads, **options)
+    expected, expected_new = interpreted(*given, heads=heads, **options)
     np.testing.assert_allclose(mixed, expected, atol=2e-5 * np.abs(np.asarray(expected)).max())
     for found, wanted in zip(new, expected_new, strict=True):
         epsilon = float(jnp.finfo(dtype).eps)
