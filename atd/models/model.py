@@ -10,7 +10,7 @@ on the host and runs ahead of the device.
     logits, cache = model.decode(token, cache)          # int32 [B] -> logits float32 [B, V]
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -290,15 +290,33 @@ class Model(nnx.Module):
             raise BadInput(
                 f"the cache is full: it was made for {cache.length} tokens; make a longer one with new_cache"
             )
-        x = self._plan.prologue.embed(self.prologue.get_raw_value(), _as_column(token), None)
-        blocks = []
-        for program, weights, slots in zip(self._plan.blocks, self.blocks, cache.blocks, strict=True):
-            x, slots = program.step(weights.get_raw_value(), x, cache.positions, slots)
-            blocks.append(slots)
-        return _only_row(self.logits(x)), Cache(tuple(blocks), _next(cache.positions), cache.filled + 1, cache.length)
+        weights = [unit.get_raw_value() for unit in (self.prologue, *self.blocks, self.epilogue)]
+        step = _whole_step if steps_at_once() else _step
+        logits, positions, blocks = step(self._plan, weights, token, cache.positions, cache.blocks)
+        return logits, Cache(blocks, positions, cache.filled + 1, cache.length)
 
     def _embedding(self) -> Weight:
         return self.prologue.get_raw_value()[self._plan.embed]["weight"]
+
+
+def steps_at_once() -> bool:
+    """Whether a step is one compiled function, not one a block: a GPU is done before the host has called them all, a CPU takes
+    longer to compile it than it gains."""
+    return jax.default_backend() == "gpu"
+
+
+def _step(plan: _Plan, weights: Sequence[ops.Weights], token, positions: jax.Array, blocks):
+    """(logits float32 [B, V], the next positions, the caches of the blocks)."""
+    x = plan.prologue.embed(weights[0], _as_column(token), None)
+    filled = []
+    for program, of_block, slots in zip(plan.blocks, weights[1:-1], blocks, strict=True):
+        x, slots = program.step(of_block, x, positions, slots)
+        filled.append(slots)
+    logits = plan.epilogue.logits(weights[-1], x, weights[0][plan.embed]["weight"] if plan.tied else None)
+    return _only_row(logits), _next(positions), tuple(filled)
+
+
+_whole_step = jax.jit(_step, static_argnames="plan", donate_argnames="blocks")
 
 
 def bucket(length: int) -> int:

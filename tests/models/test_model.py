@@ -13,6 +13,7 @@ from atd.errors import BadInput
 from atd.ir import Graph, Node, WeightRef, in_memory
 from atd.kernels import matmul as kernels
 from atd.layout import LAYOUTS
+from atd.models import model as model_module
 from atd.models import ops
 from atd.models.model import load
 from atd.pipeline import Pipeline
@@ -95,6 +96,20 @@ def test_prefill_and_decode_are_the_forward_pass(name, backend):
     for step in range(8):
         last, cache = model.decode(tokens[rows, lengths + step], cache)
         np.testing.assert_allclose(last, logits[rows, lengths + step], atol=tolerance, err_msg=f"decode step {step}")
+
+
+@pytest.mark.parametrize("name", ["one key head", "packed"])  # the first has a tied embedding
+def test_a_step_of_all_blocks_at_once_is_the_same(name, monkeypatch):
+    """As on a GPU."""
+    model, logits = load(GRAPHS[name]()), []
+    for at_once in (False, True):
+        monkeypatch.setattr(model_module, "steps_at_once", lambda at_once=at_once: at_once)
+        _, cache = model.prefill(tokens_of(2, 5), model.new_cache(2, 8))
+        for token in (3, 4):
+            last, cache = model.decode(jnp.full(2, token), cache)
+        logits.append(np.asarray(last))
+        assert (cache.filled, cache.positions.tolist()) == (7, [[7], [7]])
+    np.testing.assert_allclose(*logits, atol=2e-6 * np.abs(logits[0]).max())
 
 
 def test_what_stands_in_the_padding_does_not_matter():
@@ -243,7 +258,9 @@ def test_prompts_of_like_length_share_a_compilation(traces):
     assert traces.count("input_layernorm") == 1
 
 
-def test_decoding_never_compiles_again(traces):
+@pytest.mark.parametrize("at_once", [False, True])
+def test_decoding_never_compiles_again(traces, at_once, monkeypatch):
+    monkeypatch.setattr(model_module, "steps_at_once", lambda: at_once)
     model = load(tiny_graph())
     _, cache = model.prefill(tokens_of(1, 4), model.new_cache(1, 32))
     _, cache = model.decode(jnp.array([1]), cache)
