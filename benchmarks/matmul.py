@@ -129,7 +129,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     all_tokens = options.tokens or (TINY_TOKENS if options.tiny else TOKENS)
     deadline = time.monotonic() + 60 * options.minutes
     bandwidth = timing.copy_bytes_per_second(1 << 20 if options.tiny else timing.COPY_BYTES)
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: copies {bandwidth / 1e9:.0f} GB/s", flush=True)
+    link = timing.link_seconds(4096, effort)
+    print(
+        f"{jax.devices()[0].device_kind}, jax {jax.__version__}: copies {bandwidth / 1e9:.0f} GB/s; "
+        f"{1e6 * link:.1f} us of each figure are not the product's but join it to the next",
+        flush=True,
+    )
     multiply = partial(kernels.matmul, backend=options.backend)
     dense: dict[str, dict[int, Any]] = {}
     rows, failures, left_out = [], [], []
@@ -173,6 +178,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "backend": options.backend,
         "activations": options.activations,
         "copy_bytes_per_second": bandwidth,
+        "link_microseconds": 1e6 * link,
         "rows": [asdict(row) for row in rows],
         "failures": failures,
         "left_out": left_out,
@@ -205,7 +211,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--bases", type=int, nargs="+", help="N, in this order (2 1 3)")
     parser.add_argument("--free", action="store_true", help="a scale a base instead of tied ones")
     parser.add_argument("--group", type=group, default="row", help="inputs that share a scale: row or a number (row)")
-    parser.add_argument("--tokens", type=int, nargs="+", help=f"rows of activations ({' '.join(map(str, TOKENS))})")
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", help=f"of a product ({' '.join(map(str, TOKENS))}; --tune has some of its own)"
+    )
     parser.add_argument("--activations", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--backend", help="of atd.kernels.matmul (triton on a GPU, triton-interpret elsewhere)")
     names = [*LLAMA, *SMOLLM2, *HEAD]
@@ -233,7 +241,7 @@ def main() -> int:
         if reason := triton.device_refuses():
             print(f"--tune: {reason}", file=sys.stderr)
             return 2
-        path, left_out = tune.tune(minutes=options.minutes, say=partial(print, flush=True))
+        path, left_out = tune.tune(options.minutes, partial(print, flush=True), options.tokens or tune.TOKENS)
         print(f"{path}: written" + (f"; for want of time without {', '.join(left_out)}" if left_out else ""))
         if options.copy:
             (options.copy / path.name).write_text(path.read_text())

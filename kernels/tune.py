@@ -7,7 +7,8 @@ For each matrix, in an order that puts first what matters most, and for each num
     gemm     tiles, one dimension after the other from the rule of thumb: the best value of each is kept
     decode   as it is
 
-A way that is fastest for a number of tokens and for all fewer that were measured is taken up to there. The order of trials
+A way that is fastest for a number of tokens and for all fewer that were measured is taken up to there, and the fastest for
+the most tokens up to where the rule of thumb has it. The order of trials
 is fixed, the first of equally fast ones is taken: the same times make the same file.
 """
 
@@ -73,7 +74,9 @@ def matrices() -> list[TernaryType]:
     return first + of(small, 2) + free + of(large[:2], 2, tied=False, group=128)
 
 
-def tune(minutes: float = 8, say: Callable[[str], None] = print) -> tuple[Path, list[str]]:
+def tune(
+    minutes: float = 8, say: Callable[[str], None] = print, all_tokens: Sequence[int] = TOKENS
+) -> tuple[Path, list[str]]:
     """Searches on this device and writes its file -> (the file, what the time did not allow). What the file holds already,
     measured with this version of jax, is not measured again: a second call goes on where the first one ended.
 
@@ -83,12 +86,12 @@ def tune(minutes: float = 8, say: Callable[[str], None] = print) -> tuple[Path, 
         raise RuntimeError(f"there is nothing to tune here: {reason}")
     device = jax.devices()[0].device_kind
     kept = tuning.kept(device, jax.__version__)
-    kinds = [type for type in matrices() if not any(_is_of(entry, type) for entry in kept)]
+    kinds = [type for type in matrices() if not _is_kept(type, kept, all_tokens)]
     if len(kinds) < len(matrices()):
         say(
             f"{len(matrices()) - len(kinds)} of {len(matrices())} are in {tuning.file_of(device)}; delete it to begin anew"
         )
-    entries, left_out = search(kinds, DeviceClock(), minutes=minutes, say=say)
+    entries, left_out = search(kinds, DeviceClock(), minutes=minutes, say=say, all_tokens=all_tokens)
     return tuning.write(device, jax.__version__, entries), left_out
 
 
@@ -143,6 +146,11 @@ def of_matrix(type: TernaryType, clock: Clock, all_tokens: Sequence[int]) -> lis
             (times["decode"],) = clock(problem, [decode])
         best[tokens] = replace(chosen, gemv=(gemv or chosen).gemv)
     gemv_tokens, gemm_tokens = crossovers(seconds)
+    usual = tuning.heuristic(type, all_tokens[-1])
+    if gemv_tokens == all_tokens[-1]:  # where it ends was not seen
+        gemv_tokens = max(gemv_tokens, usual.gemv_tokens)
+    if gemm_tokens == all_tokens[-1]:
+        gemm_tokens = max(gemv_tokens, gemm_tokens, usual.gemm_tokens)
     return [
         tuning.kind_of(type, tokens)
         | {"settings": replace(best[tokens], gemv_tokens=gemv_tokens, gemm_tokens=gemm_tokens)}
@@ -199,9 +207,10 @@ def summary(entries: Sequence[dict[str, Any]]) -> str:
     return f"{first['tokens']} token: {times} ({shape}); gemv to {settings.gemv_tokens}, gemm to {settings.gemm_tokens}"
 
 
-def _is_of(entry: dict[str, Any], type: TernaryType) -> bool:
-    kind = tuning.kind_of(type, entry["tokens"])
-    return kind == {name: entry[name] for name in kind}
+def _is_kept(type: TernaryType, kept: Sequence[dict[str, Any]], all_tokens: Sequence[int]) -> bool:
+    """Whether there are entries for all these numbers of tokens."""
+    kinds = [tuning.kind_of(type, tokens) for tokens in all_tokens]
+    return all(any(kind == {name: entry[name] for name in kind} for entry in kept) for kind in kinds)
 
 
 class DeviceClock:

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atd.kernels import mosaic, timing, triton, tune, tuning
+from atd.kernels import mosaic, timing, triton, tune, tuning, xla
+from atd.kernels.timing import TINY
 from atd.kernels.triton_gemm import Tiles
 from atd.kernels.triton_gemv import Shape
 from atd.kernels.tune import ALWAYS, NEVER, Problem
@@ -69,6 +70,13 @@ def test_each_way_is_taken_while_it_is_the_fastest():
     entries, _ = found(GROUPS)  # no gemv for groups
     assert {(e["settings"].gemv_tokens, e["settings"].gemm_tokens) for e in entries.values()} == {(0, 64)}
     assert all(entry["grouped"] and "gemv" not in entry["microseconds"] for entry in entries.values())
+
+
+def test_few_numbers_of_tokens_leave_the_rest_to_the_rule_of_thumb():
+    entries, _ = found(all_tokens=(1,))
+    settings = entries[1]["settings"]
+    assert (list(entries), settings.gemv_tokens, settings.gemm_tokens) == ([1], 16, 64)
+    assert settings.gemv == Shape(4, 4, 2, 1)
 
 
 def test_crossovers():
@@ -145,6 +153,14 @@ def test_a_small_matrix_has_something_else_read_between_its_turns():
     assert timing.stack(TernaryType((16, 64), 1, "row", True, "f16"), effort).between.nbytes == 1 << 16
     large = timing.stack(TernaryType((1024, 1024), 2, "row", True, "f16"), effort)
     assert (len(large.weights), large.between.size) == (2, 0)
+
+
+def test_what_joins_a_chain_takes_time_and_less_than_a_product():
+    link = timing.link_seconds(4096, TINY)
+    matrix = timing.stack(TernaryType((4096, 4096), 2, "row", True, "f16"), TINY)
+    x = jnp.ones((1, 4096), jnp.bfloat16)
+    product = timing.chain(xla.matmul, x, matrix, TINY)
+    assert 0 < link < timing.seconds(product.lower().compile(), product.trips, x, matrix, TINY)
 
 
 def test_columns():
