@@ -26,7 +26,7 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import vector
 
 from atd.kernels import prefixes
-from atd.kernels.prefixes import Half, Plan, multiplier
+from atd.kernels.prefixes import Plan, multiplier
 
 plgpu: Any = mosaic_gpu  # whose annotations deny what its documentation does
 COLUMNS = (8, 16, 24, 32, 48)  # that a product may have: what wgmma has for int8
@@ -44,7 +44,7 @@ STAGE_BYTES = 110 << 10  # of shared memory for the steps under way, so that a m
 
 def multiplications(plan: Plan) -> list[tuple[int, int]]:
     """(odd, digit) of those that make all prefixes that any word needs: S_digit of bytes odd and odd + 2. An even number."""
-    return sorted({(half.odd, half.digit) for half in plan.halves})
+    return sorted({(byte % 2, half.digit) for half in plan.halves for byte in half.bytes})
 
 
 def in_planes(plan: Plan, coefficients: jax.Array, words: int, columns: int) -> jax.Array:
@@ -55,13 +55,14 @@ def in_planes(plan: Plan, coefficients: jax.Array, words: int, columns: int) -> 
     """
     tokens, sums = coefficients.shape[:2]
     made = multiplications(plan)
-    index = {half: 2 * i for i, half in enumerate(plan.halves)}
+    places = [(byte, half.digit) for half in plan.halves for byte in half.bytes]  # of the coefficients
+    index = {place: i for i, place in enumerate(places)}
     none = 2 * len(plan.halves)  # of a piece
     table = np.full((plan.piece_words, len(made), 2), none)
     for word in range(plan.piece_words):
         for i, (odd, digit) in enumerate(made):
-            if (at := index.get(Half(word, odd, digit))) is not None:
-                table[word, i] = at, at + 1
+            for high in (0, 1):
+                table[word, i, high] = index.get((4 * word + odd + 2 * high, digit), none)
     table = table.reshape(-1, len(made) // 2, 2, 2).swapaxes(2, 3)  # [words, planes, high, first or second: 4 bytes]
     pieces = jnp.pad(coefficients.reshape(tokens, sums, -1, none), ((0, 0), (0, 0), (0, 0), (0, 1)))
     taken = jnp.take(pieces, table.reshape(plan.piece_words, -1), axis=-1)  # [M, sums, pieces, words, 2 made]

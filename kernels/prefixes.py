@@ -18,8 +18,9 @@ Activations are integers: x_k = round(x / max|x| * limit), as many bits as keep 
 sums, which are exact: results do not depend on the order of anything.
 
 The *piece* is what one thread takes of a row in a step: 16 bytes (48 for N = 3, so that pieces hold whole cells), and 4
-threads take 4 pieces side by side. `Plan` lists a piece's prefixes, two bytes (a 32-bit word's 0 and 2, or 1 and 3) at a
-time as the two 16-bit halves of a multiplication, and two of those make a word of four prefixes.
+threads take 4 pieces side by side. `Plan` lists a piece's prefixes, two bytes at a time as the two 16-bit halves of a
+multiplication, and two of those make a word of four prefixes. Two bytes are a 32-bit word's 0 and 2, or 1 and 3; of tied
+N = 3, where bytes three apart need the same prefixes, those.
 """
 
 import math
@@ -44,10 +45,9 @@ def multiplier(digit: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Half:
-    """The prefixes S_digit of two bytes of a piece: bytes 4 word + odd and 4 word + odd + 2."""
+    """The prefixes S_digit of two bytes of a piece."""
 
-    word: int
-    odd: int
+    bytes: tuple[int, int]
     digit: int  # 1 to 5
 
 
@@ -106,10 +106,9 @@ def plan(bases: int, tied: bool) -> Plan:
         return {j for j in every if not tied or j == TRITS_PER_BYTE or trit(byte, j)[0] != trit(byte, j + 1)[0]}
 
     halves = tuple(
-        Half(word, odd, digit)
-        for word in range(piece_words)
-        for odd in (0, 1)
-        for digit in sorted(needed(4 * word + odd) | needed(4 * word + odd + 2))
+        Half((low, high), digit)
+        for low, high in _pairs(bases, tied, 4 * piece_words)
+        for digit in sorted(needed(low) | needed(high))
     )
     sums = 1 if tied else bases
     param, factor = (
@@ -117,9 +116,9 @@ def plan(bases: int, tied: bool) -> Plan:
         np.zeros((2, sums, len(halves) // 2, 4), np.int32),
     )
     for i, half in enumerate(halves):
-        later = [h.digit for h in halves if (h.word, h.odd) == (half.word, half.odd) and h.digit > half.digit]
-        for high in (0, 1):
-            byte, at = 4 * half.word + half.odd + 2 * high, (i // 2, 2 * (i % 2) + high)
+        later = [h.digit for h in halves if h.bytes == half.bytes and h.digit > half.digit]
+        for high, byte in enumerate(half.bytes):
+            at = i // 2, 2 * (i % 2) + high
             for f in range(sums):
                 for term, digit in enumerate([half.digit, *later[:1]]):
                     parameter, base = trit(byte, digit)
@@ -128,6 +127,14 @@ def plan(bases: int, tied: bool) -> Plan:
                     factor[term, f][at] = value * (3 ** (digit - half.digit) if term else 1)
     limit = LARGEST // int(factor.sum(axis=0).max())
     return Plan(bases, tied, piece_words, halves, limit, param, factor)
+
+
+def _pairs(bases: int, tied: bool, count: int) -> list[tuple[int, int]]:
+    """The bytes of a piece, two and two."""
+    if bases == 3 and tied:  # of twelve bytes; in this order they take the fewest registers
+        in_twelve = ((1, 10), (2, 5), (0, 3), (6, 9), (4, 7), (8, 11))
+        return [(i + a, i + b) for i in range(0, count, 12) for a, b in in_twelve]
+    return [(i + odd, i + odd + 2) for i in range(0, count, 4) for odd in (0, 1)]
 
 
 # --- activations ------------------------------------------------------------------------------------------------------

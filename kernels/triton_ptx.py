@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from atd.kernels.prefixes import Plan, multiplier
+from atd.kernels.prefixes import Half, Plan, multiplier
 
 with warnings.catch_warnings():
     warnings.simplefilter(
@@ -74,7 +74,7 @@ def decode(plan: Plan, words: Sequence[jax.Array], interpret: bool) -> Sequence[
 
 def _read_by(plan: Plan, w: int) -> list[int]:
     """Which of the words of codes, four at a time and rows g and g + 8 in turn, prefix words w and w + 1 are made of."""
-    quads = sorted({half.word // 4 for half in plan.halves[2 * w : 2 * w + 4]})
+    quads = sorted({byte // 16 for half in plan.halves[2 * w : 2 * w + 4] for byte in half.bytes})
     return [2 * quad + row_half for quad in quads for row_half in (0, 1)]
 
 
@@ -85,10 +85,13 @@ def decode_assembly(plan: Plan, w: int) -> tuple[str, str]:
     lines = ["{", ".reg .b32 p, q;"]
     for result, (word, row_half) in enumerate((word, row_half) for word in (w, w + 1) for row_half in (0, 1)):
         for name, half in zip("pq", plan.halves[2 * word : 2 * word + 2], strict=True):
-            quad, e = divmod(half.word, 4)
+            low, high = (f"${4 + 4 * read.index(2 * (byte // 16) + row_half) + byte // 4 % 4}" for byte in half.bytes)
+            first, second = (byte % 4 for byte in half.bytes)
+            if low != high:  # first both into one register
+                lines.append(f"prmt.b32 {name}, {low}, {high}, 0x00{4 + second}{first};")
+                low, first, second = name, 0, 1
             factor, addend = multiplier(half.digit)
-            selector = "0x4341" if half.odd else "0x4240"  # bytes 1 and 3, or 0 and 2, each below a zero
-            lines.append(f"prmt.b32 {name}, ${4 + 4 * read.index(2 * quad + row_half) + e}, 0, {selector};")
+            lines.append(f"prmt.b32 {name}, {low}, 0, 0x4{second}4{first};")  # each below a zero
             lines.append(f"mad.lo.u32 {name}, {name}, {factor}, {addend};")
         lines.append(f"prmt.b32 ${result}, p, q, 0x7531;")
     lines.append("}")
@@ -100,13 +103,13 @@ def decode_twin(plan: Plan, words: Sequence[jax.Array]) -> list[jax.Array]:
     codes = jnp.stack(words).reshape(-1, 2, words[0].size // 4, 4)  # [quads, row half, threads, e]
     codes = codes.transpose(1, 0, 3, 2).reshape(2, plan.piece_words, -1)  # [row half, words, threads]
 
-    @functools.cache
-    def two_bytes(odd: int, digit: int) -> jax.Array:
-        factor, addend = multiplier(digit)
-        product = ((codes >> (8 * odd)) & 0x00FF00FF) * jnp.uint32(factor) + jnp.uint32(addend)
+    def prefixes_of(half: Half) -> jax.Array:
+        low, high = ((codes[:, byte // 4] >> (8 * (byte % 4))) & 255 for byte in half.bytes)
+        factor, addend = multiplier(half.digit)
+        product = (low | high << 16) * jnp.uint32(factor) + jnp.uint32(addend)
         return ((product >> 8) & 255) | (product >> 24 << 8)
 
-    halves = [two_bytes(half.odd, half.digit)[:, half.word] for half in plan.halves]  # [row half, threads] each
+    halves = [prefixes_of(half) for half in plan.halves]  # [row half, threads] each
     prefix_words = [low | (high << 16) for low, high in zip(halves[::2], halves[1::2], strict=True)]
     pairs = (
         jnp.stack(prefix_words).reshape(-1, 2, 2, words[0].size // 4).transpose(0, 3, 1, 2)

@@ -56,7 +56,7 @@ WIDE = {"LDG.E.128", "LDG.E.EF.128"}  # activations, codes: 16 bytes at a time, 
 
 @pytest.mark.parametrize(
     ("bases", "tied", "most"),
-    [(1, True, 1.2), (2, True, 1.65), (3, True, 2.6), (4, True, 3.05), (2, False, 2.35), (3, False, 3.9)],
+    [(1, True, 1.2), (2, True, 1.65), (3, True, 2.0), (4, True, 3.05), (2, False, 2.35), (3, False, 3.9)],
 )
 @pytest.mark.parametrize("device", ["H200", "A10", "L4"])
 def test_instructions_a_weight_of_one_token(device, bases, tied, most):
@@ -64,9 +64,7 @@ def test_instructions_a_weight_of_one_token(device, bases, tied, most):
     assert compiled.spill_bytes == 0
     assert instructions < most
     assert loads(compiled) == WIDE
-    most_registers = (
-        80 if (bases, tied) == (3, False) else 72 if bases == 3 else 64
-    )  # 25, 28, 32 warps a multiprocessor
+    most_registers = 80 if (bases, tied) == (3, False) else 64  # 25, 32 warps a multiprocessor
     assert compiled.registers <= most_registers
 
 
@@ -95,7 +93,7 @@ def test_more_tokens_and_rows_cost_little_more(tokens, settings, most):
     [
         (1, 1, Settings(Shape(warps=2, unroll=2)), 1.1),
         (2, 1, Settings(Shape(warps=2, unroll=2)), 1.45),
-        (3, 1, Settings(Shape(warps=2)), 2.4),
+        (3, 1, Settings(Shape(warps=2)), 1.95),
         (2, 16, Settings(Shape(warps=4, row_warps=4, row_blocks=2)), 1.95),
     ],
 )
