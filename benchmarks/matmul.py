@@ -129,12 +129,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     all_tokens = options.tokens or (TINY_TOKENS if options.tiny else TOKENS)
     deadline = time.monotonic() + 60 * options.minutes
     bandwidth = timing.copy_bytes_per_second(1 << 20 if options.tiny else timing.COPY_BYTES)
-    link = timing.link_seconds(4096, effort)
-    print(
-        f"{jax.devices()[0].device_kind}, jax {jax.__version__}: copies {bandwidth / 1e9:.0f} GB/s; "
-        f"{1e6 * link:.1f} us of each figure are not the product's but join it to the next",
-        flush=True,
-    )
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: copies {bandwidth / 1e9:.0f} GB/s", flush=True)
     multiply = partial(kernels.matmul, backend=options.backend)
     dense: dict[str, dict[int, Any]] = {}
     rows, failures, left_out = [], [], []
@@ -178,7 +173,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "backend": options.backend,
         "activations": options.activations,
         "copy_bytes_per_second": bandwidth,
-        "link_microseconds": 1e6 * link,
         "rows": [asdict(row) for row in rows],
         "failures": failures,
         "left_out": left_out,

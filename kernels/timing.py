@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from atd.kernels.samples import random_weight
-from atd.weights import Dense, DenseType, TernaryType, Weight
+from atd.weights import DenseType, TernaryType, Weight
 
 Multiply = Callable[[jax.Array, Weight], jax.Array]
 
@@ -105,15 +105,6 @@ def seconds(compiled: Any, trips: int, x: jax.Array, matrices: Stack, effort: Ef
         # On a busy machine the difference can be below zero; nothing may look infinitely fast.
         call = max(call - trips * _seconds_between(matrices.between.size, effort), call / 100)
     return call / (trips * len(matrices.weights))
-
-
-def link_seconds(inputs: int, effort: Effort) -> float:
-    """Of what joins the multiplications of a chain, a kernel of XLA's: with one token, how much of each figure is not the
-    multiplication's."""
-    one = Stack((Dense(jnp.ones((1, inputs), jnp.bfloat16)),) * 2, _buffer(0))
-    x = jnp.ones((1, inputs), jnp.bfloat16)
-    of_link = chain(lambda x, weight: x * weight.array, x, one, effort)
-    return seconds(of_link.lower().compile(), of_link.trips, x, one, effort)
 
 
 def copy_bytes_per_second(nbytes: int = COPY_BYTES, calls: int = 8, repeats: int = 7) -> float:

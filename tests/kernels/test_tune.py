@@ -6,8 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atd.kernels import mosaic, timing, triton, tune, tuning, xla
-from atd.kernels.timing import TINY
+from atd.kernels import mosaic, timing, triton, tune, tuning
 from atd.kernels.triton_gemm import Tiles
 from atd.kernels.triton_gemv import Shape
 from atd.kernels.tune import ALWAYS, NEVER, Problem
@@ -153,14 +152,6 @@ def test_a_small_matrix_has_something_else_read_between_its_turns():
     assert timing.stack(TernaryType((16, 64), 1, "row", True, "f16"), effort).between.nbytes == 1 << 16
     large = timing.stack(TernaryType((1024, 1024), 2, "row", True, "f16"), effort)
     assert (len(large.weights), large.between.size) == (2, 0)
-
-
-def test_what_joins_a_chain_takes_time_and_less_than_a_product():
-    link = timing.link_seconds(4096, TINY)
-    matrix = timing.stack(TernaryType((4096, 4096), 2, "row", True, "f16"), TINY)
-    x = jnp.ones((1, 4096), jnp.bfloat16)
-    product = timing.chain(xla.matmul, x, matrix, TINY)
-    assert 0 < link < timing.seconds(product.lower().compile(), product.trips, x, matrix, TINY)
 
 
 def test_columns():
