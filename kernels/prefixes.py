@@ -20,7 +20,7 @@ sums, which are exact: results do not depend on the order of anything.
 The *piece* is what one thread takes of a row in a step: 16 bytes (48 for N = 3, so that pieces hold whole cells), and 4
 threads take 4 pieces side by side. `Plan` lists a piece's prefixes, two bytes at a time as the two 16-bit halves of a
 multiplication, and two of those make a word of four prefixes. Two bytes are a 32-bit word's 0 and 2, or 1 and 3; of tied
-N = 3, where bytes three apart need the same prefixes, those.
+N = 3 and 4, where bytes N apart need the same prefixes, those.
 """
 
 import math
@@ -131,9 +131,11 @@ def plan(bases: int, tied: bool) -> Plan:
 
 def _pairs(bases: int, tied: bool, count: int) -> list[tuple[int, int]]:
     """The bytes of a piece, two and two."""
-    if bases == 3 and tied:  # of twelve bytes; in this order they take the fewest registers
+    if tied and bases == 3:  # of twelve bytes; in this order they take the fewest registers
         in_twelve = ((1, 10), (2, 5), (0, 3), (6, 9), (4, 7), (8, 11))
         return [(i + a, i + b) for i in range(0, count, 12) for a, b in in_twelve]
+    if tied and bases == 4:
+        return [(i + a, i + a + 4) for i in range(0, count, 8) for a in range(4)]
     return [(i + odd, i + odd + 2) for i in range(0, count, 4) for odd in (0, 1)]
 
 
