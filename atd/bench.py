@@ -1,8 +1,8 @@
 """How fast whole models are: time to first token, tokens/s, memory. `measure` does it, `table` shows it.
 
     first token   reading a prompt and taking the likeliest token after it, compiled before
-    decode        one sequence, greedy, each token waited for: what a chat sees. `model.decode` calls a compiled function a
-                  block; `host` is the share of a step that the host spends on these calls
+    decode        one sequence, greedy, each token waited for. `model.decode` is a compiled function, on a CPU one a block;
+                  `host` is the share of a step that the host spends on calls
     one jit       the same steps in one compiled loop: what the device could do if nothing came from the host
     peak          the device's memory at most, loading and compiled work space included; unknown on a CPU
 

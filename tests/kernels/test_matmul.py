@@ -301,6 +301,19 @@ def test_leading_axes_and_dtype_of_x_are_kept(backend, group, tokens, dtype):
     np.testing.assert_allclose(np.asarray(y).astype(np.float64), exact, rtol=2**-8, atol=1e-4)
 
 
+@pytest.mark.parametrize("tokens", [17, 130])
+def test_many_tokens_in_sixteen_bits(backend, tokens):
+    """As exact as a dense product of 16 bits: results rounded, weights too."""
+    weight = ternary(48, 320, group="row", tied=True)
+    x, held = jnp.asarray(activations(tokens, 320), jnp.bfloat16), pack(weight, "words")
+    skip_what_is_refused(backend, x, held)
+    y = product(backend, x, held)
+    assert y.dtype == jnp.bfloat16
+    exact = np.asarray(x, np.float64) @ np.asarray(weight.dequantize(), np.float64).T
+    off = np.sqrt(np.mean((y.astype(np.float64) - exact) ** 2) / np.mean(exact**2))
+    assert 2**-12 < off < 2**-8
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("group", [32, "row", "tensor"])
 def test_rows_of_packed_tables(layout, group):

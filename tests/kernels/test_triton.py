@@ -1,5 +1,7 @@
 """The Triton backend without a GPU: choices of way, refusals, self-test, lowering for CUDA. Its numbers: test_matmul.py."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -233,6 +235,20 @@ def test_lowers_for_cuda(device, bases, tied):
         text = lowered(device, triton.multiply, packed(64, 640, bases, group, tied, layout="tiles"), tokens)
         assert f"ternary_{name}_n{bases}" in text
         assert "triton" in text
+
+
+def test_the_fold_alone_lets_the_next_kernel_begin_and_on_hopper_alone():
+    weight = packed(64, 640, layout="tiles")
+    text = {device: lowered(device, triton.multiply, weight, 1) for device in ("NVIDIA H200", "NVIDIA A10")}
+    assert text["NVIDIA H200"].count("griddepcontrol.launch_dependents") == 1
+    assert "griddepcontrol" not in text["NVIDIA A10"]
+
+
+@pytest.mark.parametrize("tokens", [1, 32, 300])
+def test_kernels_write_the_dtype_that_is_asked_for(tokens):
+    """No kernel of XLA's for it."""
+    text = lowered("NVIDIA H200", triton.multiply, packed(64, 640, layout="tiles"), tokens, jnp.bfloat16)
+    assert not re.search(r"stablehlo.convert .*f32>\) -> tensor<.*bf16>", text)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
