@@ -17,9 +17,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from atd.kernels import xla
-from atd.kernels.triton_gemm import integers, scaled, trits_of, unit, units_of
+from atd.kernels.triton_gemm import scaled, unit, units_of
 from atd.kernels.triton_gemv import word_at
 from atd.kernels.triton_ptx import plt
+from atd.kernels.triton_weights import integers_of
 from atd.weights import TernaryType
 
 CHUNK_BYTES = 128 << 20  # of decoded weights at a time: enough for the matrix product, little beside a model
@@ -70,7 +71,7 @@ def decoded(
     """Rows start to start + rows of the matrix, or, exact, of its integers -> [rows, planes x units]."""
     units, params = units_of(codes), unit(type.bases)[1]
     kernel = functools.partial(
-        _kernel, type=type, start=start, rows=rows, steps=codes.shape[1], units=units, exact=exact
+        _kernel, type=type, start=start, rows=rows, steps=codes.shape[1], units=units, exact=exact, interpret=interpret
     )
     return pl.pallas_call(
         kernel,
@@ -83,8 +84,9 @@ def decoded(
 
 
 def _kernel(
-    codes_ref, scales_ref, out_ref, *, type: TernaryType, start: int, rows: int, steps: int, units: int, exact: bool
-):
+    codes_ref, scales_ref, out_ref, *, type: TernaryType, start: int, rows: int, steps: int, units: int, exact: bool,
+    interpret: bool,
+):  # fmt: skip
     words, params = unit(type.bases)
     row = pl.program_id(1) * ROWS + lax.iota(jnp.int32, ROWS)
     at = pl.program_id(0) * UNITS + lax.iota(jnp.int32, UNITS)
@@ -94,9 +96,9 @@ def _kernel(
         place = word_at((start + row)[:, None], (at * words + v)[None, :], type.bases, steps)
         return plt.load(codes_ref.at[place], mask=inside, other=jnp.uint32(0), eviction_policy="evict_first")
 
-    trits = trits_of([word(v) for v in range(words)], type.bases)
+    integers = integers_of([word(v) for v in range(words)], type, out_ref.dtype, interpret)
     for p in range(params):
-        found = [v.astype(jnp.float32) for v in integers(trits, p, type)]
+        found = integers(p)
         value = found[0] if exact else scaled(scales_ref, type, start + row, at * params + p, found)
         place = row[:, None] * (params * units) + (at + p * units)[None, :]
         plt.store(out_ref.at[place], value.astype(out_ref.dtype), mask=inside)

@@ -22,8 +22,9 @@ from jax.experimental import pallas as pl
 
 from atd.kernels.triton_gemv import word_at
 from atd.kernels.triton_ptx import plt
+from atd.kernels.triton_weights import integers_of
 from atd.layout import TRITS_PER_BYTE, period
-from atd.weights import TernaryType, level_weights
+from atd.weights import TernaryType
 
 UNITS_OF_STEP = 16  # for any N: 64 bytes of a row are 16 units of a word, 192 of N = 3 as many of three
 
@@ -67,7 +68,9 @@ def matmul(
     tokens = -(-x.shape[0] // tiles.tokens) * tiles.tokens
     x_planes = jnp.pad(x, ((0, tokens - x.shape[0]), (0, units * params - x.shape[1])))
     x_planes = x_planes.reshape(tokens, units, params).transpose(2, 1, 0)  # [P, units, M]
-    kernel = functools.partial(_kernel, type=type, tiles=tiles, steps=steps, units=units, tokens=tokens)
+    kernel = functools.partial(
+        _kernel, type=type, tiles=tiles, steps=steps, units=units, tokens=tokens, interpret=interpret
+    )
     return pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((tokens, out), dtype),
@@ -79,8 +82,9 @@ def matmul(
 
 
 def _kernel(
-    x_ref, codes_ref, scales_ref, out_ref, *, type: TernaryType, tiles: Tiles, steps: int, units: int, tokens: int
-):
+    x_ref, codes_ref, scales_ref, out_ref, *, type: TernaryType, tiles: Tiles, steps: int, units: int, tokens: int,
+    interpret: bool,
+):  # fmt: skip
     out = type.shape[0]
     words, params = unit(type.bases)
     rows = pl.program_id(0) * tiles.rows + lax.iota(jnp.int32, tiles.rows)
@@ -101,10 +105,10 @@ def _kernel(
             )
             for v in range(words)
         ]  # [rows, units] each
-        trits = trits_of(tile, type.bases)
+        integers = integers_of(tile, type, x_ref.dtype, interpret)
         for p in range(params):
             x = x_ref[p, pl.ds(i * tiles.units, tiles.units), pl.ds(first_token, tiles.tokens)]
-            factors = [v.astype(jnp.float32) for v in integers(trits, p, type)]
+            factors = integers(p)
             if groups > 1:
                 factors = [scaled(scales_ref, type, rows, at * params + p, factors)]
             for b, w in enumerate(factors):
@@ -124,10 +128,11 @@ def _kernel(
 
 
 def scaled(scales_ref, type: TernaryType, rows: jax.Array, parameters: jax.Array, exact: list[jax.Array]) -> jax.Array:
-    """Weights float32 [rows, parameters] of their `integers`, as float32, each by the scale of its group."""
+    """Weights float32 [rows, parameters] of their integers, each by the scale of its group."""
     group = lax.div(parameters, jnp.full(parameters.shape, type.group_size, jnp.int32))  # 0 where there is one
     return functools.reduce(
-        operator.add, [v * scales_at(scales_ref, type, rows, b, group) for b, v in enumerate(exact)]
+        operator.add,
+        [v.astype(jnp.float32) * scales_at(scales_ref, type, rows, b, group) for b, v in enumerate(exact)],
     )
 
 
@@ -138,29 +143,3 @@ def scales_at(scales_ref, type: TernaryType, rows: jax.Array, base: int, group: 
     if group is not None:
         at, mask = at[:, None] + group[None, :] * stored, mask[:, None] & (group < groups)[None, :]
     return plt.load(scales_ref.at[at], mask=mask, other=jnp.zeros((), scales_ref.dtype)).astype(jnp.float32)
-
-
-def trits_of(tile: list[jax.Array], bases: int):
-    """Words of a unit [...] -> trit(parameter, base), int32 [...]."""
-    digits: dict[tuple[int, int], jax.Array] = {}
-    for byte in range(4 * len(tile)):
-        rest = ((tile[byte // 4] >> (8 * (byte % 4))) & 255).astype(jnp.int32)
-        for j in range(TRITS_PER_BYTE):
-            rest = rest * 3
-            digits[byte, j] = (rest >> 8) - 1
-            rest = rest & 255
-
-    def trit(parameter: int, base: int) -> jax.Array:
-        cell, within = divmod(parameter, TRITS_PER_BYTE)
-        byte, j = divmod(within * bases + base, TRITS_PER_BYTE)
-        return digits[cell * bases + byte, j]
-
-    return trit
-
-
-def integers(trit, parameter: int, type: TernaryType) -> list[jax.Array]:
-    """The integers that scales multiply: one for tied weights, one a base for free ones."""
-    trits = [trit(parameter, base) for base in range(type.bases)]
-    if not type.tied:
-        return trits
-    return [functools.reduce(operator.add, [t * int(n) for t, n in zip(trits, level_weights(type.bases), strict=True)])]

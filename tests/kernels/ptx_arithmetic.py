@@ -85,9 +85,15 @@ def _odd_sum(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    if a.dtype not in (np.float32, np.float16):
-        raise EmulationError("fma of float32 and float16 only")
-    return _odd_sum(*np.broadcast_arrays(a.astype(np.float64) * b, c.astype(np.float64)))
+    if a.dtype == np.float64:
+        raise EmulationError("fma of float64")
+    sum = _odd_sum(*np.broadcast_arrays(a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)))
+    if a.dtype in (np.float32, np.float16):
+        return sum
+    single = sum.astype(np.float32)  # on the way to bfloat16, which ml_dtypes rounds from there: to odd as well
+    even = single.view(np.int32) & 1 == 0
+    towards = np.where(sum > single, np.float32(np.inf), np.float32(-np.inf))
+    return np.where((single != sum) & even, np.nextafter(single, towards), single)
 
 
 def _shift(left: bool, value: np.ndarray, amount: np.ndarray) -> np.ndarray:

@@ -321,6 +321,8 @@ LARGE = 16785408  # 4097 * 4097 - 1
         ("fma.rn.f32 %r9, 0f45800800, 0f45800800, 0f2B800000", np.float32(LARGE + 2).view(np.uint32)),
         ("fma.rz.f32 %r9, 0f45800800, 0f45800800, 0f2B800000", np.float32(LARGE).view(np.uint32)),
         ("fma.rn.f16x2 %r9, 0x3C004000, 0x40004000, 0x3C003C00", 0x42004500),
+        ("fma.rn.bf16x2 %r9, 0x43084302, 0x3F803F80, 0xC304C304", 0x4080C000),  # 136 - 132, 130 - 132
+        ("fma.rn.bf16x2 %r9, 0x3F813F81, 0x3FC03FC0, 0xB0800000", 0x3FC13FC2),  # a little below a tie, and a tie
         ("min.NaN.f32 %r9, 0f3F800000, 0f7FC00000", 0x7FC00000),
         ("min.f32 %r9, 0f3F800000, 0f7FC00000", 0x3F800000),
         ("selp.b32 %r9, %r2, %r3, !%p1; setp.eq.s32 %p2, 1, 1", B),

@@ -301,10 +301,12 @@ def test_leading_axes_and_dtype_of_x_are_kept(backend, group, tokens, dtype):
     np.testing.assert_allclose(np.asarray(y).astype(np.float64), exact, rtol=2**-8, atol=1e-4)
 
 
-@pytest.mark.parametrize("tokens", [17, 130])
-def test_many_tokens_in_sixteen_bits(backend, tokens):
+@pytest.mark.parametrize(
+    ("tokens", "bases", "tied"), [(17, 1, True), (17, 2, True), (17, 2, False), (17, 3, True), (130, 2, True)]
+)
+def test_many_tokens_in_sixteen_bits(backend, tokens, bases, tied):
     """As exact as a dense product of 16 bits: results rounded, weights too."""
-    weight = ternary(48, 320, group="row", tied=True)
+    weight = ternary(48, 320, bases, "row", tied)
     x, held = jnp.asarray(activations(tokens, 320), jnp.bfloat16), pack(weight, "words")
     skip_what_is_refused(backend, x, held)
     y = product(backend, x, held)

@@ -131,19 +131,22 @@ def test_decoding_does_not_spill_and_writes_sixteen_bytes_at_a_time(device, exac
         assert "LDG.E.EF.128" in compiled.sass
 
 
-@pytest.mark.parametrize(("group", "tied"), [("row", True), ("row", False), (128, True)])
+@pytest.mark.parametrize(("group", "tied", "most"), [("row", True, 5.0), ("row", False, 7.5), (128, True, 14.0)])
 @pytest.mark.parametrize("device", ["H200", "A10"])
-def test_tiles_do_not_spill(device, group, tied):
+def test_tiles_do_not_spill_and_take_few_instructions_a_weight(device, group, tied, most):
+    tiles = Tiles(tokens=16)
     type = TernaryType((OUT, INPUTS), 2, group, tied, "f16")
     compiled = aot.compile_for(
         device,
-        partial(triton_gemm.matmul, type=type, tiles=Tiles(tokens=16)),
+        partial(triton_gemm.matmul, type=type, tiles=tiles),
         jax.ShapeDtypeStruct((16, INPUTS), jnp.bfloat16),
         jax.ShapeDtypeStruct(CODES[2], jnp.uint32),
         jax.ShapeDtypeStruct(type.scales_shape, jnp.float16),
         kernel="ternary_gemm_n2",
     )
     assert compiled.spill_bytes == 0
+    weights = tiles.rows * tiles.units * triton_gemm.unit(2)[1] / (32 * tiles.warps)  # of a thread, in a step
+    assert aot.main_loop_instructions(compiled.sass).total() / weights < most
 
 
 @pytest.mark.parametrize("normed", [False, True])
