@@ -1,8 +1,9 @@
 """How fast whole models are: time to first token, tokens/s, memory. `measure` does it, `table` shows it.
 
     first token   reading a prompt and taking the likeliest token after it, compiled before
-    decode        one sequence, greedy, each token waited for. `model.decode` is a compiled function, on a CPU one a block;
-                  `host` is the share of a step that the host spends on calls
+    decode        one sequence, greedy, as `atd.generate` does it: the host takes a token while the device makes the next.
+                  `model.decode` is a compiled function, on a CPU one a block; `host` is the share of a step that the host
+                  spends on calls
     one jit       the same steps in one compiled loop: what the device could do if nothing came from the host
     peak          the device's memory at most, loading and compiled work space included; unknown on a CPU
 
@@ -127,9 +128,12 @@ def decode_seconds(model: Model, token: jax.Array, cache: Cache, steps: int) -> 
         started = time.perf_counter()
         logits, cache = model.decode(token, cache)
         called = time.perf_counter()
-        token = jax.block_until_ready(logits.argmax(axis=-1))
+        following = logits.argmax(axis=-1)
+        jax.block_until_ready(token)  # the host looks at this one while the device makes the next
+        token = following
         seconds.append(time.perf_counter() - started)
         calls.append(called - started)
+    jax.block_until_ready(token)
     return median(seconds), median(calls), cache, token
 
 
