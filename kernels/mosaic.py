@@ -33,7 +33,7 @@ class Mosaic(packed.Backend):
         are not those of the XLA backend (`self_test`)."""
         assert isinstance(weight, Packed)
         if not self.interpret and jax.default_backend() == "gpu":
-            self_test()
+            self_test(weight.type.ternary.bases, weight.type.ternary.tied)
         return multiply(x, weight, self.interpret)
 
 
@@ -69,9 +69,10 @@ def device_refuses() -> str | None:
 
 
 @cache
-def self_test() -> None:
-    """Multiplies small matrices on this device and compares with XLA, once a process. Raises RuntimeError if they differ."""
-    packed.self_test("mosaic", largest_difference)
+def self_test(bases: int, tied: bool) -> None:
+    """Multiplies a small matrix of N bases on this device and compares with XLA, once a process. Raises RuntimeError if they
+    differ."""
+    packed.self_test("mosaic", largest_difference, bases, tied)
 
 
 def largest_difference(bases: int, tied: bool, *, interpret: bool = False) -> float:

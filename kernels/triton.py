@@ -55,7 +55,7 @@ class Triton(packed.Backend):
         are not those of the XLA backend (`self_test`). norm, residual [M, out], gated: see `gemv`; where it `fuses` alone."""
         assert isinstance(weight, Packed)
         if not self.interpret and jax.default_backend() == "gpu":
-            self_test()
+            self_test(weight.type.ternary.bases, weight.type.ternary.tied)
         return multiply(x, weight, self.settings, self.interpret, norm, residual, gated)
 
 
@@ -153,15 +153,19 @@ def gemv(
 
 
 @cache
-def self_test() -> None:
-    """Multiplies small matrices on this device and compares with XLA, once a process. Raises RuntimeError if they differ.
+def self_test(bases: int, tied: bool) -> None:
+    """Multiplies small matrices of N bases on this device and compares with XLA, once a process. Raises RuntimeError if they
+    differ.
 
     The kernels rely on which thread holds which element, which Triton keeps but does not promise.
     """
-    packed.self_test("triton", largest_difference)
+    packed.self_test("triton", largest_difference, bases, tied)
 
 
 def largest_difference(bases: int, tied: bool, *, interpret: bool = False) -> float:
-    """Between the gemv kernel and XLA: see `packed.largest_difference`."""
-    settings = Settings(gemv_tokens=2)
-    return packed.largest_difference(lambda x, weight: multiply(x, weight, settings, interpret), bases, tied)
+    """Between the kernels of few and of some tokens and XLA: see `packed.largest_difference`."""
+    ways = Settings(gemv_tokens=2), Settings(gemv_tokens=0, gemm_tokens=2)
+    return max(
+        packed.largest_difference(lambda x, weight, way=way: multiply(x, weight, way, interpret), bases, tied)
+        for way in ways
+    )

@@ -108,7 +108,8 @@ def test_self_test_raises(monkeypatch):
     monkeypatch.setattr(mosaic, "largest_difference", lambda bases, tied: 0.5 if bases == 3 else 0.0)
     mosaic.self_test.cache_clear()
     with pytest.raises(RuntimeError, match=r"'mosaic' computes wrong results .* N = 3, tied, off by 5\.0e-01"):
-        mosaic.self_test()
+        mosaic.self_test(3, True)
+    mosaic.self_test(2, True)
     mosaic.self_test.cache_clear()
 
 

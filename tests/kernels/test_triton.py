@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from atd.kernels import packed as packed_backends
-from atd.kernels import prefixes, triton, triton_decode, triton_gemv, triton_ptx, tuning
+from atd.kernels import prefixes, triton, triton_decode, triton_gemv, triton_ptx, triton_weights, tuning
 from atd.kernels.matmul import matmul
 from atd.kernels.triton_gemm import Tiles
 from atd.kernels.triton_gemv import Shape
@@ -188,12 +188,15 @@ def test_self_test_sees_a_wrong_kernel(bases, tied, monkeypatch):
     twin = triton_ptx.multiply_twin
     monkeypatch.setattr(triton_ptx, "multiply_twin", lambda words, x, sums: twin(words[::-1], x, sums))
     assert triton.largest_difference(bases, tied, interpret=True) > 0.1
+    monkeypatch.setattr(triton_ptx, "multiply_twin", twin)
+    of_tiles = triton_weights._twin
+    monkeypatch.setattr(triton_weights, "_twin", lambda digits, number: of_tiles(digits, number) + 1)
+    assert triton.largest_difference(bases, tied, interpret=True) > 0.1
 
 
 def test_self_test_runs_while_a_program_is_traced(monkeypatch):
     """As on a GPU, where the first product of a model asks for it: nothing of that trace may reach its kernels."""
     found = []
-    monkeypatch.setattr(packed_backends.prefixes, "MAX_BASES", 1)
 
     def difference(bases: int, tied: bool) -> float:
         found.append(triton.largest_difference(bases, tied, interpret=True))
@@ -201,11 +204,11 @@ def test_self_test_runs_while_a_program_is_traced(monkeypatch):
 
     @jax.jit
     def model(x):
-        packed_backends.self_test("triton", difference)
+        packed_backends.self_test("triton", difference, 1, True)
         return x
 
     assert model(1.0) == 1.0
-    assert len(found) == 2
+    assert len(found) == 1
 
 
 def test_self_test_raises(monkeypatch):
@@ -214,7 +217,8 @@ def test_self_test_raises(monkeypatch):
     with pytest.raises(
         RuntimeError, match=r"computes wrong results .* N = 3, tied, off by 5\.0e-01 .* use backend 'xla'"
     ):
-        triton.self_test()
+        triton.self_test(3, True)
+    triton.self_test(2, True)
     triton.self_test.cache_clear()
 
 
