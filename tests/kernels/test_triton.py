@@ -36,7 +36,7 @@ def interpreted(x, weight, settings=None):
         (16, "row", "gemv"),
         (17, "row", "gemm"),
         (64, "row", "gemm"),
-        (65, 32, "decode"),
+        (257, 32, "decode"),
     ],
 )
 def test_ways(tokens, group, way):
@@ -234,7 +234,7 @@ def test_lowers_for_cuda(device, bases, tied):
         (16, "row", "gemv"),
         (32, "row", "gemm"),
         (32, 128, "gemm"),
-        (65, "row", "decode"),
+        (257, "row", "decode"),
     ):
         text = lowered(device, triton.multiply, packed(64, 640, bases, group, tied, layout="tiles"), tokens)
         assert f"ternary_{name}_n{bases}" in text
