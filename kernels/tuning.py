@@ -19,7 +19,6 @@ from atd.weights import TernaryType
 
 FOLDER = Path(__file__).parent / "tuned"
 SHARED_BYTES = 96 << 10  # of a block, on GPUs that have least of it: A10, RTX 30xx, L4, RTX 40xx
-GEMM_TOKENS = 256
 MOST_SHARED_BYTES = 227 << 10  # on those that have most: H100, H200
 
 
@@ -50,16 +49,16 @@ def settings(device: str, type: TernaryType, tokens: int) -> Settings:
 
 def heuristic(type: TernaryType, tokens: int) -> Settings:
     """As many warps to a row as make 4096 of them, 31 on each multiprocessor of an H200, where that was fastest; but no more
-    than have two steps to do. Tiles as wide as the tokens, or as the shared memory allows; up to GEMM_TOKENS, since decoding
-    writes and reads 4 bytes a weight, where tiles read 0.4 and take 5 instructions for 128 tokens: for as long, an L4 makes
-    10 of them, an H200 3."""
+    than have two steps to do. Tiles as wide as the tokens, or as the shared memory allows, and with a scale a row two of them
+    side by side: decoding once moves 4 bytes a weight more, an H200 takes a tile's 5 instructions two or three times meanwhile."""
     groups, steps = (LAYOUTS["tiles"].codes_shape(*type.shape, type.bases)[i] for i in range(2))
     warps = 2 ** min(4, max(0, round(math.log2(4096 / groups))), int(math.log2(max(1, steps / 2))))
     tiles = Tiles(rows=64, tokens=min(128, max(16, 1 << (tokens - 1).bit_length())), units=32, warps=4)
     # Rows of a few steps have nothing to unroll. Beyond 8 tokens there are more activations than codes to load: two groups of rows share them.
     row_blocks, unroll = (2, 1) if tokens > 8 else (1, 2 if steps >= 8 and type.scales_shape[1] == 1 else 1)
     shape = Shape(warps=warps, row_blocks=row_blocks, unroll=unroll)
-    return Settings(gemv=shape, tiles=_fit(tiles, type.bases, SHARED_BYTES), gemm_tokens=GEMM_TOKENS)
+    tiles = _fit(tiles, type.bases, SHARED_BYTES)
+    return Settings(shape, tiles=tiles, gemm_tokens=max(64, 2 * tiles.tokens if type.scales_shape[1] == 1 else 0))
 
 
 def _fit(tiles: Tiles, bases: int, room: int) -> Tiles:

@@ -35,8 +35,10 @@ def interpreted(x, weight, settings=None):
         (1, 32, "gemv"),
         (16, "row", "gemv"),
         (17, "row", "gemm"),
-        (64, "row", "gemm"),
-        (257, 32, "decode"),
+        (128, "row", "gemm"),
+        (129, "row", "decode"),
+        (64, 32, "gemm"),
+        (65, 32, "decode"),
     ],
 )
 def test_ways(tokens, group, way):

@@ -74,7 +74,7 @@ def test_each_way_is_taken_while_it_is_the_fastest():
 def test_few_numbers_of_tokens_leave_the_rest_to_the_rule_of_thumb():
     entries, _ = found(all_tokens=(1,))
     settings = entries[1]["settings"]
-    assert (list(entries), settings.gemv_tokens, settings.gemm_tokens) == ([1], 16, 256)
+    assert (list(entries), settings.gemv_tokens, settings.gemm_tokens) == ([1], 16, 64)
     assert settings.gemv == Shape(4, 4, 2, 1)
 
 
