@@ -93,7 +93,7 @@ def assembly(first: int, count: int, bases: int, dtype: jnp.dtype) -> tuple[str,
         lines.append(f"mul.lo.u32 h, h, {3 ** len(digits)};")
         if len(digits) == count:
             lines.append(f"prmt.b32 u, h, 0x{4 * f'{above:02X}'}, 0x4341;")
-        elif digits[0] == number[0][1] and byte == number[0][0]:
+        elif byte == number[0][0]:
             lines.append("prmt.b32 u, h, 0, 0x4341;")
         else:
             lines += ["prmt.b32 v, h, 0, 0x4341;", f"mad.lo.u32 u, u, {3 ** len(digits)}, v;"]
