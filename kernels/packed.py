@@ -122,13 +122,18 @@ def scaled(sums: jax.Array, scales: jax.Array) -> jax.Array:
     return functools.reduce(operator.add, [sums[:, f] * wide[:, f] for f in range(sums.shape[1])])
 
 
+def can_be_exact(type: TernaryType) -> bool:
+    """Whether a row is integers, which 16 bits hold, times one scale."""
+    return type.tied and type.scales_shape[1] == 1
+
+
 def decode_once(x: jax.Array, weight: Packed) -> jax.Array:
     """x W^T in float32, x and W [out, in] in x's 16 bits, bfloat16 where x is float32: as a dense model's products have them.
 
     Tied weights with a scale a row are decoded into integers, which 16 bits hold exactly.
     """
     ternary, scales = weight.type.ternary, jnp.asarray(weight.scales)
-    integers = ternary.tied and ternary.scales_shape[1] == 1
+    integers = can_be_exact(ternary)
     held = replace(weight, scales=jnp.ones_like(scales)) if integers else weight
     narrow = x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x
     y = xla.tensor_cores(narrow, jnp.asarray(held.dequantize(jnp.float32)).astype(narrow.dtype))

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from atd.kernels import xla
+from atd.kernels import packed, xla
 from atd.kernels.triton_gemm import scaled, unit, units_of
 from atd.kernels.triton_gemv import word_at
 from atd.kernels.triton_ptx import plt
@@ -43,18 +43,13 @@ def matmul(
     step = max(ROWS, CHUNK_BYTES // (2 * params * units) // 128 * 128)
     starts = range(0, type.shape[0], step)
     parts = [min(step, type.shape[0] - start) for start in starts]
-    exact = dtype == jnp.float32 and can_be_exact(type)
+    exact = dtype == jnp.float32 and packed.can_be_exact(type)
     chunks = [
         decoded(codes, scales, type, x.dtype, start, rows, exact, interpret=interpret)
         for start, rows in zip(starts, parts, strict=True)
     ]
     y = jnp.concatenate([xla.tensor_cores(x_planes, chunk, dtype) for chunk in chunks], axis=1)
     return y * scales[:, 0, 0].astype(jnp.float32) if exact else y
-
-
-def can_be_exact(type: TernaryType) -> bool:
-    """Whether a row is integers times one scale."""
-    return type.tied and type.scales_shape[1] == 1
 
 
 def decoded(

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 
 from atd.kernels.prefixes import THREADS_A_ROW, Plan
 from atd.kernels.triton_gemv import BYTES, Columns
-from atd.kernels.triton_ptx import divided, launch_next, launches_early, plt
+from atd.kernels.triton_ptx import divided, launch_next, plt
 
 SEARCHED = 2  # tokens
 SIZE = 128  # words of a block, one a thread: what a block takes is its time, there are enough multiprocessors
@@ -136,13 +136,12 @@ def _kernel(
         factor = 1.0 if mean_square is None else lax.rsqrt(mean_square + eps)
         largest_ref[t] = jnp.where(largest < jnp.inf, largest * factor, jnp.nan)
 
-    scale = plan.limit / jnp.where((of_token > LEAST) & (of_token < jnp.inf), of_token, plan.limit / 0.25)  # else zeros
+    scale = jnp.where((of_token > LEAST) & (of_token < jnp.inf), plan.limit / of_token, 0.0)
 
     def rounded(x: jax.Array) -> jax.Array:
         return lax.bitcast_convert_type(x * scale + jnp.float32(ROUNDS), jnp.int32) - ROUNDS_BITS
 
-    begun = bytes_[0][0][1]  # what has come out of memory
-    found = (begun * 0 if interpret or not launches_early() else launch_next(begun)).astype(jnp.uint32)
+    found = launch_next(bytes_[0][0][1], interpret).astype(jnp.uint32)  # zeros so far
     for b, ((first, times), (second, second_times)) in enumerate(bytes_):
         value = rounded(first) * times - rounded(second) * second_times
         chosen = (((value + SIGNED) >> (8 * byte)) & 255) ^ 128

@@ -30,7 +30,7 @@ def bits(index: jax.Array, of: int, count: int) -> jax.Array:
     return divided(divided(index, of)[0], count)[1]
 
 
-def launches_early() -> bool:
+def _launches_early() -> bool:
     """Whether kernels of the GPU that is compiled for may begin before the one they wait for ends: XLA lets those that Triton
     compiles wait for it in their first instruction."""
     try:
@@ -39,12 +39,14 @@ def launches_early() -> bool:
         return False
 
 
-def launch_next(value: jax.Array) -> jax.Array:
-    """Lets the next kernel's blocks take their places: they wait there for all that this one writes. Returns int32 zeros
-    [...], to be used. value: of memory, int32; so this does not come before what this kernel itself waits for.
+def launch_next(value: jax.Array, interpret: bool) -> jax.Array:
+    """Lets the next kernel's blocks take their places, where the GPU can: they wait there for all that this one writes. Returns
+    int32 zeros [...], to be used. value: of memory, int32; so this does not come before what this kernel itself waits for.
 
     Only where this kernel's results are for kernels of Triton alone: others of XLA may read before they wait.
     """
+    if interpret or not _launches_early():
+        return jnp.zeros_like(value)
     return plt.elementwise_inline_asm(
         "{ griddepcontrol.launch_dependents; mov.b32 $0, 0; }",
         args=[value],

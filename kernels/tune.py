@@ -150,7 +150,7 @@ def of_matrix(type: TernaryType, clock: Clock, all_tokens: Sequence[int]) -> lis
     if gemv_tokens == all_tokens[-1]:  # where it ends was not seen
         gemv_tokens = max(gemv_tokens, usual.gemv_tokens)
     if gemm_tokens == all_tokens[-1]:
-        gemm_tokens = max(gemv_tokens, gemm_tokens, usual.gemm_tokens)
+        gemm_tokens = max(gemm_tokens, usual.gemm_tokens)
     return [
         tuning.kind_of(type, tokens)
         | {"settings": replace(best[tokens], gemv_tokens=gemv_tokens, gemm_tokens=gemm_tokens)}

@@ -224,9 +224,7 @@ class Model(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """What `hidden` returned, or any rows of it, float32 [..., D] -> logits float32 [..., V]."""
-        return self._plan.epilogue.logits(
-            self.epilogue.get_raw_value(), hidden, self._embedding() if self._plan.tied else None
-        )
+        return _logits(self._plan, self.prologue.get_raw_value(), self.epilogue.get_raw_value(), hidden)
 
     def new_cache(self, batch: int, length: int) -> Cache:
         """An empty cache for `batch` sequences of at most `length` tokens."""
@@ -312,8 +310,12 @@ def _step(plan: _Plan, weights: Sequence[ops.Weights], token, positions: jax.Arr
     for program, of_block, slots in zip(plan.blocks, weights[1:-1], blocks, strict=True):
         x, slots = program.step(of_block, x, positions, slots)
         filled.append(slots)
-    logits = plan.epilogue.logits(weights[-1], x, weights[0][plan.embed]["weight"] if plan.tied else None)
-    return _only_row(logits), _next(positions), tuple(filled)
+    return _only_row(_logits(plan, weights[0], weights[-1], x)), _next(positions), tuple(filled)
+
+
+def _logits(plan: _Plan, prologue: ops.Weights, epilogue: ops.Weights, hidden: jax.Array) -> jax.Array:
+    """Of weights of the prologue and the epilogue: `Model.logits`."""
+    return plan.epilogue.logits(epilogue, hidden, prologue[plan.embed]["weight"] if plan.tied else None)
 
 
 _whole_step = jax.jit(_step, static_argnames="plan", donate_argnames="blocks")
