@@ -1,30 +1,45 @@
 """atd: a JAX compiler for the weights of language models.
 
     atd.convert(path, out, recipe="ternary2")                checkpoint -> N-base ternary checkpoint
-    atd.load(out)                                            -> Flax NNX model with jitted prefill and decode
+    atd.open(path)                                           checkpoint -> graph, its weights read when they are asked for
+    atd.Pipeline([...])(graph)                               passes composed by hand; atd.Pass is their base class
+    atd.load(path_or_graph)                                  -> Flax NNX model with jitted prefill and decode
     atd.evaluate(model, tokens, context=512, against=dense)  perplexity, KL divergence, top-1 agreement
     atd.generate(model, tokens, max_new_tokens=64)           greedy or sampled with a seed
-    atd.Pipeline([...])(atd.open(path))                      passes composed by hand, on the graph of a checkpoint
 
-Names load on first use, so that `atd.kernels` needs jax and numpy alone.
+Names are imported on first use, so that `atd.kernels` needs jax and numpy alone.
 """
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from atd.models.frontend import open as open
+    from atd.models.model import load as load
+    from atd.pipeline import Pass as Pass
+    from atd.pipeline import Pipeline as Pipeline
+    from atd.pipeline.convert import convert as convert
+    from atd.runtime.evaluate import evaluate as evaluate
+    from atd.runtime.generate import generate as generate
 
 __version__ = "0.1.0"
 _HOME = {
-    "convert": "atd.convert_adaptive",
-    "load": "atd.models.model",
-    "Pipeline": "atd.pipeline",
     "Pass": "atd.pipeline",
-    "evaluate": "atd.evaluate",
-    "generate": "atd.generate",
+    "Pipeline": "atd.pipeline",
+    "convert": "atd.pipeline.convert",
+    "evaluate": "atd.runtime.evaluate",
+    "generate": "atd.runtime.generate",
+    "load": "atd.models.model",
     "open": "atd.models.frontend",
-}
-__all__ = [*_HOME, "__version__"]
+}  # no name may be that of a module or folder in atd/: importing it would hide the function
+__all__ = ["Pass", "Pipeline", "__version__", "convert", "evaluate", "generate", "load", "open"]
 
 
 def __getattr__(name: str):
     if name not in _HOME:
         raise AttributeError(f"module 'atd' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

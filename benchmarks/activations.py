@@ -21,12 +21,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from atd.evaluate import evaluate
+from atd.checkpoint.tokenizer import open_tokenizer, read_text
 from atd.kernels import matmul, prefixes, xla
 from atd.models.frontend import open as open_model
 from atd.models.model import Model, load
-from atd.report import progress_bar
-from atd.tokenizer import open_tokenizer, read_text
+from atd.reports.progress import progress_bar
+from atd.runtime.evaluate import evaluate
 from atd.weights import Packed, Weight, ternary_of
 
 

@@ -17,13 +17,13 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
 
-from atd import sensitivity
-from atd.allocation import Choice, allocate, stored_bytes, ternary_types, total_bytes, total_loss
-from atd.layout import DEFAULT_LAYOUT
+from atd.calibration import sensitivity
+from atd.checkpoint.tokenizer import open_tokenizer, read_text
+from atd.decomposition.allocation import Choice, allocate, stored_bytes, ternary_types, total_bytes, total_loss
 from atd.models import frontend
 from atd.pipeline import Pipeline
-from atd.tokenizer import open_tokenizer, read_text
 from atd.weights import Dense
+from atd.weights.layouts import DEFAULT_LAYOUT
 
 BUDGETS = np.linspace(2.25, 4.5, 10)  # bits a weight
 

@@ -22,8 +22,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from atd.checkpoint.writer import write_shard
 from atd.ir import in_memory
-from atd.output import write_shard
 from atd.weights import Dense
 
 LLAMA_3_8B = {

@@ -5,7 +5,7 @@
     python benchmarks/decode.py --random tiny --tiny        whether it runs, anywhere
 
 On a CPU also unpacked at load. --random needs jax, numpy and flax; MODEL also what reads checkpoints. How each figure is
-measured: `atd.bench`. Without --dtype dense matrices and the cache are in bfloat16 on a GPU, float32 on a CPU.
+measured: `atd.runtime.bench`. Without --dtype dense matrices and the cache are in bfloat16 on a GPU, float32 on a CPU.
 """
 
 import argparse
@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import jax
 
-from atd import bench
 from atd.errors import AtdError
 from atd.models.model import Model, load
 from atd.models.random_model import SHAPES, random_graph
+from atd.runtime import bench
 
 DENSE = "dense"
 
@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> list[bench.Speed]:
         return measured(random_graph(shape), random_graph(shape, options.bases))
     if options.converted:
         return measured(options.model, options.converted)
-    from atd.convert_adaptive import convert  # needs more packages than measuring does
+    from atd.pipeline.convert import convert  # needs more packages than measuring does
 
     with tempfile.TemporaryDirectory() as scratch:
         converted = Path(scratch) / "converted"

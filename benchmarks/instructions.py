@@ -12,9 +12,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from atd.kernels import prefixes, triton, tuning
-from atd.layout import LAYOUTS
+from atd.kernels import prefixes
+from atd.kernels import settings as tuning
+from atd.kernels.triton import backend as triton
 from atd.weights import PackedType, TernaryType, bits_per_weight
+from atd.weights.layouts import LAYOUTS
 from tests.kernels import aot
 
 CASES = [(n, tied, group) for group in ("row", 128) for n in (1, 2, 3) for tied in (True, False) if tied or n > 1]

@@ -6,7 +6,7 @@
     python benchmarks/matmul.py --tiny              whether it runs, on any machine, in seconds
 
 It needs jax and numpy alone. bf16 is `jnp.dot` in the same run, on whatever XLA takes for it (cuBLAS or its own). Both
-sides are timed as `atd.kernels.timing` says: weights out of memory and not out of the L2, without the host, everything
+sides are timed as `atd.kernels.tuning.timing` says: weights out of memory and not out of the L2, without the host, everything
 counted that a multiplication does (its activations are prepared anew each time). The first of each matrix, N and way of
 computing is compared with XLA first. GB/s are of the packed bytes, scales and padding included; `of copy` is that over
 the bandwidth of copying 1 GB, bytes read and written, measured here as well.
@@ -29,8 +29,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from atd.kernels import matmul as kernels
-from atd.kernels import timing, triton, tune, tuning, xla
-from atd.kernels.timing import TINY, Effort, Stack
+from atd.kernels import settings as tuning
+from atd.kernels import xla
+from atd.kernels.triton import backend as triton
+from atd.kernels.tuning import search as tune
+from atd.kernels.tuning import timing
+from atd.kernels.tuning.timing import TINY, Effort, Stack
 from atd.weights import DenseType, TernaryType, Weight
 
 LLAMA = {

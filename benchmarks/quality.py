@@ -29,14 +29,15 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from atd.convert_adaptive import convert
-from atd.demo import demo_model
-from atd.evaluate import evaluate
+from atd.checkpoint.tokenizer import open_tokenizer, read_text
+from atd.cli.demo import demo_model
 from atd.models import frontend
 from atd.models.model import load
-from atd.recipe import Recipe, read_recipe, recipe_names, under_budget
-from atd.report import graph_size, progress_bar, sizes
-from atd.tokenizer import open_tokenizer, read_text
+from atd.pipeline.convert import convert
+from atd.pipeline.recipe import Recipe, read_recipe, recipe_names, under_budget
+from atd.reports.progress import progress_bar
+from atd.reports.tables import graph_size, sizes
+from atd.runtime.evaluate import evaluate
 
 SHARED = Path(os.environ.get("ATD_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 TINYSTORIES, WIKITEXT = SHARED / "text/tinystories_valid_30k.txt", SHARED / "text/wikitext2_raw_test.txt"

@@ -19,9 +19,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from atd.kernels import packed, triton_attention, xla
-from atd.kernels.mosaic import Mosaic
-from atd.kernels.triton import Norm, Triton
+from atd.kernels import packed, xla
+from atd.kernels.mosaic.backend import Mosaic
+from atd.kernels.triton import attention as triton_attention
+from atd.kernels.triton.backend import Norm, Triton
 from atd.weights import Dense, Weight
 
 PACKED: dict[str, packed.Backend] = {

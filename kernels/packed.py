@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from atd.kernels import prefixes, xla
-from atd.layout import LAYOUTS, tiles_of, words_of, words_of_tiles
 from atd.weights import Packed, PackedType, Ternary, TernaryType, Weight
+from atd.weights.layouts import LAYOUTS, tiles_of, words_of, words_of_tiles
 
 READABLE = ("tiles", "words", "aligned", "interleaved")  # one of which a backend reads as it lies; the others it copies
 
@@ -69,7 +69,7 @@ def capability_refuses(allows: Callable[[tuple[int, int]], bool], needs: str) ->
 
 
 def device_kind() -> str:
-    """The device's name as in `tuning`: "NVIDIA H200"; "cpu" where there is no GPU."""
+    """The device's name as in `settings`: "NVIDIA H200"; "cpu" where there is no GPU."""
     return jax.devices()[0].device_kind
 
 

@@ -1,6 +1,6 @@
 """What a multiplication by dense base-3 codes needs of each byte, and the activations folded so that it needs no more.
 
-A byte of the layout `interleaved` holds five trits t_1..t_5 as q (see `atd.layout`). With 16 bits to compute in,
+A byte of the layout `interleaved` holds five trits t_1..t_5 as q (see `atd.weights.layouts`). With 16 bits to compute in,
 
     S_j = (3^j q + 128 - 128 3^j) >> 8  =  sum_(i<=j) 3^(j-i) t_i          j = 1..5, |S_j| <= 121: a signed byte
 
@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atd.layout import THREADS_A_ROW, TRITS_PER_BYTE, period
+from atd.weights.layouts import THREADS_A_ROW, TRITS_PER_BYTE, period
 
 LARGEST = 127 * (1 + 256 + 65536)  # what three signed bytes hold
 MAX_BASES = 4

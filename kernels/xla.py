@@ -25,8 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from atd.layout import LAYOUTS, TRITS_PER_BYTE, words_of_tiles
 from atd.weights import Dense, Packed, Ternary, TernaryType, Weight, combine, level_weights
+from atd.weights.layouts import LAYOUTS, TRITS_PER_BYTE, words_of_tiles
 
 CHUNK_BYTES = {"cpu": 2 << 20}  # of float32 weights at a time: what stays in a core's cache
 CHUNK_BYTES_ELSEWHERE = 64 << 20
@@ -146,7 +146,7 @@ class _Planes:
 
 
 def _base_3(codes: list[jax.Array]):
-    """Digit j of byte n is trit 5n + j of the cell, whose trits lie parameter-major: see `atd.layout`."""
+    """Digit j of byte n is trit 5n + j of the cell, whose trits lie parameter-major: see `atd.weights.layouts`."""
     digits = []
     for byte in codes:
         rest = byte.astype(jnp.int32)

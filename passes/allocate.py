@@ -6,8 +6,8 @@
    stays count as they are stored. (File headers, some kilobytes, do not.)
 2. What an option loses is the KL from the dense model that it brings about: predicted (`sensitivity = "fisher"`: one
    pass forward and one back) or measured one by one ("measured": small models), on the calibration text. See
-   `atd.sensitivity`.
-3. The allocation is the exact optimum (`atd.allocation.allocate`): never above the budget, and below it by less than
+   `atd.calibration.sensitivity`.
+3. The allocation is the exact optimum (`atd.decomposition.allocation.allocate`): never above the budget, and below it by less than
    the finest step there is.
 4. Linears that read the same input (q, k and v; gate and up) share one option, because `fuse` joins equal types alone;
    `fused = false` lets each have its own.
@@ -31,8 +31,11 @@ from pathlib import Path
 import numpy as np
 
 import atd
-from atd import output
-from atd.allocation import (
+from atd.calibration.sensitivity import Candidate, fisher_losses, measured_losses
+from atd.calibration.streams import tokens_digest
+from atd.checkpoint.cache import make_cache
+from atd.checkpoint.writer import write_file
+from atd.decomposition.allocation import (
     DECISION,
     Choice,
     allocate,
@@ -43,14 +46,11 @@ from atd.allocation import (
     ternary_types,
     total_bytes,
 )
-from atd.calibration import tokens_digest
 from atd.errors import BadInput, nearest
 from atd.ir import Block, Graph, Node
-from atd.layout import DEFAULT_LAYOUT, LAYOUTS
 from atd.pipeline import Context, Pass, check_pattern
-from atd.sampling import make_cache
-from atd.sensitivity import Candidate, fisher_losses, measured_losses
 from atd.weights import DenseType, Group, TernaryType
+from atd.weights.layouts import DEFAULT_LAYOUT, LAYOUTS
 
 SENSITIVITIES = ("fisher", "measured")
 VERSION = 3  # of the stored sensitivities
@@ -296,8 +296,8 @@ class Allocate(Pass):
             ]
             content = io.BytesIO()
             np.savez(content, **moments)  # type: ignore[arg-type]
-            output.write_file(path.with_suffix(".npz"), content.getvalue())
-            output.write_file(path, json.dumps(rows, indent=1) + "\n")
+            write_file(path.with_suffix(".npz"), content.getvalue())
+            write_file(path, json.dumps(rows, indent=1) + "\n")
         return losses
 
     def _key(self, problem: "_Problem", graph: Graph, windows: np.ndarray, seed: int) -> str:

@@ -21,11 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from atd.errors import BadInput, nearest
-from atd.ir import ROTATIONS, Block, Graph
-from atd.memory import return_freed, return_freed_from_now_on
-from atd.pipeline import Context, Pass
-from atd.tuning import (
+from atd.calibration.gradients import (
     Parameters,
     Unit,
     backward,
@@ -38,6 +34,10 @@ from atd.tuning import (
     tunable,
     wide,
 )
+from atd.errors import BadInput, nearest
+from atd.host import return_freed, return_freed_from_now_on
+from atd.ir import ROTATIONS, Block, Graph
+from atd.pipeline import Context, Pass
 from atd.weights import DenseType
 
 AGAINST = ("logits", "block")

@@ -1,11 +1,11 @@
 """decompose: a dense matrix becomes a sum of N ternary bases, `w = sum_i s_i t_i`.
 
 1. Takes every `linear` and `embed` whose full name matches `nodes` and whose weight is dense; norms and biases stay.
-2. `method = "als"`: scales fitted jointly, per group, with exhaustive re-assignment (`atd.ternary.als`).
-   `method = "greedy"`: the historic one, scale = mean|residual|, base by base (`atd.ternary.greedy`); with
+2. `method = "als"`: scales fitted jointly, per group, with exhaustive re-assignment (`atd.decomposition.least_squares.als`).
+   `method = "greedy"`: the historic one, scale = mean|residual|, base by base (`atd.decomposition.least_squares.greedy`); with
    `group = "tensor"` one scale a tensor.
    `method = "hessian"`: calibrated. Scales under the second moments of the inputs, error feedback, coordinate descent,
-   refits (`atd.feedback`); the target is corrected for what the layers before have changed (GPTAQ). Embedding tables
+   refits (`atd.decomposition.error_feedback`); the target is corrected for what the layers before have changed (GPTAQ). Embedding tables
    read no activations: they get the same under the moments that `allocate` left for them, else als.
 3. Where `allocate` ran before, each matrix bears its decision, and that alone counts: which nodes, bases, group, scales
    and dtype are this pass's options only for matrices without one, and rules are refused. How is still this pass's.
@@ -18,9 +18,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from atd import feedback, ternary
-from atd.allocation import DECISION, decided_type
-from atd.calibration import Moments
+from atd.calibration.streams import Moments
+from atd.decomposition import error_feedback, least_squares
+from atd.decomposition.allocation import DECISION, decided_type
 from atd.errors import BadInput, nearest
 from atd.ir import Graph, Node, WeightRef
 from atd.pipeline import Context, Pass, check_pattern
@@ -122,15 +122,15 @@ class Decompose(Pass):
             assert isinstance(dense, Dense)
             weight = np.asarray(dense.array).astype(np.float32)
             if self.method == "greedy":
-                trits, scales = ternary.greedy(weight, self.bases, DTYPES[self.dtype], group)
+                trits, scales = least_squares.greedy(weight, self.bases, DTYPES[self.dtype], group)
             elif self.method == "hessian" and (node.op == "linear" or name in context.moments):
                 trits, scales = self._calibrated(name, weight, group, context)
             else:
                 features = context.feature_weights.get(name)
-                trits, scales = ternary.als(
+                trits, scales = least_squares.als(
                     weight, self.bases, group, type.tied, DTYPES[self.dtype], feature_weights=features
                 )
-            context.record(name, error=ternary.decomposition_rmse(weight, trits, scales, group))
+            context.record(name, error=least_squares.decomposition_rmse(weight, trits, scales, group))
             return Ternary(trits, scales, type)
 
         return replace(node, weights=node.weights | {"weight": WeightRef(ref.tensor, type, load, ref.source)})
@@ -143,14 +143,14 @@ class Decompose(Pass):
         target = weight
         if name in context.moments:
             hessian = context.moments[name]
-            factor = feedback.factor(hessian, self.damping, self.order)
+            factor = error_feedback.factor(hessian, self.damping, self.order)
         else:
             moments = context.calibration.moments(name)
             hessian, factor = moments.hessian, _factor(moments, self.damping, self.order)
             if self.asymmetric:
-                corrected = feedback.asymmetric_target(weight, hessian, moments.cross, self.damping)
+                corrected = error_feedback.asymmetric_target(weight, hessian, moments.cross, self.damping)
                 target = weight + self.asymmetric * (np.asarray(corrected) - weight)
-        trits, scales = feedback.decompose(
+        trits, scales = error_feedback.decompose(
             target,
             factor,
             hessian,
@@ -167,9 +167,9 @@ class Decompose(Pass):
 
 
 @lru_cache(maxsize=1)
-def _factor(moments: Moments, damping: float, order: bool) -> feedback.Factor:
+def _factor(moments: Moments, damping: float, order: bool) -> error_feedback.Factor:
     """Shared by the linears that share an input, which are worked on one after the other."""
-    return feedback.factor(moments.hessian, damping, order)
+    return error_feedback.factor(moments.hessian, damping, order)
 
 
 def _is_decided(graph: Graph) -> bool:

@@ -24,12 +24,13 @@ from itertools import islice
 
 import numpy as np
 
-from atd import ternary
+from atd.calibration.sensitivity import dense_moments
+from atd.decomposition import least_squares
+from atd.decomposition.error_feedback import proxy_loss
 from atd.errors import BadInput
-from atd.feedback import proxy_loss
 from atd.ir import Block, Graph, Node, WeightRef
+from atd.ir.rewrite import dense_array
 from atd.pipeline import Context, Pass
-from atd.sensitivity import dense_moments
 from atd.weights import Dense, DenseType, Group, TernaryType, combine
 
 LEAST = 1e-3  # of the root mean square over all features: one that is hardly ever there gets no boundless scale
@@ -121,7 +122,7 @@ class Equalize(Pass):
         if len(self.grid) == 1:
             (a,) = self.grid
             return a, None if a == 0 else scales_of(np.diagonal(hessian), a, site.heads), (0.0, 0.0)
-        weights = [_array(node.weights["weight"]) for node in nodes]
+        weights = [dense_array(node.weights["weight"]) for node in nodes]
 
         def loss(a: float) -> float:
             scale = scales_of(np.diagonal(hessian), a, site.heads)
@@ -137,7 +138,7 @@ class Equalize(Pass):
         inputs = weight.shape[1]
         group: Group = "row" if isinstance(self.group, int) and self.group >= inputs else self.group  # type: ignore[assignment]
         type = TernaryType(weight.shape, self.bases, group, self.scales == "tied", "f16")
-        trits, scales = ternary.als(weight * scale, self.bases, group, type.tied, np.float16)
+        trits, scales = least_squares.als(weight * scale, self.bases, group, type.tied, np.float16)
         return np.asarray(combine(trits, scales, type), np.float32) / scale - weight
 
 
@@ -223,10 +224,6 @@ def _mapped(
 
     def load() -> Dense:
         assert scale is not None, f"{ref.tensor} is read before its scales are known"
-        return Dense(function(_array(ref), scale))
+        return Dense(function(dense_array(ref), scale))
 
     return WeightRef(ref.tensor, DenseType(ref.type.shape, "f32"), load, f"{ref.source} equalized {digest}")
-
-
-def _array(ref: WeightRef) -> np.ndarray:
-    return np.asarray(ref.load().dequantize(np.float32))

@@ -16,6 +16,7 @@ import numpy as np
 
 from atd.errors import BadInput, nearest
 from atd.ir import Block, Graph, Node, WeightRef
+from atd.ir.rewrite import unit_gain
 from atd.pipeline import Context, Pass
 from atd.weights import DTYPES, Dense, DenseType
 
@@ -79,13 +80,6 @@ def _scaled(ref: WeightRef, gain: WeightRef, dtype: str) -> WeightRef:
         return Dense((np.asarray(weight) * np.asarray(g)).astype(DTYPES[dtype]))
 
     return WeightRef(ref.tensor, DenseType(ref.type.shape, dtype), load, f"{ref.source} * {gain.source}")
-
-
-def unit_gain(norm: Node) -> Node:
-    """The norm with a gain of ones, and marked so."""
-    ref = norm.weights["weight"]
-    ones = replace(ref, load=lambda: Dense(np.ones(ref.type.shape, DTYPES[ref.type.dtype])))
-    return replace(norm, weights={"weight": ones}, attrs=norm.attrs | {"unit_gain": True})
 
 
 def _untied(graph: Graph) -> Graph:

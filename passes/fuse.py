@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from atd.ir import Block, Node, WeightRef
-from atd.layout import LAYOUTS
 from atd.pipeline import Context, Pass
 from atd.weights import Dense, DenseType, Packed, PackedType, Ternary, TernaryType, Weight, WeightType
+from atd.weights.layouts import LAYOUTS
 
 
 @dataclass(frozen=True, kw_only=True)

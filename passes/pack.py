@@ -1,4 +1,4 @@
-"""pack: the trits of a ternary weight lie in a layout of `atd.layout`.
+"""pack: the trits of a ternary weight lie in a layout of `atd.weights.layouts`.
 
 1. Takes every ternary weight (or those whose node's full name matches `nodes`). Values do not change.
 2. A packed weight is laid anew when its layout is another one (`repack`).
@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 
 from atd.errors import BadInput, nearest
 from atd.ir import Graph, Node, WeightRef
-from atd.layout import DEFAULT_LAYOUT, LAYOUTS
 from atd.pipeline import Context, Pass, check_pattern
 from atd.weights import Packed, PackedType, Ternary, ternary_of
+from atd.weights.layouts import DEFAULT_LAYOUT, LAYOUTS
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pack(Pass):
-    """Options: the layout's name (`atd.layout.LAYOUTS`) and which nodes."""
+    """Options: the layout's name (`atd.weights.layouts.LAYOUTS`) and which nodes."""
 
     name = "pack"
     scope = "node"

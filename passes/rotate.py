@@ -29,114 +29,19 @@ prime: 12, 20, 28, 36, 44, 60, ...), times Sylvester's. That covers the widths o
 orthogonal m x m matrix times Sylvester's of order 2^k. QuaRot (2404.00456), SpinQuant (2405.16406).
 """
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import reduce
 
 import numpy as np
 
+from atd.decomposition.rotations import Rotation, by_rows, random_rotation
 from atd.errors import BadInput, nearest
 from atd.ir import ROTATIONS, Block, Graph, Node, WeightRef
-from atd.passes.fold_norms import unit_gain
+from atd.ir.rewrite import dense_array
 from atd.pipeline import Context, Pass
 from atd.weights import DTYPES, Dense, DenseType, Ternary, TernaryType
 
 IN, OUT, HEAD = ROTATIONS
 _DTYPES = ("f32", "f16", "bf16")
-_SYLVESTER = 64  # largest factor; more factors are fewer operations, and more passes over memory
-_CHUNK = 1 << 18  # float64 values that are rotated at a time: what stays in a core's cache
-
-
-# --- rotations --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Rotation:
-    """R = diag(signs) (I x F_1 x F_2 x ...) scale, x the Kronecker product: each run of features of the factors' width
-    is rotated by itself, each with signs of its own."""
-
-    signs: np.ndarray  # [n]
-    factors: tuple[np.ndarray, ...]  # Hadamard matrices of +-1, integers so that sums are exact, or an orthogonal one
-    scale: float
-
-    @property
-    def is_hadamard(self) -> bool:
-        return all(factor.dtype == np.int8 for factor in self.factors)
-
-    def apply(self, rows: np.ndarray) -> np.ndarray:
-        """rows @ R in float64, [..., n] -> [..., n]."""
-        y, run = rows * self.signs, 1  # run: features that a step of this factor's index moves by
-        for factor in reversed(self.factors):
-            matrix = factor.astype(np.float64)
-            y = y.reshape(-1, len(matrix), run)
-            y = matrix.T @ y if run > 1 else (y[:, :, 0] @ matrix)
-            run *= len(matrix)
-        return y.reshape(rows.shape) * self.scale
-
-
-def random_rotation(rng: np.random.Generator, width: int, copies: int = 1) -> Rotation:
-    """A random Hadamard rotation of `width` features, or `copies` of them side by side that differ in their signs."""
-    signs = rng.choice([-1.0, 1.0], copies * width)
-    power = width & -width
-    base = width // power
-    while base <= width:
-        if (matrix := hadamard(base)) is not None:
-            return Rotation(signs, (matrix, *_sylvester(width // base)), width**-0.5)
-        base *= 2
-    odd = width // power
-    q, r = np.linalg.qr(rng.standard_normal((odd, odd)))
-    return Rotation(signs, (q * np.sign(np.diag(r)), *_sylvester(power)), power**-0.5)
-
-
-def hadamard(order: int) -> np.ndarray | None:
-    """H int8 of entries +-1 with H H^T = order I, by one of Paley's constructions; None where neither gives one.
-
-    With the Jacobsthal matrix Q_ij = (i - j | q) of a prime q:
-        order = q + 1, q = 3 mod 4:      I + S,  S = [[0, 1], [-1, Q]]
-        order = 2 (q + 1), q = 1 mod 4:  C x [[1, 1], [1, -1]] + I x [[1, -1], [-1, -1]],  C = [[0, 1], [1, Q]]
-    """
-    if order == 1:
-        return np.ones((1, 1), np.int8)
-    if order % 4:
-        return None
-    if _is_prime(order - 1):
-        return np.eye(order, dtype=np.int8) + _bordered(order - 1, corner=-1)
-    q = order // 2 - 1
-    if q % 4 == 1 and _is_prime(q):
-        plus, minus = np.array([[1, 1], [1, -1]], np.int8), np.array([[1, -1], [-1, -1]], np.int8)
-        return np.kron(_bordered(q, corner=1), plus) + np.kron(np.eye(q + 1, dtype=np.int8), minus)
-    return None
-
-
-def _bordered(q: int, corner: int) -> np.ndarray:
-    """[[0, 1], [corner, Q]], int8 [q + 1, q + 1]."""
-    legendre = np.full(q, -1, np.int8)
-    legendre[np.arange(1, q) ** 2 % q] = 1
-    legendre[0] = 0
-    i = np.arange(q)
-    matrix = np.zeros((q + 1, q + 1), np.int8)
-    matrix[0, 1:], matrix[1:, 0] = 1, corner
-    matrix[1:, 1:] = legendre[(i[:, None] - i) % q]
-    return matrix
-
-
-def _is_prime(n: int) -> bool:
-    return n > 1 and all(n % i for i in range(2, math.isqrt(n) + 1))
-
-
-def _sylvester(order: int) -> list[np.ndarray]:
-    """Sylvester's Hadamard matrix of a power of two, as Kronecker factors."""
-    factors = []
-    while order > 1:
-        size = min(order, _SYLVESTER)
-        factors.append(reduce(np.kron, [np.array([[1, 1], [1, -1]], np.int8)] * (size.bit_length() - 1)))
-        order //= size
-    return factors
-
-
-# --- the pass ---------------------------------------------------------------------------------------------------------
-
 Sides = dict[str, Rotation]  # "inputs": W -> W R; "outputs": W -> R^T W, b -> R^T b
 
 
@@ -270,9 +175,6 @@ def _readers(block: Block, value: str) -> list[Node]:
     return [node for node in block.nodes if value in node.inputs]
 
 
-# --- rewriting --------------------------------------------------------------------------------------------------------
-
-
 def _rotated_node(node: Node, sides: Sides, dtype: str) -> Node:
     weights = dict(node.weights)
     if sides:
@@ -286,28 +188,14 @@ def _rotated(ref: WeightRef, inputs: Rotation | None, outputs: Rotation | None, 
     """R_outputs^T W R_inputs; a bias [out] is a row, b R."""
 
     def load() -> Dense:
-        array = _array(ref)
+        array = dense_array(ref)
         if inputs is not None:
-            array = _by_rows(inputs.apply, array, np.dtype(np.float64) if outputs else DTYPES[dtype])
+            array = by_rows(inputs.apply, array, np.dtype(np.float64) if outputs else DTYPES[dtype])
         if outputs is not None:
-            array = np.ascontiguousarray(_by_rows(outputs.apply, array.T, DTYPES[dtype]).T)
+            array = np.ascontiguousarray(by_rows(outputs.apply, array.T, DTYPES[dtype]).T)
         return Dense(array)
 
     return replace(ref, type=DenseType(ref.type.shape, dtype), load=load)
-
-
-def _array(ref: WeightRef) -> np.ndarray:
-    return np.asarray(ref.load().dequantize(np.float32))
-
-
-def _by_rows(rotate: Callable[[np.ndarray], np.ndarray], array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """rotate(array) as dtype, a chunk of rows at a time."""
-    rows = array.reshape(-1, array.shape[-1])
-    out = np.empty(rows.shape, dtype)
-    step = max(1, _CHUNK // rows.shape[1])
-    for start in range(0, len(rows), step):
-        out[start : start + step] = rotate(rows[start : start + step])
-    return out.reshape(array.shape)
 
 
 def _rotate_around(graph: Graph, rotation: Rotation, embedding: bool) -> Graph:
@@ -345,46 +233,3 @@ def _matrix(tensor: str, rotation: Rotation, transpose: bool) -> WeightRef:
         return Ternary(np.sign(matrix).astype(np.int8)[..., None], np.full((1, 1, 1), n**-0.5, np.float32), type)
 
     return WeightRef(tensor, type, load)
-
-
-def absorb(graph: Graph) -> Graph:
-    """The same function without rotate's nodes: multiplied into a rotated embedding E R1 and a head E diag(g) R1 of its
-    own, both dense f32. The same graph where it has no such nodes."""
-    prologue, epilogue = graph.prologue, graph.epilogue
-    if not any(node.name == OUT for node in epilogue.nodes):
-        return graph
-    embed, into, out = prologue.nodes[0], prologue.nodes[-1], epilogue.node(OUT)
-    rotated = into.name != IN  # the embedding already
-    norm = next(node for node in epilogue.nodes if node.inputs == (OUT,))
-    head = next(node for node in epilogue.nodes if node.inputs == (HEAD if rotated else norm.name,))
-    embedding, gain = embed.weights["weight"], norm.weights["weight"]
-    type = DenseType(embedding.type.shape, "f32")
-
-    def load_embedding() -> Dense:
-        if rotated:
-            return Dense(_array(embedding))
-        matrix = _array(into.weights["weight"]).T
-        return Dense(_by_rows(lambda rows: rows @ matrix, _array(embedding), DTYPES["f32"]))
-
-    def load_head() -> Dense:
-        rotation = _array(out.weights["weight"])  # R: x W^T = x R^T
-        matrix = _array(gain)[:, None] * rotation
-        matrix = rotation.T @ matrix if rotated else matrix
-        return Dense(_by_rows(lambda rows: rows @ matrix, _array(embedding), DTYPES["f32"]))
-
-    tensor = f"{epilogue.full_name(head)}.weight"
-    attrs = {key: value for key, value in head.attrs.items() if key != "tied_to"}
-    embed = replace(embed, weights={"weight": replace(embedding, type=type, load=load_embedding)})
-    head_weight = WeightRef(tensor, type, load_head, embedding.source)
-    head = replace(head, weights=head.weights | {"weight": head_weight}, attrs=attrs)
-    head = replace(head, inputs=(norm.name,))
-    norm = replace(unit_gain(norm), inputs=("x",))
-    nodes = (head if n.name == head.name else norm if n.name == norm.name else n for n in epilogue.nodes)
-    return replace(
-        graph,
-        config=graph.config | {"tie_word_embeddings": False},
-        prologue=replace(
-            prologue, nodes=tuple(embed if n.name == embed.name else n for n in prologue.nodes if n.name != IN)
-        ),
-        epilogue=replace(epilogue, nodes=tuple(n for n in nodes if n.name not in (OUT, HEAD))),
-    )

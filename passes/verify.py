@@ -6,14 +6,12 @@
 
 from dataclasses import dataclass
 
-import numpy as np
-
+from atd.checkpoint.writer import digest
 from atd.errors import RunFailed
 from atd.ir import Graph
-from atd.layout import LAYOUTS
-from atd.output import digest
 from atd.pipeline import Context, Pass
-from atd.weights import Dense, Packed, Ternary, Weight, stored
+from atd.weights import stored
+from atd.weights.values import broken
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,17 +37,3 @@ class Verify(Pass):
             if problem := broken(weight):
                 raise RunFailed(f"pass verify: tensor {ref.tensor}: {problem}")
         return None
-
-
-def broken(weight: Weight) -> str | None:
-    """What is wrong with the values of a weight, or None."""
-    match weight:
-        case Dense(array=array):
-            return None if np.isfinite(np.asarray(array)).all() else "it holds NaN or Inf"
-        case Packed():
-            if count := LAYOUTS[weight.type.layout].invalid_bytes(weight.codes):
-                return f"{count} bytes are no codes of layout {weight.type.layout}: the tensor is corrupted"
-        case Ternary():
-            if np.abs(np.asarray(weight.trits)).max(initial=0) > 1:
-                return "it holds trits other than -1, 0, 1: the tensor is corrupted"
-    return None if np.isfinite(np.asarray(weight.scales)).all() else "its scales hold NaN or Inf"

@@ -45,13 +45,13 @@ def stories15m(shared_data: Path) -> Path:
 def atd(monkeypatch, capsys):
     """atd("convert", ...) -> (exit code, stdout, stderr)."""
 
-    from atd import cli  # not for all: tests of kernels run where jax, numpy and pytest are all there is
+    from atd.cli import main  # not for all: tests of kernels run where jax, numpy and pytest are all there is
 
     def run(*arguments) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["atd", *map(str, arguments)])
         code = 0
         try:
-            cli.main()
+            main.main()
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 1
         return code, *capsys.readouterr()

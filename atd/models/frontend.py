@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
+from atd.checkpoint.files import StoredTensor, read_json
+from atd.checkpoint.folder import GRAPH
+from atd.checkpoint.reader import Checkpoint, is_gguf, open_checkpoint, read_config
 from atd.errors import BadInput
 from atd.ir import Attr, Block, Graph, InvalidGraph, Node, WeightRef, graph_from_json, verify
 from atd.models.config import ModelConfig, check_architecture, parse_config
-from atd.output import GRAPH
-from atd.store import Checkpoint, StoredTensor, is_gguf, open_checkpoint, read_config, read_json
 from atd.weights import SHORT, DenseType, Weight, WeightType, build, stored
 
 FORMAT_VERSION = 1

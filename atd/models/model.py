@@ -23,8 +23,8 @@ from flax import nnx
 
 from atd.errors import BadInput, nearest
 from atd.ir import Block, Graph, WeightRef
-from atd.kernels import triton
 from atd.kernels.matmul import PACKED
+from atd.kernels.triton import backend as triton
 from atd.models import ops
 from atd.weights import Dense, DenseType, Weight
 

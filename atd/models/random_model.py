@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from atd.ir import Attr, Block, Graph, Node, WeightRef, in_memory
-from atd.kernels.samples import random_weight
+from atd.kernels.tuning.samples import random_weight
 from atd.weights import Dense, DenseType, PackedType, TernaryType
 
 

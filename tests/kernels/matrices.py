@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from atd.layout import LAYOUTS
 from atd.weights import Packed, PackedType, TernaryType
+from atd.weights.layouts import LAYOUTS
 
 # In interpret mode it is compiling that takes long.
 unoptimized = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

@@ -9,12 +9,15 @@ import pytest
 import safetensors.numpy
 from jax.experimental import pallas as pl
 
-from atd import ternary as decompose
+from atd.decomposition import least_squares as decompose
 from atd.kernels import matmul as kernels
-from atd.kernels import mosaic, packed, prefixes, triton, tuning, xla
-from atd.kernels.triton_gemv import Shape
-from atd.layout import LAYOUTS
+from atd.kernels import packed, prefixes, xla
+from atd.kernels import settings as tuning
+from atd.kernels.mosaic import backend as mosaic
+from atd.kernels.triton import backend as triton
+from atd.kernels.triton.gemv import Shape
 from atd.weights import DTYPES, Dense, Packed, PackedType, Ternary, TernaryType
+from atd.weights.layouts import LAYOUTS
 from tests.kernels import aot
 from tests.kernels.matrices import unoptimized
 

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from atd.kernels import mosaic, mosaic_gemv, packed, prefixes, triton
+from atd.kernels import packed, prefixes
 from atd.kernels.matmul import matmul
+from atd.kernels.mosaic import backend as mosaic
+from atd.kernels.mosaic import gemv as mosaic_gemv
+from atd.kernels.triton import backend as triton
 from atd.weights import Packed
 from tests.kernels import aot
 from tests.kernels.matrices import activations, lowered, unoptimized

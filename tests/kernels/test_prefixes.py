@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atd.kernels import prefixes
-from atd.layout import DENSE_CODES, LAYOUTS
+from atd.weights.layouts import DENSE_CODES, LAYOUTS
 
 DIGITS = range(1, 6)
 KINDS = [(bases, tied) for bases in range(1, prefixes.MAX_BASES + 1) for tied in (True, False)]

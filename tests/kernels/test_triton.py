@@ -8,13 +8,19 @@ import numpy as np
 import pytest
 
 from atd.kernels import packed as packed_backends
-from atd.kernels import prefixes, triton, triton_decode, triton_gemv, triton_ptx, triton_weights, tuning
+from atd.kernels import prefixes
+from atd.kernels import settings as tuning
 from atd.kernels.matmul import matmul
-from atd.kernels.triton_gemm import Tiles
-from atd.kernels.triton_gemv import Shape
-from atd.kernels.tuning import Settings
-from atd.layout import LAYOUTS
+from atd.kernels.settings import Settings
+from atd.kernels.triton import backend as triton
+from atd.kernels.triton import decode as triton_decode
+from atd.kernels.triton import gemv as triton_gemv
+from atd.kernels.triton import ptx as triton_ptx
+from atd.kernels.triton import trits as triton_weights
+from atd.kernels.triton.gemm import Tiles
+from atd.kernels.triton.gemv import Shape
 from atd.weights import Dense, Packed, PackedType, TernaryType
+from atd.weights.layouts import LAYOUTS
 from tests.kernels.matrices import activations, lowered, packed, unoptimized
 
 DEVICES = ["NVIDIA H200", "NVIDIA A10", "NVIDIA L4"]

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atd.kernels import triton, triton_attention
+from atd.kernels.triton import attention as triton_attention
+from atd.kernels.triton import backend as triton
 from atd.models import ops
 from tests.kernels.matrices import lowered_for, unoptimized
 

@@ -11,12 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atd.kernels import prefixes, triton, triton_attention, triton_decode, triton_fold, triton_gemm, triton_gemv
-from atd.kernels.triton_gemm import Tiles
-from atd.kernels.triton_gemv import Shape
-from atd.kernels.tuning import Settings
-from atd.layout import LAYOUTS
+from atd.kernels import prefixes
+from atd.kernels.settings import Settings
+from atd.kernels.triton import attention as triton_attention
+from atd.kernels.triton import backend as triton
+from atd.kernels.triton import decode as triton_decode
+from atd.kernels.triton import fold as triton_fold
+from atd.kernels.triton import gemm as triton_gemm
+from atd.kernels.triton import gemv as triton_gemv
+from atd.kernels.triton.gemm import Tiles
+from atd.kernels.triton.gemv import Shape
 from atd.weights import TernaryType
+from atd.weights.layouts import LAYOUTS
 from tests.kernels import aot
 from tests.kernels.test_triton_attention import attend, interpreted, operands
 

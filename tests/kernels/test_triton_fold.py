@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atd.kernels import prefixes, triton_fold, triton_gemv
-from atd.kernels.triton_gemv import Columns
+from atd.kernels import prefixes
+from atd.kernels.triton import fold as triton_fold
+from atd.kernels.triton import gemv as triton_gemv
+from atd.kernels.triton.gemv import Columns
 
 
 def in_order(plan: prefixes.Plan, x: jax.Array, steps: int, columns: Columns, group_size: int | None) -> np.ndarray:

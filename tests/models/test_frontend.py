@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from atd.checkpoint.safetensors import SINGLE
 from atd.errors import BadInput
 from atd.ir import Graph, in_memory
 from atd.models import frontend
 from atd.models.config import parse_config
-from atd.store import SINGLE
 from atd.weights import Dense, Packed, PackedType, Ternary, TernaryType, stored
 from tests.golden.write_gguf import GOLDEN
 

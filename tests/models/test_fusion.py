@@ -7,7 +7,7 @@ import pytest
 
 from atd.ir import Block, Node, in_memory
 from atd.kernels import matmul as kernels
-from atd.kernels.tuning import Settings
+from atd.kernels.settings import Settings
 from atd.models import fusion, ops
 from atd.models.fusion import Product
 from atd.pipeline import Pipeline

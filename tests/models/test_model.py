@@ -12,12 +12,12 @@ from flax import nnx
 from atd.errors import BadInput
 from atd.ir import Graph, Node, WeightRef, in_memory
 from atd.kernels import matmul as kernels
-from atd.layout import LAYOUTS
 from atd.models import model as model_module
 from atd.models import ops
 from atd.models.model import load
 from atd.pipeline import Pipeline
 from atd.weights import Dense, DenseType, Packed, PackedType, Ternary, TernaryType
+from atd.weights.layouts import LAYOUTS
 from tests.models.tiny import tiny_graph
 
 VOCABULARY = 40

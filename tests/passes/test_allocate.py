@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from atd.allocation_report import allocation_picture, allocation_rows, allocation_table
+from atd.checkpoint.tokenizer import open_tokenizer, read_text
 from atd.errors import BadInput
 from atd.ir import WeightRef
 from atd.models import frontend
@@ -16,8 +16,8 @@ from atd.passes import allocate as module
 from atd.passes.allocate import Allocate
 from atd.passes.decompose import Decompose
 from atd.pipeline import Context, Pipeline, Rule, make_pass, parse_pass
-from atd.report import graph_size
-from atd.tokenizer import open_tokenizer, read_text
+from atd.reports.allocation import allocation_picture, allocation_rows, allocation_table
+from atd.reports.tables import graph_size
 from atd.weights import PackedType
 from tests.models.tiny import tiny_graph
 

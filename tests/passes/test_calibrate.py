@@ -8,18 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from atd import output
-from atd.calibration import Calibration
-from atd.calibration_text import calibration_windows
-from atd.convert_adaptive import convert, read_manifest
+from atd.calibration.streams import Calibration
+from atd.calibration.text import calibration_windows
+from atd.checkpoint.folder import partial_folder, read_manifest
+from atd.checkpoint.tokenizer import open_tokenizer, read_text
+from atd.checkpoint.writer import write_shard
 from atd.errors import BadInput
-from atd.evaluate import evaluate
 from atd.models import frontend
 from atd.models.model import load
 from atd.passes.calibrate import HELD_OUT, Calibrate
-from atd.pipeline import Context, Pipeline, parse_pass
-from atd.recipe import Recipe
-from atd.tokenizer import open_tokenizer, read_text
+from atd.pipeline import Context, Pipeline, driver, parse_pass
+from atd.pipeline.convert import convert
+from atd.pipeline.recipe import Recipe
+from atd.runtime.evaluate import evaluate
 from tests.models.tiny import tiny_graph
 
 BEFORE = ["decompose{bases = 2, group = 'row', scales = 'tied'}", "pack"]
@@ -79,8 +80,8 @@ def test_the_report_still_knows_the_errors_of_the_sweep_before(calibrated):
 
 def test_interrupted_in_the_last_sweep(stories260k, recipe, calibrated, tmp_path, monkeypatch):
     """It ends in the same bytes, and what was trained is not trained again."""
-    write, rewrite, runs = output.write_shard, Calibrate.rewrite, []
-    last = output.partial_folder((tmp_path / "out").absolute())
+    write, rewrite, runs = write_shard, Calibrate.rewrite, []
+    last = partial_folder((tmp_path / "out").absolute())
 
     def stop(path, refs):
         if path.parent == last and "00004" in path.name:
@@ -91,12 +92,12 @@ def test_interrupted_in_the_last_sweep(stories260k, recipe, calibrated, tmp_path
         runs.append(1)
         return rewrite(*arguments)
 
-    monkeypatch.setattr(output, "write_shard", stop)
+    monkeypatch.setattr(driver, "write_shard", stop)
     monkeypatch.setattr(Calibrate, "rewrite", counted)
     with pytest.raises(KeyboardInterrupt):
         convert(stories260k, tmp_path / "out", recipe, say=lambda line: None)
     assert len(runs) == 1
-    monkeypatch.setattr(output, "write_shard", write)
+    monkeypatch.setattr(driver, "write_shard", write)
     again = convert(stories260k, tmp_path / "out", recipe, say=lambda line: None)
     assert len(runs) == 1
     assert read_manifest(again) == read_manifest(calibrated)

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from atd.calibration import Calibration, Moments
-from atd.feedback import proxy_loss
+from atd.calibration.streams import Calibration, Moments
+from atd.decomposition.error_feedback import proxy_loss
 from atd.models import frontend
 from atd.passes.decompose import Decompose
 from atd.pipeline import Context

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from atd.calibration import Calibration
+from atd.calibration.streams import Calibration
 from atd.errors import BadInput
 from atd.ir import in_memory
 from atd.models import frontend

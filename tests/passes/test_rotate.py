@@ -5,17 +5,19 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from atd.pipeline.export import absorb
 
-from atd.convert_adaptive import convert
+from atd.decomposition.rotations import hadamard, random_rotation
 from atd.errors import BadInput
-from atd.export import export_hf
 from atd.models import frontend
 from atd.passes.decompose import Decompose
 from atd.passes.fold_norms import FoldNorms
 from atd.passes.fuse import Fuse
-from atd.passes.rotate import Rotate, absorb, hadamard, random_rotation
+from atd.passes.rotate import Rotate
 from atd.pipeline import Context, Pipeline
-from atd.recipe import Recipe
+from atd.pipeline.convert import convert
+from atd.pipeline.export import export_hf
+from atd.pipeline.recipe import Recipe
 from atd.weights import Dense
 from tests.golden.write_gguf import GOLDEN
 from tests.models.test_golden import FOLDERS, TOLERANCE, distance

@@ -1,0 +1,6 @@
+"""`python -m atd` is the command `atd`."""
+
+from atd.cli.main import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""Calibration: text runs through the dense model and through the model as far as it is quantized, a unit at a time.
+
+Two streams of the same tokens stand in front of the unit that is being worked on: `dense`, the residual stream of the
+model as it was before the first pass that asks, and `quantized`, that of the model with all earlier units as they will
+be written. Within the unit, values are computed when somebody asks for them and dropped when nothing can ask again:
+
+    moments(node)    H = X_q' X_q / n of the node's inputs X_q in the quantized stream, what error feedback weighs
+                     errors with, and C = X_d' X_q / n with those of the dense stream, what its target is corrected by
+
+Inputs of a linear in the quantized stream are made by the unit's own earlier linears as they were just quantized, so a
+unit's linears are worked on in order of execution. Products are float32, sums over batches float64.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from atd.host import return_freed
+from atd.ir import Block, Node
+from atd.models import ops
+from atd.weights import Dense, Weight
+
+LARGE = 128 << 20  # bytes of a value in all batches, behind which freed memory is given back: it takes time
+BATCH = 4096  # positions that run together: at least one window
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Second moments of a linear's inputs over `positions` positions."""
+
+    hessian: np.ndarray  # float32 [in, in]: X_q' X_q / n
+    cross: np.ndarray  # float32 [in, in]: X_d' X_q / n
+    positions: int
+
+
+class Calibration:
+    """The two streams of one run. `tokens` int32 [windows, context]."""
+
+    def __init__(self, tokens: np.ndarray):
+        self.tokens = tokens
+        self.digest = tokens_digest(tokens)
+        windows = max(1, BATCH // tokens.shape[1])
+        batches = [np.asarray(tokens[i : i + windows], np.int32) for i in range(0, len(tokens), windows)]
+        self._dense, self._quantized = _Stream(batches), _Stream(batches)
+        self._moments: dict[str, Moments] = {}
+
+    def begin(self, dense: Block, quantized: Block) -> Block:
+        """Goes to the next unit, as it was and as it becomes; returns the latter with weights that are loaded once."""
+        quantized = _loaded_once(quantized)
+        self._dense.enter(dense)
+        self._quantized.enter(quantized)
+        self._moments = {}
+        return quantized
+
+    def finish(self) -> None:
+        """Moves both streams behind the unit."""
+        self._dense.leave()
+        self._quantized.leave()
+
+    def moments(self, full_name: str) -> Moments:
+        """Of the inputs of the linear with this full name in the unit at hand; linears that share an input share them."""
+        node = next(node for node in self._dense.block.nodes if self._dense.block.full_name(node) == full_name)
+        (value,) = node.inputs
+        if value not in self._moments:
+            self._moments[value] = _moments(self._dense.value(value), self._quantized.value(value))
+        return self._moments[value]
+
+
+def tokens_digest(tokens: np.ndarray) -> str:
+    """sha256 of calibration windows int32 [windows, context], their shape included."""
+    return hashlib.sha256(np.ascontiguousarray(tokens).tobytes() + str(tokens.shape).encode()).hexdigest()
+
+
+class _Stream:
+    """One model's values of all batches: `x` in front of the unit, and what was asked for inside it."""
+
+    def __init__(self, batches: list):
+        self.x = batches
+        self.block = Block("", ())
+        self._values: dict[str, list] = {}
+        self._readers: Counter = Counter()
+
+    def enter(self, block: Block) -> None:
+        self.block, self._values = block, {"x": self.x}
+        self._readers = Counter(value for node in block.nodes for value in node.inputs)
+
+    def leave(self) -> None:
+        self.x, self._values = self.value(self.block.nodes[-1].name), {}
+
+    def value(self, name: str) -> list[jax.Array]:
+        """The value of a node in each batch, [B, T, features].
+
+        What it needs is computed with it, batch by batch: what nobody reads afterwards, as an MLP's gate and up, is never
+        there of all batches at once.
+        """
+        if name not in self._values:
+            nodes = self._unknown(name)
+            for node in nodes:
+                self._readers.subtract(node.inputs)
+            steps = [(node, _program(node), dense_weights(node)) for node in nodes]
+            known = {source for node in nodes for source in node.inputs if source in self._values}
+            found = {node.name: [] for node in nodes if node.name == name or self._readers[node.name]}
+            for i in range(len(self.x)):
+                values = {source: self._values[source][i] for source in known}
+                for node, run, weights in steps:
+                    values[node.name] = run([values[source] for source in node.inputs], weights)
+                for kept, batches in found.items():
+                    batches.append(values[kept])
+            self._values |= found
+            for source in known - {"x"}:
+                if not self._readers[source]:
+                    del self._values[source]
+            if sum(batch.nbytes for batch in found[name]) > LARGE:
+                return_freed()
+        return self._values[name]
+
+    def _unknown(self, name: str) -> list[Node]:
+        """The nodes that must run for this one's value, itself included, in order."""
+        needed = {name}
+        for node in reversed(self.block.nodes):
+            if node.name in needed:
+                needed |= {source for source in node.inputs if source not in self._values}
+        return [node for node in self.block.nodes if node.name in needed]
+
+
+def _program(node: Node) -> Callable:
+    """(values of the inputs, weights) -> value, compiled; nodes of one op and attrs share it whatever they are called."""
+    return _compiled(node.op, tuple(sorted(ops.bare_node(node).attrs.items())))
+
+
+def dense_weights(node: Node) -> dict[str, Weight]:
+    """All weights of a node, dense float32, by slot."""
+    return {slot: Dense(jnp.asarray(ref.load().dequantize())) for slot, ref in node.weights.items()}
+
+
+@cache
+def _compiled(op: str, attrs: tuple) -> Callable:
+    node = Node("value", op, (), {}, dict(attrs))
+
+    def run(inputs, weights: dict[str, Weight]):
+        return ops.run_node(node, inputs, weights, ops.from_start(inputs[0]))[0]
+
+    return jax.jit(run)
+
+
+def _loaded_once(block: Block) -> Block:
+    """The block whose weights are kept once they were loaded: the shard and the stream ask for the same ones."""
+    return block.map_weights(lambda ref: replace(ref, load=cache(ref.load)))
+
+
+@jax.jit
+def _products(dense, quantized):
+    """[B, T, in] twice -> X_q' X_q, X_d' X_q, both [in, in]."""
+    dense, quantized = (x.reshape(-1, x.shape[-1]) for x in (dense, quantized))
+    product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    return product(quantized.T, quantized), product(dense.T, quantized)
+
+
+def _moments(dense: list, quantized: list) -> Moments:
+    width = quantized[0].shape[-1]
+    sums = np.zeros((2, width, width))
+    for d, q in zip(dense, quantized, strict=True):
+        sums += np.stack([np.asarray(product, np.float64) for product in _products(d, q)])
+    positions = sum(q.shape[0] * q.shape[1] for q in quantized)
+    hessian, cross = (sums / positions).astype(np.float32)
+    return Moments(hessian, cross, positions)

@@ -1,0 +1,1 @@
+"""The only file I/O: reading and writing checkpoints, tokenizers, and the cache folder."""

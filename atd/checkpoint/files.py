@@ -1,0 +1,68 @@
+"""Tensors in files, and reading bytes and JSON with errors that name the file."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import ml_dtypes  # noqa: F401  safetensors finds bfloat16 in numpy once this is imported
+import numpy as np
+
+from atd.errors import BadInput
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file. `dtype` is f32, f16, bf16, f64, i8, u8 or another safetensors name in small letters.
+
+    `source` identifies the bytes: file name, size, modification time, tensor name and offset. `load()` reads them.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    source: str
+    load: Callable[[], np.ndarray] = field(compare=False, repr=False)
+
+
+def read_json(file: Path) -> dict:
+    """The object in a JSON file. Raises BadInput when it cannot be read, is no object, or has a key twice."""
+    try:
+        return _json_object(read_bytes(file))
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{file}: no valid JSON object: {error}") from None
+
+
+def read_bytes(file: Path, start: int = 0, count: int = -1) -> bytes:
+    """`count` bytes from `start` on (-1: all; fewer where the file ends). Raises BadInput for a file it cannot read."""
+    try:
+        with file.open("rb") as stream:
+            stream.seek(start)
+            return stream.read(count)
+    except OSError as error:
+        raise BadInput(f"{file}: cannot be read: {error.strerror}") from None
+
+
+def _exists(path: Path) -> bool:
+    """Whether there is such a path. Raises BadInput when a folder on the way may not be searched."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read: {error.strerror}") from None
+    return True
+
+
+def _json_object(text: bytes) -> dict:
+    def unique(pairs: list[tuple[str, object]]) -> dict:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands there twice")
+        return found
+
+    value = json.loads(text, object_pairs_hook=unique)
+    if not isinstance(value, dict):
+        raise ValueError(f"expected an object, found {type(value).__name__}")
+    return value

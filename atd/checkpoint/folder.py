@@ -1,0 +1,111 @@
+"""Writing a checkpoint so that nothing is lost: a partial folder beside the target, a journal, and one rename at the
+end.
+
+    .OUT.atd-partial/   shards, each written to a temporary name, fsynced and renamed; `journal.jsonl` with one line a
+                        finished unit; a lock
+    OUT                 appears whole, by rename; an existing OUT is moved aside first (`--overwrite`) and deleted last
+
+A run that is killed leaves the partial folder; the next run with the same inputs takes up the units whose journal line
+and digest agree.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ml_dtypes  # noqa: F401  safetensors finds bfloat16 in numpy once this is imported
+
+from atd.checkpoint.writer import _disk_errors, _sync_folder
+from atd.errors import BadInput
+
+MANIFEST = "manifest.json"
+GRAPH = "atd_graph.json"
+REPORT = "report.json"
+LOCK = "lock"
+
+
+def partial_folder(target: Path) -> Path:
+    return target.parent / f".{target.name}.atd-partial"
+
+
+def _replaced_folder(target: Path) -> Path:
+    return target.parent / f".{target.name}.atd-replaced"
+
+
+def check_target(target: Path, source: Path, overwrite: bool) -> None:
+    """Refuses a target that exists (or, with overwrite, is not a checkpoint that atd made), that is or holds the source, or cannot be written."""
+    source, resolved = source.resolve(), target.resolve()
+    if resolved == source or resolved in source.parents or source in resolved.parents:
+        raise BadInput(f"{target}: the output must lie outside the model's folder {source}, and not hold it")
+    replaced = _replaced_folder(target)
+    if replaced.exists() and not target.exists():
+        os.rename(
+            replaced, target
+        )  # a run was cut off between moving the old output aside and putting the new one in its place
+    if os.path.lexists(target):
+        if not overwrite:
+            raise BadInput(f"{target} exists; choose another name, or replace it with --overwrite")
+        if target.is_symlink() or not (target / MANIFEST).is_file():
+            raise BadInput(
+                f"{target} is no checkpoint that atd made, so it is not overwritten; remove it yourself or choose another name"
+            )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"{target.parent}: cannot be made: {error.strerror}") from None
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise BadInput(f"{target.parent}: no permission to write there")
+
+
+@contextmanager
+def open_partial(target: Path) -> Iterator[Path]:
+    """The partial folder of the target, made where there is none and locked against a second run."""
+    folder = partial_folder(target)
+    with _disk_errors(folder):
+        folder.mkdir(exist_ok=True)
+        lock = (folder / LOCK).open("w")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadInput(f"another run is writing {target} now; wait for it or choose another name") from None
+        yield folder
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Refuses before the work what would fill the disk. `needed` in bytes."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise BadInput(
+            f"{folder.parent}: the output needs {needed / 1e6:.1f} MB, the disk has {free / 1e6:.1f} MB free"
+        )
+
+
+def finish(target: Path, partial: Path, keep: Iterable[str]) -> None:
+    """Leaves in the partial folder the files `keep` alone, and gives it the target's name."""
+    keep = set(keep)
+    with _disk_errors(target):
+        for path in partial.iterdir():
+            if path.name not in keep:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        replaced = _replaced_folder(target)
+        if target.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.rename(target, replaced)
+        os.rename(partial, target)
+        _sync_folder(target.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def read_manifest(folder: Path) -> dict[str, str]:
+    """File name -> sha256 of a folder that atd made."""
+    try:
+        return json.loads((folder / MANIFEST).read_text())["files"]
+    except FileNotFoundError:
+        raise BadInput(f"{folder}: no {MANIFEST}: not a checkpoint that atd made") from None
+    except (ValueError, KeyError) as error:
+        raise BadInput(f"{folder / MANIFEST}: damaged: {error}") from None

@@ -1,0 +1,50 @@
+"""The journal of a partial folder: one line for each finished unit, so that a run that was cut off can go on."""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import ml_dtypes  # noqa: F401  safetensors finds bfloat16 in numpy once this is imported
+
+from atd.checkpoint.writer import _disk_errors, _sync
+
+JOURNAL = "journal.jsonl"
+
+
+@dataclass(frozen=True)
+class JournalEntry:
+    """A finished unit: what it was made from (key), the shard and its digest, the digests of its tensors, its rows of the report."""
+
+    unit: str
+    key: str
+    shard: str
+    sha256: str
+    tensors: dict[str, str]
+    report: list[dict]
+
+
+def read_journal(folder: Path) -> dict[str, JournalEntry]:
+    """The entries by shard, the last of each; a line that was cut off is no entry."""
+    entries: dict[str, JournalEntry] = {}
+    path = folder / JOURNAL
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            entry = JournalEntry(**json.loads(line))
+        except (ValueError, TypeError):
+            continue
+        entries[entry.shard] = entry
+    return entries
+
+
+def append_journal(folder: Path, entry: JournalEntry) -> None:
+    with _disk_errors(folder), (folder / JOURNAL).open("a") as file:
+        file.write("\n" if file.tell() and not _ends_with_newline(folder / JOURNAL) else "")
+        file.write(json.dumps(asdict(entry)) + "\n")
+        _sync(file)
+
+
+def _ends_with_newline(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"

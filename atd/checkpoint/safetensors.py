@@ -1,0 +1,116 @@
+"""The tensors of a Hugging Face folder: one safetensors file, or an index and its shards."""
+
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import ml_dtypes  # noqa: F401  safetensors finds bfloat16 in numpy once this is imported
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from atd.checkpoint.files import StoredTensor, _exists, _json_object, read_bytes, read_json
+from atd.errors import BadInput
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def _folder_tensors(folder: Path) -> dict[str, StoredTensor]:
+    if _exists(folder / SINGLE):
+        return _file_tensors(folder / SINGLE)
+    if not _exists(folder / INDEX):
+        others = sorted(file.name for pattern in ("*.bin", "*.gguf", "*.safetensors") for file in folder.glob(pattern))
+        hint = f"; {', '.join(others[:3])} found, but not read" if others else ""
+        raise BadInput(f"{folder}: it has neither {SINGLE} nor {INDEX}{hint}")
+    weight_map = _weight_map(folder / INDEX)
+    tensors: dict[str, StoredTensor] = {}
+    home: dict[str, str] = {}
+    for shard in sorted(set(weight_map.values())):
+        if not _exists(folder / shard):
+            raise BadInput(f"{folder / INDEX}: names the shard {shard}, which is missing; download it again")
+        for name, tensor in _file_tensors(folder / shard).items():
+            if name in home:
+                raise BadInput(f"{folder}: tensor {name} is in two shards, {home[name]} and {shard}")
+            tensors[name], home[name] = tensor, shard
+    lacking = [name for name, shard in weight_map.items() if home.get(name) != shard]
+    if lacking:
+        name = lacking[0]
+        more = f" (and {len(lacking) - 1} more such tensors)" if lacking[1:] else ""
+        raise BadInput(
+            f"{folder / INDEX}: tensor {name} is said to be in {weight_map[name]}, but is not there{more}; "
+            f"download it again"
+        )
+    return tensors
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(shard, str) for shard in weight_map.values())
+    ):
+        raise BadInput(f"{index}: malformed: expected an object 'weight_map' of tensor name to file name")
+    for shard in sorted(set(weight_map.values())):
+        # The name alone is checked: in a hub cache the files themselves are links out of the folder.
+        if shard in ("", ".", "..") or any(char in shard for char in "/\\\0:"):
+            raise BadInput(f"{index}: the shard name {shard!r} points outside the folder; expected a plain file name")
+    return weight_map
+
+
+def _file_tensors(file: Path) -> dict[str, StoredTensor]:
+    """name -> StoredTensor of one safetensors file: 8 bytes header length, the header in JSON, the data."""
+    start, header, status = _header(file)
+    tensors = {}
+    for name, entry in header.items():
+        source = f"{file.name} {status.st_size} {status.st_mtime_ns} {name}@{start + entry['data_offsets'][0]}"
+        tensors[name] = StoredTensor(name, tuple(entry["shape"]), entry["dtype"].lower(), source, _loader(file, name))
+    return tensors
+
+
+def _header(file: Path):
+    """(where the data starts, header without its metadata, stat of the file), validated by safetensors itself."""
+    prefix = read_bytes(file, 0, 8)
+    status = file.stat()
+    if len(prefix) < 8:
+        raise BadInput(f"{file}: not a safetensors file: it has {len(prefix)} bytes; download it again")
+    (length,) = struct.unpack("<Q", prefix)
+    if 8 + length > status.st_size:
+        raise BadInput(
+            f"{file}: its header should have {length} bytes, but the file has {status.st_size}: "
+            f"truncated, or not a safetensors file"
+        )
+    try:
+        with safe_open(file, framework="np"):
+            pass
+        header = _json_object(read_bytes(file, 8, length))
+    except (SafetensorError, ValueError, OSError) as error:
+        problem = _past_the_end(file, length, status.st_size) or f"broken safetensors file: {error}"
+        raise BadInput(f"{file}: {problem}; download it again") from None
+    header.pop("__metadata__", None)
+    return 8 + length, header, status
+
+
+def _past_the_end(file: Path, length: int, size: int) -> str | None:
+    """Which tensor lies past the end of the file, where the header is sound enough to tell."""
+    try:
+        header = _json_object(read_bytes(file, 8, length))
+        ends = {name: 8 + length + entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
+        name = max(ends, key=lambda name: ends[name])
+        return (
+            f"tensor {name} ends at byte {ends[name]}, past the end of the file ({size} bytes)"
+            if ends[name] > size
+            else None
+        )
+    except (ValueError, KeyError, TypeError, IndexError):
+        return None
+
+
+def _loader(file: Path, name: str) -> Callable[[], np.ndarray]:
+    def load() -> np.ndarray:
+        try:
+            with safe_open(file, framework="np") as opened:
+                return opened.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise BadInput(f"{file}: tensor {name} cannot be read: {error}") from None
+
+    return load

@@ -1,0 +1,141 @@
+"""Writing files whole or not at all: safetensors shards one weight at a time, and the digests of what was written."""
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  safetensors finds bfloat16 in numpy once this is imported
+import numpy as np
+from safetensors import safe_open
+
+from atd.errors import RunFailed
+from atd.ir import Block, WeightRef
+from atd.weights import build, stored
+
+_SAFETENSORS_DTYPES = {
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float64": "F64",
+    "uint8": "U8",
+    "uint32": "U32",
+    "int8": "I8",
+}
+
+
+def digest(array) -> str:
+    """sha256 of the array's bytes in row-major order."""
+    return hashlib.sha256(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RunFailed(
+                f"{path}: the disk is full. What is finished is kept: free some space and run the same command again"
+            ) from error
+        raise RunFailed(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def write_file(path: Path, content: bytes | str) -> None:
+    """Whole or not at all: a temporary name, fsync, rename."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with _disk_errors(path):
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            _sync(file)
+        os.rename(temporary, path)
+
+
+def _sync(file) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_shard(path: Path, refs: Iterable[WeightRef]) -> dict[str, str]:
+    """Loads the weights one after the other and writes them as a safetensors file; returns the digest of each stored
+    tensor.
+
+    The header needs types alone, so no more than one weight is in memory (safetensors' own writer holds a whole file).
+    """
+    refs = list(refs)
+    fields = [field for ref in refs for field in stored(ref.tensor, ref.type).values()]
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", "producer": "atd"}}
+    offset = 0
+    for name, shape, dtype in sorted(
+        fields, key=lambda f: (-f[2].itemsize, f[0])
+    ):  # wide dtypes in front: every tensor stays aligned
+        end = offset + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        header[name] = {"dtype": _SAFETENSORS_DTYPES[dtype.name], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digests: dict[str, str] = {}
+    temporary = path.with_name(f"{path.name}.tmp")
+    with _disk_errors(path):
+        file = temporary.open("wb", buffering=0)
+    with file:
+        _write_at(file, 0, len(text).to_bytes(8, "little") + text)
+        for ref in refs:
+            weight = ref.load()
+            for field, (name, shape, dtype) in stored(ref.tensor, ref.type).items():
+                array = np.ascontiguousarray(getattr(weight, field)).reshape(shape)  # (0-d arrays become 1-d above)
+                if array.dtype != dtype:
+                    raise RunFailed(f"{name}: its type says {dtype}, its data is {array.dtype}")
+                digests[name] = digest(array)
+                _write_at(
+                    file, 8 + len(text) + header[name]["data_offsets"][0], memoryview(array.reshape(-1).view(np.uint8))
+                )
+        with _disk_errors(path):
+            _sync(file)
+            os.rename(temporary, path)
+    return digests
+
+
+def _write_at(file, position: int, content) -> None:
+    view = memoryview(content)
+    with _disk_errors(Path(file.name)):
+        while view:
+            written = os.pwrite(file.fileno(), view, position)
+            view, position = view[written:], position + written
+
+
+def written(unit: Block, shard: Path) -> Block:
+    """The unit with its weights as they lie in a shard that `write_shard` wrote."""
+
+    def from_shard(ref: WeightRef) -> WeightRef:
+        def load():
+            with safe_open(shard, "np") as file:
+                names = stored(ref.tensor, ref.type)
+                return build(ref.type, {field: file.get_tensor(name) for field, (name, *_) in names.items()})
+
+        return replace(ref, load=load)
+
+    return unit.map_weights(from_shard)
+
+
+def is_intact(path: Path, sha256: str) -> bool:
+    """The file is there and has this digest."""
+    return path.is_file() and file_digest(path) == sha256

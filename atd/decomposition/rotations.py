@@ -1,0 +1,105 @@
+"""Random Hadamard rotations: R = diag(signs) H / sqrt(n), orthogonal."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
+
+import numpy as np
+
+_SYLVESTER = 64  # largest factor; more factors are fewer operations, and more passes over memory
+_CHUNK = 1 << 18  # float64 values that are rotated at a time: what stays in a core's cache
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """R = diag(signs) (I x F_1 x F_2 x ...) scale, x the Kronecker product: each run of features of the factors' width
+    is rotated by itself, each with signs of its own."""
+
+    signs: np.ndarray  # [n]
+    factors: tuple[np.ndarray, ...]  # Hadamard matrices of +-1, integers so that sums are exact, or an orthogonal one
+    scale: float
+
+    @property
+    def is_hadamard(self) -> bool:
+        return all(factor.dtype == np.int8 for factor in self.factors)
+
+    def apply(self, rows: np.ndarray) -> np.ndarray:
+        """rows @ R in float64, [..., n] -> [..., n]."""
+        y, run = rows * self.signs, 1  # run: features that a step of this factor's index moves by
+        for factor in reversed(self.factors):
+            matrix = factor.astype(np.float64)
+            y = y.reshape(-1, len(matrix), run)
+            y = matrix.T @ y if run > 1 else (y[:, :, 0] @ matrix)
+            run *= len(matrix)
+        return y.reshape(rows.shape) * self.scale
+
+
+def random_rotation(rng: np.random.Generator, width: int, copies: int = 1) -> Rotation:
+    """A random Hadamard rotation of `width` features, or `copies` of them side by side that differ in their signs."""
+    signs = rng.choice([-1.0, 1.0], copies * width)
+    power = width & -width
+    base = width // power
+    while base <= width:
+        if (matrix := hadamard(base)) is not None:
+            return Rotation(signs, (matrix, *_sylvester(width // base)), width**-0.5)
+        base *= 2
+    odd = width // power
+    q, r = np.linalg.qr(rng.standard_normal((odd, odd)))
+    return Rotation(signs, (q * np.sign(np.diag(r)), *_sylvester(power)), power**-0.5)
+
+
+def hadamard(order: int) -> np.ndarray | None:
+    """H int8 of entries +-1 with H H^T = order I, by one of Paley's constructions; None where neither gives one.
+
+    With the Jacobsthal matrix Q_ij = (i - j | q) of a prime q:
+        order = q + 1, q = 3 mod 4:      I + S,  S = [[0, 1], [-1, Q]]
+        order = 2 (q + 1), q = 1 mod 4:  C x [[1, 1], [1, -1]] + I x [[1, -1], [-1, -1]],  C = [[0, 1], [1, Q]]
+    """
+    if order == 1:
+        return np.ones((1, 1), np.int8)
+    if order % 4:
+        return None
+    if _is_prime(order - 1):
+        return np.eye(order, dtype=np.int8) + _bordered(order - 1, corner=-1)
+    q = order // 2 - 1
+    if q % 4 == 1 and _is_prime(q):
+        plus, minus = np.array([[1, 1], [1, -1]], np.int8), np.array([[1, -1], [-1, -1]], np.int8)
+        return np.kron(_bordered(q, corner=1), plus) + np.kron(np.eye(q + 1, dtype=np.int8), minus)
+    return None
+
+
+def _bordered(q: int, corner: int) -> np.ndarray:
+    """[[0, 1], [corner, Q]], int8 [q + 1, q + 1]."""
+    legendre = np.full(q, -1, np.int8)
+    legendre[np.arange(1, q) ** 2 % q] = 1
+    legendre[0] = 0
+    i = np.arange(q)
+    matrix = np.zeros((q + 1, q + 1), np.int8)
+    matrix[0, 1:], matrix[1:, 0] = 1, corner
+    matrix[1:, 1:] = legendre[(i[:, None] - i) % q]
+    return matrix
+
+
+def _is_prime(n: int) -> bool:
+    return n > 1 and all(n % i for i in range(2, math.isqrt(n) + 1))
+
+
+def _sylvester(order: int) -> list[np.ndarray]:
+    """Sylvester's Hadamard matrix of a power of two, as Kronecker factors."""
+    factors = []
+    while order > 1:
+        size = min(order, _SYLVESTER)
+        factors.append(reduce(np.kron, [np.array([[1, 1], [1, -1]], np.int8)] * (size.bit_length() - 1)))
+        order //= size
+    return factors
+
+
+def by_rows(rotate: Callable[[np.ndarray], np.ndarray], array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """rotate(array) as dtype, a chunk of rows at a time."""
+    rows = array.reshape(-1, array.shape[-1])
+    out = np.empty(rows.shape, dtype)
+    step = max(1, _CHUNK // rows.shape[1])
+    for start in range(0, len(rows), step):
+        out[start : start + step] = rotate(rows[start : start + step])
+    return out.reshape(array.shape)

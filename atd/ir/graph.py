@@ -1,0 +1,181 @@
+"""Graphs, blocks, nodes and references to weights, and their stored form."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from atd.weights import DenseType, Weight, WeightType, parse_type
+
+Attr = Any  # a JSON value: str, int, float, bool or a tuple of such
+
+
+class InvalidGraph(ValueError):
+    """A rule of the IR is broken; the message names the node and the rule."""
+
+
+@dataclass(frozen=True)
+class WeightRef:
+    """A weight that has a name and a type now and data on demand.
+
+    `source` identifies the bytes behind it (file, size, time, place), for the resume key; it is empty for a weight made
+    in memory.
+    """
+
+    tensor: str  # "model.layers.0.self_attn.q_proj.weight"
+    type: WeightType
+    load: Callable[[], Weight] = field(compare=False, repr=False)
+    source: str = field(default="", compare=False, repr=False)
+
+
+def in_memory(tensor: str, weight: Weight) -> WeightRef:
+    """A reference to a weight that is here already."""
+    return WeightRef(tensor, weight.type, lambda: weight)
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operation. `name` is relative to its block."""
+
+    name: str
+    op: str
+    inputs: tuple[str, ...]
+    weights: dict[str, WeightRef] = field(default_factory=dict)
+    attrs: dict[str, Attr] = field(default_factory=dict)
+
+    @property
+    def is_dense_matrix(self) -> bool:
+        """A linear or an embedding with a dense weight of its own."""
+        return (
+            self.op in ("linear", "embed")
+            and "weight" in self.weights
+            and isinstance(self.weights["weight"].type, DenseType)
+        )
+
+    def __str__(self) -> str:
+        attrs = "".join(f" {key}={_text(value)}" for key, value in sorted(self.attrs.items()))
+        weights = "; ".join(f"{slot}: {ref.type}" for slot, ref in sorted(self.weights.items()))
+        inputs = ", ".join(f"%{name}" for name in self.inputs)
+        return f"%{self.name} = {self.op}({inputs}){attrs}" + (f" {{{weights}}}" if weights else "")
+
+
+def _text(value: Attr) -> str:
+    if isinstance(value, tuple):
+        return f"[{','.join(_text(item) for item in value)}]"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Nodes in order of execution; `name` is the module path in front of theirs ("model.layers.3")."""
+
+    name: str
+    nodes: tuple[Node, ...]
+
+    def full_name(self, node: Node) -> str:
+        return f"{self.name}.{node.name}" if self.name else node.name
+
+    def node(self, name: str) -> Node:
+        return next(node for node in self.nodes if node.name == name)
+
+    def replace_node(self, new: Node) -> "Block":
+        return replace(self, nodes=tuple(new if node.name == new.name else node for node in self.nodes))
+
+    def map_weights(self, function: Callable[[WeightRef], WeightRef]) -> "Block":
+        """The block with every weight replaced by what the function makes of it."""
+
+        def mapped(node: Node) -> Node:
+            return replace(node, weights={slot: function(ref) for slot, ref in node.weights.items()})
+
+        return replace(self, nodes=tuple(mapped(node) for node in self.nodes))
+
+    def __str__(self) -> str:
+        return "\n".join(f"  {node}" for node in self.nodes)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A model. `config` is the Hugging Face config.json it came with; the nodes' attrs hold all that execution needs."""
+
+    config: dict = field(repr=False)
+    prologue: Block
+    blocks: tuple[Block, ...]
+    epilogue: Block
+
+    @property
+    def units(self) -> tuple[Block, ...]:
+        """Prologue, blocks, epilogue: what the sweeps carry out one at a time."""
+        return (self.prologue, *self.blocks, self.epilogue)
+
+    @property
+    def is_tied(self) -> bool:
+        """The head takes the embedding's matrix."""
+        return any(node.op == "linear" and "weight" not in node.weights for node in self.epilogue.nodes)
+
+    def with_units(self, units: tuple[Block, ...]) -> "Graph":
+        return replace(self, prologue=units[0], blocks=tuple(units[1:-1]), epilogue=units[-1])
+
+    def nodes(self) -> Iterator[tuple[str, Node]]:
+        """(full name, node) of every node."""
+        for block in self.units:
+            for node in block.nodes:
+                yield block.full_name(node), node
+
+    def weights(self) -> Iterator[tuple[str, WeightRef]]:
+        """(full name of the node, weight) of every weight."""
+        for name, node in self.nodes():
+            for _, ref in sorted(node.weights.items()):
+                yield name, ref
+
+    def __str__(self) -> str:
+        parts = [f"graph {self.config.get('model_type', '?')} {{", "prologue {", str(self.prologue), "}"]
+        for i, block in enumerate(self.blocks):
+            parts += [f"block {i} {block.name} {{", str(block), "}"]
+        return "\n".join([*parts, "epilogue {", str(self.epilogue), "}", "}"])
+
+    def to_json(self) -> dict:
+        """The stored form: structure, types and tensor names, no data and no config."""
+        return {
+            "prologue": _block_json(self.prologue),
+            "blocks": [_block_json(b) for b in self.blocks],
+            "epilogue": _block_json(self.epilogue),
+        }
+
+
+def _block_json(block: Block) -> dict:
+    nodes = [
+        {
+            "name": node.name,
+            "op": node.op,
+            "inputs": list(node.inputs),
+            "attrs": node.attrs,
+            "weights": {
+                slot: {"tensor": ref.tensor, "type": str(ref.type)} for slot, ref in sorted(node.weights.items())
+            },
+        }
+        for node in block.nodes
+    ]
+    return {"name": block.name, "nodes": nodes}
+
+
+def graph_from_json(data: dict, config: dict, reference: Callable[[str, WeightType], WeightRef]) -> Graph:
+    """The graph whose `to_json` this is; `reference(tensor, type)` says where a weight's data lies.
+
+    Raises ValueError, KeyError or TypeError for other data.
+    """
+
+    def block(data: dict) -> Block:
+        return Block(data["name"], tuple(node(item) for item in data["nodes"]))
+
+    def node(data: dict) -> Node:
+        weights = {slot: reference(ref["tensor"], parse_type(ref["type"])) for slot, ref in data["weights"].items()}
+        return Node(
+            data["name"], data["op"], tuple(data["inputs"]), weights, {k: _tuples(v) for k, v in data["attrs"].items()}
+        )
+
+    return Graph(
+        config, block(data["prologue"]), tuple(block(item) for item in data["blocks"]), block(data["epilogue"])
+    )
+
+
+def _tuples(value):
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

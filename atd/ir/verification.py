@@ -1,0 +1,105 @@
+"""`verify`: single assignment, slots, attrs and widths of a graph."""
+
+from atd.ir.graph import Block, Graph, InvalidGraph, Node
+from atd.ir.ops import OPS
+
+
+def verify(graph: Graph) -> None:
+    """Raises InvalidGraph, naming node and rule, unless every block is well formed and the widths of all values agree."""
+    vocabulary, hidden = _embedding_shape(graph)
+    tensors: dict[str, str] = {}
+    for block in graph.units:
+        inputs = 1 if block is graph.prologue else hidden
+        output = _verify_block(block, inputs, embedding=(vocabulary, hidden))
+        expected = vocabulary if block is graph.epilogue else hidden
+        if output != expected:
+            raise InvalidGraph(
+                f"{block.name or 'epilogue'}: its last node has {output} features, {expected} are expected"
+            )
+        for node in block.nodes:
+            for ref in node.weights.values():
+                if ref.tensor in tensors:
+                    raise InvalidGraph(
+                        f"{block.full_name(node)}: tensor {ref.tensor} is {tensors[ref.tensor]}'s already (tie with attrs tied_to)"
+                    )
+                tensors[ref.tensor] = block.full_name(node)
+
+
+def _embedding_shape(graph: Graph) -> tuple[int, int]:
+    for node in graph.prologue.nodes:
+        if node.op == "embed" and "weight" in node.weights:
+            vocabulary, hidden = node.weights["weight"].type.shape
+            return vocabulary, hidden
+    raise InvalidGraph("the prologue has no embed node with a weight")
+
+
+def _verify_block(block: Block, inputs: int, embedding: tuple[int, int]) -> int:
+    """Checks each node against its op; returns the width of the last one."""
+    widths = {"x": inputs}
+    for node in block.nodes:
+        name = block.full_name(node)
+
+        def broken(rule: str, name=name):
+            return InvalidGraph(f"{name}: {rule}")
+
+        if node.op not in OPS:
+            raise broken(f"unknown op {node.op!r}")
+        op = OPS[node.op]
+        if node.name in widths:
+            raise broken("its name is used twice in the block")
+        if missing := [value for value in node.inputs if value not in widths]:
+            raise broken(f"input %{missing[0]} is not defined before it")
+        if len(node.inputs) != op.inputs:
+            raise broken(f"{node.op} takes {op.inputs} inputs, not {len(node.inputs)}")
+        if missing := [slot for slot in op.slots if slot not in node.weights]:
+            raise broken(f"{node.op} needs a weight in slot {missing[0]!r}")
+        if extra := [slot for slot in node.weights if slot not in op.slots + op.optional]:
+            raise broken(f"{node.op} has no slot {extra[0]!r}")
+        if missing := [attr for attr in op.attrs if attr not in node.attrs]:
+            raise broken(f"{node.op} needs the attr {missing[0]!r}")
+        try:
+            widths[node.name] = _width(node, [widths[value] for value in node.inputs], embedding)
+        except InvalidGraph as error:
+            raise broken(str(error)) from None
+    if len(widths) == 1:
+        raise InvalidGraph(f"{block.name or 'epilogue'}: a block needs at least one node")
+    return widths[block.nodes[-1].name]
+
+
+def _width(node: Node, inputs: list[int], embedding: tuple[int, int]) -> int:
+    """The number of features of the node's value; raises InvalidGraph with the broken rule."""
+
+    def expect(what: str, found: int, wanted: int) -> None:
+        if found != wanted:
+            raise InvalidGraph(f"{what} is {found}, {wanted} is expected")
+
+    attrs = node.attrs
+    match node.op:
+        case "embed":
+            return embedding[1]
+        case "rms_norm":
+            expect("the length of the gain", node.weights["weight"].type.shape[0], attrs.get("head_dim", inputs[0]))
+            return inputs[0]
+        case "linear":
+            if "weight" not in node.weights and "tied_to" not in attrs:
+                raise InvalidGraph("linear needs a weight in slot 'weight' or the attr 'tied_to'")
+            out, width = node.weights["weight"].type.shape if "weight" in node.weights else embedding
+            expect("the number of input features", inputs[0], width)
+            if "bias" in node.weights:
+                expect("the length of the bias", node.weights["bias"].type.shape[0], out)
+            return out
+        case "rope":
+            expect("the remainder of features by head_dim", inputs[0] % attrs["head_dim"], 0)
+            return inputs[0]
+        case "attention":
+            for i, heads in enumerate((attrs["heads"], attrs["kv_heads"], attrs["kv_heads"])):
+                expect(f"the width of input {i} (heads x head_dim)", inputs[i], heads * attrs["head_dim"])
+            expect("the remainder of heads by kv_heads", attrs["heads"] % attrs["kv_heads"], 0)
+            return inputs[0]
+        case "slice":
+            if not 0 <= attrs["start"] < attrs["stop"] <= inputs[0]:
+                raise InvalidGraph(f"slice [{attrs['start']}, {attrs['stop']}) does not lie in {inputs[0]} features")
+            return attrs["stop"] - attrs["start"]
+        case _:  # silu_mul, add
+            expect("the width of the second input", inputs[1], inputs[0])
+            return inputs[0]

@@ -1,0 +1,162 @@
+"""Recipes: TOML files that name a pipeline and its options. Unknown keys are errors with the nearest known name.
+
+description = "what it is for"
+[[passes]]
+name = "decompose"
+bases = 2
+[[passes.rules]]
+match = 'model\\.layers\\.0\\..*'
+bases = 3
+"""
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from atd.errors import BadInput, nearest
+from atd.pipeline import Pipeline, make_pass, toml_value
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named pipeline. `seed` feeds whatever a pass draws at random; `nonfinite` is "refuse" or "zero": what NaN and Inf weights get."""
+
+    pipeline: Pipeline
+    description: str = ""
+    seed: int = 0
+    nonfinite: str = "refuse"
+    calibration: tuple[str, ...] = ("self",)  # texts for calibrated passes: files, or what the model itself writes
+    calibration_tokens: int = 32768  # of all texts together, from their beginnings
+    calibration_context: int = 512  # a window, or the model's context where that is shorter
+    calibration_sha256: str = ""  # of the tokens, in the recipe of a converted model: other text is refused
+
+    def __post_init__(self):
+        if self.seed < 0:
+            raise BadInput(f"seed must be 0 or more, not {self.seed}")
+        if self.nonfinite not in ("refuse", "zero"):
+            raise BadInput(f"nonfinite must be 'refuse' or 'zero', not {self.nonfinite!r}")
+        if not self.calibration or not all(isinstance(text, str) and text for text in self.calibration):
+            raise BadInput(f"calibration must be a list of texts, or ['self'], not {list(self.calibration)!r}")
+        if self.calibration_tokens < 1 or self.calibration_context < 2:
+            raise BadInput("calibration_tokens must be at least 1 and calibration_context at least 2")
+
+    def to_toml(self) -> str:
+        """The whole recipe with every option spelled out; reading it back gives an equal recipe."""
+        lines = [f"{f.name} = {toml_value(getattr(self, f.name))}" for f in fields(self) if f.name != "pipeline"]
+        for step in self.pipeline.passes:
+            options = step.options()
+            rules = options.pop("rules", [])
+            lines += [
+                "",
+                "[[passes]]",
+                f'name = "{step.name}"',
+                *(f"{key} = {toml_value(value)}" for key, value in options.items()),
+            ]
+            for rule in rules:
+                lines += ["", "[[passes.rules]]", *(f"{key} = {toml_value(value)}" for key, value in rule.items())]
+        return "\n".join(lines) + "\n"
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with atd."""
+    return sorted(path.stem for path in CONFIGS.glob("*.toml"))
+
+
+def read_recipe(name_or_file: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of this name (see `recipe_names`) or in this file, with overrides `pass.option=value` put in."""
+    path = Path(name_or_file)
+    if str(name_or_file) in recipe_names():
+        path = CONFIGS / f"{name_or_file}.toml"
+    elif not path.is_file():
+        raise BadInput(
+            f"no recipe {str(name_or_file)!r}{nearest(str(name_or_file), recipe_names())} (or the path of a .toml file)"
+        )
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: not a TOML file: {error}") from None
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        return _recipe(data, overrides)
+    except BadInput as error:
+        raise BadInput(f"recipe {path.name}: {error}") from None
+
+
+def under_budget(
+    name_or_file: str | Path, overrides: Sequence[str] = (), *, bits: float | None = None, budget: str | None = None
+) -> Recipe:
+    """`read_recipe` with what allocate shares out: `bits` a weight of the decoder's linears, or `budget` of the whole
+    checkpoint ("3.9GB"); neither: as the recipe says.
+
+    With a budget a tied embedding is quantized too, and so rotated as well, unless overrides say otherwise. Raises
+    BadInput for both at once, and for a recipe without allocate.
+    """
+    if bits is None and budget is None:
+        return read_recipe(name_or_file, overrides)
+    if bits is not None and budget is not None:
+        raise BadInput("--bits and --budget are two ways to say one thing; give one of them")
+    names = {step.name for step in read_recipe(name_or_file).pipeline.passes}
+    if "allocate" not in names:
+        given = "bits" if budget is None else "budget"
+        raise BadInput(f"--{given} needs the allocate pass, which recipe {name_or_file} does not have; adaptive does")
+    rotated = ["rotate.embedding=true"] if budget is not None and "rotate" in names else []
+    shared_out = [f"allocate.bits={bits or 0.0}", f"allocate.budget={budget or ''!r}"]
+    return read_recipe(name_or_file, [*rotated, *overrides, *shared_out])
+
+
+def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """The recipe with overrides `pass.option=value` put in; an override applies to every pass of that name."""
+    if not overrides:
+        return recipe
+    return replace(recipe, pipeline=_recipe(tomllib.loads(recipe.to_toml()), overrides).pipeline)
+
+
+def _recipe(data: dict[str, Any], overrides: Sequence[str]) -> Recipe:
+    known = [field.name for field in fields(Recipe) if field.name != "pipeline"] + ["passes"]
+    for key in data:
+        if key not in known:
+            raise BadInput(f"unknown key {key!r}{nearest(key, known)}")
+    kinds = {"description": str, "nonfinite": str, "passes": list, "calibration": list, "calibration_sha256": str}
+    for key in data:
+        kind = kinds.get(key, int)
+        if type(data[key]) is not kind:
+            raise BadInput(f"{key} must be {kind.__name__}, not {data[key]!r}")
+    tables = data.get("passes", [])
+    if not tables:
+        raise BadInput("it has no passes; add a table [[passes]] with name = 'decompose'")
+    for table in tables:
+        if not isinstance(table, dict) or not isinstance(table.get("name"), str):
+            raise BadInput(f"a pass is a table with name = 'decompose' and options, not {table!r}")
+    for override in overrides:
+        _override(tables, override)
+    passes = [
+        make_pass(table["name"], {key: value for key, value in table.items() if key != "name"}) for table in tables
+    ]
+    options: dict[str, Any] = {key: value for key, value in data.items() if key != "passes"}
+    if "calibration" in options:
+        options["calibration"] = tuple(options["calibration"])
+    return Recipe(Pipeline(passes), **options)
+
+
+def _override(tables: list[dict[str, Any]], override: str) -> None:
+    """Puts `pass.option=value` into the tables; the value is TOML, or a plain word."""
+    target, equals, text = override.partition("=")
+    name, dot, option = target.strip().partition(".")
+    if not (equals and dot and name and option):
+        raise BadInput(f"--set {override!r} is not of the form pass.option=value, e.g. decompose.bases=3")
+    matching = [table for table in tables if table["name"] == name]
+    if not matching:
+        raise BadInput(
+            f"--set {override!r}: the recipe has no pass {name!r}{nearest(name, {t['name'] for t in tables})}"
+        )
+    try:
+        value = tomllib.loads(f"value = {text.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    for table in matching:
+        table[option] = value

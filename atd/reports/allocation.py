@@ -1,0 +1,148 @@
+"""Who got what: an allocation as a table and as a picture, of the rows of report.json."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from atd.checkpoint.folder import REPORT
+from atd.errors import BadInput
+from atd.ir import Graph
+from atd.reports.plots import need_matplotlib, save_figure
+from atd.reports.tables import sizes
+from atd.weights import PackedType, TernaryType, bits_per_weight, parse_type, ternary_of
+from atd.weights.layouts import DEFAULT_LAYOUT, LAYOUTS
+
+Row = Mapping[str, Any]  # of report.json: node, type, weights, bits, bytes and, where it was decided on, predicted_kl
+_BLOCK = re.compile(r"(.*\.\d+)\..*?([^.]+)")
+_ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def read_rows(folder: Path) -> list[dict]:
+    """The rows of a converted model's report.json."""
+    try:
+        return json.loads((folder / REPORT).read_text())["nodes"]
+    except FileNotFoundError:
+        raise BadInput(f"{folder}: no {REPORT}: not a folder that atd made") from None
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput(f"{folder / REPORT}: damaged: {error}") from None
+
+
+def allocation_rows(graph: Graph, figures: Mapping[str, Mapping], layout: str = DEFAULT_LAYOUT) -> list[dict]:
+    """The rows of a graph that was decomposed but not written yet: its types, as packed in `layout`, and the predicted
+    KL that `allocate` left in `Context.figures`."""
+    rows = []
+    for unit in graph.units:
+        for node in unit.nodes:
+            name = unit.full_name(node)
+            if "weight" in node.weights and name in figures:
+                type = node.weights["weight"].type
+                type = PackedType(type, LAYOUTS[layout].name) if isinstance(type, TernaryType) else type
+                weights = type.shape[0] * type.shape[1]
+                row = {"node": name, "type": str(type), "weights": weights, "bits": bits_per_weight(type)}
+                rows.append({**row, "bytes": type.nbytes, "predicted_kl": figures[name].get("predicted_kl")})
+    return rows
+
+
+def allocation_table(rows: Sequence[Row]) -> Table:
+    """A line a block, a column a kind of linear, in it N (and kind and group of scales where they differ); then bits a
+    weight, size and predicted KL. Embedding and head follow; the last line is all of it.
+
+    Raises BadInput where no row has a predicted KL: nothing was allocated.
+    """
+    rows, blocks, others, kinds = _sorted(rows)
+    types = [ternary_of(parse_type(row["type"])) for row in rows]
+    plain = len({(type.group, type.tied) for type in types if type is not None}) < 2
+    caption = None if plain else "N bases; f: free scales, else tied; /64: group size, else one group a row"
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), caption=caption)
+    table.add_column("block", overflow="fold")
+    for title in (*(kind.removesuffix("_proj") for kind in kinds), "bits", "size", "predicted\nKL"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for block, nodes in blocks.items():
+        cells = [_option(nodes[kind], plain) if kind in nodes else "" for kind in kinds]
+        table.add_row(block.rpartition(".")[2], *cells, *_figures(list(nodes.values())))
+    table.add_section()
+    for row in others:
+        table.add_row(f"{row['node']}: {_option(row, plain)}", *[""] * len(kinds), *_figures([row]))
+    table.add_row("all", *[""] * len(kinds), *_figures(rows))
+    return table
+
+
+def allocation_picture(rows: Sequence[Row], path: str | Path) -> None:
+    """Draws who got what: block by kind of linear, darker with more bits, N written in; beside it each block's share of
+    the predicted KL.
+
+    Raises BadInput where matplotlib is missing, nothing was allocated or the picture cannot be written.
+    """
+    need_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows, blocks, others, kinds = _sorted(rows)
+    bits = [[nodes[kind]["bits"] if kind in nodes else float("nan") for kind in kinds] for nodes in blocks.values()]
+    known = [value for line in bits for value in line if value == value]
+    figure = Figure(figsize=(8, 1.6 + 0.26 * max(4, len(blocks))), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    cells, bars = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
+    image = cells.imshow(bits, aspect="auto", cmap="Blues", vmin=0, vmax=1.15 * max(known))
+    for y, nodes in enumerate(blocks.values()):
+        for x, kind in enumerate(kinds):
+            if kind in nodes:
+                dark = nodes[kind]["bits"] > 0.65 * max(known)
+                text, colour = _option(nodes[kind], plain=True), "white" if dark else "black"
+                cells.text(x, y, text, ha="center", va="center", color=colour, fontsize=8)
+    cells.set_xticks(range(len(kinds)), [kind.removesuffix("_proj") for kind in kinds])
+    cells.set_yticks(range(len(blocks)), [block.rpartition(".")[2] for block in blocks], fontsize=8)
+    cells.set_ylabel("block")
+    figure.colorbar(image, ax=bars, label="bits a weight")
+    bars.barh(range(len(blocks)), [_kl(nodes.values()) for nodes in blocks.values()], color="#E69F00")
+    bars.set_xlabel("predicted KL")
+    bars.spines[["top", "right"]].set_visible(False)
+    total, weights = sum(row["bytes"] for row in rows), sum(row["weights"] for row in rows)
+    notes = [f"N by matrix; {sizes(total)}, {8 * total / weights:.2f} bits a weight, predicted KL {_kl(rows):.4f}"]
+    notes += [f"{row['node'].split('.')[-1]} N = {_option(row, plain=True)}" for row in others]
+    cells.set_title("; ".join(notes), loc="left", fontsize=9)
+    save_figure(figure, path)
+
+
+def _sorted(rows: Sequence[Row]) -> tuple[list[Row], dict[str, dict[str, Row]], list[Row], list[str]]:
+    """(rows that were decided on, block -> kind -> row, rows outside blocks, kinds)."""
+    rows = [row for row in rows if row.get("predicted_kl") is not None]
+    blocks: dict[str, dict[str, Row]] = {}
+    others = []
+    for row in rows:
+        if match := _BLOCK.fullmatch(row["node"]):
+            blocks.setdefault(match[1], {})[match[2]] = row
+        else:
+            others.append(row)
+    if not blocks:
+        raise BadInput("nothing was allocated here: no row has a predicted KL; convert with a recipe that has allocate")
+    kinds = sorted({kind for nodes in blocks.values() for kind in nodes}, key=_place)
+    return rows, blocks, others, kinds
+
+
+def _place(kind: str) -> tuple[int, str]:
+    return (_ORDER.index(kind) if kind in _ORDER else len(_ORDER), kind)
+
+
+def _option(row: Row, plain: bool) -> str:
+    """N, or "dense"; where matrices differ in their scales with "f" for free ones and the group's size: "2", "2f", "2f/64"."""
+    type = ternary_of(parse_type(row["type"]))
+    if type is None:
+        return "dense"
+    if plain:
+        return str(type.bases)
+    return f"{type.bases}{'' if type.tied else 'f'}{'' if type.group == 'row' else f'/{type.group}'}"
+
+
+def _figures(rows: Sequence[Row]) -> tuple[str, str, str]:
+    total, weights = sum(row["bytes"] for row in rows), sum(row["weights"] for row in rows)
+    return f"{8 * total / weights:.2f}", sizes(total), f"{_kl(rows):.4f}"
+
+
+def _kl(rows) -> float:
+    return sum(row["predicted_kl"] for row in rows)

@@ -1,0 +1,211 @@
+"""Bits against divergence: which models no other beats, and a picture of all of them."""
+
+import itertools
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from atd.errors import BadInput
+from atd.reports.plots import need_matplotlib, save_figure
+
+# Okabe and Ito's colours, which stay apart for every kind of colour vision, and a marker each besides.
+_LOOKS = (
+    ("#0072B2", "o"),
+    ("#D55E00", "s"),
+    ("#009E73", "^"),
+    ("#CC79A7", "D"),
+    ("#E69F00", "v"),
+    ("#56B4E9", "P"),
+    ("#000000", "X"),
+)
+_LEAST = 1e-8  # nats: what float32 logits cannot tell from 0, which a log axis has no place for
+_DISTANCES = (5, 8, 13, 20, 30, 42, 58)  # of a label from its point, in typographic points
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A model in the picture: bits a weight, KL(dense || model) in nats, what stands beside it, and what its colour says."""
+
+    bits: float
+    kl: float
+    label: str
+    kind: str = ""
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices, by rising bits, of the (bits, KL) that no other beats: none is as good in both and better in one.
+
+    Points that are equal stand or fall together; a KL that is no finite number is never on the front.
+    """
+    finite = [i for i, (bits, kl) in enumerate(points) if math.isfinite(bits) and math.isfinite(kl)]
+
+    def beaten(i: int) -> bool:
+        return any(points[j] != points[i] and all(map(operator.le, points[j], points[i])) for j in finite)
+
+    return sorted((i for i in finite if not beaten(i)), key=lambda i: points[i])
+
+
+def picture(panels: Mapping[str, Sequence[Mark]], path: str | Path, note: str = "") -> None:
+    """Writes `figure(panels, note)` to a file. Raises BadInput as that does, and where the file cannot be written."""
+    save_figure(figure(panels, note), path)
+
+
+def figure(panels: Mapping[str, Sequence[Mark]], note: str = "") -> Any:
+    """KL (log) over bits a weight, a panel for each title: the front as a stair and a label at each point -> Figure.
+
+    `note` stands below and says what the labels mean. A label that finds no free place is left out, those of the front
+    last. Raises BadInput where matplotlib is missing or a panel has no finite KL.
+    """
+    need_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = {title: [mark for mark in marks if math.isfinite(mark.kl)] for title, marks in panels.items()}
+    if not shown or not all(shown.values()):
+        raise BadInput("no model with a finite KL divergence: nothing to draw")
+    most = max(map(len, shown.values()))
+    kinds = list(dict.fromkeys(mark.kind for marks in shown.values() for mark in marks))
+    width, height = min(11, 6.5 + 0.08 * most), min(8, 4.5 + 0.06 * most)
+    drawn = Figure(figsize=(width * len(shown), height), dpi=150, layout="constrained")
+    canvas = FigureCanvasAgg(drawn)
+    axes = drawn.subplots(1, len(shown), squeeze=False)[0]
+    lines = []
+    for axis, (title, marks) in zip(axes, shown.items(), strict=True):
+        lines.append(_draw(axis, marks, kinds))
+        axis.set_title(title, loc="left", fontsize=10)
+    if len(kinds) > 1:
+        axes[-1].legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+    if note:
+        drawn.supxlabel(note, fontsize=9, color="#555555", x=0.01, ha="left")
+    canvas.draw()  # places are final from here on, so that labels can be put between them
+    drawn.set_layout_engine("none")
+    for axis, marks, line in zip(axes, shown.values(), lines, strict=True):
+        _label(axis, canvas.get_renderer(), marks, line, kinds)
+    return drawn
+
+
+def _draw(axis: Any, marks: Sequence[Mark], kinds: Sequence[str]) -> list[int]:
+    """Points and the line of the front; returns the front."""
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        """0.1 rather than 10^-1; which ticks are labelled stays matplotlib's choice."""
+
+        def __call__(self, x, pos=None):
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
+    kl = [max(mark.kl, _LEAST) for mark in marks]
+    line = front([(mark.bits, mark.kl) for mark in marks])
+    steps = [marks[i].bits for i in line], [kl[i] for i in line]  # what can be had for so many bits: a stair
+    axis.plot(*steps, color="#333333", linewidth=1, drawstyle="steps-post", label="front")
+    for n, kind in enumerate(kinds):
+        colour, marker = _LOOKS[n % len(_LOOKS)]
+        mine = [i for i, mark in enumerate(marks) if mark.kind == kind]
+        axis.plot(
+            [marks[i].bits for i in mine],
+            [kl[i] for i in mine],
+            color=colour,
+            marker=marker,
+            markersize=6,
+            markeredgecolor="white",
+            markeredgewidth=0.4,
+            linestyle="none",
+            label=kind,
+        )
+    axis.set_yscale("log")
+    for set_formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        set_formatter(Plain())
+    axis.margins(0.12)  # room for labels
+    axis.set_xlabel("bits a weight")
+    axis.set_ylabel("KL(dense || converted), nats")
+    axis.grid(which="major", color="#DDDDDD", linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    return line
+
+
+def _label(axis: Any, renderer: Any, marks: Sequence[Mark], line: Sequence[int], kinds: Sequence[str]) -> None:
+    """Puts each label where it covers no point and no other label, near its own point, off the front where it can be."""
+    from matplotlib.path import Path as Outline
+    from matplotlib.transforms import Bbox
+
+    pixels = renderer.points_to_pixels(1)
+    at = axis.transData.transform([(mark.bits, max(mark.kl, _LEAST)) for mark in marks])
+    reach = 4.5 * pixels  # half a marker and a little air
+    taken = [Bbox.from_extents(x - reach, y - reach, x + reach, y + reach) for x, y in at]
+    stair = [corner for a, b in itertools.pairwise(line) for corner in (at[a], (at[b][0], at[a][1]), at[b])]
+    strokes = [Outline(stair)] if stair else []
+    frame = axis.get_window_extent(renderer)
+    for i in [*line, *(i for i in range(len(marks)) if i not in line)]:
+        text = axis.annotate(marks[i].label, (marks[i].bits, max(marks[i].kl, _LEAST)), fontsize=8)
+        box = text.get_window_extent(renderer)
+        text.remove()
+        best = None
+        for distance in _DISTANCES:
+            for angle in (45, 0, 315, 135, 180, 225, 90, 270, 22, 338, 158, 202, 68, 112, 248, 292):
+                # The middle of the box, such that its edge is `distance` away: half a box further along x and y.
+                right, up = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+                shift = (
+                    (distance * pixels + reach / 2) * right + box.width / 2 * _towards(right),
+                    (distance * pixels + reach / 2) * up + box.height / 2 * _towards(up),
+                )
+                middle = at[i] + shift
+                found = Bbox.from_bounds(
+                    middle[0] - box.width / 2, middle[1] - box.height / 2, box.width, box.height
+                ).padded(1.2 * pixels)
+                if not _inside(found, frame) or any(found.overlaps(other) for other in taken):
+                    continue
+                leader = Outline([at[i], middle])
+                crossed = sum(stroke.intersects_bbox(found, filled=False) for stroke in strokes)
+                crossed += sum(leader.intersects_bbox(o, filled=False) for k, o in enumerate(taken) if k != i)
+                gaps = [_gap(found, point) for point in at]
+                doubtful = sum(gap < 1.5 * gaps[i] for k, gap in enumerate(gaps) if k != i)  # whose label is it?
+                cost = distance + 25 * crossed + 15 * doubtful
+                if best is None or cost < best[0]:
+                    best = cost, found, middle, leader, distance
+        if best is None:
+            continue
+        _, found, middle, leader, distance = best
+        taken.append(found)
+        # A label that stands far off is tied to its point.
+        tie = {"arrowstyle": "-", "color": "#999999", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3}
+        if distance > 13:
+            strokes.append(leader)
+        axis.annotate(
+            marks[i].label,
+            (marks[i].bits, max(marks[i].kl, _LEAST)),
+            xytext=tuple((middle - at[i]) / pixels),
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            fontsize=8,
+            color=_ink(marks[i].kind, kinds),
+            fontweight="bold" if i in line else "normal",
+            arrowprops=tie if distance > 13 else None,
+        )
+
+
+def _ink(kind: str, kinds: Sequence[str]) -> Any:
+    """The kind's colour, darkened until it can be read as text; black where there is but one."""
+    from matplotlib.colors import to_rgb
+
+    colour = to_rgb(_LOOKS[kinds.index(kind) % len(_LOOKS)][0])
+    return tuple(0.62 * part for part in colour) if len(kinds) > 1 else "black"
+
+
+def _gap(box: Any, point: Any) -> float:
+    """Distance of a point from a box, in pixels."""
+    x, y = point
+    return math.hypot(max(box.x0 - x, 0, x - box.x1), max(box.y0 - y, 0, y - box.y1))
+
+
+def _towards(share: float) -> float:
+    """-1, 0 or 1 for a box that lies to the one side, across, or to the other."""
+    return 0.0 if abs(share) < 0.3 else math.copysign(1, share)
+
+
+def _inside(box: Any, frame: Any) -> bool:
+    return frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1

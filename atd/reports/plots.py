@@ -1,0 +1,111 @@
+"""The picture of a conversion by layer, and what all pictures need of matplotlib."""
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from atd.errors import BadInput
+from atd.reports.tables import _three_digits
+
+# Okabe and Ito's colours, which stay apart for every kind of colour vision, and a marker each besides.
+_KINDS = {
+    "q_proj": ("#0072B2", "o"),
+    "k_proj": ("#56B4E9", "s"),
+    "v_proj": ("#009E73", "^"),
+    "o_proj": ("#000000", "D"),
+    "gate_proj": ("#E69F00", "v"),
+    "up_proj": ("#D55E00", "P"),
+    "down_proj": ("#CC79A7", "X"),
+}
+_OTHER_KIND = ("#777777", "*")
+_BLOCK = re.compile(r".*\.(\d+)\..*?([^.]+)")
+
+
+def need_matplotlib() -> None:
+    """Raises BadInput where matplotlib is missing: to be called before the work whose picture is wanted."""
+    try:
+        import matplotlib.backends.backend_agg
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        raise BadInput("drawing needs matplotlib: pip install 'atd-jax[report]'") from None
+
+
+def save_figure(figure: Any, path: str | Path) -> None:
+    """Writes a matplotlib Figure. Raises BadInput where the file cannot be written."""
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:  # ValueError: an ending that is no picture format
+        raise BadInput(f"{path}: the picture cannot be written: {error}") from None
+
+
+def layers_picture(report: Sequence[dict[str, Any]], path: str | Path) -> None:
+    """Draws bits a weight and relative error (|W' - W| / |W|, Frobenius) by block, apart for each kind of linear.
+
+    `report`: rows of report.json, {"node", "type", "bits", "weights", "error"}; an error may be None. What lies outside
+    the blocks (embedding, head) is noted in the title. Raises BadInput where matplotlib is missing, no row belongs to a
+    block or the picture cannot be written.
+    """
+    need_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    lines: dict[str, list[tuple[int, dict]]] = {}
+    outside = []
+    for row in report:
+        if match := _BLOCK.fullmatch(row["node"]):
+            lines.setdefault(match[2], []).append((int(match[1]), row))
+        else:
+            outside.append(row)
+    if not lines:
+        raise BadInput(
+            "the report has no rows of blocks (nodes named like model.layers.0.self_attn.q_proj): nothing to draw"
+        )
+    rows = [row for points in lines.values() for _, row in points]
+    panels = [("bits", "bits a weight")]
+    if any(row["error"] is not None for row in rows):
+        panels.append(("error", "relative error"))
+
+    blocks = 1 + max(block for points in lines.values() for block, _ in points)
+    figure = Figure(figsize=(min(16, 6 + 0.22 * blocks), 1.2 + 3 * len(panels)), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    kinds = sorted(lines, key=lambda kind: (list(_KINDS).index(kind) if kind in _KINDS else len(_KINDS), kind))
+    for axis, (key, label) in zip(axes, panels, strict=True):
+        for i, kind in enumerate(kinds):
+            colour, marker = _KINDS.get(kind, _OTHER_KIND)
+            points = sorted((block, math.nan if row[key] is None else row[key]) for block, row in lines[kind])
+            # Kinds of equal bits are the rule: they stand side by side. Errors differ, and their course is what counts.
+            shift, linestyle = (0.13 * (i - (len(kinds) - 1) / 2), "none") if key == "bits" else (0, "-")
+            axis.plot(
+                [block + shift for block, _ in points],
+                [value for _, value in points],
+                color=colour,
+                marker=marker,
+                markersize=5,
+                markeredgecolor="white",
+                markeredgewidth=0.3,
+                linestyle=linestyle,
+                linewidth=1,
+                label=kind.removesuffix("_proj"),
+            )
+        for block in range(0, blocks, 2):
+            axis.axvspan(block - 0.5, block + 0.5, color="#F4F4F4", linewidth=0, zorder=0)
+        axis.set_ylabel(label)
+        axis.grid(axis="y", color="#DDDDDD", linewidth=0.6)
+        axis.set_axisbelow(True)
+        axis.set_xlim(-0.6, blocks - 0.4)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_ylim(0, 1.1 * max(row[key] for row in rows if row[key] is not None))
+    weights = sum(row["weights"] for row in rows)
+    mean = sum(row["bits"] * row["weights"] for row in rows) / weights
+    axes[0].axhline(mean, color="#333333", linewidth=0.9, linestyle="--", label=f"mean {mean:.2f}")
+    axes[-1].set_xlabel("block")
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[0].legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+    notes = [f"{len(rows)} linears, {_three_digits(weights)} weights, {mean:.2f} bits a weight"]
+    notes += [f"{row['node'].split('.')[-1]} {row['bits']:.2f} bits" for row in outside]
+    axes[0].set_title("; ".join(notes), loc="left", fontsize=10)
+    save_figure(figure, path)

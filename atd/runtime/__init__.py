@@ -1,0 +1,1 @@
+"""Running models: evaluation, generation, measuring their speed."""

@@ -1,0 +1,171 @@
+"""The rows of a sweep (`atd.study`): their file results.csv, their table, their picture.
+
+A row maps columns to texts. Columns of an evaluation text are "figure:text" (kl_mean:wikitext2_raw_test), those of a
+varied option "pass.option" (decompose.bases), all others single words.
+"""
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from atd.checkpoint.writer import write_file
+from atd.errors import BadInput
+from atd.reports import pareto
+from atd.reports.tables import sizes
+
+RESULTS = "results.csv"
+PICTURE = "pareto.png"
+
+Row = dict[str, str]
+
+
+def read_results(path: Path) -> list[Row]:
+    """The rows of a sweep's results.csv. Raises BadInput where it is none."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            rows = [{column: value or "" for column, value in row.items() if column} for row in reader]
+            columns = set(reader.fieldnames or ())
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise BadInput(f"{path}: cannot be read: {error}") from None
+    if missing := {"key", "setting", "recipe", "error", "folder"} - columns:
+        raise BadInput(f"{path}: not a table of atd sweep: it has no column {min(missing)}; choose another folder")
+    return rows
+
+
+def write_results(path: Path, rows: Sequence[Row]) -> None:
+    """Writes all rows anew, whole or not at all and fsynced: a new column finds its place, a row is never half there."""
+    given = dict.fromkeys(["recipe", "error", "folder", *(column for row in rows for column in row)])
+    groups = {"recipe": 0, "error": 5, "folder": 6, "key": 8, "setting": 8}
+
+    def group(column: str) -> int:  # what was done, what came out, what it was done with
+        results = column in ("bits_per_weight", "bytes", "convert_seconds", "evaluate_seconds") or ":" in column
+        return groups.get(column, 1 if is_option(column) else 3 if results else 7)
+
+    text = io.StringIO(newline="")
+    columns = sorted([*given, *({"key", "setting"} - set(given))], key=lambda column: group(column))
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_file(path, text.getvalue())
+
+
+def number(row: Row, column: str) -> float:
+    """A figure of a row; NaN where it has none."""
+    try:
+        return float(row.get(column, ""))
+    except ValueError:
+        return math.nan
+
+
+def short_options(options: Iterable[str]) -> dict[str, str]:
+    """Each pass.option -> its option alone, or whole where two passes have one of that name."""
+    options = list(options)
+    last = [option.partition(".")[2] for option in options]
+    return {o: short if last.count(short) == 1 else o for o, short in zip(options, last, strict=True)}
+
+
+def is_option(column: str) -> bool:
+    """The column is a varied pass.option."""
+    return "." in column and ":" not in column
+
+
+def _options(rows: Sequence[Row]) -> list[str]:
+    """The options that any of the rows varies."""
+    return list(dict.fromkeys(c for row in rows for c, value in row.items() if is_option(c) and value))
+
+
+def _texts(rows: Sequence[Row]) -> list[str]:
+    names = (c.partition(":")[2] for row in rows for c, value in row.items() if c.startswith("kl_mean:") and value)
+    return list(dict.fromkeys(names))
+
+
+def _front(rows: Sequence[Row], text: str) -> set[int]:
+    """Of the rows that no other beats in bits and mean KL on this text: their indices."""
+    return set(pareto.front([(number(row, "bits_per_weight"), number(row, f"kl_mean:{text}")) for row in rows]))
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """Finished rows of one setting by bits, for people; "●" stands behind the mean KL of those that no other beats.
+
+    With several texts it holds perplexity and mean KL on each; results.csv has the rest.
+    """
+    rows = sorted(rows, key=lambda row: (number(row, "bits_per_weight"), row["folder"]))
+    options, texts = _options(rows), _texts(rows)  # (widths: 80 columns hold two short options)
+    lines = [_conditions(row, text) for text in texts for row in rows[:1]]
+    lines = [f"({n}) {line}" if len(lines) > 1 else line for n, line in enumerate(lines, 1)]
+    result = Table(
+        box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), caption="\n".join([*lines, "● Pareto front"])
+    )
+    result.add_column("recipe", overflow="fold", min_width=_room(row["recipe"] for row in rows))
+    calibrated = len({row.get("calib_sha256", "") for row in rows}) > 1
+    for option, title in short_options(options).items():
+        room = max(_room(row.get(option, "") for row in rows), _room([title]))
+        result.add_column(title, justify="right", overflow="fold", min_width=room)
+    if calibrated:
+        result.add_column("calib", justify="right", overflow="fold")
+    single = len(texts) == 1
+    titles = ["bits a\nweight", *(["size"] if single else [])]
+    for n in range(1, len(texts) + 1):
+        on = "" if single else f"\n({n})"
+        titles += [f"perplexity{on}", "KL\nmean" if single else f"KL{on}", *(["KL\n99 %", "top-1"] if single else [])]
+    for title in titles:
+        result.add_column(title, justify="right", no_wrap=True)
+    fronts = {text: _front(rows, text) for text in texts}
+    for i, row in enumerate(rows):
+        cells = [row["recipe"], *(row.get(option) or "–" for option in options)]
+        cells += [Path(row.get("calib", "")).stem or "–"] if calibrated else []
+        cells += [f"{number(row, 'bits_per_weight'):.2f}", *([sizes(number(row, "bytes"))] if single else [])]
+        for text in texts:
+            perplexity, kl = number(row, f"perplexity:{text}"), number(row, f"kl_mean:{text}")
+            cells.append(f"{perplexity:.3f}" if perplexity < 1000 else f"{perplexity:,.0f}")
+            cells.append(f"{kl:#.3g}{' ●' if i in fronts[text] else '  '}")
+            if single:
+                cells += [f"{number(row, f'kl_99:{text}'):#.3g}", f"{number(row, f'top1:{text}'):.1%}"]
+        result.add_row(*cells)
+    return result
+
+
+def _room(cells: Iterable[str]) -> int:
+    """A width that keeps short words whole and lets long ones fold."""
+    return min(12, max(map(len, cells), default=0))
+
+
+def _conditions(row: Row, text: str) -> str:
+    """What must be said beside the figures on a text."""
+    windows, positions = number(row, f"windows:{text}"), number(row, f"positions:{text}")
+    dense = number(row, f"dense_perplexity:{text}")
+    return (
+        f"{row['model']} on {text}: dense perplexity {dense:.3f}; {windows:.0f} windows of {row['context']} tokens, "
+        f"no BOS, {positions:,.0f} positions scored"
+    )
+
+
+def picture(rows: Sequence[Row], path: Path) -> None:
+    """Draws mean KL over bits a weight, a panel for each text. Raises BadInput as `atd.reports.pareto.picture` does."""
+    options = _options(rows)
+    calibrations = {row["calib_sha256"] for row in rows if row.get("calib_sha256")}
+
+    def name(row: Row) -> str:
+        calib = Path(row.get("calib", "")).stem
+        return f"{row['recipe']} on {calib}" if calib and len(calibrations) > 1 else row["recipe"]
+
+    panels = {}
+    for text in _texts(rows):
+        title = _conditions(rows[0], text).replace("; ", "\n", 1)
+        panels[title] = [
+            pareto.Mark(
+                number(row, "bits_per_weight"),
+                number(row, f"kl_mean:{text}"),
+                ", ".join(row.get(option) or "–" for option in options) or name(row),
+                name(row) if options else "",
+            )
+            for row in rows
+        ]
+    note = f"labels: {', '.join(short_options(options).values())}" if options else ""
+    pareto.picture(panels, path, note)

@@ -1,0 +1,30 @@
+"""Stored names: which tensors of a file hold a weight, and the weight made of them again."""
+
+import numpy as np
+
+from atd.weights.layouts import LAYOUTS
+from atd.weights.types import DTYPES, DenseType, PackedType, WeightType
+from atd.weights.values import Dense, Packed, Ternary, Weight
+
+
+def stored(tensor: str, type: WeightType) -> dict[str, tuple[str, tuple[int, ...], np.dtype]]:
+    """What lies in the file for a weight called `tensor` ("...q_proj.weight"): field -> (stored name, shape, dtype).
+
+    Dense tensors keep their name; others become `<name>.weight_packed` (or `_trits`) and `<name>.scales`.
+    """
+    if isinstance(type, DenseType):
+        return {"array": (tensor, type.shape, DTYPES[type.dtype])}
+    ternary = type.ternary if isinstance(type, PackedType) else type
+    scales = (f"{tensor.removesuffix('.weight')}.scales", ternary.scales_shape, DTYPES[ternary.dtype])
+    if isinstance(type, PackedType):
+        return {"codes": (f"{tensor}_packed", type.codes_shape, LAYOUTS[type.layout].dtype), "scales": scales}
+    return {"trits": (f"{tensor}_trits", (*ternary.shape, ternary.bases), np.dtype(np.int8)), "scales": scales}
+
+
+def build(type: WeightType, fields: dict) -> Weight:
+    """The value of this type made of the arrays named as `stored` names them."""
+    if isinstance(type, DenseType):
+        return Dense(fields["array"])
+    if isinstance(type, PackedType):
+        return Packed(fields["codes"], fields["scales"], type)
+    return Ternary(fields["trits"], fields["scales"], type)

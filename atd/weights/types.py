@@ -1,0 +1,136 @@
+"""The types of weights: what a tensor can be, known from shapes alone. `parse_type(str(t)) == t`."""
+
+import math
+import re
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+
+from atd.weights.layouts import LAYOUTS
+
+DTYPES = {
+    "f32": np.dtype(np.float32),
+    "f16": np.dtype(np.float16),
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+    "f64": np.dtype(np.float64),
+}
+SHORT = {dtype: name for name, dtype in DTYPES.items()}
+Group = int | str  # a size, "row" or "tensor"
+
+
+@dataclass(frozen=True)
+class DenseType:
+    """A plain array of any rank; `dtype` is one of f32, f16, bf16, f64."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    def __str__(self) -> str:
+        return f"dense {self.dtype}[{','.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True)
+class TernaryType:
+    """N trits a weight and the scales that join them: trits int8 [out, in, N], scales [rows, groups, N or 1]."""
+
+    shape: tuple[int, int]  # out, in
+    bases: int
+    group: Group  # size along the inputs, "row" or "tensor"
+    tied: bool
+    dtype: str  # of the scales
+
+    @property
+    def group_size(self) -> int:
+        """Inputs that share a scale: the last group of a row may hold fewer."""
+        return self.shape[1] if isinstance(self.group, str) else self.group
+
+    @property
+    def scales_shape(self) -> tuple[int, int, int]:
+        out, inputs = self.shape
+        return 1 if self.group == "tensor" else out, -(-inputs // self.group_size), 1 if self.tied else self.bases
+
+    @property
+    def scales_nbytes(self) -> int:
+        return math.prod(self.scales_shape) * DTYPES[self.dtype].itemsize
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.bases + self.scales_nbytes
+
+    def _options(self) -> str:
+        return f"n={self.bases} g={self.group} {'tied' if self.tied else 'free'}"
+
+    def __str__(self) -> str:
+        return f"ternary {self._options()} {self.dtype}[{self.shape[0]},{self.shape[1]}]"
+
+
+@dataclass(frozen=True)
+class PackedType:
+    """A `TernaryType` whose trits lie in a layout of `atd.weights.layouts`: codes uint8, scales as they were."""
+
+    ternary: TernaryType
+    layout: str
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.ternary.shape
+
+    @property
+    def dtype(self) -> str:
+        return self.ternary.dtype
+
+    @property
+    def codes_shape(self) -> tuple[int, ...]:
+        return LAYOUTS[self.layout].codes_shape(*self.shape, self.ternary.bases)
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.codes_shape) * LAYOUTS[self.layout].dtype.itemsize + self.ternary.scales_nbytes
+
+    def __str__(self) -> str:
+        return f"packed {self.ternary._options()} layout={LAYOUTS[self.layout]} {self.dtype}[{self.shape[0]},{self.shape[1]}]"
+
+
+WeightType = DenseType | TernaryType | PackedType
+_TYPE = re.compile(
+    r"(?P<kind>dense|ternary|packed)"
+    r"(?: n=(?P<bases>\d+) g=(?P<group>\d+|row|tensor) (?P<scales>free|tied))?"
+    r"(?: layout=(?P<layout>[\w-]+)/(?P<version>\d+))?"
+    r" (?P<dtype>\w+)\[(?P<shape>[\d,]*)\]"
+)
+
+
+def parse_type(text: str) -> WeightType:
+    """The type whose text this is. Raises ValueError for text that is no type, a layout or a layout version that is not known."""
+    match = _TYPE.fullmatch(text)
+    if match is None or match["dtype"] not in DTYPES:
+        raise ValueError(f"not a weight type: {text!r}")
+    shape = tuple(int(n) for n in match["shape"].split(",") if n)
+    kind, layout = match["kind"], match["layout"]
+    if kind == "dense" and match["bases"] is None and layout is None:
+        return DenseType(shape, match["dtype"])
+    if kind == "dense" or match["bases"] is None or len(shape) != 2 or (kind == "packed") != (layout is not None):
+        raise ValueError(f"not a weight type: {text!r}")
+    group = match["group"] if match["group"] in ("row", "tensor") else int(match["group"])
+    ternary = TernaryType((shape[0], shape[1]), int(match["bases"]), group, match["scales"] == "tied", match["dtype"])
+    if kind == "ternary":
+        return ternary
+    if layout not in LAYOUTS or LAYOUTS[layout].version != int(match["version"]):
+        known = ", ".join(str(known) for known in LAYOUTS.values())
+        raise ValueError(f"layout {layout}/{match['version']} is not known to this version of atd; known: {known}")
+    return PackedType(ternary, layout)
+
+
+def ternary_of(type: WeightType) -> TernaryType | None:
+    """The ternary type behind a type that has one, packed or not."""
+    return type.ternary if isinstance(type, PackedType) else type if isinstance(type, TernaryType) else None
+
+
+def bits_per_weight(type: WeightType) -> float:
+    """All stored bytes, padding and scales included, in bits over the number of weights."""
+    return 8 * type.nbytes / math.prod(type.shape)

@@ -1,0 +1,100 @@
+"""The values of weights: registered pytrees, each defined by its `dequantize()`."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from atd.weights.layouts import LAYOUTS
+from atd.weights.types import SHORT, DenseType, PackedType, TernaryType
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=[])
+@dataclass(frozen=True)
+class Dense:
+    """An array as it is: `dequantize() = array`."""
+
+    array: jax.Array | np.ndarray
+
+    @property
+    def type(self) -> DenseType:
+        return DenseType(tuple(self.array.shape), SHORT[np.dtype(self.array.dtype)])
+
+    def dequantize(self, dtype: Any = np.float32):
+        return self.array.astype(dtype)
+
+
+def level_weights(bases: int) -> np.ndarray:
+    """3^(N-1-i), i = 0..N-1: a tied scale u makes s_i = u 3^(N-1-i)."""
+    return 3.0 ** np.arange(bases - 1, -1, -1, dtype=np.float32)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["trits", "scales"], meta_fields=["type"])
+@dataclass(frozen=True)
+class Ternary:
+    """`w[o, k] = sum_i s[o, k // g, i] t[o, k, i]`, summed over i in order, in float32."""
+
+    trits: jax.Array | np.ndarray  # int8 [out, in, N]
+    scales: jax.Array | np.ndarray  # [rows, groups, N or 1]
+    type: TernaryType
+
+    def dequantize(self, dtype: Any = np.float32):
+        return combine(self.trits, self.scales, self.type).astype(dtype)
+
+
+def combine(trits, scales, type: TernaryType):
+    """trits [rows, in, N], scales [rows or 1, groups, N or 1] -> weights float32 [rows, in]; rows may be any part of the matrix."""
+    xp = jnp if isinstance(trits, jax.Array) else np
+    scales = scales.astype(np.float32)
+    if type.tied:  # exact: the integer is below 2^24, and one rounding remains
+        integers = sum(trits[:, :, i] * level_weights(type.bases)[i] for i in range(type.bases))
+        return integers * _spread(scales[..., 0], type, xp)
+    total = trits[:, :, 0] * _spread(scales[..., 0], type, xp)
+    for i in range(1, type.bases):
+        total = total + trits[:, :, i] * _spread(scales[..., i], type, xp)
+    return total
+
+
+def _spread(scale, type: TernaryType, xp):
+    """[rows, groups] -> [rows, in] (or [rows, 1], which broadcasts, where a row has one group)."""
+    if scale.shape[1] == 1:
+        return scale
+    return xp.repeat(scale, type.group_size, axis=1)[:, : type.shape[1]]
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["codes", "scales"], meta_fields=["type"])
+@dataclass(frozen=True)
+class Packed:
+    """A `Ternary` whose trits are `LAYOUTS[type.layout].unpack(codes)`."""
+
+    codes: jax.Array | np.ndarray  # shape and dtype are the layout's
+    scales: jax.Array | np.ndarray  # [rows, groups, N or 1]
+    type: PackedType
+
+    def unpack(self) -> Ternary:
+        ternary = self.type.ternary
+        trits = LAYOUTS[self.type.layout].unpack(self.codes, ternary.shape[1], ternary.bases)
+        return Ternary(trits[: ternary.shape[0]], self.scales, ternary)
+
+    def dequantize(self, dtype: Any = np.float32):
+        return self.unpack().dequantize(dtype)
+
+
+Weight = Dense | Ternary | Packed
+
+
+def broken(weight: Weight) -> str | None:
+    """What is wrong with the values of a weight, or None."""
+    match weight:
+        case Dense(array=array):
+            return None if np.isfinite(np.asarray(array)).all() else "it holds NaN or Inf"
+        case Packed():
+            if count := LAYOUTS[weight.type.layout].invalid_bytes(weight.codes):
+                return f"{count} bytes are no codes of layout {weight.type.layout}: the tensor is corrupted"
+        case Ternary():
+            if np.abs(np.asarray(weight.trits)).max(initial=0) > 1:
+                return "it holds trits other than -1, 0, 1: the tensor is corrupted"
+    return None if np.isfinite(np.asarray(weight.scales)).all() else "its scales hold NaN or Inf"

