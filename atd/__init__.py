@@ -13,6 +13,8 @@ Names are imported on first use, so that `atd.kernels` needs jax and numpy alone
 import importlib
 from typing import TYPE_CHECKING
 
+from atd.version import __version__
+
 if TYPE_CHECKING:
     from atd.models.frontend import open as open
     from atd.models.model import load as load
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
     from atd.runtime.evaluate import evaluate as evaluate
     from atd.runtime.generate import generate as generate
 
-__version__ = "0.1.0"
 _HOME = {
     "Pass": "atd.pipeline",
     "Pipeline": "atd.pipeline",

@@ -26,4 +26,8 @@ def return_freed_from_now_on() -> None:
 
 def _glibc() -> ctypes.CDLL | None:
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    return libc if libc is not None and hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None
+    return (
+        libc
+        if libc is not None and hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")
+        else None
+    )

@@ -21,7 +21,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from atd.checkpoint.tokenizer import open_tokenizer, read_text
+from atd.checkpoint.files import read_text
+from atd.checkpoint.reader import open_tokenizer
 from atd.kernels import matmul, prefixes, xla
 from atd.models.frontend import open as open_model
 from atd.models.model import Model, load
@@ -66,7 +67,9 @@ ROUNDINGS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("converted", type=Path)
     parser.add_argument("--against", type=Path, required=True, help="the dense model")
     parser.add_argument("--data", type=Path, required=True, help="UTF-8 text")
@@ -98,11 +101,17 @@ def main() -> None:
     for row in rows:
         change = f"{row['kl_mean'] / rows[0]['kl_mean'] - 1:+.4%}"
         table.add_row(
-            row["activations"], f"{row['perplexity']:.4f}", f"{row['kl_mean']:.6f}", change, f"{row['top1']:.2%}"
+            row["activations"],
+            f"{row['perplexity']:.4f}",
+            f"{row['kl_mean']:.6f}",
+            change,
+            f"{row['top1']:.2%}",
         )
     console.print(table)
     if arguments.json:
-        arguments.json.write_text(json.dumps({"converted": str(arguments.converted), "rows": rows}, indent=1) + "\n")
+        arguments.json.write_text(
+            json.dumps({"converted": str(arguments.converted), "rows": rows}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

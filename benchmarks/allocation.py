@@ -18,8 +18,16 @@ from rich.table import Table
 from scipy.stats import spearmanr
 
 from atd.calibration import sensitivity
-from atd.checkpoint.tokenizer import open_tokenizer, read_text
-from atd.decomposition.allocation import Choice, allocate, stored_bytes, ternary_types, total_bytes, total_loss
+from atd.checkpoint.files import read_text
+from atd.checkpoint.reader import open_tokenizer
+from atd.decomposition.allocation import (
+    Choice,
+    allocate,
+    stored_bytes,
+    ternary_types,
+    total_bytes,
+    total_loss,
+)
 from atd.models import frontend
 from atd.pipeline import Pipeline
 from atd.weights import Dense
@@ -38,17 +46,24 @@ def kl_of(graph, weights, quantized, windows, taken) -> float:
                 changed[i][node.name] = changed[i][node.name] | {"weight": Dense(array)}
     total = 0.0
     for window in windows:
-        pair = [sensitivity._logits(graph, w, sensitivity._run(graph, w, window[None])[-1]) for w in (weights, changed)]
+        pair = [
+            sensitivity._logits(graph, w, sensitivity._run(graph, w, window[None])[-1])
+            for w in (weights, changed)
+        ]
         total += sum(float(sensitivity._kl(p, q)) for p, q in zip(*pair, strict=True))
     return total / windows.size
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", help="a checkpoint")
     parser.add_argument("--data", required=True, help="calibration text")
     parser.add_argument("--tokens", type=int, default=16384, help="of the text, for moments")
-    parser.add_argument("--measured-tokens", type=int, default=2048, help="for gradients and measurements")
+    parser.add_argument(
+        "--measured-tokens", type=int, default=2048, help="for gradients and measurements"
+    )
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--tiny", action="store_true", help="1024 and 256 tokens, two budgets")
     parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
@@ -58,24 +73,41 @@ def main() -> None:
         tokens, few, budgets = 1024, 256, BUDGETS[4:6]
     graph = Pipeline(["fold_norms", "rotate"])(frontend.open(options.model))
     ids = open_tokenizer(options.model).encode(read_text(options.data))
-    windows = np.asarray(ids[: tokens // options.context * options.context], np.int32).reshape(-1, options.context)
-    linears = {b.full_name(n): n.weights["weight"].type for b in graph.blocks for n in b.nodes if n.op == "linear"}
-    candidates = {n: ternary_types(t.shape, (1, 2, 3), ("row",), ("tied",), "f16") for n, t in linears.items()}
+    windows = np.asarray(ids[: tokens // options.context * options.context], np.int32).reshape(
+        -1, options.context
+    )
+    linears = {
+        b.full_name(n): n.weights["weight"].type
+        for b in graph.blocks
+        for n in b.nodes
+        if n.op == "linear"
+    }
+    candidates = {
+        n: ternary_types(t.shape, (1, 2, 3), ("row",), ("tied",), "f16") for n, t in linears.items()
+    }
 
     clock = time.perf_counter()
     predicted, _ = sensitivity.fisher_losses(graph, windows, candidates, few)
     seconds = {"predicted": time.perf_counter() - clock}
     clock = time.perf_counter()
-    measured = sensitivity.measured_losses(graph, windows, [[name] for name in candidates], candidates, few)
+    measured = sensitivity.measured_losses(
+        graph, windows, [[name] for name in candidates], candidates, few
+    )
     seconds["measured"] = time.perf_counter() - clock
-    proxy, truth = np.array([predicted[name] for name in candidates]), np.array(measured)  # [linears, 3]
+    proxy, truth = (
+        np.array([predicted[name] for name in candidates]),
+        np.array(measured),
+    )  # [linears, 3]
 
     def rank(a, b) -> float:
         return float(np.asarray(spearmanr(a.ravel(), b.ravel()))[0])
 
     ranks = {"all nodes and options": rank(proxy, truth)}
     ranks |= {f"N = {i + 1}": rank(proxy[:, i], truth[:, i]) for i in range(3)}
-    ranks |= {f"N = {i + 1} less N = {i + 2}": rank(-np.diff(proxy)[:, i], -np.diff(truth)[:, i]) for i in range(2)}
+    ranks |= {
+        f"N = {i + 1} less N = {i + 2}": rank(-np.diff(proxy)[:, i], -np.diff(truth)[:, i])
+        for i in range(2)
+    }
     console = Console()
     table = Table(
         title=f"rank correlation; {seconds['predicted']:.0f} s predicted, {seconds['measured']:.0f} s measured"
@@ -93,14 +125,20 @@ def main() -> None:
         row = {"bits": float(bits)}
         for title, losses in (("predicted", proxy), ("measured", truth)):
             choices = [
-                Choice((name,), tuple(stored_bytes(t, DEFAULT_LAYOUT) for t in types), tuple(map(float, loss)))
+                Choice(
+                    (name,),
+                    tuple(stored_bytes(t, DEFAULT_LAYOUT) for t in types),
+                    tuple(map(float, loss)),
+                )
                 for (name, types), loss in zip(candidates.items(), losses, strict=True)
             ]
             taken = allocate(choices, int(bits * count / 8))
             names = dict(zip(candidates, taken, strict=True))
             row[f"used, by {title}"] = 8 * total_bytes(choices, taken) / count
             row[f"sum, by {title}"] = total_loss(choices, taken)
-            row[f"KL, by {title}"] = kl_of(graph, weights, quantized, windows[: max(1, few // options.context)], names)
+            row[f"KL, by {title}"] = kl_of(
+                graph, weights, quantized, windows[: max(1, few // options.context)], names
+            )
         rows.append(row)
     table = Table(title="KL over budgets: allocated by predicted losses, and by measured ones")
     for title in rows[0]:

@@ -52,13 +52,19 @@ TINY = LLAMA_3_8B | {
 def write_checkpoint(folder: Path, config: dict, blocks: int) -> int:
     """A random checkpoint of these shapes; returns the number of weights of its linears."""
     rng = np.random.default_rng(0)
-    hidden, mlp, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    hidden, mlp, vocabulary = (
+        config["hidden_size"],
+        config["intermediate_size"],
+        config["vocab_size"],
+    )
     kv = hidden * config["num_key_value_heads"] // config["num_attention_heads"]
     linears = {"q": (hidden, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, hidden)}
     mlps = {"gate": (mlp, hidden), "up": (mlp, hidden), "down": (hidden, mlp)}
 
     def random(name: str, shape: tuple[int, ...]):
-        return in_memory(name, Dense((rng.standard_normal(shape, np.float32) * 0.02).astype(ml_dtypes.bfloat16)))
+        return in_memory(
+            name, Dense((rng.standard_normal(shape, np.float32) * 0.02).astype(ml_dtypes.bfloat16))
+        )
 
     def gain(name: str):
         return in_memory(name, Dense(np.ones(hidden, ml_dtypes.bfloat16)))
@@ -81,11 +87,16 @@ def write_checkpoint(folder: Path, config: dict, blocks: int) -> int:
         if shard.startswith("block"):
             weights += sum(int(np.prod(shape)) for _, shape in tensors)
             b = f"model.layers.{shard.removeprefix('block-')}"
-            refs += [gain(f"{b}.input_layernorm.weight"), gain(f"{b}.post_attention_layernorm.weight")]
+            refs += [
+                gain(f"{b}.input_layernorm.weight"),
+                gain(f"{b}.post_attention_layernorm.weight"),
+            ]
         elif shard == "head":
             refs.append(gain("model.norm.weight"))
         weight_map |= dict.fromkeys(write_shard(folder / file, refs), file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": blocks}))
     return weights
 
@@ -107,23 +118,35 @@ def convert(model: Path, out: Path, recipe: str) -> tuple[float, float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--blocks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--recipe", default="datafree2")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--folder", type=Path, help="where to write the checkpoints; a temporary folder by default")
+    parser.add_argument(
+        "--folder", type=Path, help="where to write the checkpoints; a temporary folder by default"
+    )
     arguments = parser.parse_args()
     table = Table(
         title=f"atd convert --recipe {arguments.recipe}, Llama-3-8B's shapes{' made tiny' if arguments.tiny else ''}"
     )
-    for column in ("blocks", "weights of linears", "seconds in all", "million weights/s in blocks", "peak memory"):
+    for column in (
+        "blocks",
+        "weights of linears",
+        "seconds in all",
+        "million weights/s in blocks",
+        "peak memory",
+    ):
         table.add_column(column, justify="right")
     rows = []
     for blocks in arguments.blocks:
         folder = Path(tempfile.mkdtemp(dir=arguments.folder))
         try:
-            weights = write_checkpoint(folder / "model", TINY if arguments.tiny else LLAMA_3_8B, blocks)
+            weights = write_checkpoint(
+                folder / "model", TINY if arguments.tiny else LLAMA_3_8B, blocks
+            )
             seconds, in_blocks, peak = convert(folder / "model", folder / "out", arguments.recipe)
         finally:
             shutil.rmtree(folder)
@@ -137,12 +160,19 @@ def main() -> None:
             }
         )
         table.add_row(
-            str(blocks), f"{weights:,}", f"{seconds:.1f}", f"{weights / in_blocks / 1e6:.1f}", f"{peak / 1e9:.2f} GB"
+            str(blocks),
+            f"{weights:,}",
+            f"{seconds:.1f}",
+            f"{weights / in_blocks / 1e6:.1f}",
+            f"{peak / 1e9:.2f} GB",
         )
     Console().print(table)
     if arguments.json:
         arguments.json.write_text(
-            json.dumps({"recipe": arguments.recipe, "cores": os.cpu_count(), "rows": rows}, indent=1) + "\n"
+            json.dumps(
+                {"recipe": arguments.recipe, "cores": os.cpu_count(), "rows": rows}, indent=1
+            )
+            + "\n"
         )
 
 

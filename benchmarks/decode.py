@@ -41,22 +41,43 @@ def variants(source, packed, dtype: str, backend: str, dense: bool) -> dict[str,
 
 def parse() -> argparse.Namespace:
     out = os.environ.get("OUT")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, nargs="?", help="dense Hugging Face folder or .gguf file")
-    parser.add_argument("--random", choices=list(SHAPES), help="instead of a model: random weights in these shapes")
-    parser.add_argument("--bases", type=int, default=2, help="N of --random, tied, a scale a row (2)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "model", type=Path, nargs="?", help="dense Hugging Face folder or .gguf file"
+    )
+    parser.add_argument(
+        "--random", choices=list(SHAPES), help="instead of a model: random weights in these shapes"
+    )
+    parser.add_argument(
+        "--bases", type=int, default=2, help="N of --random, tied, a scale a row (2)"
+    )
     parser.add_argument("--recipe", default="datafree2", help="how to convert MODEL (datafree2)")
     parser.add_argument("--converted", type=Path, help="a folder converted before, instead")
     parser.add_argument("--backend", help="of the packed model (triton on a GPU, xla on a CPU)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of dense matrices and the cache")
-    parser.add_argument("--no-dense", action="store_true", help="the packed model alone, where the other has no room")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of dense matrices and the cache",
+    )
+    parser.add_argument(
+        "--no-dense",
+        action="store_true",
+        help="the packed model alone, where the other has no room",
+    )
     parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt (128)")
     parser.add_argument("--steps", type=int, default=64, help="tokens decoded after it (64)")
-    parser.add_argument("--repeats", type=int, default=5, help="measured rounds over all models (5)")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="measured rounds over all models (5)"
+    )
     parser.add_argument("--one-jit", action=argparse.BooleanOptionalAction, default=None,
                         help="the steps compiled as one as well, without the host (on a GPU yes)")  # fmt: skip
     parser.add_argument(
-        "--json", type=Path, default=Path(out) / "decode.json" if out else None, help="($OUT/decode.json)"
+        "--json",
+        type=Path,
+        default=Path(out) / "decode.json" if out else None,
+        help="($OUT/decode.json)",
     )
     parser.add_argument("--tiny", action="store_true", help="16 tokens, 8 steps, one round")
     options = parser.parse_args()

@@ -41,7 +41,9 @@ def measure(weight: np.ndarray, bases: int, group: int | str, tied: bool, repeat
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tiny", action="store_true", help="one small matrix, one run")
     parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
     options = parser.parse_args()
@@ -50,13 +52,23 @@ def main() -> None:
         weight = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
         for bases in (1, 2, 3):
             for group in (32 if options.tiny else 128, "row"):
-                rows += [measure(weight, bases, group, tied, 1 if options.tiny else 3) for tied in (False, True)]
+                rows += [
+                    measure(weight, bases, group, tied, 1 if options.tiny else 3)
+                    for tied in (False, True)
+                ]
     table = Table(title="als: million weights a second")
     for title in ("shape", "N", "group", "scales", "M weights/s", "relative RMSE"):
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
         shape, rate = " x ".join(map(str, row["shape"])), f"{row['weights_per_second'] / 1e6:.1f}"
-        table.add_row(shape, str(row["bases"]), str(row["group"]), row["scales"], rate, f"{row['relative_rmse']:.4f}")
+        table.add_row(
+            shape,
+            str(row["bases"]),
+            str(row["group"]),
+            row["scales"],
+            rate,
+            f"{row['relative_rmse']:.4f}",
+        )
     Console().print(table)
     if options.json:
         with open(options.json, "w") as file:

@@ -19,7 +19,13 @@ from atd.weights import PackedType, TernaryType, bits_per_weight
 from atd.weights.layouts import LAYOUTS
 from tests.kernels import aot
 
-CASES = [(n, tied, group) for group in ("row", 128) for n in (1, 2, 3) for tied in (True, False) if tied or n > 1]
+CASES = [
+    (n, tied, group)
+    for group in ("row", 128)
+    for n in (1, 2, 3)
+    for tied in (True, False)
+    if tied or n > 1
+]
 COPY = {"H200": 4.3e12, "H100": 3.0e12, "A10": 5.1e11, "L4": 2.6e11}  # bytes/s that a copy reaches
 CLOCK = {"H200": 1.75e9, "H100": 1.75e9, "A10": 1.5e9, "L4": 1.6e9}  # Hz under load
 
@@ -30,24 +36,34 @@ def instructions(device: str, type: TernaryType) -> tuple[float, aot.Compiled]:
     shape = jax.ShapeDtypeStruct
     codes = LAYOUTS[triton.LAYOUT].codes_shape(*type.shape, type.bases)
     function = partial(triton.gemv, type=type, settings=settings, interpret=False)
-    operands = shape((1, type.shape[1]), jnp.bfloat16), shape(codes, jnp.uint32), shape(type.scales_shape, jnp.float16)
+    operands = (
+        shape((1, type.shape[1]), jnp.bfloat16),
+        shape(codes, jnp.uint32),
+        shape(type.scales_shape, jnp.float16),
+    )
     compiled = aot.compile_for(device, function, *operands, kernel=triton.gemv_name(type, 1))
     weights = 2 * settings.gemv.row_blocks * settings.gemv.unroll * plan.piece_params
     return aot.main_loop_instructions(compiled.sass).total() / weights, compiled
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=sorted(COPY), default="H200")
     parser.add_argument("--shape", type=int, nargs=2, default=(14336, 4096), metavar=("OUT", "IN"))
     arguments = parser.parse_args()
     device = aot.DEVICES[arguments.device]
-    issued = 4 * 32 * device.multiprocessors * CLOCK[arguments.device]  # instructions of a thread, a second
+    issued = (
+        4 * 32 * device.multiprocessors * CLOCK[arguments.device]
+    )  # instructions of a thread, a second
     copied = COPY[arguments.device]
     print(
         f"{device.name}, {arguments.shape[0]} x {arguments.shape[1]}, jax {jax.__version__}: a model, nothing has run\n"
     )
-    print("| N | scales | group | bits | instructions a weight | registers | spills | bound by | modelled, x bf16 |")
+    print(
+        "| N | scales | group | bits | instructions a weight | registers | spills | bound by | modelled, x bf16 |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     for bases, tied, group in CASES:
         type = TernaryType(tuple(arguments.shape), bases, group, tied, "f16")
@@ -56,9 +72,20 @@ def main() -> None:
         count, compiled = instructions(arguments.device, type)
         bits = bits_per_weight(PackedType(type, triton.LAYOUT))
         by_bytes, by_instructions = copied / (bits / 8), issued / count  # weights a second
-        bound, speed = min(("bytes", by_bytes), ("instructions", by_instructions), key=lambda way: way[1])
+        bound, speed = min(
+            ("bytes", by_bytes), ("instructions", by_instructions), key=lambda way: way[1]
+        )
         kind = "tied" if tied else "free"
-        row = [bases, kind, group, f"{bits:.2f}", f"{count:.2f}", compiled.registers, compiled.spill_bytes, bound]
+        row = [
+            bases,
+            kind,
+            group,
+            f"{bits:.2f}",
+            f"{count:.2f}",
+            compiled.registers,
+            compiled.spill_bytes,
+            bound,
+        ]
         print(f"| {' | '.join(map(str, row))} | {speed / (copied / 2):.1f} |")
 
 

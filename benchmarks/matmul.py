@@ -92,11 +92,17 @@ def way(backend: str, type: TernaryType, tokens: int) -> str:
 def error_of(multiply: timing.Multiply, x: jax.Array, weight: Weight) -> jax.Array:
     """Root mean square of the difference from XLA over that of XLA's result."""
     wanted = xla.matmul(x.astype(jnp.float32), weight)
-    return jnp.sqrt(jnp.mean((multiply(x, weight).astype(jnp.float32) - wanted) ** 2) / jnp.mean(wanted**2))
+    return jnp.sqrt(
+        jnp.mean((multiply(x, weight).astype(jnp.float32) - wanted) ** 2) / jnp.mean(wanted**2)
+    )
 
 
 def measure(
-    multiply: timing.Multiply, xs: dict[int, jax.Array], matrices: Stack, effort: Effort, checks: dict[int, jax.Array]
+    multiply: timing.Multiply,
+    xs: dict[int, jax.Array],
+    matrices: Stack,
+    effort: Effort,
+    checks: dict[int, jax.Array],
 ) -> tuple[dict[int, float], dict[int, Any]]:
     """(seconds by tokens, errors by the tokens of `checks`); a text in the place of what failed."""
     # The self-test runs once, while there are no threads yet.
@@ -110,7 +116,9 @@ def measure(
         errors[tokens] = attempt(program, lambda p, x=x: float(p(x, matrices.weights[0])))
     for (tokens, chain), program in zip(chains.items(), compiled[len(checks) :], strict=True):
         x, trips = xs[tokens], chain.trips
-        times[tokens] = attempt(program, lambda p, x=x, trips=trips: timing.seconds(p, trips, x, matrices, effort))
+        times[tokens] = attempt(
+            program, lambda p, x=x, trips=trips: timing.seconds(p, trips, x, matrices, effort)
+        )
     return times, errors
 
 
@@ -133,7 +141,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     all_tokens = options.tokens or (TINY_TOKENS if options.tiny else TOKENS)
     deadline = time.monotonic() + 60 * options.minutes
     bandwidth = timing.copy_bytes_per_second(1 << 20 if options.tiny else timing.COPY_BYTES)
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: copies {bandwidth / 1e9:.0f} GB/s", flush=True)
+    print(
+        f"{jax.devices()[0].device_kind}, jax {jax.__version__}: copies {bandwidth / 1e9:.0f} GB/s",
+        flush=True,
+    )
     multiply = partial(kernels.matmul, backend=options.backend)
     dense: dict[str, dict[int, Any]] = {}
     rows, failures, left_out = [], [], []
@@ -145,32 +156,57 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 continue
             started = time.monotonic()
             dtype = jnp.dtype(options.activations)
-            random = np.random.default_rng(0).standard_normal((max(all_tokens), shape[1]), np.float32)
+            random = np.random.default_rng(0).standard_normal(
+                (max(all_tokens), shape[1]), np.float32
+            )
             xs = {tokens: jnp.asarray(random[:tokens], dtype) for tokens in all_tokens}
             if name not in dense:
                 in_bf16 = {tokens: x.astype(jnp.bfloat16) for tokens, x in xs.items()}
                 held = timing.stack(DenseType(shape, "bf16"), effort)
                 dense[name], _ = measure(product, in_bf16, held, effort, {})
-            held = timing.stack(type, effort, "words" if options.backend.startswith("mosaic") else "tiles")
+            held = timing.stack(
+                type, effort, "words" if options.backend.startswith("mosaic") else "tiles"
+            )
             ways = {tokens: way(options.backend, type, tokens) for tokens in xs}
-            checks = {min(m for m in xs if ways[m] == kind): kind for kind in ways.values()}  # the first of each way
+            checks = {
+                min(m for m in xs if ways[m] == kind): kind for kind in ways.values()
+            }  # the first of each way
             try:
-                times, errors = measure(multiply, xs, held, effort, {tokens: xs[tokens] for tokens in sorted(checks)})
-            except (ValueError, RuntimeError) as error:  # refused, or the self-test found wrong results
+                times, errors = measure(
+                    multiply, xs, held, effort, {tokens: xs[tokens] for tokens in sorted(checks)}
+                )
+            except (
+                ValueError,
+                RuntimeError,
+            ) as error:  # refused, or the self-test found wrong results
                 failures.append(f"{name} N={bases}: {error}")
                 continue
             for tokens in xs:
                 took, of_dense, error = times[tokens], dense[name][tokens], errors.get(tokens)
                 here = f"{name} {held.weights[0].type}, {tokens} tokens ({ways[tokens]})"
-                failures += [f"{here}: {text}" for text in (took, of_dense, error) if isinstance(text, str)]
+                failures += [
+                    f"{here}: {text}" for text in (took, of_dense, error) if isinstance(text, str)
+                ]
                 if isinstance(error, float) and not error <= CHECKED:  # NaN as well
                     failures.append(f"{here}: WRONG, off by {error:.1e} of XLA's result")
                 elif isinstance(took, float) and isinstance(of_dense, float):
                     rate = held.weights[0].type.nbytes / max(took, 1e-9)
-                    figures = (1e6 * took, 1e6 * of_dense, of_dense / max(took, 1e-9), rate, rate / bandwidth)
+                    figures = (
+                        1e6 * took,
+                        1e6 * of_dense,
+                        of_dense / max(took, 1e-9),
+                        rate,
+                        rate / bandwidth,
+                    )
                     known = error if isinstance(error, float) else None
-                    rows.append(Row(name, str(held.weights[0].type), tokens, ways[tokens], *figures, known))
-            print(f"  {name} N={bases}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+                    rows.append(
+                        Row(name, str(held.weights[0].type), tokens, ways[tokens], *figures, known)
+                    )
+            print(
+                f"  {name} N={bases}: {time.monotonic() - started:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
     return {
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
@@ -196,35 +232,73 @@ def table(results: dict[str, Any]) -> str:
     lines = []
     for (matrix, type), found in by_kind.items():
         first = found[min(found)]
-        cells = [f"{found[m].microseconds:.1f} ({found[m].over_bf16:.2f})" if m in found else "-" for m in all_tokens]
-        short = type.removeprefix("packed ").replace(" layout=words/1", "").replace(" layout=tiles/1", "")
-        lines.append([f"{matrix} {short}", f"{first.bytes_per_second / 1e9:.0f}", f"{first.of_copy:.2f}", *cells])
+        cells = [
+            f"{found[m].microseconds:.1f} ({found[m].over_bf16:.2f})" if m in found else "-"
+            for m in all_tokens
+        ]
+        short = (
+            type.removeprefix("packed ")
+            .replace(" layout=words/1", "")
+            .replace(" layout=tiles/1", "")
+        )
+        lines.append(
+            [
+                f"{matrix} {short}",
+                f"{first.bytes_per_second / 1e9:.0f}",
+                f"{first.of_copy:.2f}",
+                *cells,
+            ]
+        )
     return timing.columns(header, lines)
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     out = os.environ.get("OUT")
     tuned = Path(out) if out else None
     parser.add_argument("--bases", type=int, nargs="+", help="N, in this order (2 1 3)")
     parser.add_argument("--free", action="store_true", help="a scale a base instead of tied ones")
-    parser.add_argument("--group", type=group, default="row", help="inputs that share a scale: row or a number (row)")
     parser.add_argument(
-        "--tokens", type=int, nargs="+", help=f"of a product ({' '.join(map(str, TOKENS))}; --tune has some of its own)"
+        "--group",
+        type=group,
+        default="row",
+        help="inputs that share a scale: row or a number (row)",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        nargs="+",
+        help=f"of a product ({' '.join(map(str, TOKENS))}; --tune has some of its own)",
     )
     parser.add_argument("--activations", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--backend", help="of atd.kernels.matmul (triton on a GPU, triton-interpret elsewhere)")
+    parser.add_argument(
+        "--backend", help="of atd.kernels.matmul (triton on a GPU, triton-interpret elsewhere)"
+    )
     names = [*LLAMA, *SMOLLM2, *HEAD]
     parser.add_argument(
-        "--matrices", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)} (all but the head)"
+        "--matrices",
+        nargs="+",
+        choices=names,
+        metavar="NAME",
+        help=f"of {', '.join(names)} (all but the head)",
     )
     parser.add_argument("--minutes", type=float, default=8, help="begin nothing after so long (8)")
-    parser.add_argument("--json", type=Path, default=tuned and tuned / "matmul.json", help="file ($OUT/matmul.json)")
+    parser.add_argument(
+        "--json", type=Path, default=tuned and tuned / "matmul.json", help="file ($OUT/matmul.json)"
+    )
     parser.add_argument("--tiny", action="store_true", help="a small matrix, timed without care")
-    parser.add_argument("--tune", action="store_true", help="search for this GPU's settings instead")
-    parser.add_argument("--copy", type=Path, default=tuned, help="folder for a copy of what --tune writes ($OUT)")
+    parser.add_argument(
+        "--tune", action="store_true", help="search for this GPU's settings instead"
+    )
+    parser.add_argument(
+        "--copy", type=Path, default=tuned, help="folder for a copy of what --tune writes ($OUT)"
+    )
     options = parser.parse_args()
-    options.backend = options.backend or ("triton-interpret" if triton.device_refuses() else "triton")
+    options.backend = options.backend or (
+        "triton-interpret" if triton.device_refuses() else "triton"
+    )
     return options
 
 
@@ -239,13 +313,21 @@ def main() -> int:
         if reason := triton.device_refuses():
             print(f"--tune: {reason}", file=sys.stderr)
             return 2
-        path, left_out = tune.tune(options.minutes, partial(print, flush=True), options.tokens or tune.TOKENS)
-        print(f"{path}: written" + (f"; for want of time without {', '.join(left_out)}" if left_out else ""))
+        path, left_out = tune.tune(
+            options.minutes, partial(print, flush=True), options.tokens or tune.TOKENS
+        )
+        print(
+            f"{path}: written"
+            + (f"; for want of time without {', '.join(left_out)}" if left_out else "")
+        )
         if options.copy:
             (options.copy / path.name).write_text(path.read_text())
         return 0
     if options.backend == "triton-interpret" and not options.tiny:
-        print(f"the kernels do not run here ({triton.device_refuses()}); see --tiny, or --backend xla", file=sys.stderr)
+        print(
+            f"the kernels do not run here ({triton.device_refuses()}); see --tiny, or --backend xla",
+            file=sys.stderr,
+        )
         return 2
     results = run(options)
     print(table(results))

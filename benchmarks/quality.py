@@ -29,7 +29,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from atd.checkpoint.tokenizer import open_tokenizer, read_text
+from atd.checkpoint.files import read_text
+from atd.checkpoint.reader import open_tokenizer
 from atd.cli.demo import demo_model
 from atd.models import frontend
 from atd.models.model import load
@@ -40,7 +41,10 @@ from atd.reports.tables import graph_size, sizes
 from atd.runtime.evaluate import evaluate
 
 SHARED = Path(os.environ.get("ATD_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
-TINYSTORIES, WIKITEXT = SHARED / "text/tinystories_valid_30k.txt", SHARED / "text/wikitext2_raw_test.txt"
+TINYSTORIES, WIKITEXT = (
+    SHARED / "text/tinystories_valid_30k.txt",
+    SHARED / "text/wikitext2_raw_test.txt",
+)
 
 
 def protocol(name: str) -> tuple[Path, list[Path], int, int | None]:
@@ -53,25 +57,40 @@ def protocol(name: str) -> tuple[Path, list[Path], int, int | None]:
 def conversions(arguments) -> list[tuple[str, Recipe]]:
     """(name of the row, recipe) of everything that is asked for."""
     overrides = arguments.overrides
-    recipes = [(f"adaptive {bits:g} bits", under_budget("adaptive", overrides, bits=bits)) for bits in arguments.bits]
-    recipes += [(f"adaptive {size}", under_budget("adaptive", overrides, budget=size)) for size in arguments.budgets]
+    recipes = [
+        (f"adaptive {bits:g} bits", under_budget("adaptive", overrides, bits=bits))
+        for bits in arguments.bits
+    ]
+    recipes += [
+        (f"adaptive {size}", under_budget("adaptive", overrides, budget=size))
+        for size in arguments.budgets
+    ]
     recipes += [(name, read_recipe(name, overrides)) for name in arguments.recipes]
     if arguments.calibration_tokens:
-        recipes = [(name, replace(recipe, calibration_tokens=arguments.calibration_tokens)) for name, recipe in recipes]
+        recipes = [
+            (name, replace(recipe, calibration_tokens=arguments.calibration_tokens))
+            for name, recipe in recipes
+        ]
     return recipes
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--data", type=Path, nargs="+", help="UTF-8 texts")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--tokens", type=int, help="of each text")
     parser.add_argument("--protocol", choices=("P1", "P2"))
-    parser.add_argument("--recipes", nargs="+", default=[], help=f"of {', '.join(recipe_names())}, or files")
+    parser.add_argument(
+        "--recipes", nargs="+", default=[], help=f"of {', '.join(recipe_names())}, or files"
+    )
     parser.add_argument("--bits", type=float, nargs="+", default=[])
     parser.add_argument("--budgets", nargs="+", default=[], help="like 75MB")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="PASS.OPTION=VALUE")
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="PASS.OPTION=VALUE"
+    )
     parser.add_argument("--calib", nargs="+", default=[])
     parser.add_argument("--calibration-tokens", type=int)
     parser.add_argument("--slices", type=int, default=1)
@@ -80,7 +99,12 @@ def main() -> None:
     if arguments.protocol:
         model, texts, context, tokens = protocol(arguments.protocol)
     elif arguments.model and arguments.data:
-        model, texts, context, tokens = arguments.model, arguments.data, arguments.context, arguments.tokens
+        model, texts, context, tokens = (
+            arguments.model,
+            arguments.data,
+            arguments.context,
+            arguments.tokens,
+        )
     else:
         parser.error("give MODEL and --data, or --protocol")
     asked = conversions(arguments)
@@ -94,13 +118,24 @@ def main() -> None:
             for seed in range(arguments.slices):
                 rows.append(
                     measured(
-                        name, replace(recipe, seed=seed), model, dense, ids, context, arguments.calib, Path(folder), bar
+                        name,
+                        replace(recipe, seed=seed),
+                        model,
+                        dense,
+                        ids,
+                        context,
+                        arguments.calib,
+                        Path(folder),
+                        bar,
                     )
                 )
                 bar.console.print(json.dumps(rows[-1]), highlight=False, soft_wrap=True)
                 if arguments.json:
                     arguments.json.write_text(
-                        json.dumps({"model": model.name, "context": context, "rows": rows}, indent=1) + "\n"
+                        json.dumps(
+                            {"model": model.name, "context": context, "rows": rows}, indent=1
+                        )
+                        + "\n"
                     )
     Console(width=120).print(table(rows, [text.stem for text in texts]))
 
@@ -120,7 +155,13 @@ def measured(name, recipe, model, dense, ids, context, calib, folder, bar) -> di
     )
     seconds = time.perf_counter() - started
     bits, size = graph_size(frontend.open(out))
-    row = {"recipe": name, "seed": recipe.seed, "bits": bits, "bytes": size, "seconds": round(seconds, 1)}
+    row = {
+        "recipe": name,
+        "seed": recipe.seed,
+        "bits": bits,
+        "bytes": size,
+        "seconds": round(seconds, 1),
+    }
     converted = load(out)
     for text, tokens in ids.items():
         result = evaluate(converted, tokens, context=context, against=dense)
@@ -131,7 +172,10 @@ def measured(name, recipe, model, dense, ids, context, calib, folder, bar) -> di
 def table(rows: list[dict], texts: list[str]) -> Table:
     """A row for each recipe: means over slices, and how far the KL spreads."""
     made = Table(
-        box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), caption=f"KL in nats; second KL on {texts[-1]}"
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+        caption=f"KL in nats; second KL on {texts[-1]}",
     )
     for title in (
         "recipe",

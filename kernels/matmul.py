@@ -60,7 +60,9 @@ def matmul(x: jax.Array, weight: Weight, *, backend: str | None = None) -> jax.A
     Raises ValueError for a width of x that is not the weight's, and for a named backend that is unknown or cannot run.
     """
     if x.shape[-1] != weight.type.shape[1]:
-        raise ValueError(f"x has {x.shape[-1]} features, the weight {weight.type} takes {weight.type.shape[1]}")
+        raise ValueError(
+            f"x has {x.shape[-1]} features, the weight {weight.type} takes {weight.type.shape[1]}"
+        )
     rows = x.reshape(-1, x.shape[-1])  # [M, in]
     y = resolve(rows, weight, backend).matmul(rows, weight)
     return y.reshape(*x.shape[:-1], -1)
@@ -102,7 +104,9 @@ def attend(
     if not isinstance(chosen, Triton) or chosen.device_refuses() or triton_attention.refuses(cache):
         return None
     interpret = chosen.interpret
-    return triton_attention.attend(q, k, v, positions, cache, frequencies, heads, window, interpret=interpret)
+    return triton_attention.attend(
+        q, k, v, positions, cache, frequencies, heads, window, interpret=interpret
+    )
 
 
 def take_rows(weight: Weight, rows: jax.Array) -> jax.Array:

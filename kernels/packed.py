@@ -16,7 +16,12 @@ from atd.kernels import prefixes, xla
 from atd.weights import Packed, PackedType, Ternary, TernaryType, Weight
 from atd.weights.layouts import LAYOUTS, tiles_of, words_of, words_of_tiles
 
-READABLE = ("tiles", "words", "aligned", "interleaved")  # one of which a backend reads as it lies; the others it copies
+READABLE = (
+    "tiles",
+    "words",
+    "aligned",
+    "interleaved",
+)  # one of which a backend reads as it lies; the others it copies
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,9 @@ def capability_refuses(allows: Callable[[tuple[int, int]], bool], needs: str) ->
         return f"it needs an NVIDIA GPU and this process runs on {device.platform}; backend 'xla' runs there"
     major, minor = (int(n) for n in str(device.compute_capability).split("."))
     if not allows((major, minor)):
-        return f"{device.device_kind} has compute capability {device.compute_capability} and {needs}"
+        return (
+            f"{device.device_kind} has compute capability {device.compute_capability} and {needs}"
+        )
     return None
 
 
@@ -75,7 +82,11 @@ def device_kind() -> str:
 
 def prepare(weight: Weight, layout: str) -> Weight:
     """The weight in the layout in which it is read where it lies, or as it is where it is not read at all."""
-    if refuses(jnp.dtype(jnp.float32), weight.type) or not isinstance(weight, Packed) or weight.type.layout == layout:
+    if (
+        refuses(jnp.dtype(jnp.float32), weight.type)
+        or not isinstance(weight, Packed)
+        or weight.type.layout == layout
+    ):
         return weight
     ternary, codes = weight.type.ternary, weight.codes
     match weight.type.layout:
@@ -86,7 +97,9 @@ def prepare(weight: Weight, layout: str) -> Weight:
         case _:
             words = words_of(codes, ternary.shape[1], ternary.bases)
     return Packed(
-        tiles_of(words, ternary.bases) if layout == "tiles" else words, weight.scales, PackedType(ternary, layout)
+        tiles_of(words, ternary.bases) if layout == "tiles" else words,
+        weight.scales,
+        PackedType(ternary, layout),
     )
 
 
@@ -110,7 +123,9 @@ def by_prefixes(
     most = most_columns // prefixes.columns(plan, 1)  # tokens of a call
     results = []
     for start in range(0, x.shape[0], most):
-        coefficients, largest = prefixes.fold(plan, x[start : start + most], plan.steps(words.shape[1]))
+        coefficients, largest = prefixes.fold(
+            plan, x[start : start + most], plan.steps(words.shape[1])
+        )
         found = products(coefficients)
         results.append(prefixes.join(plan, found, coefficients.shape[0], largest))  # [M, sums, out]
     return scaled(jnp.concatenate(results), scales)
@@ -143,7 +158,9 @@ def decode_once(x: jax.Array, weight: Packed) -> jax.Array:
 # --- self-test --------------------------------------------------------------------------------------------------------
 
 
-def self_test(backend: str, difference: Callable[[int, bool], float], bases: int, tied: bool) -> None:
+def self_test(
+    backend: str, difference: Callable[[int, bool], float], bases: int, tied: bool
+) -> None:
     """Raises RuntimeError where difference(bases, tied) is that of a kernel which computes something else.
 
     In a thread of its own, which knows nothing of the program that is being traced here: within that trace kernels cannot run.
@@ -157,14 +174,20 @@ def self_test(backend: str, difference: Callable[[int, bool], float], bases: int
         )
 
 
-def largest_difference(multiply: Callable[[jax.Array, Packed], jax.Array], bases: int, tied: bool) -> float:
+def largest_difference(
+    multiply: Callable[[jax.Array, Packed], jax.Array], bases: int, tied: bool
+) -> float:
     """Between a product of two tokens and XLA's, on random numbers, over the root mean square of XLA's result."""
     random = np.random.default_rng(0)
     ternary = TernaryType((80, 1000), bases, "row", tied, "f16")
     trits = random.integers(-1, 2, (*ternary.shape, bases)).astype(np.int8)
     scales = jnp.asarray(random.uniform(0.5, 1, ternary.scales_shape), jnp.float16)
-    packed = Packed(jnp.asarray(LAYOUTS["aligned"].pack(trits)), scales, PackedType(ternary, "aligned"))
-    x = jnp.asarray(random.standard_normal((2, 1000)), jnp.bfloat16).astype(jnp.float32)  # some ways take 16 bits
+    packed = Packed(
+        jnp.asarray(LAYOUTS["aligned"].pack(trits)), scales, PackedType(ternary, "aligned")
+    )
+    x = jnp.asarray(random.standard_normal((2, 1000)), jnp.bfloat16).astype(
+        jnp.float32
+    )  # some ways take 16 bits
     wanted = jax.jit(xla.matmul)(x, Ternary(jnp.asarray(trits), scales, ternary))
     found = jax.jit(lambda x, packed: multiply(x, packed))(
         x, packed

@@ -103,7 +103,11 @@ def plan(bases: int, tied: bool) -> Plan:
 
     def needed(byte: int) -> set[int]:
         every = range(1, TRITS_PER_BYTE + 1)
-        return {j for j in every if not tied or j == TRITS_PER_BYTE or trit(byte, j)[0] != trit(byte, j + 1)[0]}
+        return {
+            j
+            for j in every
+            if not tied or j == TRITS_PER_BYTE or trit(byte, j)[0] != trit(byte, j + 1)[0]
+        }
 
     halves = tuple(
         Half((low, high), digit)
@@ -150,7 +154,9 @@ def columns(plan: Plan, tokens: int) -> int:
 def slots_of(plan: Plan, steps: int, group_size: int) -> tuple[np.ndarray, int]:
     """Scale groups of a step: (the first that each step touches, int [steps]; how many any step of any row touches at most)."""
     width = THREADS_A_ROW * plan.piece_params
-    start = np.arange(max(steps, group_size // math.gcd(group_size, width))) * width  # a period at least
+    start = (
+        np.arange(max(steps, group_size // math.gcd(group_size, width))) * width
+    )  # a period at least
     first, last = start // group_size, (start + width - 1) // group_size
     return first[:steps], int((last - first).max()) + 1
 
@@ -163,7 +169,9 @@ def integers(x: jax.Array, limit: int) -> tuple[jax.Array, jax.Array]:
     return jnp.round(wide / unit[:, None] * limit).astype(jnp.int32), largest
 
 
-def fold(plan: Plan, x: jax.Array, steps: int, group_size: int | None = None) -> tuple[jax.Array, jax.Array]:
+def fold(
+    plan: Plan, x: jax.Array, steps: int, group_size: int | None = None
+) -> tuple[jax.Array, jax.Array]:
     """x [M, in] -> (int32 coefficients [M, sums, steps, 4 threads, words, 4], largest |x| float32 [M]).
 
     In units of largest / limit. A token with an infinity or a NaN has NaN for its largest, and so for its results.
@@ -176,11 +184,18 @@ def fold(plan: Plan, x: jax.Array, steps: int, group_size: int | None = None) ->
     if group_size is not None:
         first, slots = slots_of(plan, steps, group_size)
         parameter = jnp.arange(padded.shape[1], dtype=jnp.int32).reshape(1, *pieces.shape[2:])
-        slot = parameter // group_size - first.astype(np.int32)[:, None, None]  # [1, steps, threads, params]
-        pieces = jnp.where(slot == jnp.arange(slots, dtype=jnp.int32)[:, None, None, None], pieces, 0)
+        slot = (
+            parameter // group_size - first.astype(np.int32)[:, None, None]
+        )  # [1, steps, threads, params]
+        pieces = jnp.where(
+            slot == jnp.arange(slots, dtype=jnp.int32)[:, None, None, None], pieces, 0
+        )
 
     def term(i: int) -> jax.Array:  # [M, sums, slots, steps, threads, words, 4]
-        taken = [jnp.take(pieces, plan.param[i, f], axis=-1) * plan.factor[i, f] for f in range(plan.sums)]
+        taken = [
+            jnp.take(pieces, plan.param[i, f], axis=-1) * plan.factor[i, f]
+            for f in range(plan.sums)
+        ]
         return jnp.stack(taken, axis=1)
 
     coefficients = term(0) - term(1)
@@ -204,7 +219,9 @@ def fragments(coefficients: jax.Array, columns_kept: int) -> jax.Array:
     Column (token, sum, byte) holds byte 0, 1 or 2 of the coefficient, as in `signed_bytes`; columns beyond are 0.
     """
     tokens, sums, steps, threads, words, _ = coefficients.shape
-    split = signed_bytes(coefficients).astype(jnp.uint32) & 255  # [M, sums, 3, steps, threads, words, 4]
+    split = (
+        signed_bytes(coefficients).astype(jnp.uint32) & 255
+    )  # [M, sums, 3, steps, threads, words, 4]
     word = split[..., 0] | (split[..., 1] << 8) | (split[..., 2] << 16) | (split[..., 3] << 24)
     flat = word.reshape(tokens * sums * 3, steps, threads, words)
     padded = jnp.pad(flat, ((0, columns_kept - flat.shape[0]), (0, 0), (0, 0), (0, 0)))

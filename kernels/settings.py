@@ -53,19 +53,31 @@ def heuristic(type: TernaryType, tokens: int) -> Settings:
     side by side: decoding once moves 4 bytes a weight more, an H200 takes a tile's 5 instructions two or three times meanwhile."""
     groups, steps = (LAYOUTS["tiles"].codes_shape(*type.shape, type.bases)[i] for i in range(2))
     warps = 2 ** min(4, max(0, round(math.log2(4096 / groups))), int(math.log2(max(1, steps / 2))))
-    tiles = Tiles(rows=64, tokens=min(128, max(16, 1 << (tokens - 1).bit_length())), units=32, warps=4)
+    tiles = Tiles(
+        rows=64, tokens=min(128, max(16, 1 << (tokens - 1).bit_length())), units=32, warps=4
+    )
     # Rows of a few steps have nothing to unroll. Beyond 8 tokens there are more activations than codes to load: two groups of rows share them.
-    row_blocks, unroll = (2, 1) if tokens > 8 else (1, 2 if steps >= 8 and type.scales_shape[1] == 1 else 1)
+    row_blocks, unroll = (
+        (2, 1) if tokens > 8 else (1, 2 if steps >= 8 and type.scales_shape[1] == 1 else 1)
+    )
     shape = Shape(warps=warps, row_blocks=row_blocks, unroll=unroll)
     tiles = _fit(tiles, type.bases, SHARED_BYTES)
-    return Settings(shape, tiles=tiles, gemm_tokens=max(64, 2 * tiles.tokens if type.scales_shape[1] == 1 else 0))
+    return Settings(
+        shape,
+        tiles=tiles,
+        gemm_tokens=max(64, 2 * tiles.tokens if type.scales_shape[1] == 1 else 0),
+    )
 
 
 def _fit(tiles: Tiles, bases: int, room: int) -> Tiles:
     """The tiles, narrower or with fewer units where they take more shared memory than there is."""
     while shared_bytes(tiles, bases) > room and (tiles.units > 16 or tiles.tokens > 16):
         narrower = tiles.units <= 16 or tiles.tokens > 32
-        tiles = replace(tiles, tokens=tiles.tokens // 2) if narrower else replace(tiles, units=tiles.units // 2)
+        tiles = (
+            replace(tiles, tokens=tiles.tokens // 2)
+            if narrower
+            else replace(tiles, units=tiles.units // 2)
+        )
     return tiles
 
 
@@ -117,7 +129,8 @@ def write(device: str, version: str, entries: list[dict[str, Any]]) -> Path:
     path = file_of(device)
     path.parent.mkdir(exist_ok=True)
     rows = {
-        _key(entry): entry | {"settings": asdict(entry["settings"])} for entry in (*kept(device, version), *entries)
+        _key(entry): entry | {"settings": asdict(entry["settings"])}
+        for entry in (*kept(device, version), *entries)
     }
     lines = ",\n".join(f"  {json.dumps(row)}" for _, row in sorted(rows.items()))
     head = f'{{\n "device": {json.dumps(device)},\n "jax": {json.dumps(version)},\n "entries": [\n'
@@ -134,7 +147,9 @@ def _parse(entry: dict[str, Any]) -> dict[str, Any]:
     _key(entry)  # all of it is there
     values = entry["settings"]
     return entry | {
-        "settings": Settings(**values | {"gemv": Shape(**values["gemv"]), "tiles": Tiles(**values["tiles"])})
+        "settings": Settings(
+            **values | {"gemv": Shape(**values["gemv"]), "tiles": Tiles(**values["tiles"])}
+        )
     }
 
 

@@ -48,10 +48,16 @@ def matmul(x: jax.Array, weight: Weight) -> jax.Array:
             y = _dot(array, wide.T).T  # in this order: x W^T of one row is 20 times slower on CPU
         case Dense(array) if array.dtype.itemsize == 2 and jax.default_backend() == "gpu":
             y = tensor_cores(x, jnp.asarray(array))
-        case Dense(array):  # x keeps its precision; and XLA's 16-bit dot on CPU is ten times slower than this
+        case Dense(
+            array
+        ):  # x keeps its precision; and XLA's 16-bit dot on CPU is ten times slower than this
             y = _by_rows([wide], array.shape[0], lambda cut: [cut(array).astype(jnp.float32)])
         case Ternary(trits, scales, type):
-            y = _by_rows([wide], type.shape[0], lambda cut: [combine(cut(trits), _cut_scales(cut, scales), type)])
+            y = _by_rows(
+                [wide],
+                type.shape[0],
+                lambda cut: [combine(cut(trits), _cut_scales(cut, scales), type)],
+            )
         case Packed() if weight.type.layout in ("words", "tiles"):
             y = _packed(wide, _as_bytes(weight))
         case Packed() if weight.type.layout == "hf-bitnet":
@@ -61,9 +67,13 @@ def matmul(x: jax.Array, weight: Weight) -> jax.Array:
     return y.astype(x.dtype)
 
 
-def tensor_cores(x: jax.Array, array: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+def tensor_cores(
+    x: jax.Array, array: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32
+) -> jax.Array:
     """x in the matrix's 16 bits times the matrix, summed in float32, in dtype: what a GPU has a library for."""
-    return lax.dot_general(x.astype(array.dtype), array, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
+    return lax.dot_general(
+        x.astype(array.dtype), array, (((1,), (1,)), ((), ())), preferred_element_type=dtype
+    )
 
 
 def take_rows(weight: Weight, rows: jax.Array) -> jax.Array:
@@ -72,10 +82,15 @@ def take_rows(weight: Weight, rows: jax.Array) -> jax.Array:
     match weight:
         case Dense(array):
             taken = jnp.asarray(array)[flat].astype(jnp.float32)
-        case Packed(codes, scales, type) if LAYOUTS[type.layout].row_separable or type.layout == "tiles":
+        case Packed(codes, scales, type) if (
+            LAYOUTS[type.layout].row_separable or type.layout == "tiles"
+        ):
             ternary, codes, layout = type.ternary, jnp.asarray(codes), LAYOUTS[type.layout]
             if type.layout == "tiles":
-                of_rows, layout = words_of_tiles(codes, ternary.shape[1], ternary.bases, flat), LAYOUTS["words"]
+                of_rows, layout = (
+                    words_of_tiles(codes, ternary.shape[1], ternary.bases, flat),
+                    LAYOUTS["words"],
+                )
             else:
                 of_rows = codes[flat]
             trits = layout.unpack(of_rows, ternary.shape[1], ternary.bases)
@@ -83,7 +98,9 @@ def take_rows(weight: Weight, rows: jax.Array) -> jax.Array:
         case Packed():
             return take_rows(weight.unpack(), rows)
         case Ternary(trits, scales, type):
-            taken = combine(jnp.asarray(trits)[flat], _cut_scales(lambda a: a[flat], jnp.asarray(scales)), type)
+            taken = combine(
+                jnp.asarray(trits)[flat], _cut_scales(lambda a: a[flat], jnp.asarray(scales)), type
+            )
     return jnp.asarray(taken).reshape(*rows.shape, -1)
 
 
@@ -100,7 +117,9 @@ def _dot(a: Array, b: Array) -> jax.Array:
     return jnp.dot(a, b, precision=lax.Precision.HIGHEST)
 
 
-def _by_rows(planes_of_x: list[jax.Array], out: int, planes_of_w: Callable[[Cut], Sequence[Array]]) -> jax.Array:
+def _by_rows(
+    planes_of_x: list[jax.Array], out: int, planes_of_w: Callable[[Cut], Sequence[Array]]
+) -> jax.Array:
     """sum_p x_p W_p^T, chunk of rows by chunk -> float32 [M, out].
 
     planes_of_x: [M, columns] each. planes_of_w(cut) -> float32 [rows, columns] each, where cut(array) takes the chunk's
@@ -114,7 +133,9 @@ def _by_rows(planes_of_x: list[jax.Array], out: int, planes_of_w: Callable[[Cut]
 
     def chunk(start):
         # The barrier keeps XLA from fusing the decoding into the dot's loop, where it would not be vectorised.
-        weights = lax.optimization_barrier(planes_of_w(lambda array: lax.dynamic_slice_in_dim(array, start, rows)))
+        weights = lax.optimization_barrier(
+            planes_of_w(lambda array: lax.dynamic_slice_in_dim(array, start, rows))
+        )
         products = [_dot(w, x) for w, x in zip(weights, transposed, strict=True)]
         return reduce(operator.add, products)  # [rows, M]
 
@@ -124,7 +145,9 @@ def _by_rows(planes_of_x: list[jax.Array], out: int, planes_of_w: Callable[[Cut]
 
     if rows == out:
         return chunk(0).T
-    return lax.fori_loop(0, -(-out // rows), body, jnp.zeros((out, planes_of_x[0].shape[0]), jnp.float32)).T
+    return lax.fori_loop(
+        0, -(-out // rows), body, jnp.zeros((out, planes_of_x[0].shape[0]), jnp.float32)
+    ).T
 
 
 # --- packed -----------------------------------------------------------------------------------------------------------
@@ -142,7 +165,9 @@ class _Planes:
 
     def of(self, array: jax.Array, plane: int) -> jax.Array:
         """[rows, padded inputs] -> [rows, columns of this plane]."""
-        return array.reshape(array.shape[0], -1, self.count, self.run)[:, :, plane].reshape(array.shape[0], -1)
+        return array.reshape(array.shape[0], -1, self.count, self.run)[:, :, plane].reshape(
+            array.shape[0], -1
+        )
 
 
 def _base_3(codes: list[jax.Array]):
@@ -195,12 +220,16 @@ def _packed(x: jax.Array, weight: Packed) -> jax.Array:
     type = weight.type.ternary
     out, inputs = type.shape
     planes = _PLANES[weight.type.layout]
-    width = planes.count * (math.prod(weight.codes.shape[1:]) // type.bases)  # the inputs and the layout's padding
+    width = planes.count * (
+        math.prod(weight.codes.shape[1:]) // type.bases
+    )  # the inputs and the layout's padding
     x = jnp.pad(x, ((0, 0), (0, width - inputs)))
 
     def planes_of_w(cut: Cut) -> Sequence[Array]:
         codes, scales = cut(weight.codes), _cut_scales(cut, weight.scales)
-        trits = planes.trits([codes[:, :, base].reshape(codes.shape[0], -1) for base in range(type.bases)])
+        trits = planes.trits(
+            [codes[:, :, base].reshape(codes.shape[0], -1) for base in range(type.bases)]
+        )
         # Widened while they are few: without the barrier XLA converts each scale again for each weight.
         wide = lax.optimization_barrier(scales.astype(jnp.float32))
         spread = [_spread(wide[:, :, i], type, width) for i in range(wide.shape[2])]
@@ -217,7 +246,9 @@ def _spread(scale: jax.Array, type: TernaryType, width: int) -> jax.Array:
     return jnp.repeat(jnp.pad(scale, ((0, 0), (0, short))), type.group_size, axis=1)[:, :width]
 
 
-def _combine_plane(trits, spread: list[jax.Array], planes: _Planes, plane: int, type: TernaryType) -> jax.Array:
+def _combine_plane(
+    trits, spread: list[jax.Array], planes: _Planes, plane: int, type: TernaryType
+) -> jax.Array:
     """`atd.weights.combine` for the columns of one plane: the same operations in the same order, so the same floats."""
 
     def scale(i: int):
@@ -239,7 +270,11 @@ def _hf_bitnet(x: jax.Array, weight: Packed) -> jax.Array:
     quarter = type.shape[0] // 4
 
     def block(i: int) -> jax.Array:
-        scales = weight.scales if weight.scales.shape[0] == 1 else weight.scales[i * quarter : (i + 1) * quarter]
+        scales = (
+            weight.scales
+            if weight.scales.shape[0] == 1
+            else weight.scales[i * quarter : (i + 1) * quarter]
+        )
 
         def planes_of_w(cut: Cut) -> Sequence[Array]:
             trits = ((cut(weight.codes) >> (2 * i)) & 3).astype(jnp.int8) - 1

@@ -30,7 +30,6 @@ from pathlib import Path
 
 import numpy as np
 
-import atd
 from atd.calibration.sensitivity import Candidate, fisher_losses, measured_losses
 from atd.calibration.streams import tokens_digest
 from atd.checkpoint.cache import make_cache
@@ -49,6 +48,7 @@ from atd.decomposition.allocation import (
 from atd.errors import BadInput, nearest
 from atd.ir import Block, Graph, Node
 from atd.pipeline import Context, Pass, check_pattern
+from atd.version import __version__
 from atd.weights import DenseType, Group, TernaryType
 from atd.weights.layouts import DEFAULT_LAYOUT, LAYOUTS
 
@@ -61,7 +61,9 @@ class Allocation:
     """What was decided: the type of every matrix that was a choice, and what that takes and loses."""
 
     types: dict[str, Candidate]  # full name of the node -> what its matrix becomes, before packing
-    losses: dict[str, float]  # predicted KL of each, nats a position; measured, those of one choice share it
+    losses: dict[
+        str, float
+    ]  # predicted KL of each, nats a position; measured, those of one choice share it
     used: int  # bytes of all that the budget is for
     budget: int
     weights: int  # that `used` is for; with `bits` the linears of the blocks, else all
@@ -108,14 +110,20 @@ class Allocate(Pass):
         if self.budget:
             parse_bytes(self.budget)
         for key in ("bases", "embedding_bases"):
-            if not (values := getattr(self, key)) or any(type(n) is not int or not 1 <= n <= 4 for n in values):
+            if not (values := getattr(self, key)) or any(
+                type(n) is not int or not 1 <= n <= 4 for n in values
+            ):
                 raise BadInput(f"allocate.{key} must be some of 1, 2, 3 and 4, not {list(values)}")
         for key in ("groups", "embedding_groups"):
             values = getattr(self, key)
             if not values or any(g != "row" and (type(g) is not int or g < 32) for g in values):
-                raise BadInput(f"allocate.{key} must be sizes of at least 32, or 'row', not {list(values)}")
+                raise BadInput(
+                    f"allocate.{key} must be sizes of at least 32, or 'row', not {list(values)}"
+                )
         if not self.scales or any(kind not in ("tied", "free") for kind in self.scales):
-            raise BadInput(f"allocate.scales must be 'tied', 'free' or both, not {list(self.scales)}")
+            raise BadInput(
+                f"allocate.scales must be 'tied', 'free' or both, not {list(self.scales)}"
+            )
         if self.dtype not in ("f16", "bf16", "f32"):
             raise BadInput(f"allocate.dtype must be f16, bf16 or f32, not {self.dtype!r}")
         if self.sensitivity not in SENSITIVITIES:
@@ -123,7 +131,9 @@ class Allocate(Pass):
                 f"allocate.sensitivity {self.sensitivity!r} is unknown{nearest(self.sensitivity, SENSITIVITIES)}"
             )
         if self.layout not in LAYOUTS:
-            raise BadInput(f"allocate.layout {self.layout!r} is unknown{nearest(self.layout, LAYOUTS)}")
+            raise BadInput(
+                f"allocate.layout {self.layout!r} is unknown{nearest(self.layout, LAYOUTS)}"
+            )
         if min(self.tokens, self.moment_tokens) < 1:
             raise BadInput("allocate: tokens and moment_tokens must be at least 1")
         check_pattern("allocate.nodes", self.nodes)
@@ -142,7 +152,12 @@ class Allocate(Pass):
             return "no dense matrix is left to decide on (is the model converted already?)"
         if any(DECISION in node.attrs for _, node in graph.nodes()):
             return "another allocate has decided already"
-        linears = [(block.full_name(n), n) for block in graph.blocks for n in block.nodes if n.op == "linear"]
+        linears = [
+            (block.full_name(n), n)
+            for block in graph.blocks
+            for n in block.nodes
+            if n.op == "linear"
+        ]
         if linears and not any(node.is_dense_matrix for _, node in linears):
             return f"{linears[0][0]} is {linears[0][1].weights['weight'].type} already; put allocate before decompose"
         try:
@@ -170,7 +185,10 @@ class Allocate(Pass):
             return replace(node, attrs=node.attrs | {DECISION: decision(type)})
 
         return graph.with_units(
-            tuple(replace(unit, nodes=tuple(marked(unit, node) for node in unit.nodes)) for unit in graph.units)
+            tuple(
+                replace(unit, nodes=tuple(marked(unit, node) for node in unit.nodes))
+                for unit in graph.units
+            )
         )
 
     def decide(self, graph: Graph, context: Context) -> Allocation:
@@ -178,14 +196,20 @@ class Allocate(Pass):
         problem = self._problem(graph)
         losses = self._losses(problem, graph, context)
         choices = [
-            Choice(names, problem.bytes_of(names, self.layout), tuple(float(loss) for loss in found.sum(axis=0)))
+            Choice(
+                names,
+                problem.bytes_of(names, self.layout),
+                tuple(float(loss) for loss in found.sum(axis=0)),
+            )
             for names, found in zip(problem.choices, losses, strict=True)
         ]
         taken = allocate(choices, problem.budget - problem.fixed)
         types, shares = {}, {}
         for choice, option, found in zip(choices, taken, losses, strict=True):
             types |= {name: problem.candidates[name][option] for name in choice.names}
-            shares |= {name: float(loss) for name, loss in zip(choice.names, found[:, option], strict=True)}
+            shares |= {
+                name: float(loss) for name, loss in zip(choice.names, found[:, option], strict=True)
+            }
         used = problem.fixed + total_bytes(choices, taken)
         assert used <= problem.budget, "an allocation above its budget"
         return Allocation(types, shares, used, problem.budget, problem.weights)
@@ -200,26 +224,47 @@ class Allocate(Pass):
             for node in block.nodes
             if node.op == "linear" and "weight" in node.weights
         }
-        mine = {name: node for name, node in linears.items() if node.is_dense_matrix and re.fullmatch(self.nodes, name)}
+        mine = {
+            name: node
+            for name, node in linears.items()
+            if node.is_dense_matrix and re.fullmatch(self.nodes, name)
+        }
         if not mine:
             example = next(iter(linears), "")
-            raise BadInput(f"nodes = {self.nodes!r} matches no dense linear of the blocks; names are like {example!r}")
-        candidates = {name: self._types(node, self.bases, self.groups) for name, node in mine.items()}
+            raise BadInput(
+                f"nodes = {self.nodes!r} matches no dense linear of the blocks; names are like {example!r}"
+            )
+        candidates = {
+            name: self._types(node, self.bases, self.groups) for name, node in mine.items()
+        }
         counted = [node.weights["weight"].type for node in linears.values()]
         if self.budget:
             counted = [ref.type for _, ref in graph.weights()]
             for name, node in _ends(graph).items():
                 as_it_is = node.weights["weight"].type
                 assert isinstance(as_it_is, DenseType)
-                candidates[name] = (*self._types(node, self.embedding_bases, self.embedding_groups), as_it_is)
+                candidates[name] = (
+                    *self._types(node, self.embedding_bases, self.embedding_groups),
+                    as_it_is,
+                )
         weights = sum(math.prod(type.shape) for type in counted)
         budget = parse_bytes(self.budget) if self.budget else int(self.bits * weights / 8)
         everything = sum(stored_bytes(type, self.layout) for type in counted)
-        dense = {name: node.weights["weight"].type.nbytes for name, node in graph.nodes() if name in candidates}
+        dense = {
+            name: node.weights["weight"].type.nbytes
+            for name, node in graph.nodes()
+            if name in candidates
+        }
         problem = _Problem(
-            candidates, self._joined(graph, candidates), everything - sum(dense.values()), budget, weights
+            candidates,
+            self._joined(graph, candidates),
+            everything - sum(dense.values()),
+            budget,
+            weights,
         )
-        least = problem.fixed + sum(min(problem.bytes_of(names, self.layout)) for names in problem.choices)
+        least = problem.fixed + sum(
+            min(problem.bytes_of(names, self.layout)) for names in problem.choices
+        )
         if budget < least:
             what = f"N = {min(self.bases)}" + (
                 f", embedding and head N = {min(self.embedding_bases)}" if self.budget else ""
@@ -233,8 +278,12 @@ class Allocate(Pass):
             )
         return problem
 
-    def _types(self, node: Node, bases: Sequence[int], groups: Sequence[Group]) -> tuple[Candidate, ...]:
-        types = ternary_types(node.weights["weight"].type.shape, bases, groups, self.scales, self.dtype)
+    def _types(
+        self, node: Node, bases: Sequence[int], groups: Sequence[Group]
+    ) -> tuple[Candidate, ...]:
+        types = ternary_types(
+            node.weights["weight"].type.shape, bases, groups, self.scales, self.dtype
+        )
         fitting = tuple(type for type in types if can_be_packed(type, self.layout))
         if not fitting:
             raise BadInput(
@@ -242,7 +291,9 @@ class Allocate(Pass):
             )
         return fitting
 
-    def _joined(self, graph: Graph, candidates: dict[str, tuple[Candidate, ...]]) -> list[tuple[str, ...]]:
+    def _joined(
+        self, graph: Graph, candidates: dict[str, tuple[Candidate, ...]]
+    ) -> list[tuple[str, ...]]:
         """The nodes of each choice."""
         groups: dict[tuple, list[str]] = {}
         for unit in graph.units:
@@ -250,14 +301,20 @@ class Allocate(Pass):
                 if (name := unit.full_name(node)) in candidates:
                     # What fuse joins: one input, and options that mean the same for each.
                     alike = unit.name, node.inputs, len(candidates[name]), "bias" in node.weights
-                    groups.setdefault(alike if self.fused and node.op == "linear" else (name,), []).append(name)
+                    groups.setdefault(
+                        alike if self.fused and node.op == "linear" else (name,), []
+                    ).append(name)
         return [tuple(names) for names in groups.values()]
 
     def _asked(self, budget: int) -> str:
         return f"budget {self.budget} ({budget:,} bytes)" if self.budget else f"bits = {self.bits}"
 
     def _size(self, bytes: int, weights: int) -> str:
-        return f"{bytes:,} bytes" if self.budget else f"{math.ceil(8000 * bytes / weights) / 1000:.3f} bits"
+        return (
+            f"{bytes:,} bytes"
+            if self.budget
+            else f"{math.ceil(8000 * bytes / weights) / 1000:.3f} bits"
+        )
 
     # --- what options lose ---
 
@@ -281,10 +338,14 @@ class Allocate(Pass):
             make_cache(context.cache)
         moments: dict[str, np.ndarray] = {}
         if self.sensitivity == "fisher":
-            by_node, moments = fisher_losses(graph, windows, problem.candidates, self.tokens, context.seed)
+            by_node, moments = fisher_losses(
+                graph, windows, problem.candidates, self.tokens, context.seed
+            )
             losses = [np.array([by_node[name] for name in names]) for names in problem.choices]
         else:
-            together = measured_losses(graph, windows, problem.choices, problem.candidates, self.tokens)
+            together = measured_losses(
+                graph, windows, problem.choices, problem.candidates, self.tokens
+            )
             losses = [
                 np.repeat(loss[None] / len(names), len(names), axis=0)  # nobody knows whose it is
                 for names, loss in zip(problem.choices, together, strict=True)
@@ -292,7 +353,8 @@ class Allocate(Pass):
         context.moments.update(moments)
         if path is not None:
             rows = [
-                {"nodes": names, "losses": loss.tolist()} for names, loss in zip(problem.choices, losses, strict=True)
+                {"nodes": names, "losses": loss.tolist()}
+                for names, loss in zip(problem.choices, losses, strict=True)
             ]
             content = io.BytesIO()
             np.savez(content, **moments)  # type: ignore[arg-type]
@@ -307,9 +369,18 @@ class Allocate(Pass):
             digest.update(f"{name} {ref.source}\n".encode())
             if not ref.source or name.startswith(graph.blocks[0].name + "."):
                 digest.update(np.ascontiguousarray(ref.load().dequantize()).tobytes())
-        options = {name: [decision(type) for type in types] for name, types in problem.candidates.items()}
-        asked = [self.sensitivity, self.tokens, seed, tokens_digest(windows), options, problem.choices]
-        digest.update(json.dumps([VERSION, atd.__version__, str(graph), asked]).encode())
+        options = {
+            name: [decision(type) for type in types] for name, types in problem.candidates.items()
+        }
+        asked = [
+            self.sensitivity,
+            self.tokens,
+            seed,
+            tokens_digest(windows),
+            options,
+            problem.choices,
+        ]
+        digest.update(json.dumps([VERSION, __version__, str(graph), asked]).encode())
         return digest.hexdigest()
 
 
@@ -342,7 +413,9 @@ def _stand_in(type: Candidate) -> float:
     if isinstance(type, DenseType):
         return 0.0
     finer = 0.97 if type.group == "row" else 0.85 + 0.02 * math.log2(type.group_size / 32)
-    return math.prod(type.shape) * 9.0**-type.bases * min(finer, 0.97) * (1.0 if type.tied else 0.97)
+    return (
+        math.prod(type.shape) * 9.0**-type.bases * min(finer, 0.97) * (1.0 if type.tied else 0.97)
+    )
 
 
 def _stored(path: Path, problem: _Problem) -> tuple[list[np.ndarray], dict[str, np.ndarray]] | None:

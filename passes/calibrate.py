@@ -58,7 +58,9 @@ class Calibrate(Pass):
     scales: bool = True
     gains: bool = True
     codes: bool = True
-    steps: int = 40  # of the optimizer; with "block" for each block; 0: none, the model stays as it is
+    steps: int = (
+        40  # of the optimizer; with "block" for each block; 0: none, the model stays as it is
+    )
     batch: int = 2048  # tokens a step, at least one window
     learning_rate: float = 2e-3  # of scales and gains, relative to their size
     codes_learning_rate: float = 0.02  # of latent weights, in levels
@@ -67,11 +69,17 @@ class Calibrate(Pass):
 
     def __post_init__(self):
         if self.against not in AGAINST:
-            raise BadInput(f"calibrate.against {self.against!r} is unknown{nearest(self.against, AGAINST)}")
+            raise BadInput(
+                f"calibrate.against {self.against!r} is unknown{nearest(self.against, AGAINST)}"
+            )
         if not (self.scales or self.gains or self.codes):
-            raise BadInput("calibrate with scales, gains and codes all off has nothing to move; leave it out")
+            raise BadInput(
+                "calibrate with scales, gains and codes all off has nothing to move; leave it out"
+            )
         if self.steps < 0 or min(self.batch, self.checks, self.patience) < 1:
-            raise BadInput("calibrate: steps must be 0 or more, batch, checks and patience at least 1")
+            raise BadInput(
+                "calibrate: steps must be 0 or more, batch, checks and patience at least 1"
+            )
         if min(self.learning_rate, self.codes_learning_rate) <= 0:
             raise BadInput("calibrate: learning rates must be above 0")
 
@@ -81,13 +89,17 @@ class Calibrate(Pass):
 
     def requires(self, graph: Graph) -> str | None:
         decomposed = (node for _, node in graph.nodes() if node.name not in ROTATIONS)
-        if all(isinstance(ref.type, DenseType) for node in decomposed for ref in node.weights.values()):
+        if all(
+            isinstance(ref.type, DenseType) for node in decomposed for ref in node.weights.values()
+        ):
             return "there is no ternary weight to calibrate; put decompose before it"
         return None
 
     def rewrite(self, graph: Graph, context: Context) -> Graph | None:
         if context.calibration is None or context.dense is None:
-            raise BadInput("pass calibrate needs calibration text and the dense model: it runs within atd.convert")
+            raise BadInput(
+                "pass calibrate needs calibration text and the dense model: it runs within atd.convert"
+            )
         if not self.steps:
             return None
         windows = context.calibration.tokens
@@ -107,7 +119,9 @@ class Calibrate(Pass):
 
     def schedule(self) -> optax.Schedule:
         """The share of the rates that step 1, 2, ... takes: warm-up, then a cosine to zero."""
-        return optax.warmup_cosine_decay_schedule(0.0, 1.0, min(WARM_UP, self.steps), self.steps + 1)
+        return optax.warmup_cosine_decay_schedule(
+            0.0, 1.0, min(WARM_UP, self.steps), self.steps + 1
+        )
 
     def optimizer(self) -> optax.GradientTransformation:
         """Of what moves in one node: Adam, and Adafactor for codes, their momentum in bfloat16."""
@@ -156,7 +170,9 @@ class _Watch:
     best: float
     state: list[Parameters]  # of each unit, at the best loss
     worse: int = 0  # checks in a row
-    risen: tuple[float, ...] = ()  # the loss at every check that was worse; the rates were halved after each
+    risen: tuple[
+        float, ...
+    ] = ()  # the loss at every check that was worse; the rates were halved after each
 
     def take(self, loss: float, state: list[Parameters]) -> bool:
         """Whether this is the best so far."""
@@ -202,7 +218,9 @@ class _Tuned:
     def restart(self, parameters: Parameters) -> None:
         """From these, with nothing remembered of the steps before."""
         self.parameters = parameters
-        self._states = {name: self._optimizer.init(wide(moves)) for name, moves in parameters.items()}
+        self._states = {
+            name: self._optimizer.init(wide(moves)) for name, moves in parameters.items()
+        }
 
 
 def _updater(optimizer: optax.GradientTransformation) -> Callable:
@@ -246,7 +264,9 @@ def _watched(
 def _against_logits(step: Calibrate, graph: Graph, context: Context, data: _Data) -> Graph | None:
     dense = context.dense
     assert dense is not None
-    targets, held_targets = (_hidden(dense, windows, data.size) for windows in (data.train, data.held))
+    targets, held_targets = (
+        _hidden(dense, windows, data.size) for windows in (data.train, data.held)
+    )
     model = _Converted(step, graph, dense)
 
     def move(batch: np.ndarray, share: float) -> None:
@@ -255,7 +275,9 @@ def _against_logits(step: Calibrate, graph: Graph, context: Context, data: _Data
 
     def held_out() -> float:
         parts = range(0, len(data.held), data.size)
-        losses = [model.loss(data.held[i : i + data.size], held_targets[i : i + data.size]) for i in parts]
+        losses = [
+            model.loss(data.held[i : i + data.size], held_targets[i : i + data.size]) for i in parts
+        ]
         return float(np.average(losses, weights=[len(data.held[i : i + data.size]) for i in parts]))
 
     watch = _watched(
@@ -269,7 +291,10 @@ def _against_logits(step: Calibrate, graph: Graph, context: Context, data: _Data
     context.say(watch.summary("KL(dense || converted)"))
     if not watch.improved:
         return None
-    units = (settled(tuned.unit, parameters) for tuned, parameters in zip(model.units, watch.state, strict=True))
+    units = (
+        settled(tuned.unit, parameters)
+        for tuned, parameters in zip(model.units, watch.state, strict=True)
+    )
     return graph.with_units(tuple(units))
 
 
@@ -289,9 +314,13 @@ class _Converted:
         self._moves_table = self._tied and bool(self._prologue.parameters)
         self._measure = jax.jit(self._divergence)
         # by the head's parameters, by the hidden states, and where the head is the embedding by its table
-        self._differentiate = jax.jit(jax.grad(self._divergence, argnums=(0, 1, 2) if self._moves_table else (0, 1)))
+        self._differentiate = jax.jit(
+            jax.grad(self._divergence, argnums=(0, 1, 2) if self._moves_table else (0, 1))
+        )
 
-    def _divergence(self, parameters, hidden, embedding, target, fixed, teacher_fixed, teacher_table):
+    def _divergence(
+        self, parameters, hidden, embedding, target, fixed, teacher_fixed, teacher_table
+    ):
         """Mean over windows [B, T, D], some positions at a time, so that logits of no more exist; weights are arguments,
         or they would be constants of the compiled program."""
         head = replace(self._head.unit, fixed=fixed)
@@ -303,7 +332,9 @@ class _Converted:
 
         length = hidden.shape[1]
         step = next((n for n in range(min(POSITIONS, length), 31, -1) if length % n == 0), length)
-        parts = (x.reshape(-1, step, x.shape[-1]) for x in (hidden, target))  # [B T / step, step, D]
+        parts = (
+            x.reshape(-1, step, x.shape[-1]) for x in (hidden, target)
+        )  # [B T / step, step, D]
         return jnp.mean(jax.lax.map(part, tuple(parts)))
 
     def _arguments(self, hidden, target) -> tuple:
@@ -361,17 +392,26 @@ def _against_blocks(step: Calibrate, graph: Graph, context: Context, data: _Data
     def inputs(windows: np.ndarray) -> tuple[list, list]:
         tokens = [jnp.asarray(windows[i : i + 1], jnp.int32) for i in range(len(windows))]
         return tuple(  # type: ignore[return-value]
-            [np.asarray(forward(unit, {}, x)) for x in tokens] for unit in (frozen(g.prologue) for g in (dense, graph))
+            [np.asarray(forward(unit, {}, x)) for x in tokens]
+            for unit in (frozen(g.prologue) for g in (dense, graph))
         )
 
     streams = {"train": inputs(data.train), "held": inputs(data.held)}
     units, gained = [graph.prologue], 0
     for number, (wanted, block) in enumerate(zip(dense.blocks, graph.blocks, strict=True)):
         tuned, reference = _Tuned(step.unit(block), optimizer, update), frozen(wanted)
-        targets = {key: [np.asarray(forward(reference, {}, x)) for x in stream[0]] for key, stream in streams.items()}
+        targets = {
+            key: [np.asarray(forward(reference, {}, x)) for x in stream[0]]
+            for key, stream in streams.items()
+        }
         # What the block adds to the stream, so that losses of blocks can be compared.
         scale = float(
-            np.mean([np.mean((y - x) ** 2) for y, x in zip(targets["train"], streams["train"][0], strict=True)])
+            np.mean(
+                [
+                    np.mean((y - x) ** 2)
+                    for y, x in zip(targets["train"], streams["train"][0], strict=True)
+                ]
+            )
         )
 
         def error(output, target, scale=scale):
@@ -381,10 +421,15 @@ def _against_blocks(step: Calibrate, graph: Graph, context: Context, data: _Data
 
         def held_out(tuned=tuned, targets=targets, error=error) -> float:
             pairs = zip(streams["held"][1], targets["held"], strict=True)
-            return float(np.mean([error(forward(tuned.unit, tuned.parameters, x), y) for x, y in pairs]))
+            return float(
+                np.mean([error(forward(tuned.unit, tuned.parameters, x), y) for x, y in pairs])
+            )
 
         def move(batch, share, tuned=tuned, targets=targets, slope=slope) -> None:
-            x, y = (jnp.concatenate([stream[j] for j in batch]) for stream in (streams["train"][1], targets["train"]))
+            x, y = (
+                jnp.concatenate([stream[j] for j in batch])
+                for stream in (streams["train"][1], targets["train"])
+            )
             gradient = slope(forward(tuned.unit, tuned.parameters, x), y)
             tuned.move(backward(tuned.unit, tuned.parameters, x, gradient)[0], share)
 

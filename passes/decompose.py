@@ -51,21 +51,31 @@ class Decompose(Pass):
 
     def __post_init__(self):
         if self.method not in METHODS:
-            raise BadInput(f"decompose.method {self.method!r} is unknown{nearest(self.method, METHODS)}")
+            raise BadInput(
+                f"decompose.method {self.method!r} is unknown{nearest(self.method, METHODS)}"
+            )
         if not 1 <= self.bases <= 4:
             raise BadInput(f"decompose.bases must be 1, 2, 3 or 4, not {self.bases}")
         if self.group not in ("row", "tensor") and (isinstance(self.group, str) or self.group < 32):
-            raise BadInput(f"decompose.group must be a size of at least 32, 'row' or 'tensor', not {self.group!r}")
+            raise BadInput(
+                f"decompose.group must be a size of at least 32, 'row' or 'tensor', not {self.group!r}"
+            )
         if self.scales not in ("free", "tied"):
             raise BadInput(f"decompose.scales must be 'free' or 'tied', not {self.scales!r}")
         if self.method == "greedy" and self.scales == "tied":
-            raise BadInput("decompose.method greedy fits free scales only; use method als for tied ones")
+            raise BadInput(
+                "decompose.method greedy fits free scales only; use method als for tied ones"
+            )
         if self.dtype not in ("f16", "bf16", "f32"):
             raise BadInput(f"decompose.dtype must be f16, bf16 or f32, not {self.dtype!r}")
         if self.method == "hessian" and self.group == "tensor":
-            raise BadInput("decompose.method hessian works on rows: group must be a size or 'row', not 'tensor'")
+            raise BadInput(
+                "decompose.method hessian works on rows: group must be a size or 'row', not 'tensor'"
+            )
         if min(self.sweeps, self.refits) < 0 or self.damping < 0 or not 0 <= self.asymmetric <= 1:
-            raise BadInput("decompose: sweeps, refits and damping must be 0 or more, asymmetric from 0 to 1")
+            raise BadInput(
+                "decompose: sweeps, refits and damping must be 0 or more, asymmetric from 0 to 1"
+            )
         check_pattern("decompose.nodes", self.nodes)
 
     @property
@@ -87,10 +97,10 @@ class Decompose(Pass):
         if not any(re.fullmatch(self.nodes, name) for name in dense):
             return f"nodes = {self.nodes!r} matches none of the dense matrices; names are like {dense[0]!r}"
         for rule in self.rules:
-            if not any(re.fullmatch(rule.match, name) and re.fullmatch(self.nodes, name) for name in dense):
-                return (
-                    f"rule {rule.match!r} matches no dense matrix among those that nodes = {self.nodes!r} lets through"
-                )
+            if not any(
+                re.fullmatch(rule.match, name) and re.fullmatch(self.nodes, name) for name in dense
+            ):
+                return f"rule {rule.match!r} matches no dense matrix among those that nodes = {self.nodes!r} lets through"
         return None
 
     def rewrite(self, name: str, node: Node, context: Context) -> Node | None:
@@ -108,7 +118,9 @@ class Decompose(Pass):
         if type is None:
             return node
         scales = "tied" if type.tied else "free"
-        step = replace(self, bases=type.bases, group=type.group, scales=scales, dtype=type.dtype, rules=())
+        step = replace(
+            self, bases=type.bases, group=type.group, scales=scales, dtype=type.dtype, rules=()
+        )
         return step._decomposed(name, node, context)
 
     def _decomposed(self, name: str, node: Node, context: Context) -> Node:
@@ -128,18 +140,29 @@ class Decompose(Pass):
             else:
                 features = context.feature_weights.get(name)
                 trits, scales = least_squares.als(
-                    weight, self.bases, group, type.tied, DTYPES[self.dtype], feature_weights=features
+                    weight,
+                    self.bases,
+                    group,
+                    type.tied,
+                    DTYPES[self.dtype],
+                    feature_weights=features,
                 )
-            context.record(name, error=least_squares.decomposition_rmse(weight, trits, scales, group))
+            context.record(
+                name, error=least_squares.decomposition_rmse(weight, trits, scales, group)
+            )
             return Ternary(trits, scales, type)
 
-        return replace(node, weights=node.weights | {"weight": WeightRef(ref.tensor, type, load, ref.source)})
+        return replace(
+            node, weights=node.weights | {"weight": WeightRef(ref.tensor, type, load, ref.source)}
+        )
 
     def _calibrated(
         self, name: str, weight: np.ndarray, group: Group, context: Context
     ) -> tuple[np.ndarray, np.ndarray]:
         if context.calibration is None:
-            raise BadInput(f"{name}: decompose.method hessian needs calibration text: convert with --calib FILE")
+            raise BadInput(
+                f"{name}: decompose.method hessian needs calibration text: convert with --calib FILE"
+            )
         target = weight
         if name in context.moments:
             hessian = context.moments[name]
@@ -148,7 +171,9 @@ class Decompose(Pass):
             moments = context.calibration.moments(name)
             hessian, factor = moments.hessian, _factor(moments, self.damping, self.order)
             if self.asymmetric:
-                corrected = error_feedback.asymmetric_target(weight, hessian, moments.cross, self.damping)
+                corrected = error_feedback.asymmetric_target(
+                    weight, hessian, moments.cross, self.damping
+                )
                 target = weight + self.asymmetric * (np.asarray(corrected) - weight)
         trits, scales = error_feedback.decompose(
             target,

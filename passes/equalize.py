@@ -58,16 +58,25 @@ class Equalize(Pass):
     bases: int = 2
     group: int | str = 128
     scales: str = "free"
-    grid: tuple[float, ...] = (0.0, 0.125, 0.25, 0.5)  # exponents tried, or the one to take; 0: leave the site
+    grid: tuple[float, ...] = (
+        0.0,
+        0.125,
+        0.25,
+        0.5,
+    )  # exponents tried, or the one to take; 0: leave the site
     tokens: int = 16384  # of the calibration text, at most
 
     def __post_init__(self):
         if not self.grid or not all(isinstance(a, int | float) and 0 <= a <= 1 for a in self.grid):
             raise BadInput(f"equalize.grid must be exponents from 0 to 1, not {list(self.grid)}")
         if not 1 <= self.bases <= 4 or self.scales not in ("free", "tied") or self.tokens < 1:
-            raise BadInput("equalize: bases must be 1 to 4, scales 'free' or 'tied', tokens at least 1")
+            raise BadInput(
+                "equalize: bases must be 1 to 4, scales 'free' or 'tied', tokens at least 1"
+            )
         if self.group not in ("row", "tensor") and (isinstance(self.group, str) or self.group < 32):
-            raise BadInput(f"equalize.group must be a size of at least 32, 'row' or 'tensor', not {self.group!r}")
+            raise BadInput(
+                f"equalize.group must be a size of at least 32, 'row' or 'tensor', not {self.group!r}"
+            )
 
     @property
     def needs(self) -> frozenset[str]:
@@ -88,15 +97,26 @@ class Equalize(Pass):
         return None
 
     def rewrite(self, graph: Graph, context: Context) -> Graph | None:
-        if context.calibration is None:  # preflight: what types there would be, were all sites scaled
-            blocks = [_scaled_block(block, [(site, None) for site in sites(block)]) for block in graph.blocks]
+        if (
+            context.calibration is None
+        ):  # preflight: what types there would be, were all sites scaled
+            blocks = [
+                _scaled_block(block, [(site, None) for site in sites(block)])
+                for block in graph.blocks
+            ]
             return replace(graph, blocks=tuple(blocks))
         tokens = context.calibration.tokens
         windows = tokens[: max(1, self.tokens // tokens.shape[1])]
-        asked = {block.full_name(block.node(site.readers[0])) for block in graph.blocks for site in sites(block)}
+        asked = {
+            block.full_name(block.node(site.readers[0]))
+            for block in graph.blocks
+            for site in sites(block)
+        }
         blocks, chosen, losses = [], Counter(), np.zeros(2)
         units = islice(dense_moments(graph, windows, asked), 1, None)  # the prologue has no sites
-        for block, (_, _, _, moments) in zip(graph.blocks, units, strict=False):  # nor has the epilogue
+        for block, (_, _, _, moments) in zip(
+            graph.blocks, units, strict=False
+        ):  # nor has the epilogue
             found = []
             for site in sites(block):
                 a, scale, loss = self._search(block, site, moments)
@@ -107,7 +127,11 @@ class Equalize(Pass):
                 if scale is not None:
                     found.append((site, scale))
             blocks.append(_scaled_block(block, found))
-        line = "equalize: exponent " + ", ".join(f"{a:g} at {count}" for a, count in sorted(chosen.items())) + " sites"
+        line = (
+            "equalize: exponent "
+            + ", ".join(f"{a:g} at {count}" for a, count in sorted(chosen.items()))
+            + " sites"
+        )
         if losses[0]:
             line += f"; output error of a plain decomposition {losses[1] / losses[0] - 1:+.1%}"
         context.say(line)
@@ -126,7 +150,9 @@ class Equalize(Pass):
 
         def loss(a: float) -> float:
             scale = scales_of(np.diagonal(hessian), a, site.heads)
-            return sum(float(proxy_loss(self._error(weight, scale), hessian).sum()) for weight in weights)
+            return sum(
+                float(proxy_loss(self._error(weight, scale), hessian).sum()) for weight in weights
+            )
 
         plain = loss(0.0)
         losses = [(plain if a == 0 else loss(a), a) for a in self.grid]
@@ -154,7 +180,9 @@ def sites(block: Block) -> list[Site]:
 
     for node in block.nodes[:-1]:
         linears = readers(node.name)
-        if not linears or any(reader.op != "linear" or "weight" not in reader.weights for reader in linears):
+        if not linears or any(
+            reader.op != "linear" or "weight" not in reader.weights for reader in linears
+        ):
             continue
         heads = (1, 1)
         if node.op == "rms_norm" and "head_dim" not in node.attrs:
@@ -177,7 +205,9 @@ def scales_of(squares: np.ndarray, a: float, heads: tuple[int, int] = (1, 1)) ->
     """s float32 [in] from E[x^2] [in]: E[x^2]^(a/2) over its geometric mean. `heads` query heads to key-value heads: E[x^2] is
     averaged over the query heads that read the same values, which therefore share s."""
     queries, keys = heads
-    shared = squares.astype(np.float64).reshape(keys, queries // keys, -1)  # [kv_heads, group, head_dim]
+    shared = squares.astype(np.float64).reshape(
+        keys, queries // keys, -1
+    )  # [kv_heads, group, head_dim]
     shared = np.broadcast_to(shared.mean(axis=1, keepdims=True), shared.shape).reshape(-1)
     if not shared.any():
         return np.ones(len(squares), np.float32)
@@ -217,7 +247,9 @@ def _divided(array: np.ndarray, scale: np.ndarray) -> np.ndarray:
 
 
 def _mapped(
-    ref: WeightRef, scale: np.ndarray | None, function: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    ref: WeightRef,
+    scale: np.ndarray | None,
+    function: Callable[[np.ndarray, np.ndarray], np.ndarray],
 ) -> WeightRef:
     """function(array, scale) as dense f32."""
     digest = "" if scale is None else hashlib.sha256(scale.tobytes()).hexdigest()[:16]
@@ -226,4 +258,6 @@ def _mapped(
         assert scale is not None, f"{ref.tensor} is read before its scales are known"
         return Dense(function(dense_array(ref), scale))
 
-    return WeightRef(ref.tensor, DenseType(ref.type.shape, "f32"), load, f"{ref.source} equalized {digest}")
+    return WeightRef(
+        ref.tensor, DenseType(ref.type.shape, "f32"), load, f"{ref.source} equalized {digest}"
+    )

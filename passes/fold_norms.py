@@ -35,11 +35,18 @@ class FoldNorms(Pass):
 
     def __post_init__(self):
         if self.dtype not in _DTYPES:
-            raise BadInput(f"fold_norms.dtype {self.dtype!r} is unknown{nearest(self.dtype, _DTYPES)}")
+            raise BadInput(
+                f"fold_norms.dtype {self.dtype!r} is unknown{nearest(self.dtype, _DTYPES)}"
+            )
 
     def requires(self, graph: Graph) -> str | None:
         graph = _untied(graph) if self.untie else graph
-        readers = [(unit.full_name(node), node) for unit in graph.units for norm in _folds(unit) for node in norm[1]]
+        readers = [
+            (unit.full_name(node), node)
+            for unit in graph.units
+            for norm in _folds(unit)
+            for node in norm[1]
+        ]
         if not readers:
             return "there is no norm whose gain can be folded (is it done already?)"
         for name, node in readers:
@@ -65,9 +72,15 @@ def _folds(unit: Block) -> list[tuple[Node, list[Node]]]:
     """(norm, the linears that read it) for each norm that has a gain and no other reader."""
     folds = []
     for norm in unit.nodes[:-1]:
-        if norm.op == "rms_norm" and "head_dim" not in norm.attrs and not norm.attrs.get("unit_gain"):
+        if (
+            norm.op == "rms_norm"
+            and "head_dim" not in norm.attrs
+            and not norm.attrs.get("unit_gain")
+        ):
             readers = [node for node in unit.nodes if norm.name in node.inputs]
-            if readers and all(node.op == "linear" and "weight" in node.weights for node in readers):
+            if readers and all(
+                node.op == "linear" and "weight" in node.weights for node in readers
+            ):
                 folds.append((norm, readers))
     return folds
 
@@ -79,7 +92,9 @@ def _scaled(ref: WeightRef, gain: WeightRef, dtype: str) -> WeightRef:
         weight, g = ref.load().dequantize(np.float32), gain.load().dequantize(np.float32)
         return Dense((np.asarray(weight) * np.asarray(g)).astype(DTYPES[dtype]))
 
-    return WeightRef(ref.tensor, DenseType(ref.type.shape, dtype), load, f"{ref.source} * {gain.source}")
+    return WeightRef(
+        ref.tensor, DenseType(ref.type.shape, dtype), load, f"{ref.source} * {gain.source}"
+    )
 
 
 def _untied(graph: Graph) -> Graph:
@@ -91,7 +106,9 @@ def _untied(graph: Graph) -> Graph:
         if embedding is not None:
             attrs = {key: value for key, value in node.attrs.items() if key != "tied_to"}
             own = replace(embedding, tensor=f"{epilogue.full_name(node)}.weight")
-            epilogue = epilogue.replace_node(replace(node, weights=node.weights | {"weight": own}, attrs=attrs))
+            epilogue = epilogue.replace_node(
+                replace(node, weights=node.weights | {"weight": own}, attrs=attrs)
+            )
     if epilogue is graph.epilogue:
         return graph
     return replace(graph, epilogue=epilogue, config=graph.config | {"tie_word_embeddings": False})

@@ -15,7 +15,16 @@ import numpy as np
 
 from atd.ir import Block, Node, WeightRef
 from atd.pipeline import Context, Pass
-from atd.weights import Dense, DenseType, Packed, PackedType, Ternary, TernaryType, Weight, WeightType
+from atd.weights import (
+    Dense,
+    DenseType,
+    Packed,
+    PackedType,
+    Ternary,
+    TernaryType,
+    Weight,
+    WeightType,
+)
 from atd.weights.layouts import LAYOUTS
 
 
@@ -29,8 +38,14 @@ class Fuse(Pass):
     def rewrite(self, block: Block, context: Context) -> Block | None:
         groups: dict[tuple, list[Node]] = {}
         for node in block.nodes:
-            if node.op == "linear" and "weight" in node.weights and _joinable(node.weights["weight"].type):
-                types = tuple((slot, _with_rows(node.weights[slot].type, 0)) for slot in sorted(node.weights))
+            if (
+                node.op == "linear"
+                and "weight" in node.weights
+                and _joinable(node.weights["weight"].type)
+            ):
+                types = tuple(
+                    (slot, _with_rows(node.weights[slot].type, 0)) for slot in sorted(node.weights)
+                )
                 alike = node.inputs, types, str(sorted(node.attrs.items()))
                 groups.setdefault(alike, []).append(node)
         joined = {part.name: parts for parts in groups.values() if len(parts) > 1 for part in parts}
@@ -72,7 +87,10 @@ def _joined_name(names: Sequence[str]) -> str:
 def _join_refs(tensor: str, refs: Sequence[WeightRef]) -> WeightRef:
     type = _with_rows(refs[0].type, sum(ref.type.shape[0] for ref in refs))
     return WeightRef(
-        tensor, type, lambda: _join_rows([ref.load() for ref in refs], type), " + ".join(ref.source for ref in refs)
+        tensor,
+        type,
+        lambda: _join_rows([ref.load() for ref in refs], type),
+        " + ".join(ref.source for ref in refs),
     )
 
 

@@ -30,7 +30,9 @@ class Pack(Pass):
         check_pattern("pack.nodes", self.nodes)
 
     def requires(self, graph: Graph) -> str | None:
-        if any(ternary_of(ref.type) and re.fullmatch(self.nodes, name) for name, ref in graph.weights()):
+        if any(
+            ternary_of(ref.type) and re.fullmatch(self.nodes, name) for name, ref in graph.weights()
+        ):
             return None
         return f"there is no ternary weight among the nodes {self.nodes!r}; put decompose before it"
 
@@ -52,4 +54,6 @@ class Pack(Pass):
             assert isinstance(weight, Ternary)
             return Packed(layout.pack(weight.trits), weight.scales, type)
 
-        return replace(node, weights=node.weights | {"weight": WeightRef(ref.tensor, type, load, ref.source)})
+        return replace(
+            node, weights=node.weights | {"weight": WeightRef(ref.tensor, type, load, ref.source)}
+        )

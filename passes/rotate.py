@@ -55,7 +55,9 @@ class Rotate(Pass):
     seed: int = 0
     r1: bool = True  # the residual stream
     r2: bool = True  # the values of each head
-    embedding: bool = False  # rotate a tied embedding as well; one with a head beside it is rotated anyway
+    embedding: bool = (
+        False  # rotate a tied embedding as well; one with a head beside it is rotated anyway
+    )
     dtype: str = "f32"  # of the rotated weights; f32 keeps the function to rounding
 
     def __post_init__(self):
@@ -77,7 +79,10 @@ class Rotate(Pass):
         stream, plan = self._plan(graph, context.seed)
 
         def rotated(unit: Block) -> Block:
-            nodes = (_rotated_node(node, plan.get(unit.full_name(node), {}), self.dtype) for node in unit.nodes)
+            nodes = (
+                _rotated_node(node, plan.get(unit.full_name(node), {}), self.dtype)
+                for node in unit.nodes
+            )
             return replace(unit, nodes=tuple(nodes))
 
         if stream is not None and graph.is_tied:
@@ -92,8 +97,12 @@ class Rotate(Pass):
             embed = graph.prologue.nodes[-1]
             name = graph.prologue.full_name(embed)
             if embed.op != "embed" or any(node.name == OUT for node in graph.epilogue.nodes):
-                raise BadInput(f"{name} stands between the embedding and the blocks; is the model rotated already?")
-            stream = random_rotation(np.random.default_rng((seed, self.seed, 0)), embed.weights["weight"].type.shape[1])
+                raise BadInput(
+                    f"{name} stands between the embedding and the blocks; is the model rotated already?"
+                )
+            stream = random_rotation(
+                np.random.default_rng((seed, self.seed, 0)), embed.weights["weight"].type.shape[1]
+            )
             units = graph.blocks
             if self.embedding or not graph.is_tied:
                 _give(plan, graph.prologue, embed, "inputs", stream)
@@ -101,7 +110,9 @@ class Rotate(Pass):
                 units = (*units, graph.epilogue)
             for unit in units:
                 if _plan_stream(plan, unit, stream) != (unit is not graph.epilogue):
-                    raise BadInput(f"{unit.name or 'epilogue'} does not end where the residual stream is expected to")
+                    raise BadInput(
+                        f"{unit.name or 'epilogue'} does not end where the residual stream is expected to"
+                    )
         if self.r2:
             for i, block in enumerate(graph.blocks):
                 _plan_values(plan, block, np.random.default_rng((seed, self.seed, 1 + i)))
@@ -112,7 +123,9 @@ def _give(plan: dict[str, Sides], unit: Block, node: Node, side: str, rotation: 
     name = unit.full_name(node)
     for ref in node.weights.values():
         if not isinstance(ref.type, DenseType):
-            raise BadInput(f"{name} is {ref.type}, and only dense weights can be rotated; put rotate before decompose")
+            raise BadInput(
+                f"{name} is {ref.type}, and only dense weights can be rotated; put rotate before decompose"
+            )
     plan.setdefault(name, {})[side] = rotation
 
 
@@ -126,7 +139,9 @@ def _plan_stream(plan: dict[str, Sides], unit: Block, rotation: Rotation) -> boo
         name = unit.full_name(node)
         if not normed.isdisjoint(node.inputs):
             if node.op != "linear":
-                raise BadInput(f"{name} ({node.op}) reads a norm of the residual stream, which linears alone may")
+                raise BadInput(
+                    f"{name} ({node.op}) reads a norm of the residual stream, which linears alone may"
+                )
             _give(plan, unit, node, "inputs", rotation)
         if stream.isdisjoint(node.inputs):
             continue
@@ -146,7 +161,9 @@ def _plan_stream(plan: dict[str, Sides], unit: Block, rotation: Rotation) -> boo
                 _give(plan, unit, writer, "outputs", rotation)
             stream.add(node.name)
         else:
-            raise BadInput(f"{name} ({node.op}) reads the residual stream, which norms and additions alone may")
+            raise BadInput(
+                f"{name} ({node.op}) reads the residual stream, which norms and additions alone may"
+            )
     return unit.nodes[-1].name in stream
 
 
@@ -159,7 +176,9 @@ def _plan_values(plan: dict[str, Sides], block: Block, rng: np.random.Generator)
         name, value, readers = block.full_name(node), node.inputs[2], _readers(block, node.name)
         writer = next((node for node in block.nodes if node.name == value), None)
         if writer is None or writer.op != "linear" or _readers(block, value) != [node]:
-            raise BadInput(f"the values of {name} do not come from a linear of their own; put rotate before fuse")
+            raise BadInput(
+                f"the values of {name} do not come from a linear of their own; put rotate before fuse"
+            )
         if not readers or any(reader.op != "linear" for reader in readers):
             raise BadInput(f"the output of {name} must go to a linear alone; use r2 = false")
         rotation = random_rotation(rng, head_dim, kv_heads)
@@ -178,13 +197,17 @@ def _readers(block: Block, value: str) -> list[Node]:
 def _rotated_node(node: Node, sides: Sides, dtype: str) -> Node:
     weights = dict(node.weights)
     if sides:
-        weights["weight"] = _rotated(node.weights["weight"], sides.get("inputs"), sides.get("outputs"), dtype)
+        weights["weight"] = _rotated(
+            node.weights["weight"], sides.get("inputs"), sides.get("outputs"), dtype
+        )
     if "outputs" in sides and "bias" in weights:
         weights["bias"] = _rotated(node.weights["bias"], sides["outputs"], None, dtype)
     return replace(node, weights=weights)
 
 
-def _rotated(ref: WeightRef, inputs: Rotation | None, outputs: Rotation | None, dtype: str) -> WeightRef:
+def _rotated(
+    ref: WeightRef, inputs: Rotation | None, outputs: Rotation | None, dtype: str
+) -> WeightRef:
     """R_outputs^T W R_inputs; a bias [out] is a row, b R."""
 
     def load() -> Dense:
@@ -209,7 +232,10 @@ def _rotate_around(graph: Graph, rotation: Rotation, embedding: bool) -> Graph:
     prologue, epilogue = graph.prologue, graph.epilogue
     into = linear(prologue, IN, prologue.nodes[-1].name, transpose=True)  # x W^T = x R
     out = linear(epilogue, OUT, "x", transpose=False)  # x W^T = x R^T
-    nodes = [replace(n, inputs=tuple(OUT if value == "x" else value for value in n.inputs)) for n in epilogue.nodes]
+    nodes = [
+        replace(n, inputs=tuple(OUT if value == "x" else value for value in n.inputs))
+        for n in epilogue.nodes
+    ]
     if embedding:
         back = linear(epilogue, HEAD, nodes[-1].inputs[0], transpose=True)
         nodes[-1:] = [back, replace(nodes[-1], inputs=(HEAD,))]
@@ -223,13 +249,21 @@ def _rotate_around(graph: Graph, rotation: Rotation, embedding: bool) -> Graph:
 def _matrix(tensor: str, rotation: Rotation, transpose: bool) -> WeightRef:
     """R, or R^T, as a weight: one ternary base where all entries are +-1/sqrt(n), else dense f32."""
     n = len(rotation.signs)
-    type = TernaryType((n, n), 1, "tensor", False, "f32") if rotation.is_hadamard else DenseType((n, n), "f32")
+    type = (
+        TernaryType((n, n), 1, "tensor", False, "f32")
+        if rotation.is_hadamard
+        else DenseType((n, n), "f32")
+    )
 
     def load() -> Dense | Ternary:
         matrix = rotation.apply(np.eye(n))
         matrix = np.ascontiguousarray(matrix.T if transpose else matrix)
         if isinstance(type, DenseType):
             return Dense(matrix.astype(np.float32))
-        return Ternary(np.sign(matrix).astype(np.int8)[..., None], np.full((1, 1, 1), n**-0.5, np.float32), type)
+        return Ternary(
+            np.sign(matrix).astype(np.int8)[..., None],
+            np.full((1, 1, 1), n**-0.5, np.float32),
+            type,
+        )
 
     return WeightRef(tensor, type, load)

@@ -27,7 +27,9 @@ def own_cache(tmp_path_factory):
 def shared_data() -> Path:
     root = Path(os.environ.get("ATD_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
     if not root.is_dir():
-        pytest.skip(f"needs the real models and texts of {root}; set ATD_SHARED_DATA to where they are")
+        pytest.skip(
+            f"needs the real models and texts of {root}; set ATD_SHARED_DATA to where they are"
+        )
     return root
 
 
@@ -45,7 +47,9 @@ def stories15m(shared_data: Path) -> Path:
 def atd(monkeypatch, capsys):
     """atd("convert", ...) -> (exit code, stdout, stderr)."""
 
-    from atd.cli import main  # not for all: tests of kernels run where jax, numpy and pytest are all there is
+    from atd.cli import (
+        main,  # not for all: tests of kernels run where jax, numpy and pytest are all there is
+    )
 
     def run(*arguments) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["atd", *map(str, arguments)])

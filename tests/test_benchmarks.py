@@ -22,7 +22,9 @@ def run(name: str, *arguments, code: int = 0) -> str:
 
 def test_decompose(tmp_path):
     run("decompose.py", "--tiny", "--json", tmp_path / "f.json")
-    assert all(row["weights_per_second"] > 0 for row in json.loads((tmp_path / "f.json").read_text()))
+    assert all(
+        row["weights_per_second"] > 0 for row in json.loads((tmp_path / "f.json").read_text())
+    )
 
 
 def test_convert(tmp_path):
@@ -40,11 +42,22 @@ def test_decode(stories260k, tmp_path):
 
 
 def test_decode_of_random_weights_and_in_one_jit(tmp_path):
-    arguments = ("--random", "tiny", "--tiny", "--one-jit", "--no-dense", "--backend", "xla-unpacked")
+    arguments = (
+        "--random",
+        "tiny",
+        "--tiny",
+        "--one-jit",
+        "--no-dense",
+        "--backend",
+        "xla-unpacked",
+    )
     out = run("decode.py", *arguments, "--json", tmp_path / "f.json")
     assert "tiny, prompt 16, 8 tokens, median of 1, float32, cpu" in out
     figures = json.loads((tmp_path / "f.json").read_text())
-    assert all(row["one_jit_tokens_per_second"] > 0 and row["peak_bytes"] is None for row in figures["rows"])
+    assert all(
+        row["one_jit_tokens_per_second"] > 0 and row["peak_bytes"] is None
+        for row in figures["rows"]
+    )
 
 
 def test_matmul(tmp_path):
@@ -70,7 +83,18 @@ def test_matmul_says_what_it_leaves_out_and_refuses_what_does_not_run(tmp_path):
 
 def test_quality(stories260k, shared_data, tmp_path):
     text = shared_data / "text" / "tinystories_sample.txt"
-    arguments = (stories260k, "--data", text, "--context", 64, "--tokens", 512, "--recipes", "greedy3", "datafree3")
+    arguments = (
+        stories260k,
+        "--data",
+        text,
+        "--context",
+        64,
+        "--tokens",
+        512,
+        "--recipes",
+        "greedy3",
+        "datafree3",
+    )
     run("quality.py", *arguments, "--json", tmp_path / "f.json")
     greedy, als = json.loads((tmp_path / "f.json").read_text())["rows"]
     assert als[text.stem]["kl_mean"] < 0.2 * greedy[text.stem]["kl_mean"]

@@ -36,10 +36,16 @@ def module_of(path: Path) -> str:
 
 def sources() -> dict[str, Path]:
     found = [
-        path for folder in ("passes", "kernels", "benchmarks", "examples") for path in (ROOT / folder).rglob("*.py")
+        path
+        for folder in ("passes", "kernels", "benchmarks", "examples")
+        for path in (ROOT / folder).rglob("*.py")
     ]
     linked = (ROOT / "atd" / "passes", ROOT / "atd" / "kernels")
-    found += [path for path in (ROOT / "atd").rglob("*.py") if not any(path.is_relative_to(link) for link in linked)]
+    found += [
+        path
+        for path in (ROOT / "atd").rglob("*.py")
+        if not any(path.is_relative_to(link) for link in linked)
+    ]
     return {module_of(path): path for path in found}
 
 
@@ -79,7 +85,9 @@ def test_imports_go_downward(module):
     assert room(module) in FLOOR, f"{room(module)} has no floor"
     for imported in modules_imported(SOURCES[module]):
         mine, theirs = room(module), room(imported)
-        assert mine == theirs or FLOOR[theirs] < FLOOR[mine], f"{module} imports {imported}, which is not below it"
+        assert mine == theirs or FLOOR[theirs] < FLOOR[mine], (
+            f"{module} imports {imported}, which is not below it"
+        )
 
 
 def test_no_module_imports_itself_by_way_of_others():
@@ -103,13 +111,28 @@ def test_kernels_need_jax_and_numpy_alone():
         if room(module) == "kernels":
             for name in names_imported(path):
                 assert name.split(".")[0] in allowed, f"{module} imports {name}"
-                assert not name.startswith("atd.") or name.split(".")[1] in ("kernels", "weights"), f"{module}: {name}"
+                assert not name.startswith("atd.") or name.split(".")[1] in (
+                    "kernels",
+                    "weights",
+                ), f"{module}: {name}"
 
 
 def test_importing_kernels_loads_nothing_else():
-    heavy = ["flax", "safetensors", "tokenizers", "gguf", "rich", "tyro", "optax", "matplotlib", "transformers"]
+    heavy = [
+        "flax",
+        "safetensors",
+        "tokenizers",
+        "gguf",
+        "rich",
+        "tyro",
+        "optax",
+        "matplotlib",
+        "transformers",
+    ]
     code = f"import sys, atd.kernels.matmul; print([m for m in {heavy!r} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
     assert done.stdout.strip() == "[]"
 
 

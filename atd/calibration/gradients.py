@@ -23,18 +23,43 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atd.decomposition.levels import descending_scales, nearest_codes, nonzero, round_scales, top_level, trits_of
+from atd.decomposition.levels import (
+    descending_scales,
+    nearest_codes,
+    nonzero,
+    round_scales,
+    top_level,
+    trits_of,
+)
 from atd.ir import ROTATIONS, Block, Node
 from atd.models import ops
 from atd.models.ops import Structure, structure_of
-from atd.weights import DTYPES, Dense, DenseType, Packed, PackedType, Ternary, Weight, level_weights, ternary_of
+from atd.weights import (
+    DTYPES,
+    Dense,
+    DenseType,
+    Packed,
+    PackedType,
+    Ternary,
+    Weight,
+    level_weights,
+    ternary_of,
+)
 from atd.weights.layouts import LAYOUTS
 
-Parameters = dict[str, dict[str, jax.Array]]  # node -> kind ("scales", "gain", "codes") -> what is tuned
-CODES = jnp.float16  # of delta as it is kept: up to half a level to 2^-12 of one; computed with in float32
+Parameters = dict[
+    str, dict[str, jax.Array]
+]  # node -> kind ("scales", "gain", "codes") -> what is tuned
+CODES = (
+    jnp.float16
+)  # of delta as it is kept: up to half a level to 2^-12 of one; computed with in float32
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["codes", "scales", "top"], meta_fields=["size", "tied"])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["codes", "scales", "top"],
+    meta_fields=["size", "tied"],
+)
 @dataclass(frozen=True)
 class Grid:
     """A ternary matrix as it stands before tuning: weights sum_i s_i t_i on the levels of their group.
@@ -69,17 +94,28 @@ def tunable(block: Block, *, scales: bool = True, gains: bool = True, codes: boo
     parameters: Parameters = {}
     for node in block.nodes:
         for slot, ref in node.weights.items():
-            value = grid_of(ref.load()) if ternary_of(ref.type) else jnp.asarray(ref.load().dequantize())
+            value = (
+                grid_of(ref.load())
+                if ternary_of(ref.type)
+                else jnp.asarray(ref.load().dequantize())
+            )
             fixed.setdefault(node.name, {})[slot] = value
             moves = parameters.setdefault(node.name, {})
-            if isinstance(value, Grid) and node.name not in ROTATIONS:  # whose trits are those of an orthogonal matrix
+            if (
+                isinstance(value, Grid) and node.name not in ROTATIONS
+            ):  # whose trits are those of an orthogonal matrix
                 if scales:
                     moves["scales"] = jnp.zeros_like(value.scales)
                 if codes and node.op == "linear":
                     moves["codes"] = jnp.zeros(value.codes.shape, CODES)
             elif node.op == "rms_norm" and gains and not isinstance(value, Grid):
                 moves["gain"] = jnp.zeros_like(value)
-    return Unit(block, structure_of(block), fixed, {name: moves for name, moves in parameters.items() if moves})
+    return Unit(
+        block,
+        structure_of(block),
+        fixed,
+        {name: moves for name, moves in parameters.items() if moves},
+    )
 
 
 def frozen(block: Block) -> Unit:
@@ -94,7 +130,9 @@ def grid_of(weight: Weight) -> Grid:
     places = level_weights(type.bases).astype(np.int8)
     codes = sum(np.asarray(weight.trits)[:, :, i] * places[i] for i in range(type.bases))
     top = jnp.float32(top_level(type.bases))
-    return Grid(jnp.asarray(codes), jnp.asarray(weight.scales, jnp.float32), top, type.group_size, type.tied)
+    return Grid(
+        jnp.asarray(codes), jnp.asarray(weight.scales, jnp.float32), top, type.group_size, type.tied
+    )
 
 
 # --- weights as functions of parameters ---------------------------------------------------------------------------------
@@ -149,10 +187,16 @@ def nearest(latent, scales, grid: Grid) -> tuple[jax.Array, jax.Array]:
     """(codes int8 [out, in] of the levels nearest to the latent weights, where these lie within half a level of the range)."""
     if grid.tied:
         level = latent / nonzero(_spread(scales[..., 0], grid))
-        return jnp.clip(jnp.round(level), -grid.top, grid.top).astype(jnp.int8), jnp.abs(level) <= grid.top + 0.5
+        return jnp.clip(jnp.round(level), -grid.top, grid.top).astype(jnp.int8), jnp.abs(
+            level
+        ) <= grid.top + 0.5
     out, inputs = latent.shape
-    scales = jnp.moveaxis(_descending(jnp.broadcast_to(scales, (out, *scales.shape[1:]))), -1, 0)  # [N, out, groups]
-    grouped = jnp.pad(latent, ((0, 0), (0, -inputs % grid.size))).reshape(-1, grid.size)  # [out * groups, size]
+    scales = jnp.moveaxis(
+        _descending(jnp.broadcast_to(scales, (out, *scales.shape[1:]))), -1, 0
+    )  # [N, out, groups]
+    grouped = jnp.pad(latent, ((0, 0), (0, -inputs % grid.size))).reshape(
+        -1, grid.size
+    )  # [out * groups, size]
     codes = nearest_codes(jnp.abs(grouped), scales.reshape(len(scales), -1))
     limit = scales.sum(0).reshape(-1, 1) + scales[-1].reshape(-1, 1) / 2
     codes, inside = jnp.where(grouped < 0, -codes, codes), jnp.abs(grouped) <= limit
@@ -213,7 +257,9 @@ def _programs(structure: Structure) -> tuple[Callable, Callable]:
 
     def back(moving, made, x, gradient):
         def moved(moving, x):
-            return run(made | {name: made[name] | {"weight": weight} for name, weight in moving.items()}, x)
+            return run(
+                made | {name: made[name] | {"weight": weight} for name, weight in moving.items()}, x
+            )
 
         if jnp.issubdtype(x.dtype, jnp.integer):
             return jax.vjp(lambda moving: moved(moving, x), moving)[1](gradient)[0], None
@@ -223,7 +269,9 @@ def _programs(structure: Structure) -> tuple[Callable, Callable]:
 
 
 @jax.jit
-def _value_backward(given: Grid | jax.Array, moves: dict[str, jax.Array], slope) -> dict[str, jax.Array]:
+def _value_backward(
+    given: Grid | jax.Array, moves: dict[str, jax.Array], slope
+) -> dict[str, jax.Array]:
     """The gradient at a weight -> at what moves it."""
     return jax.vjp(partial(value, given), wide(moves))[1](slope)[0]
 
@@ -243,7 +291,10 @@ def table_backward(unit: Unit, parameters: Parameters, gradient) -> Parameters:
     """Gradients of the prologue's parameters from that of its table [V, D]."""
     name = _embed_name(unit)
     moved = _value_backward(unit.fixed[name]["weight"], parameters.get(name, {}), gradient)
-    return {n: moved if n == name else jax.tree.map(jnp.zeros_like, moves) for n, moves in parameters.items()}
+    return {
+        n: moved if n == name else jax.tree.map(jnp.zeros_like, moves)
+        for n, moves in parameters.items()
+    }
 
 
 def _embed_name(unit: Unit) -> str:
@@ -254,7 +305,13 @@ def _embed_name(unit: Unit) -> str:
 
 
 def divergence(
-    head: Unit, parameters: Parameters, hidden, teacher: Unit, target, embedding: jax.Array | None, teacher_embedding
+    head: Unit,
+    parameters: Parameters,
+    hidden,
+    teacher: Unit,
+    target,
+    embedding: jax.Array | None,
+    teacher_embedding,
 ):
     """Mean KL(dense || converted) in nats of all positions: hidden, target [P, D] in front of the heads.
 
@@ -264,11 +321,19 @@ def divergence(
     def logits(unit: Unit, parameters: Parameters, x, table):
         given = None if table is None else Dense(table)
         return jax.nn.log_softmax(
-            ops.run_block(unit.structure.block, weights(unit.fixed, parameters), x[None], None, embedding=given)[0][0]
+            ops.run_block(
+                unit.structure.block,
+                weights(unit.fixed, parameters),
+                x[None],
+                None,
+                embedding=given,
+            )[0][0]
         )
 
     dense = jax.lax.stop_gradient(logits(teacher, {}, target, teacher_embedding))
-    return jnp.mean(jnp.sum(jnp.exp(dense) * (dense - logits(head, parameters, hidden, embedding)), axis=-1))
+    return jnp.mean(
+        jnp.sum(jnp.exp(dense) * (dense - logits(head, parameters, hidden, embedding)), axis=-1)
+    )
 
 
 # --- back to a graph ---------------------------------------------------------------------------------------------------
@@ -285,7 +350,9 @@ def settled(unit: Unit, parameters: Parameters) -> Block:
         ref, given = node.weights["weight"], unit.fixed[node.name]["weight"]
         if isinstance(given, Grid):
             weight = _weight(ref.type, given, moves)
-            return replace(node, weights=node.weights | {"weight": replace(ref, load=lambda: weight)})
+            return replace(
+                node, weights=node.weights | {"weight": replace(ref, load=lambda: weight)}
+            )
         assert isinstance(ref.type, DenseType)
         gain = np.asarray(given * (1 + moves["gain"])).astype(np.float32)
         kept = replace(ref, type=DenseType(ref.type.shape, "f32"), load=lambda: Dense(gain))
@@ -306,7 +373,9 @@ def _weight(type, grid: Grid, moves: dict[str, jax.Array]) -> Weight:
 
 
 @partial(jax.jit, static_argnames=("bases", "dtype"))
-def _rounded(grid: Grid, moves: dict[str, jax.Array], bases: int, dtype: str) -> tuple[jax.Array, jax.Array]:
+def _rounded(
+    grid: Grid, moves: dict[str, jax.Array], bases: int, dtype: str
+) -> tuple[jax.Array, jax.Array]:
     """(trits [out, in, N], scales that `dtype` can store) of a grid that has moved."""
     scales, codes = round_scales(_scales(grid, moves), DTYPES[dtype]), grid.codes
     if "codes" in moves:

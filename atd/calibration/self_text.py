@@ -72,16 +72,22 @@ def self_text(
     batch = -(-windows // -(-windows // batch))  # as few batches, and of nearly equal size
     drawn = []
     for start in range(0, windows, batch):
-        rows = np.arange(start, start + batch) % windows  # the last batch is filled up, or it would be compiled anew
+        rows = (
+            np.arange(start, start + batch) % windows
+        )  # the last batch is filled up, or it would be compiled anew
 
         def report(position: int, start: int = start) -> None:
             if progress:
-                progress(min(start * context + batch * position, windows * context), windows * context)
+                progress(
+                    min(start * context + batch * position, windows * context), windows * context
+                )
 
         drawn.append(_draw(model, first[rows], uniforms[rows], report))
     text = np.concatenate(drawn)[:windows]
     if (text < 0).any():
-        raise RunFailed("the model's logits are not finite: it cannot write its own calibration text; give a text file")
+        raise RunFailed(
+            "the model's logits are not finite: it cannot write its own calibration text; give a text file"
+        )
     return text
 
 
@@ -128,7 +134,9 @@ def special_ids(words: Tokenizer | None) -> frozenset[int]:
     if words is None:
         return frozenset()
     added = {id for id, token in words.backend.get_added_tokens_decoder().items() if token.special}
-    return frozenset(added | {*words.eos_ids} | ({words.bos_id} if words.bos_id is not None else set()))
+    return frozenset(
+        added | {*words.eos_ids} | ({words.bos_id} if words.bos_id is not None else set())
+    )
 
 
 def _check(max_context: int | None, tokens: int, context: int, seed: int, batch: int | None) -> int:
@@ -138,7 +146,9 @@ def _check(max_context: int | None, tokens: int, context: int, seed: int, batch:
             f"context {context}, seed {seed}, batch {batch}: context and batch must be at least 1, the seed at least 0"
         )
     if max_context is not None and context > max_context:
-        raise BadInput(f"windows of {context} tokens exceed the model's context of {max_context}; ask for shorter ones")
+        raise BadInput(
+            f"windows of {context} tokens exceed the model's context of {max_context}; ask for shorter ones"
+        )
     if tokens < context:
         raise BadInput(
             f"{tokens} calibration tokens are not one window of {context}; ask for more, or a smaller context"
@@ -153,7 +163,9 @@ def _starts(vocabulary: int, words: Tokenizer | None) -> np.ndarray:
     return starts if len(starts) else np.arange(vocabulary)
 
 
-def _draws(starts: np.ndarray, windows: int, context: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def _draws(
+    starts: np.ndarray, windows: int, context: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
     """What chance decides: the tokens in front int32 [windows], all different where there are enough, and float32
     [windows, context] uniform in [0, 1)."""
     rng = np.random.default_rng(seed)
@@ -161,7 +173,9 @@ def _draws(starts: np.ndarray, windows: int, context: int, seed: int) -> tuple[n
     return first, rng.random((windows, context), np.float32)
 
 
-def _draw(model: Model, first: np.ndarray, uniforms: np.ndarray, report: Callable[[int], None]) -> np.ndarray:
+def _draw(
+    model: Model, first: np.ndarray, uniforms: np.ndarray, report: Callable[[int], None]
+) -> np.ndarray:
     """[B] tokens in front, [B, T] uniforms -> int32 [B, T]. A window's last token is drawn and never read: T places do."""
     batch, context = uniforms.shape
     cache = model.new_cache(batch, min(CACHE_STEP, context))
@@ -172,7 +186,9 @@ def _draw(model: Model, first: np.ndarray, uniforms: np.ndarray, report: Callabl
         logits, cache = model.decode(token, cache)
         token = _pick(logits, columns, position)
         drawn.append(token)
-        if position % 8 == 7:  # else the host would run far ahead of the device, and of what it reports
+        if (
+            position % 8 == 7
+        ):  # else the host would run far ahead of the device, and of what it reports
             token.block_until_ready()
             report(position + 1)
     report(context)
@@ -181,8 +197,15 @@ def _draw(model: Model, first: np.ndarray, uniforms: np.ndarray, report: Callabl
 
 def _longer(cache: Cache, length: int) -> Cache:
     """The cache with room for `length` tokens."""
-    room = ((0, 0), (0, 0), (0, length - cache.length), (0, 0))  # of [B, kv_heads, length, head_dim]
-    return replace(cache, blocks=jax.tree.map(lambda slots: jnp.pad(slots, room), cache.blocks), length=length)
+    room = (
+        (0, 0),
+        (0, 0),
+        (0, length - cache.length),
+        (0, 0),
+    )  # of [B, kv_heads, length, head_dim]
+    return replace(
+        cache, blocks=jax.tree.map(lambda slots: jnp.pad(slots, room), cache.blocks), length=length
+    )
 
 
 @jax.jit
@@ -195,14 +218,18 @@ def _pick(logits, columns, position):
     """
     vocabulary = logits.shape[1]
     weights = jnp.exp(logits - logits.max(axis=1, keepdims=True))
-    weights = jnp.pad(weights, ((0, 0), (0, -vocabulary % RUN))).reshape(len(weights), -1, RUN)  # [B, runs, RUN]
+    weights = jnp.pad(weights, ((0, 0), (0, -vocabulary % RUN))).reshape(
+        len(weights), -1, RUN
+    )  # [B, runs, RUN]
     ends = jnp.cumsum(weights.sum(axis=2), axis=1)  # [B, runs]
     target = columns[position][:, None] * ends[:, -1:]  # [B, 1]
     run = jnp.minimum(jnp.sum(ends <= target, axis=1, keepdims=True), ends.shape[1] - 1)  # [B, 1]
     within = jnp.take_along_axis(weights, run[:, :, None], axis=1)[:, 0]  # [B, RUN]
     before = jnp.where(run > 0, jnp.take_along_axis(ends, jnp.maximum(run - 1, 0), axis=1), 0)
     place = jnp.sum(before + jnp.cumsum(within, axis=1) <= target, axis=1)
-    likely = jnp.max(jnp.where(within > 0, jnp.arange(RUN), 0), axis=1)  # rounding must not lead past the last of them
+    likely = jnp.max(
+        jnp.where(within > 0, jnp.arange(RUN), 0), axis=1
+    )  # rounding must not lead past the last of them
     token = run[:, 0] * RUN + jnp.minimum(place, likely)
     return jnp.where(jnp.isfinite(ends[:, -1]), token, -1).astype(jnp.int32)
 

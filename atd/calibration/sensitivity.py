@@ -84,7 +84,9 @@ def fisher_losses(
     return losses | {name: 0.5 * np.stack(rows) @ share}, {name: moments}
 
 
-def feedback_loss(weight: np.ndarray, type: Candidate, hessian: np.ndarray, pivots: np.ndarray) -> np.ndarray:
+def feedback_loss(
+    weight: np.ndarray, type: Candidate, hessian: np.ndarray, pivots: np.ndarray
+) -> np.ndarray:
     """What error feedback and descent leave of (w - q) H (w - q)', float64 [out]: LEFT sum_j R_jj^2 e_j^2.
 
     weight float32 [out, in], hessian H [in, in], pivots R_jj^2 [in] as `feedback_pivots` has them. Dense loses nothing.
@@ -96,7 +98,9 @@ def feedback_loss(weight: np.ndarray, type: Candidate, hessian: np.ndarray, pivo
     step = -(-len(weight) // ROWS)
     part, size = weight[::step], np.square(weight) @ pivots
     lost = np.square(part - _als(part, type, np.diagonal(hessian))) @ pivots
-    return LEFT[type.bases] * (lost if step == 1 else size * (lost.sum() / max(size[::step].sum(), 1e-300)))
+    return LEFT[type.bases] * (
+        lost if step == 1 else size * (lost.sum() / max(size[::step].sum(), 1e-300))
+    )
 
 
 def feedback_pivots(hessian: np.ndarray) -> np.ndarray:
@@ -130,7 +134,13 @@ def _errors(
 ) -> tuple[dict[str, np.ndarray], list[np.ndarray], dict[str, np.ndarray]]:
     """Forward through the dense model -> (mean square errors [candidates, out] of linears with a matrix of their own,
     each unit's inputs [windows, context, ...] of the first tokens, H of linears that are tied to another's)."""
-    readers, errors, inputs, tied, kept = _readers(graph, candidates), {}, [], {}, _windows_of(windows, tokens)
+    readers, errors, inputs, tied, kept = (
+        _readers(graph, candidates),
+        {},
+        [],
+        {},
+        _windows_of(windows, tokens),
+    )
     for unit, weights, x, moments in dense_moments(graph, windows, readers):
         inputs.append(x[:kept])
         for value, hessian in moments.items():
@@ -162,15 +172,21 @@ def _gradients(
         weights = weights_of(unit)
         if unit is graph.prologue:  # from the embedding's output on
             embed, unit = unit.nodes[0], _behind_embedding(unit)
-            x = np.asarray(weights[embed.name]["weight"].dequantize())[x]  # [windows, context] -> [..., D]
+            x = np.asarray(weights[embed.name]["weight"].dequantize())[
+                x
+            ]  # [windows, context] -> [..., D]
         watched = tuple(node.name for node in unit.nodes if unit.full_name(node) in candidates)
         sums: dict[str, np.ndarray] = {}
         for start in range(0, len(x), step):
             part = slice(start, start + step)
-            gradient[part], found = _pull(structure_of(unit), watched, weights, x[part], gradient[part])
+            gradient[part], found = _pull(
+                structure_of(unit), watched, weights, x[part], gradient[part]
+            )
             for name, square in found.items():
                 sums[name] = sums.get(name, 0.0) + np.asarray(square, np.float64)
-        squares |= {unit.full_name(unit.node(name)): total / inputs[0].size for name, total in sums.items()}
+        squares |= {
+            unit.full_name(unit.node(name)): total / inputs[0].size for name, total in sums.items()
+        }
     return squares, gradient
 
 
@@ -181,7 +197,9 @@ def _head_gradient(graph: Graph, x: np.ndarray, seed: int) -> tuple[np.ndarray, 
     gradient, square = np.empty_like(flat), np.zeros(1)
     for start in range(0, len(flat), HEAD):
         part, key = slice(start, start + HEAD), jax.random.fold_in(jax.random.key(seed), start)
-        found, spread = _label_gradient(structure_of(graph.epilogue), weights, embedding, flat[None, part], key)
+        found, spread = _label_gradient(
+            structure_of(graph.epilogue), weights, embedding, flat[None, part], key
+        )
         gradient[part], square = found[0], square + np.asarray(spread, np.float64)
     return gradient.reshape(x.shape), square / len(flat)
 
@@ -206,7 +224,11 @@ def measured_losses(
     quantized = _decomposed(graph, windows, candidates)
     windows = windows[: _windows_of(windows, tokens)]
     dense = [weights_of(unit) for unit in graph.units]
-    places = {unit.full_name(node): (i, node.name) for i, unit in enumerate(graph.units) for node in unit.nodes}
+    places = {
+        unit.full_name(node): (i, node.name)
+        for i, unit in enumerate(graph.units)
+        for node in unit.nodes
+    }
 
     def swapped(weights: list[ops.Weights], indices: Mapping[str, int | None]) -> list[ops.Weights]:
         """The model with these nodes at these candidates; None: dense."""
@@ -222,14 +244,21 @@ def measured_losses(
     inputs = _run(graph, middle, windows)
 
     def kl(weights: list[ops.Weights], first: int) -> float:
-        pairs = zip(logits, _logits(graph, weights, _run(graph, weights, inputs[first], first)[-1]), strict=True)
+        pairs = zip(
+            logits,
+            _logits(graph, weights, _run(graph, weights, inputs[first], first)[-1]),
+            strict=True,
+        )
         return sum(float(_kl(p, q)) for p, q in pairs) / windows.size
 
     base, losses = kl(middle, len(graph.units) - 1), []
     for names in choices:
         first, types = places[names[0]][0], candidates[names[0]]
         tried = [index for index in range(len(types)) if index != middle_of(types)]
-        found = {index: kl(swapped(middle, dict.fromkeys(names, index)), first) for index in [*tried, None]}
+        found = {
+            index: kl(swapped(middle, dict.fromkeys(names, index)), first)
+            for index in [*tried, None]
+        }
         found[middle_of(types)] = base
         losses.append(np.array([found[index] for index in range(len(types))]) - found[None])
         progress(len(losses), len(choices))
@@ -241,15 +270,24 @@ def middle_of(types: Sequence[Candidate]) -> int:
     return sorted(range(len(types)), key=lambda i: types[i].nbytes)[len(types) // 2]
 
 
-def _decomposed(graph: Graph, windows: np.ndarray, candidates: Candidates) -> dict[str, list[Ternary | Dense]]:
+def _decomposed(
+    graph: Graph, windows: np.ndarray, candidates: Candidates
+) -> dict[str, list[Ternary | Dense]]:
     """Every candidate of every matrix: linears by error feedback under the dense model's moments, embeddings by als."""
     found: dict[str, list[Ternary | Dense]] = {}
     own = {name: name for reader, name in _readers(graph, candidates).items() if reader == name}
 
-    def quantized(weight: np.ndarray, type: Candidate, hessian: np.ndarray | None, factor) -> Ternary | Dense:
+    def quantized(
+        weight: np.ndarray, type: Candidate, hessian: np.ndarray | None, factor
+    ) -> Ternary | Dense:
         if isinstance(type, DenseType):
             return Dense(weight)
-        options = {"bases": type.bases, "group": type.group, "tied": type.tied, "dtype": DTYPES[type.dtype]}
+        options = {
+            "bases": type.bases,
+            "group": type.group,
+            "tied": type.tied,
+            "dtype": DTYPES[type.dtype],
+        }
         if hessian is None:
             return Ternary(*least_squares.als(weight, **options), type)
         return Ternary(*error_feedback.decompose(weight, factor, hessian, **options), type)
@@ -259,9 +297,13 @@ def _decomposed(graph: Graph, windows: np.ndarray, candidates: Candidates) -> di
             factor = None if hessian is None else error_feedback.factor(hessian)
             for node in unit.nodes:
                 name = unit.full_name(node)
-                if name in candidates and (node.inputs == (value,) if node.op == "linear" else value is None):
+                if name in candidates and (
+                    node.inputs == (value,) if node.op == "linear" else value is None
+                ):
                     weight = np.asarray(weights[node.name]["weight"].dequantize())
-                    found[name] = [quantized(weight, type, hessian, factor) for type in candidates[name]]
+                    found[name] = [
+                        quantized(weight, type, hessian, factor) for type in candidates[name]
+                    ]
     return found
 
 
@@ -278,7 +320,9 @@ def _logits(graph: Graph, weights: list[ops.Weights], hidden) -> Iterator[jax.Ar
     embedding = weights[0][graph.prologue.nodes[0].name]["weight"]
     flat = hidden.reshape(1, -1, hidden.shape[-1])  # [1, positions, D]
     for start in range(0, flat.shape[1], HEAD):
-        yield _head(structure_of(graph.epilogue), weights[-1], embedding, flat[:, start : start + HEAD])
+        yield _head(
+            structure_of(graph.epilogue), weights[-1], embedding, flat[:, start : start + HEAD]
+        )
 
 
 # --- the model, a unit at a time --------------------------------------------------------------------------------------
@@ -286,7 +330,9 @@ def _logits(graph: Graph, weights: list[ops.Weights], hidden) -> Iterator[jax.Ar
 
 def _readers(graph: Graph, candidates: Candidates) -> dict[str, str]:
     """Linear -> the candidate whose matrix it multiplies with: itself, or the embedding it is tied to."""
-    named = {full: node.attrs.get("tied_to", full) for full, node in graph.nodes() if node.op == "linear"}
+    named = {
+        full: node.attrs.get("tied_to", full) for full, node in graph.nodes() if node.op == "linear"
+    }
     return {full: name for full, name in named.items() if name in candidates}
 
 
@@ -299,15 +345,24 @@ def dense_moments(graph: Graph, windows: np.ndarray, readers: Collection[str]):
     x = np.asarray(windows, np.int32)
     for unit in graph.units:
         weights, structure = weights_of(unit), structure_of(unit)
-        watched = tuple(dict.fromkeys(node.inputs[0] for node in unit.nodes if unit.full_name(node) in readers))
+        watched = tuple(
+            dict.fromkeys(node.inputs[0] for node in unit.nodes if unit.full_name(node) in readers)
+        )
         sums: dict[str, np.ndarray] = {}
         outputs = []
         for start in range(0, len(x), step):
-            out, products = _forward(structure, watched, unit is not graph.epilogue, weights, x[start : start + step])
+            out, products = _forward(
+                structure, watched, unit is not graph.epilogue, weights, x[start : start + step]
+            )
             outputs.append(np.asarray(out))
             for value, product in products.items():
                 sums[value] = sums.get(value, 0.0) + np.asarray(product, np.float64)
-        yield unit, weights, x, {value: (total / windows.size).astype(np.float32) for value, total in sums.items()}
+        yield (
+            unit,
+            weights,
+            x,
+            {value: (total / windows.size).astype(np.float32) for value, total in sums.items()},
+        )
         x = np.concatenate(outputs)
 
 
@@ -333,36 +388,53 @@ def _behind_embedding(prologue: Block) -> Block:
     """The prologue's nodes behind the embedding, whose output becomes `x`; may be none."""
     embed, *rest = prologue.nodes
     nodes = (
-        replace(node, inputs=tuple("x" if value == embed.name else value for value in node.inputs)) for node in rest
+        replace(node, inputs=tuple("x" if value == embed.name else value for value in node.inputs))
+        for node in rest
     )
     return replace(prologue, nodes=tuple(nodes))
 
 
-def _values(block: Block, weights: ops.Weights, x, embedding=None, offsets: Mapping = {}) -> dict[str, jax.Array]:
+def _values(
+    block: Block, weights: ops.Weights, x, embedding=None, offsets: Mapping = {}
+) -> dict[str, jax.Array]:
     """The value of each node, and "" for the last; `offsets` are added to the values of that name."""
     positions = ops.from_start(x)
     values = {"x": x, "": x}
     for node in block.nodes:
         inputs = [values[name] for name in node.inputs]
-        value, _ = ops.run_node(node, inputs, weights.get(node.name, {}), positions, embedding=embedding)
-        values[node.name] = values[""] = value + offsets[node.name] if node.name in offsets else value
+        value, _ = ops.run_node(
+            node, inputs, weights.get(node.name, {}), positions, embedding=embedding
+        )
+        values[node.name] = values[""] = (
+            value + offsets[node.name] if node.name in offsets else value
+        )
     return values
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _forward(structure: Structure, watched: tuple[str, ...], complete: bool, weights: ops.Weights, x):
+def _forward(
+    structure: Structure, watched: tuple[str, ...], complete: bool, weights: ops.Weights, x
+):
     """(output, X'X [in, in] of each watched value X [positions, in]); incomplete: without the last node."""
-    block = structure.block if complete else replace(structure.block, nodes=structure.block.nodes[:-1])
+    block = (
+        structure.block if complete else replace(structure.block, nodes=structure.block.nodes[:-1])
+    )
     values = _values(block, weights, x)
-    flat = {name: values[name].reshape(-1, values[name].shape[-1]) for name in watched}  # [B, T, in] -> [B T, in]
-    return values[""], {name: jnp.matmul(v.T, v, precision=jax.lax.Precision.HIGHEST) for name, v in flat.items()}
+    flat = {
+        name: values[name].reshape(-1, values[name].shape[-1]) for name in watched
+    }  # [B, T, in] -> [B T, in]
+    return values[""], {
+        name: jnp.matmul(v.T, v, precision=jax.lax.Precision.HIGHEST) for name, v in flat.items()
+    }
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _pull(structure: Structure, watched: tuple[str, ...], weights: ops.Weights, x, gradient):
     """Gradient by the output [B, T, D] -> (by the input, the sum of g^2 [out] over positions at each watched linear)."""
     offsets = {n: jnp.zeros((*x.shape[:2], weights[n]["weight"].type.shape[0])) for n in watched}
-    _, pull = jax.vjp(lambda x, offsets: _values(structure.block, weights, x, offsets=offsets)[""], x, offsets)
+    _, pull = jax.vjp(
+        lambda x, offsets: _values(structure.block, weights, x, offsets=offsets)[""], x, offsets
+    )
     gradient, inside = pull(gradient)
     return gradient, {name: jnp.sum(g * g, axis=(0, 1)) for name, g in inside.items()}
 
@@ -374,7 +446,9 @@ def _label_gradient(structure: Structure, weights: ops.Weights, embedding, x, ke
     def loss(x):
         logp = jax.nn.log_softmax(_values(structure.block, weights, x, embedding)[""])  # [1, P, V]
         labels = jax.random.categorical(key, jax.lax.stop_gradient(logp))[..., None]
-        return -jnp.sum(jnp.take_along_axis(logp, labels, axis=-1)), jnp.sum(jnp.exp(logp) * -jnp.expm1(logp), (0, 1))
+        return -jnp.sum(jnp.take_along_axis(logp, labels, axis=-1)), jnp.sum(
+            jnp.exp(logp) * -jnp.expm1(logp), (0, 1)
+        )
 
     return jax.grad(loss, has_aux=True)(x)
 

@@ -26,7 +26,9 @@ from atd.ir import Block, Node
 from atd.models import ops
 from atd.weights import Dense, Weight
 
-LARGE = 128 << 20  # bytes of a value in all batches, behind which freed memory is given back: it takes time
+LARGE = (
+    128 << 20
+)  # bytes of a value in all batches, behind which freed memory is given back: it takes time
 BATCH = 4096  # positions that run together: at least one window
 
 
@@ -46,7 +48,9 @@ class Calibration:
         self.tokens = tokens
         self.digest = tokens_digest(tokens)
         windows = max(1, BATCH // tokens.shape[1])
-        batches = [np.asarray(tokens[i : i + windows], np.int32) for i in range(0, len(tokens), windows)]
+        batches = [
+            np.asarray(tokens[i : i + windows], np.int32) for i in range(0, len(tokens), windows)
+        ]
         self._dense, self._quantized = _Stream(batches), _Stream(batches)
         self._moments: dict[str, Moments] = {}
 
@@ -65,7 +69,11 @@ class Calibration:
 
     def moments(self, full_name: str) -> Moments:
         """Of the inputs of the linear with this full name in the unit at hand; linears that share an input share them."""
-        node = next(node for node in self._dense.block.nodes if self._dense.block.full_name(node) == full_name)
+        node = next(
+            node
+            for node in self._dense.block.nodes
+            if self._dense.block.full_name(node) == full_name
+        )
         (value,) = node.inputs
         if value not in self._moments:
             self._moments[value] = _moments(self._dense.value(value), self._quantized.value(value))
@@ -74,7 +82,9 @@ class Calibration:
 
 def tokens_digest(tokens: np.ndarray) -> str:
     """sha256 of calibration windows int32 [windows, context], their shape included."""
-    return hashlib.sha256(np.ascontiguousarray(tokens).tobytes() + str(tokens.shape).encode()).hexdigest()
+    return hashlib.sha256(
+        np.ascontiguousarray(tokens).tobytes() + str(tokens.shape).encode()
+    ).hexdigest()
 
 
 class _Stream:
@@ -105,7 +115,9 @@ class _Stream:
                 self._readers.subtract(node.inputs)
             steps = [(node, _program(node), dense_weights(node)) for node in nodes]
             known = {source for node in nodes for source in node.inputs if source in self._values}
-            found = {node.name: [] for node in nodes if node.name == name or self._readers[node.name]}
+            found = {
+                node.name: [] for node in nodes if node.name == name or self._readers[node.name]
+            }
             for i in range(len(self.x)):
                 values = {source: self._values[source][i] for source in known}
                 for node, run, weights in steps:

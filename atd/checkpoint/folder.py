@@ -19,7 +19,7 @@ from pathlib import Path
 
 import ml_dtypes  # noqa: F401  safetensors finds bfloat16 in numpy once this is imported
 
-from atd.checkpoint.writer import _disk_errors, _sync_folder
+from atd.checkpoint.writer import disk_errors, sync_folder
 from atd.errors import BadInput
 
 MANIFEST = "manifest.json"
@@ -40,7 +40,9 @@ def check_target(target: Path, source: Path, overwrite: bool) -> None:
     """Refuses a target that exists (or, with overwrite, is not a checkpoint that atd made), that is or holds the source, or cannot be written."""
     source, resolved = source.resolve(), target.resolve()
     if resolved == source or resolved in source.parents or source in resolved.parents:
-        raise BadInput(f"{target}: the output must lie outside the model's folder {source}, and not hold it")
+        raise BadInput(
+            f"{target}: the output must lie outside the model's folder {source}, and not hold it"
+        )
     replaced = _replaced_folder(target)
     if replaced.exists() and not target.exists():
         os.rename(
@@ -65,14 +67,16 @@ def check_target(target: Path, source: Path, overwrite: bool) -> None:
 def open_partial(target: Path) -> Iterator[Path]:
     """The partial folder of the target, made where there is none and locked against a second run."""
     folder = partial_folder(target)
-    with _disk_errors(folder):
+    with disk_errors(folder):
         folder.mkdir(exist_ok=True)
         lock = (folder / LOCK).open("w")
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise BadInput(f"another run is writing {target} now; wait for it or choose another name") from None
+            raise BadInput(
+                f"another run is writing {target} now; wait for it or choose another name"
+            ) from None
         yield folder
 
 
@@ -88,7 +92,7 @@ def check_space(folder: Path, needed: int) -> None:
 def finish(target: Path, partial: Path, keep: Iterable[str]) -> None:
     """Leaves in the partial folder the files `keep` alone, and gives it the target's name."""
     keep = set(keep)
-    with _disk_errors(target):
+    with disk_errors(target):
         for path in partial.iterdir():
             if path.name not in keep:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -97,7 +101,7 @@ def finish(target: Path, partial: Path, keep: Iterable[str]) -> None:
             shutil.rmtree(replaced, ignore_errors=True)
             os.rename(target, replaced)
         os.rename(partial, target)
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
         shutil.rmtree(replaced, ignore_errors=True)
 
 

@@ -64,7 +64,9 @@ def open_gguf(path: Path) -> tuple[dict, dict[str, StoredTensor]]:
         name = _hugging_face_name(name)
         heads = next((heads for module, heads in permuted.items() if module in name), None)
         source = f"{path.name} {status.st_size} {status.st_mtime_ns} {entry.name}@{entry.offset}"
-        tensors[name] = StoredTensor(name, entry.shape, _dtype(entry), source, _loader(path, entry, heads))
+        tensors[name] = StoredTensor(
+            name, entry.shape, _dtype(entry), source, _loader(path, entry, heads)
+        )
     return config, tensors
 
 
@@ -120,7 +122,9 @@ def _read(path: Path, entry: GGUFTensor) -> np.ndarray:
     values = np.empty((raw.shape[0], inputs), np.float16)
     rows = max(1, _CHUNK // inputs)
     for row in range(0, raw.shape[0], rows):
-        with np.errstate(over="ignore"):  # what float16 cannot hold becomes Inf, which the converter refuses by name
+        with np.errstate(
+            over="ignore"
+        ):  # what float16 cannot hold becomes Inf, which the converter refuses by name
             values[row : row + rows] = quants.dequantize(raw[row : row + rows], entry.quantization)
     return values.reshape(entry.shape)
 
@@ -141,7 +145,9 @@ def _config(path: Path, metadata: dict[str, Any], entries: dict[str, GGUFTensor]
             f"{path}: the GGUF architecture {architecture!r} is not supported; supported: {', '.join(ARCHITECTURES)}"
         )
     if metadata.get("split.count", 1) > 1:
-        raise BadInput(f"{path}: one part of a split GGUF file; join the parts with llama-gguf-split --merge first")
+        raise BadInput(
+            f"{path}: one part of a split GGUF file; join the parts with llama-gguf-split --merge first"
+        )
 
     def get(key: str, default=None) -> Any:
         value = metadata.get(f"{architecture}.{key}", default)
@@ -149,7 +155,9 @@ def _config(path: Path, metadata: dict[str, Any], entries: dict[str, GGUFTensor]
             raise BadInput(f"{path}: its metadata has no {architecture}.{key}")
         if isinstance(value, list):  # one value a layer
             if len(set(value)) != 1:
-                raise BadInput(f"{path}: {architecture}.{key} differs between layers ({value}), which is not supported")
+                raise BadInput(
+                    f"{path}: {architecture}.{key} differs between layers ({value}), which is not supported"
+                )
             value = value[0]
         # 9.999999747378752e-06 is the float32 of 1e-05: keep the short one
         return float(str(np.float32(value))) if isinstance(value, float) else value
@@ -157,7 +165,9 @@ def _config(path: Path, metadata: dict[str, Any], entries: dict[str, GGUFTensor]
     if "token_embd.weight" not in entries:
         raise BadInput(f"{path}: it has no tensor token_embd.weight")
     if get("expert_count", 0):
-        raise BadInput(f"{path}: a mixture of {get('expert_count')} experts, which is not supported; dense models are")
+        raise BadInput(
+            f"{path}: a mixture of {get('expert_count')} experts, which is not supported; dense models are"
+        )
     heads, hidden = get("attention.head_count"), get("embedding_length")
     head_dim = get("attention.key_length", hidden // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
@@ -167,7 +177,10 @@ def _config(path: Path, metadata: dict[str, Any], entries: dict[str, GGUFTensor]
                 f"a difference is not supported"
             )
     theta = get("rope.freq_base", 10000.0)
-    tokens = {f"{kind}_token_id": metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("bos", "eos")}
+    tokens = {
+        f"{kind}_token_id": metadata.get(f"tokenizer.ggml.{kind}_token_id")
+        for kind in ("bos", "eos")
+    }
     return {
         "architectures": [ARCHITECTURES[architecture]],
         "model_type": architecture,
@@ -193,7 +206,12 @@ def _config(path: Path, metadata: dict[str, Any], entries: dict[str, GGUFTensor]
 
 
 def _rope_scaling(
-    path: Path, metadata: dict, entries: dict[str, GGUFTensor], get: Callable, theta: float, head_dim: int
+    path: Path,
+    metadata: dict,
+    entries: dict[str, GGUFTensor],
+    get: Callable,
+    theta: float,
+    head_dim: int,
 ) -> dict | None:
     kind = get("rope.scaling.type", "none")
     legacy = get("rope.scale_linear", 1.0)  # files from before rope.scaling.*
@@ -205,13 +223,17 @@ def _rope_scaling(
         )
     if "rope_freqs.weight" in entries:
         divisors = _read(path, entries["rope_freqs.weight"]).astype(np.float64)
-        return _llama3_scaling(path, divisors, get("rope.scaling.original_context_length", 8192), theta, head_dim)
+        return _llama3_scaling(
+            path, divisors, get("rope.scaling.original_context_length", 8192), theta, head_dim
+        )
     if kind == "linear" or legacy != 1.0:
         return {"rope_type": "linear", "factor": factor}
     return None
 
 
-def _llama3_scaling(path: Path, divisors: np.ndarray, original: int, theta: float, head_dim: int) -> dict:
+def _llama3_scaling(
+    path: Path, divisors: np.ndarray, original: int, theta: float, head_dim: int
+) -> dict:
     """The `llama3` rope scaling that the divisors of the frequencies [head_dim/2] come from.
 
     With c = original context / wavelength and Meta's low and high factors of 1 and 4: 1/divisor = (1 - s)/factor + s,

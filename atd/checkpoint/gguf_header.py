@@ -18,8 +18,22 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from atd.checkpoint.files import read_bytes
 from atd.errors import BadInput
 
-PLAIN = {GGMLQuantizationType[name.upper()]: name for name in ("f32", "f16", "bf16", "f64")}  # stored as they are
-_CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # type -> struct's
+PLAIN = {
+    GGMLQuantizationType[name.upper()]: name for name in ("f32", "f16", "bf16", "f64")
+}  # stored as they are
+_CODES = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}  # type -> struct's
 _STRING, _ARRAY = 8, 9
 
 
@@ -79,7 +93,9 @@ def _parse(path: Path, data: mmap.mmap) -> tuple[dict[str, Any], dict[str, GGUFT
     if not isinstance(alignment, int):
         raise BadInput(f"{path}: general.alignment is {alignment!r}; expected an integer")
     start = -(-cursor.offset // alignment) * alignment
-    return metadata, {name: _tensor(path, name, *info, start, len(data)) for name, info in found.items()}
+    return metadata, {
+        name: _tensor(path, name, *info, start, len(data)) for name, info in found.items()
+    }
 
 
 class _Cursor:
@@ -123,7 +139,9 @@ class _Cursor:
         return self.strings(count) if kind == _STRING else self.numbers(_CODES[kind], count)
 
 
-def _tensor(path: Path, name: str, shape: tuple[int, ...], kind: int, offset: int, start: int, size: int) -> GGUFTensor:
+def _tensor(
+    path: Path, name: str, shape: tuple[int, ...], kind: int, offset: int, start: int, size: int
+) -> GGUFTensor:
     """Of the header's values for it, in a file of `size` bytes whose data begin at `start`."""
     try:
         quantization = GGMLQuantizationType(kind)
@@ -137,7 +155,9 @@ def _tensor(path: Path, name: str, shape: tuple[int, ...], kind: int, offset: in
             f"{path}: tensor {name} {list(shape)}: "
             f"its rows are no multiple of the {block} weights of a {quantization.name} block"
         )
-    tensor = GGUFTensor(name, shape, quantization, start + offset, math.prod(shape) // block * block_bytes)
+    tensor = GGUFTensor(
+        name, shape, quantization, start + offset, math.prod(shape) // block * block_bytes
+    )
     end = tensor.offset + tensor.nbytes
     if end > size:
         raise BadInput(

@@ -42,21 +42,31 @@ def _rebuild(path: Path, metadata: dict) -> Tokenizer:
     model = metadata.get("model")
     if model not in ("gpt2", "llama"):
         found = f"tokenizer.ggml.model = {model!r}" if model else "no tokenizer.ggml.model"
-        raise BadInput(f"{path}: {found}; known are 'gpt2' (byte-level BPE) and 'llama' (SentencePiece BPE)")
+        raise BadInput(
+            f"{path}: {found}; known are 'gpt2' (byte-level BPE) and 'llama' (SentencePiece BPE)"
+        )
     tokens = metadata.get("tokens")
     if not isinstance(tokens, list) or not tokens:
-        raise BadInput(f"{path}: tokenizer.ggml.tokens is absent or empty, so there is no vocabulary")
+        raise BadInput(
+            f"{path}: tokenizer.ggml.tokens is absent or empty, so there is no vocabulary"
+        )
     types = metadata.get("token_type") or [_NORMAL] * len(tokens)
     if len(types) != len(tokens):
-        raise BadInput(f"{path}: tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens")
+        raise BadInput(
+            f"{path}: tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens"
+        )
     template = metadata.get("chat_template")
     if not isinstance(template, str | None):
-        raise BadInput(f"{path}: tokenizer.chat_template is {template!r}; expected a Jinja template")
+        raise BadInput(
+            f"{path}: tokenizer.chat_template is {template!r}; expected a Jinja template"
+        )
 
     def id_of(key: str) -> int | None:
         value = metadata.get(key)
         if value is not None and not (isinstance(value, int) and 0 <= value < len(tokens)):
-            raise BadInput(f"{path}: tokenizer.ggml.{key} is {value!r}, beyond the vocabulary of {len(tokens)}")
+            raise BadInput(
+                f"{path}: tokenizer.ggml.{key} is {value!r}, beyond the vocabulary of {len(tokens)}"
+            )
         return value
 
     bos, unknown = id_of("bos_token_id"), id_of("unknown_token_id")
@@ -65,9 +75,15 @@ def _rebuild(path: Path, metadata: dict) -> Tokenizer:
     else:
         backend, adds_bos = _sentencepiece(path, metadata, tokens, types, tokens[unknown or 0])
     kinds = list(zip(tokens, types, strict=True))
-    backend.add_tokens([AddedToken(token, normalized=False) for token, kind in kinds if kind == _USER_DEFINED])
+    backend.add_tokens(
+        [AddedToken(token, normalized=False) for token, kind in kinds if kind == _USER_DEFINED]
+    )
     backend.add_special_tokens(
-        [AddedToken(token, normalized=False, special=True) for token, kind in kinds if kind in (_CONTROL, _UNKNOWN)]
+        [
+            AddedToken(token, normalized=False, special=True)
+            for token, kind in kinds
+            if kind in (_CONTROL, _UNKNOWN)
+        ]
     )
     adds_bos = bos is not None and bool(metadata.get("add_bos_token", adds_bos))
     if adds_bos and bos is not None:
@@ -75,7 +91,11 @@ def _rebuild(path: Path, metadata: dict) -> Tokenizer:
             single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
         )
 
-    ends = [i for key in ("eos_token_id", "eot_token_id", "eom_token_id") if (i := id_of(key)) is not None]
+    ends = [
+        i
+        for key in ("eos_token_id", "eot_token_id", "eom_token_id")
+        if (i := id_of(key)) is not None
+    ]
     ends = tuple(dict.fromkeys(ends))
     special_ids = {
         "bos_token": bos,
@@ -90,10 +110,14 @@ def _rebuild(path: Path, metadata: dict) -> Tokenizer:
         "clean_up_tokenization_spaces": False,
         **special,
     }
-    generation = ({"bos_token_id": bos} if bos is not None else {}) | ({"eos_token_id": list(ends)} if ends else {})
+    generation = ({"bos_token_id": bos} if bos is not None else {}) | (
+        {"eos_token_id": list(ends)} if ends else {}
+    )
     stored = {
         "tokenizer.json": backend.to_str().encode(),
-        "tokenizer_config.json": _json_bytes(config | ({"chat_template": template} if template else {})),
+        "tokenizer_config.json": _json_bytes(
+            config | ({"chat_template": template} if template else {})
+        ),
         "generation_config.json": _json_bytes(generation),
     }
     return Tokenizer(backend, bos, ends, adds_bos, template, special, stored, str(path))
@@ -166,7 +190,9 @@ def _byte_level(path: Path, metadata: dict, tokens: list[str]) -> tuple[tokenize
     pre = _PRE[name]
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["merges"]]
     backend = tokenizers.Tokenizer(
-        BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, ignore_merges=pre.whole_words)
+        BPE(
+            vocab={t: i for i, t in enumerate(tokens)}, merges=merges, ignore_merges=pre.whole_words
+        )
     )
     backend.pre_tokenizer = pre.split()
     backend.decoder = decoders.ByteLevel()
@@ -183,7 +209,9 @@ def _sentencepiece(
 ) -> tuple[tokenizers.Tokenizer, bool]:
     """(the tokenizer without its special tokens, whether BOS goes in front unless the file says otherwise)."""
     if not isinstance(metadata.get("scores"), list) or len(metadata["scores"]) != len(tokens):
-        raise BadInput(f"{path}: tokenizer.ggml.scores does not give one score to each of the {len(tokens)} tokens")
+        raise BadInput(
+            f"{path}: tokenizer.ggml.scores does not give one score to each of the {len(tokens)} tokens"
+        )
     merges = merges_of_scores(tokens, metadata["scores"], types)
     vocabulary = {t: i for i, t in enumerate(tokens)}
     backend = tokenizers.Tokenizer(
@@ -200,14 +228,22 @@ def _sentencepiece(
     return backend, True
 
 
-def merges_of_scores(tokens: list[str], scores: list[float], types: list[int]) -> list[tuple[str, str]]:
+def merges_of_scores(
+    tokens: list[str], scores: list[float], types: list[int]
+) -> list[tuple[str, str]]:
     """Every split of a token in two tokens, best score first: SentencePiece joins what scores highest.
 
     Equal scores go by id, as in the tokenizer.json published with Llama 2. Control, unknown and byte tokens never arise
     from text.
     """
-    ids = {t: i for i, (t, kind) in enumerate(zip(tokens, types, strict=True)) if kind in (_NORMAL, _USER_DEFINED)}
-    merges = [(t[:i], t[i:]) for t in ids for i in range(1, len(t)) if t[:i] in ids and t[i:] in ids]
+    ids = {
+        t: i
+        for i, (t, kind) in enumerate(zip(tokens, types, strict=True))
+        if kind in (_NORMAL, _USER_DEFINED)
+    }
+    merges = [
+        (t[:i], t[i:]) for t in ids for i in range(1, len(t)) if t[:i] in ids and t[i:] in ids
+    ]
 
     def order(pair: tuple[str, str]):
         merged = ids[pair[0] + pair[1]]

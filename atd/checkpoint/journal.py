@@ -7,7 +7,7 @@ from pathlib import Path
 
 import ml_dtypes  # noqa: F401  safetensors finds bfloat16 in numpy once this is imported
 
-from atd.checkpoint.writer import _disk_errors, _sync
+from atd.checkpoint.writer import disk_errors, sync_file
 
 JOURNAL = "journal.jsonl"
 
@@ -38,10 +38,10 @@ def read_journal(folder: Path) -> dict[str, JournalEntry]:
 
 
 def append_journal(folder: Path, entry: JournalEntry) -> None:
-    with _disk_errors(folder), (folder / JOURNAL).open("a") as file:
+    with disk_errors(folder), (folder / JOURNAL).open("a") as file:
         file.write("\n" if file.tell() and not _ends_with_newline(folder / JOURNAL) else "")
         file.write(json.dumps(asdict(entry)) + "\n")
-        _sync(file)
+        sync_file(file)
 
 
 def _ends_with_newline(path: Path) -> bool:

@@ -4,14 +4,19 @@ A checkpoint is a Hugging Face folder (config.json with model.safetensors, or wi
 shards), or one GGUF file (`atd.checkpoint.gguf`), which is presented in Hugging Face's names and config.
 """
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import ml_dtypes  # noqa: F401  safetensors finds bfloat16 in numpy once this is imported
 import numpy as np
 
-from atd.checkpoint.files import StoredTensor, _exists, read_json
-from atd.checkpoint.safetensors import SINGLE, _folder_tensors
+from atd.checkpoint.files import StoredTensor, path_exists, read_json
+from atd.checkpoint.folder_tokenizer import open_folder_tokenizer
+from atd.checkpoint.gguf import open_gguf
+from atd.checkpoint.gguf_tokenizer import open_gguf_tokenizer
+from atd.checkpoint.safetensors import SINGLE, folder_tensors
+from atd.checkpoint.tokenizer import Tokenizer
 from atd.errors import BadInput
 
 
@@ -35,11 +40,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     if is_gguf(path):
-        from atd.checkpoint.gguf import open_gguf  # here, because it needs StoredTensor
-
         return Checkpoint(path, *open_gguf(path))
     config = read_config(path)
-    return Checkpoint(path, config, _folder_tensors(path))
+    return Checkpoint(path, config, folder_tensors(path))
 
 
 def is_gguf(path: Path) -> bool:
@@ -48,12 +51,30 @@ def is_gguf(path: Path) -> bool:
 
 def read_config(folder: Path) -> dict:
     """config.json of a Hugging Face folder. Raises BadInput when there is none."""
-    if not _exists(folder):
-        raise BadInput(f"{folder}: no such file or folder; expected a Hugging Face folder or a .gguf file")
+    if not path_exists(folder):
+        raise BadInput(
+            f"{folder}: no such file or folder; expected a Hugging Face folder or a .gguf file"
+        )
     if not folder.is_dir():
         raise BadInput(
             f"{folder}: not a checkpoint; expected a Hugging Face folder (config.json and {SINGLE}) or a .gguf file"
         )
-    if not _exists(folder / "config.json"):
+    if not path_exists(folder / "config.json"):
         raise BadInput(f"{folder}: not a checkpoint: it has no config.json")
     return read_json(folder / "config.json")
+
+
+def open_tokenizer(path: str | os.PathLike) -> Tokenizer:
+    """The tokenizer of a Hugging Face folder or of a .gguf file. Raises BadInput if there is none it knows."""
+    path = Path(path)
+    if path.is_dir():
+        return open_folder_tokenizer(path)
+    if not path.exists():
+        raise BadInput(
+            f"{path}: no such file or folder; give a Hugging Face folder or a .gguf file"
+        )
+    if path.suffix != ".gguf":
+        raise BadInput(
+            f"{path}: a tokenizer is read from a Hugging Face folder or a .gguf file, and this is neither"
+        )
+    return open_gguf_tokenizer(path)

@@ -8,28 +8,36 @@ import ml_dtypes  # noqa: F401  safetensors finds bfloat16 in numpy once this is
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from atd.checkpoint.files import StoredTensor, _exists, _json_object, read_bytes, read_json
+from atd.checkpoint.files import StoredTensor, json_object, path_exists, read_bytes, read_json
 from atd.errors import BadInput
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-def _folder_tensors(folder: Path) -> dict[str, StoredTensor]:
-    if _exists(folder / SINGLE):
+def folder_tensors(folder: Path) -> dict[str, StoredTensor]:
+    if path_exists(folder / SINGLE):
         return _file_tensors(folder / SINGLE)
-    if not _exists(folder / INDEX):
-        others = sorted(file.name for pattern in ("*.bin", "*.gguf", "*.safetensors") for file in folder.glob(pattern))
+    if not path_exists(folder / INDEX):
+        others = sorted(
+            file.name
+            for pattern in ("*.bin", "*.gguf", "*.safetensors")
+            for file in folder.glob(pattern)
+        )
         hint = f"; {', '.join(others[:3])} found, but not read" if others else ""
         raise BadInput(f"{folder}: it has neither {SINGLE} nor {INDEX}{hint}")
     weight_map = _weight_map(folder / INDEX)
     tensors: dict[str, StoredTensor] = {}
     home: dict[str, str] = {}
     for shard in sorted(set(weight_map.values())):
-        if not _exists(folder / shard):
-            raise BadInput(f"{folder / INDEX}: names the shard {shard}, which is missing; download it again")
+        if not path_exists(folder / shard):
+            raise BadInput(
+                f"{folder / INDEX}: names the shard {shard}, which is missing; download it again"
+            )
         for name, tensor in _file_tensors(folder / shard).items():
             if name in home:
-                raise BadInput(f"{folder}: tensor {name} is in two shards, {home[name]} and {shard}")
+                raise BadInput(
+                    f"{folder}: tensor {name} is in two shards, {home[name]} and {shard}"
+                )
             tensors[name], home[name] = tensor, shard
     lacking = [name for name, shard in weight_map.items() if home.get(name) != shard]
     if lacking:
@@ -49,11 +57,15 @@ def _weight_map(index: Path) -> dict[str, str]:
         or not weight_map
         or not all(isinstance(shard, str) for shard in weight_map.values())
     ):
-        raise BadInput(f"{index}: malformed: expected an object 'weight_map' of tensor name to file name")
+        raise BadInput(
+            f"{index}: malformed: expected an object 'weight_map' of tensor name to file name"
+        )
     for shard in sorted(set(weight_map.values())):
         # The name alone is checked: in a hub cache the files themselves are links out of the folder.
         if shard in ("", ".", "..") or any(char in shard for char in "/\\\0:"):
-            raise BadInput(f"{index}: the shard name {shard!r} points outside the folder; expected a plain file name")
+            raise BadInput(
+                f"{index}: the shard name {shard!r} points outside the folder; expected a plain file name"
+            )
     return weight_map
 
 
@@ -63,7 +75,9 @@ def _file_tensors(file: Path) -> dict[str, StoredTensor]:
     tensors = {}
     for name, entry in header.items():
         source = f"{file.name} {status.st_size} {status.st_mtime_ns} {name}@{start + entry['data_offsets'][0]}"
-        tensors[name] = StoredTensor(name, tuple(entry["shape"]), entry["dtype"].lower(), source, _loader(file, name))
+        tensors[name] = StoredTensor(
+            name, tuple(entry["shape"]), entry["dtype"].lower(), source, _loader(file, name)
+        )
     return tensors
 
 
@@ -72,7 +86,9 @@ def _header(file: Path):
     prefix = read_bytes(file, 0, 8)
     status = file.stat()
     if len(prefix) < 8:
-        raise BadInput(f"{file}: not a safetensors file: it has {len(prefix)} bytes; download it again")
+        raise BadInput(
+            f"{file}: not a safetensors file: it has {len(prefix)} bytes; download it again"
+        )
     (length,) = struct.unpack("<Q", prefix)
     if 8 + length > status.st_size:
         raise BadInput(
@@ -82,7 +98,7 @@ def _header(file: Path):
     try:
         with safe_open(file, framework="np"):
             pass
-        header = _json_object(read_bytes(file, 8, length))
+        header = json_object(read_bytes(file, 8, length))
     except (SafetensorError, ValueError, OSError) as error:
         problem = _past_the_end(file, length, status.st_size) or f"broken safetensors file: {error}"
         raise BadInput(f"{file}: {problem}; download it again") from None
@@ -93,8 +109,12 @@ def _header(file: Path):
 def _past_the_end(file: Path, length: int, size: int) -> str | None:
     """Which tensor lies past the end of the file, where the header is sound enough to tell."""
     try:
-        header = _json_object(read_bytes(file, 8, length))
-        ends = {name: 8 + length + entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
+        header = json_object(read_bytes(file, 8, length))
+        ends = {
+            name: 8 + length + entry["data_offsets"][1]
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
         name = max(ends, key=lambda name: ends[name])
         return (
             f"tensor {name} ends at byte {ends[name]}, past the end of the file ({size} bytes)"

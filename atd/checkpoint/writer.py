@@ -31,7 +31,9 @@ _SAFETENSORS_DTYPES = {
 
 def digest(array) -> str:
     """sha256 of the array's bytes in row-major order."""
-    return hashlib.sha256(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))).hexdigest()
+    return hashlib.sha256(
+        memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    ).hexdigest()
 
 
 def file_digest(path: Path) -> str:
@@ -40,7 +42,7 @@ def file_digest(path: Path) -> str:
 
 
 @contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -54,19 +56,19 @@ def _disk_errors(path: Path) -> Iterator[None]:
 def write_file(path: Path, content: bytes | str) -> None:
     """Whole or not at all: a temporary name, fsync, rename."""
     temporary = path.with_name(f"{path.name}.tmp")
-    with _disk_errors(path):
+    with disk_errors(path):
         with temporary.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
-            _sync(file)
+            sync_file(file)
         os.rename(temporary, path)
 
 
-def _sync(file) -> None:
+def sync_file(file) -> None:
     file.flush()
     os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -88,35 +90,43 @@ def write_shard(path: Path, refs: Iterable[WeightRef]) -> dict[str, str]:
         fields, key=lambda f: (-f[2].itemsize, f[0])
     ):  # wide dtypes in front: every tensor stays aligned
         end = offset + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        header[name] = {"dtype": _SAFETENSORS_DTYPES[dtype.name], "shape": list(shape), "data_offsets": [offset, end]}
+        header[name] = {
+            "dtype": _SAFETENSORS_DTYPES[dtype.name],
+            "shape": list(shape),
+            "data_offsets": [offset, end],
+        }
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digests: dict[str, str] = {}
     temporary = path.with_name(f"{path.name}.tmp")
-    with _disk_errors(path):
+    with disk_errors(path):
         file = temporary.open("wb", buffering=0)
     with file:
         _write_at(file, 0, len(text).to_bytes(8, "little") + text)
         for ref in refs:
             weight = ref.load()
             for field, (name, shape, dtype) in stored(ref.tensor, ref.type).items():
-                array = np.ascontiguousarray(getattr(weight, field)).reshape(shape)  # (0-d arrays become 1-d above)
+                array = np.ascontiguousarray(getattr(weight, field)).reshape(
+                    shape
+                )  # (0-d arrays become 1-d above)
                 if array.dtype != dtype:
                     raise RunFailed(f"{name}: its type says {dtype}, its data is {array.dtype}")
                 digests[name] = digest(array)
                 _write_at(
-                    file, 8 + len(text) + header[name]["data_offsets"][0], memoryview(array.reshape(-1).view(np.uint8))
+                    file,
+                    8 + len(text) + header[name]["data_offsets"][0],
+                    memoryview(array.reshape(-1).view(np.uint8)),
                 )
-        with _disk_errors(path):
-            _sync(file)
+        with disk_errors(path):
+            sync_file(file)
             os.rename(temporary, path)
     return digests
 
 
 def _write_at(file, position: int, content) -> None:
     view = memoryview(content)
-    with _disk_errors(Path(file.name)):
+    with disk_errors(Path(file.name)):
         while view:
             written = os.pwrite(file.fileno(), view, position)
             view, position = view[written:], position + written
@@ -129,7 +139,9 @@ def written(unit: Block, shard: Path) -> Block:
         def load():
             with safe_open(shard, "np") as file:
                 names = stored(ref.tensor, ref.type)
-                return build(ref.type, {field: file.get_tensor(name) for field, (name, *_) in names.items()})
+                return build(
+                    ref.type, {field: file.get_tensor(name) for field, (name, *_) in names.items()}
+                )
 
         return replace(ref, load=load)
 

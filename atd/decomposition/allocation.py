@@ -20,19 +20,36 @@ from atd.errors import BadInput
 from atd.weights import DenseType, Group, PackedType, TernaryType, parse_type
 from atd.weights.layouts import LAYOUTS
 
-DECISION = "ternary"  # the attr of a node in which a decision stands, from `allocate` to `decompose`
+DECISION = (
+    "ternary"  # the attr of a node in which a decision stands, from `allocate` to `decompose`
+)
 DENSE = "dense"  # the option of a matrix that stays as it is
-FIRST_LIMIT = 1e-7  # of the sum of all excesses: how far above its bound the optimum is looked for at first
+FIRST_LIMIT = (
+    1e-7  # of the sum of all excesses: how far above its bound the optimum is looked for at first
+)
 BISECTIONS = 200  # of the price, in logarithms: to the last bit
 
-_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_UNITS = {
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+}
 
 
 # --- options ----------------------------------------------------------------------------------------------------------
 
 
 def ternary_types(
-    shape: Sequence[int], bases: Iterable[int], groups: Iterable[Group], scales: Iterable[str], dtype: str
+    shape: Sequence[int],
+    bases: Iterable[int],
+    groups: Iterable[Group],
+    scales: Iterable[str],
+    dtype: str,
 ) -> list[TernaryType]:
     """Every combination for a matrix [out, in], each once: a group as wide as the row is "row", and one base has no
     ratios of scales to tie."""
@@ -47,7 +64,11 @@ def ternary_types(
 
 def decision(type: DenseType | TernaryType) -> str:
     """The text of what was decided for a matrix: "n=2 g=row tied f16", or "dense"."""
-    return DENSE if isinstance(type, DenseType) else str(type).removeprefix("ternary ").partition("[")[0]
+    return (
+        DENSE
+        if isinstance(type, DenseType)
+        else str(type).removeprefix("ternary ").partition("[")[0]
+    )
 
 
 def decided_type(text: str, shape: Sequence[int]) -> TernaryType | None:
@@ -78,7 +99,9 @@ def parse_bytes(text: str) -> int:
     if match is None or (match[2] or "b") not in _UNITS or float(match[1]) == 0:
         raise BadInput(f"budget {text!r} is no size; write e.g. '3.9GB', '75MB' or '2GiB'")
     whole, _, fraction = match[1].partition(".")
-    return int(whole + fraction or "0") * _UNITS[match[2] or "b"] // 10 ** len(fraction)  # exact: no float between
+    return (
+        int(whole + fraction or "0") * _UNITS[match[2] or "b"] // 10 ** len(fraction)
+    )  # exact: no float between
 
 
 # --- the optimum ------------------------------------------------------------------------------------------------------
@@ -106,8 +129,13 @@ def allocate(choices: Sequence[Choice], budget: int) -> list[int]:
     """
     least = sum(min(choice.bytes) for choice in choices)
     if least > budget:
-        raise BadInput(f"a budget of {budget:,} bytes is below the least that is possible, {least:,} bytes")
-    bytes, losses = [np.array(c.bytes, np.int64) for c in choices], [np.array(c.losses, float) for c in choices]
+        raise BadInput(
+            f"a budget of {budget:,} bytes is below the least that is possible, {least:,} bytes"
+        )
+    bytes, losses = (
+        [np.array(c.bytes, np.int64) for c in choices],
+        [np.array(c.losses, float) for c in choices],
+    )
     cheap = [int(np.lexsort((b, loss))[0]) for b, loss in zip(bytes, losses, strict=True)]
     if total_bytes(choices, cheap) <= budget:
         return cheap
@@ -137,9 +165,14 @@ def _price(bytes: list[np.ndarray], losses: list[np.ndarray], budget: int) -> fl
     """The price a byte at which the cheapest options just fit: loss + price bytes, nats a byte."""
 
     def taken(price: float) -> int:
-        return sum(int(b[np.argmin(loss + price * b)]) for b, loss in zip(bytes, losses, strict=True))
+        return sum(
+            int(b[np.argmin(loss + price * b)]) for b, loss in zip(bytes, losses, strict=True)
+        )
 
-    low, high = 0.0, max(float(np.ptp(loss)) for loss in losses)  # at `high` no byte is worth what it saves
+    low, high = (
+        0.0,
+        max(float(np.ptp(loss)) for loss in losses),
+    )  # at `high` no byte is worth what it saves
     for _ in range(BISECTIONS):
         middle = math.sqrt(low * high) if low else high / 1024
         low, high = (low, middle) if taken(middle) <= budget else (middle, high)
@@ -156,7 +189,9 @@ def _search(bytes, losses, excesses, budget: int, limit: float, waste: float) ->
     chosen = [int(np.argmin(excess)) for excess in excesses]
     fixed = sum(int(bytes[i][chosen[i]]) for i in set(range(len(bytes))) - set(open_))
     rest = [bytes[i][excesses[i] <= limit] for i in open_]
-    above = np.cumsum([0] + [int(b.min()) for b in rest[::-1]])[::-1][1:]  # bytes that those to come take at least
+    above = np.cumsum([0] + [int(b.min()) for b in rest[::-1]])[::-1][
+        1:
+    ]  # bytes that those to come take at least
     below = np.cumsum([0] + [int(b.max()) for b in rest[::-1]])[::-1][1:]
     total, loss, excess = np.array([fixed]), np.zeros(1), np.zeros(1)
     steps = []
@@ -166,9 +201,13 @@ def _search(bytes, losses, excesses, budget: int, limit: float, waste: float) ->
             (state[:, None] + values[i][options]).ravel()  # [states, options] -> [states options]
             for state, values in ((total, bytes), (loss, losses), (excess, excesses))
         )
-        kept = np.flatnonzero((over <= limit) & (totals + at_least <= budget) & (totals + at_most >= budget - waste))
+        kept = np.flatnonzero(
+            (over <= limit) & (totals + at_least <= budget) & (totals + at_most >= budget - waste)
+        )
         kept = kept[np.lexsort((sums[kept], totals[kept]))]
-        best = np.minimum.accumulate(np.append(np.inf, sums[kept]))  # fewer bytes and less loss dominate
+        best = np.minimum.accumulate(
+            np.append(np.inf, sums[kept])
+        )  # fewer bytes and less loss dominate
         kept = kept[sums[kept] < best[:-1]]
         total, loss, excess = totals[kept], sums[kept], over[kept]
         steps.append((kept // len(options), options[kept % len(options)]))

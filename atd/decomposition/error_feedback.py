@@ -13,8 +13,8 @@ which takes over the errors of the others as far as input j can stand in for the
     descent (LNQ, QuantEase)            M = H_ij / H_jj: all other columns stand as they are, and x_j is exactly where the cost is least in q_j. The
                                         cost can only fall.
 
-Feedback starts from q = w, no error at all; descent starts from where the visit before it ended. Scales are fitted beforehand (`atd.decomposition.least_squares.als`
-under the diagonal of H) and may be refitted in closed form under all of H.
+Feedback starts from q = w, no error at all; descent starts from where the visit before it ended. Scales are fitted beforehand
+(`atd.decomposition.least_squares.als` under the diagonal of H) and may be refitted in closed form under all of H.
 
 How it is made fast: matrices lie transposed, [in, rows], so that a column is contiguous and rows are the vector; columns go in blocks, whose
 targets take in all errors outside by one matrix product, so that the loop over columns only looks inside the block; rows are cut into chunks of
@@ -52,7 +52,9 @@ DAMPING = 0.01  # of the mean diagonal, added to the diagonal: second moments ar
 MOST_DAMPING = 10.0  # what needs more is no second moment
 BLOCK = 64  # columns
 ROWS = 256  # rows of a chunk on a CPU: the errors of a block stay in its cache
-REFIT_FLOATS = 1 << 20  # what the normal equations of the rows in flight may take: again, what stays near the core
+REFIT_FLOATS = (
+    1 << 20
+)  # what the normal equations of the rows in flight may take: again, what stays near the core
 
 _matmul = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 _einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
@@ -62,7 +64,9 @@ class Factor(NamedTuple):
     """What all linears that share an input share."""
 
     order: jax.Array  # int32 [in]: the order in which inputs are visited
-    feedback: jax.Array  # float32 [in, in], strictly lower triangular, inputs in that order: [j, i] = R_ij / R_jj
+    feedback: (
+        jax.Array
+    )  # float32 [in, in], strictly lower triangular, inputs in that order: [j, i] = R_ij / R_jj
     damping: float  # what the diagonal was raised by, relative to its mean; above what was asked for where that was not enough
 
 
@@ -94,8 +98,12 @@ def asymmetric_target(weight, hessian, cross, damping: float = DAMPING) -> jax.A
     hessian = _second_moment(hessian)
     cross = jnp.asarray(cross, jnp.float32)
     if not bool(jnp.isfinite(cross).all()):
-        raise BadInput("the cross moment of dense and quantized inputs has entries that are NaN or infinite")
-    return _damp_until(partial(_target, jnp.asarray(weight, jnp.float32), hessian, cross), damping)[0]
+        raise BadInput(
+            "the cross moment of dense and quantized inputs has entries that are NaN or infinite"
+        )
+    return _damp_until(partial(_target, jnp.asarray(weight, jnp.float32), hessian, cross), damping)[
+        0
+    ]
 
 
 def decompose(
@@ -128,7 +136,9 @@ def decompose(
             "error feedback works on rows, each with its own scales: group must be a size or 'row', not 'tensor'"
         )
     if len(hessian) != inputs or len(factor.order) != inputs:
-        raise BadInput(f"second moments of {len(hessian)} inputs (factor: {len(factor.order)}) for weights of {inputs}")
+        raise BadInput(
+            f"second moments of {len(hessian)} inputs (factor: {len(factor.order)}) for weights of {inputs}"
+        )
     size = inputs if isinstance(group, str) else min(group, inputs)
     _, scales = als(weight, bases, group, tied, dtype, feature_weights=jnp.diagonal(hessian))
     scales = np.asarray(scales, np.float32)
@@ -146,7 +156,9 @@ def decompose(
         for _ in range(sweeps):
             quantized = visit(quantized, matrix=descent, scales=scale)
         for _ in range(refits):
-            quantized, scale = _refit(rows, quantized, scale, hessian, factor.order, dtype=np.dtype(dtype), **options)
+            quantized, scale = _refit(
+                rows, quantized, scale, hessian, factor.order, dtype=np.dtype(dtype), **options
+            )
             quantized = visit(quantized, matrix=descent, scales=scale)
         return np.asarray(_trits(quantized, scale, factor.order, **options)), np.asarray(scale)
 
@@ -169,7 +181,9 @@ def proxy_loss(error, hessian) -> jax.Array:
 def _second_moment(hessian) -> jax.Array:
     hessian = jnp.asarray(hessian, jnp.float32)
     if hessian.ndim != 2 or hessian.shape[0] != hessian.shape[1]:
-        raise BadInput(f"second moments must be a square matrix, [in, in]; found {list(hessian.shape)}")
+        raise BadInput(
+            f"second moments must be a square matrix, [in, in]; found {list(hessian.shape)}"
+        )
     if not bool(jnp.isfinite(hessian).all()):
         raise BadInput(
             "the second moment of the inputs has entries that are NaN or infinite: the calibration run overflowed, or its text or weights are damaged"
@@ -200,7 +214,9 @@ def _damped(hessian, damping):
 def _feedback(hessian, order, damping):
     """Row j, column i: R_ij / R_jj for i < j, H = R R' in the order of visits. Not finite where H is not positive definite."""
     damped = _damped(hessian, damping)[order][:, order]
-    reversed_ = jnp.linalg.cholesky(damped[::-1, ::-1])  # lower triangular; read backwards it is upper: R
+    reversed_ = jnp.linalg.cholesky(
+        damped[::-1, ::-1]
+    )  # lower triangular; read backwards it is upper: R
     upper = reversed_[::-1, ::-1]
     return jnp.tril((upper / jnp.diagonal(upper)).T, -1)
 
@@ -265,7 +281,9 @@ def _visit(target, quantized, *, matrix, scales, order, bases, size, tied):
         matrix_rows, old = (lax.dynamic_slice_in_dim(a, start, block) for a in (matrix, quantized))
         within = lax.dynamic_slice_in_dim(matrix_rows, start, block, axis=1)
         wanted = lax.dynamic_slice_in_dim(target, start, block)
-        asked = wanted + _matmul(matrix_rows, error)  # [block, rows], as the errors were before this block
+        asked = wanted + _matmul(
+            matrix_rows, error
+        )  # [block, rows], as the errors were before this block
 
         def visit_column(j, carry):
             new, change = carry  # change of the error: old - new
@@ -327,7 +345,9 @@ def _refit(weight, quantized, scales, hessian, order, *, bases, size, tied, dtyp
         right = _einsum("gkc,gk->gc", codes, projected).reshape(-1)
         current = current.reshape(-1)
         ridge = RIDGE * jnp.mean(jnp.diagonal(gram)) + 1e-30
-        new = jax.scipy.linalg.solve(gram + ridge * jnp.eye(len(gram)), right + ridge * current, assume_a="pos")
+        new = jax.scipy.linalg.solve(
+            gram + ridge * jnp.eye(len(gram)), right + ridge * current, assume_a="pos"
+        )
         new = jnp.where(new < 0, -1.0, 1.0) * round_scales(jnp.abs(new), dtype)
 
         def cost(s):  # less that of no codes at all
@@ -336,10 +356,14 @@ def _refit(weight, quantized, scales, hessian, order, *, bases, size, tied, dtyp
         return jnp.where(cost(new) < cost(current), new, current).reshape(groups, count)
 
     batch = max(1, REFIT_FLOATS // (groups * count * groups * size))
-    batch = min(rows, 1 << batch.bit_length() - 1)  # divides ROWS: a remainder would be compiled apart
+    batch = min(
+        rows, 1 << batch.bit_length() - 1
+    )  # divides ROWS: a remainder would be compiled apart
     scales = lax.map(solve, (codes, projected, scales), batch_size=batch)
     quantized = _einsum("rgkc,rgc->rgk", codes, scales).reshape(rows, -1)[:, : len(hessian)]
-    return quantized.T[order], jnp.moveaxis(descending_scales(jnp.moveaxis(jnp.abs(scales), -1, 0)), 0, -1)
+    return quantized.T[order], jnp.moveaxis(
+        descending_scales(jnp.moveaxis(jnp.abs(scales), -1, 0)), 0, -1
+    )
 
 
 # --- codes -------------------------------------------------------------------------------------------------------------
@@ -349,8 +373,12 @@ def _codes(quantized, scales, *, bases, size, tied):
     """quantized [rows, in], each on a level of its group -> int8 [rows, groups, size], the integers sum_i t_i 3^(N-1-i)."""
     groups = _grouped(quantized, size)
     if tied:
-        return jnp.clip(jnp.round(groups / nonzero(scales)), -top_level(bases), top_level(bases)).astype(jnp.int8)
-    codes = nearest_codes(jnp.abs(groups).reshape(-1, size), scales.reshape(-1, bases).T).reshape(groups.shape)
+        return jnp.clip(
+            jnp.round(groups / nonzero(scales)), -top_level(bases), top_level(bases)
+        ).astype(jnp.int8)
+    codes = nearest_codes(jnp.abs(groups).reshape(-1, size), scales.reshape(-1, bases).T).reshape(
+        groups.shape
+    )
     return jnp.where(groups < 0, -codes, codes)
 
 

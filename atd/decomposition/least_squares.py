@@ -37,7 +37,9 @@ from atd.errors import BadInput
 from atd.weights import Group, level_weights
 
 MOST_BASES = 4
-CHUNK = 1 << 17  # weights in flight: what is made of a chunk stays near the cores, and a small matrix wastes little
+CHUNK = (
+    1 << 17
+)  # weights in flight: what is made of a chunk stays near the cores, and a small matrix wastes little
 RIDGE = 1e-4  # relative, toward the current scales: a base that no weight uses makes the normal equations singular
 GRIDS = {1: 16, 2: 16, 3: 32, 4: 64}  # uniform grids tried
 # Where free scales start: ratios s_i / s_(i+1). 3 is the uniform grid. Below 2 the levels crowd near 0 (s_0 - s_1 < s_1), which suits weights with a
@@ -56,13 +58,17 @@ LEAST_IMPORTANCE = 1e-6  # of the mean: inputs that calibration never saw still 
 # --- public ------------------------------------------------------------------------------------------------------------
 
 
-def greedy(weight, bases: int, dtype: DTypeLike = np.float32, group: Group = "tensor") -> tuple[np.ndarray, np.ndarray]:
+def greedy(
+    weight, bases: int, dtype: DTypeLike = np.float32, group: Group = "tensor"
+) -> tuple[np.ndarray, np.ndarray]:
     """One base after the other: scale = mean |residual| over the group, trit = clip(round(residual / scale), -1, 1), residual -= scale * trit.
 
     weight float [out, in] -> trits int8 [out, in, bases], scales `dtype` [rows, groups, bases]. With one scale per tensor (the default) this is the
     method of Bit-TTT-Engine's converter. Raises BadInput where the weights are not finite or a scale overflows `dtype`.
     """
-    return _decompose(partial(_greedy_chunk, bases=bases, dtype=np.dtype(dtype)), weight, bases, group, None)
+    return _decompose(
+        partial(_greedy_chunk, bases=bases, dtype=np.dtype(dtype)), weight, bases, group, None
+    )
 
 
 def als(
@@ -88,7 +94,9 @@ def als(
     """
     if not 1 <= bases <= MOST_BASES:
         raise BadInput(f"als fits 1 to {MOST_BASES} bases, not {bases}")
-    chunk = partial(_als_chunk, bases=bases, dtype=np.dtype(dtype), tied=tied, iterations=iterations)
+    chunk = partial(
+        _als_chunk, bases=bases, dtype=np.dtype(dtype), tied=tied, iterations=iterations
+    )
     return _decompose(chunk, weight, bases, group, _importance(feature_weights, weight.shape[1]))
 
 
@@ -113,7 +121,9 @@ def decomposition_rmse(weight, trits, scales, group: Group) -> float:
     scales = np.broadcast_to(scales, (len(weights), bases))
     error = total = 0.0
     for rows in _chunks(len(weights), step := _step(size)):
-        squares = _squares_chunk(_take(weights, rows, step), _take(parts, rows, step), _take(scales, rows, step))
+        squares = _squares_chunk(
+            _take(weights, rows, step), _take(parts, rows, step), _take(scales, rows, step)
+        )
         error, total = error + float(squares[0]), total + float(squares[1])
     return _ratio(error, total)
 
@@ -125,31 +135,43 @@ def _ratio(error: float, total: float) -> float:
 # --- matrices to chunks of groups --------------------------------------------------------------------------------------
 
 
-def _decompose(chunk, weight, bases: int, group: Group, importance) -> tuple[np.ndarray, np.ndarray]:
+def _decompose(
+    chunk, weight, bases: int, group: Group, importance
+) -> tuple[np.ndarray, np.ndarray]:
     """Carries `chunk(weights [groups, size], importance, pooled=)` -> (trits, scales) over a matrix; importance f32 [in] or None."""
     out, inputs = weight.shape
     size = _group_size(weight, group)
     groups = -(-inputs // size)  # of a row
     if group == "tensor":  # one group: all rows at once
         importance = None if importance is None else importance[None]
-        trits, scales = map(np.asarray, chunk(jnp.asarray(weight, jnp.float32), importance, pooled=True))
+        trits, scales = map(
+            np.asarray, chunk(jnp.asarray(weight, jnp.float32), importance, pooled=True)
+        )
     else:
         if importance is None and inputs % size:
-            importance = np.ones(inputs, np.float32)  # the padding of a ragged last group must weigh nothing
+            importance = np.ones(
+                inputs, np.float32
+            )  # the padding of a ragged last group must weigh nothing
         if importance is not None:
             importance = _grouped(importance[None], size)  # [groups of a row, size]
         weights, step = _grouped(weight, size), _step(size)
         trits = np.empty((len(weights), size, bases), np.int8)
 
         def carry(rows: slice) -> np.ndarray:
-            part = None if importance is None else importance[np.arange(rows.start, rows.start + step) % groups]
+            part = (
+                None
+                if importance is None
+                else importance[np.arange(rows.start, rows.start + step) % groups]
+            )
             found, scales = chunk(_take(weights, rows, step), part, pooled=False)
             trits[rows] = found[: len(weights) - rows.start]
             return np.asarray(scales)
 
         first, *rest = _chunks(len(weights), step)
         parts = [carry(first)]  # compiles
-        with ThreadPoolExecutor(os.cpu_count()) as threads:  # a chunk a core: half as fast again as XLA's own threads
+        with ThreadPoolExecutor(
+            os.cpu_count()
+        ) as threads:  # a chunk a core: half as fast again as XLA's own threads
             parts += threads.map(carry, rest)
         scales = np.concatenate(parts)[: len(weights)]
         trits = trits.reshape(out, groups * size, bases)[:, :inputs]
@@ -162,7 +184,9 @@ def _decompose(chunk, weight, bases: int, group: Group, importance) -> tuple[np.
 def _refuse(weight, dtype):
     weight = np.asarray(weight, np.float32)
     if not np.isfinite(weight).all():
-        raise BadInput(f"{(~np.isfinite(weight)).sum()} of {weight.size} weights are NaN or infinite")
+        raise BadInput(
+            f"{(~np.isfinite(weight)).sum()} of {weight.size} weights are NaN or infinite"
+        )
     largest = np.abs(weight).max()
     raise BadInput(
         f"weights of up to {largest:.3g} overflow scales of {dtype}: store the scales as bfloat16 or float32"
@@ -175,7 +199,9 @@ def _importance(feature_weights, inputs: int) -> np.ndarray | None:
         return None
     weights = np.asarray(feature_weights, np.float32)
     if weights.shape != (inputs,) or not np.isfinite(weights).all() or (weights < 0).any():
-        raise BadInput(f"feature weights must be {inputs} finite numbers >= 0, one an input; found {weights}")
+        raise BadInput(
+            f"feature weights must be {inputs} finite numbers >= 0, one an input; found {weights}"
+        )
     mean = weights.mean(dtype=np.float64)
     return np.maximum(weights / mean, LEAST_IMPORTANCE).astype(np.float32) if mean else None
 
@@ -206,7 +232,11 @@ def _take(array: np.ndarray, rows: slice, step: int) -> np.ndarray:
     """The rows, filled up to `step` with zeros: every chunk has the same shape."""
     part = array[rows]
     part = part if part.dtype == np.int8 else part.astype(np.float32, copy=False)
-    return part if len(part) == step else np.pad(part, [(0, step - len(part))] + [(0, 0)] * (part.ndim - 1))
+    return (
+        part
+        if len(part) == step
+        else np.pad(part, [(0, step - len(part))] + [(0, 0)] * (part.ndim - 1))
+    )
 
 
 # --- a chunk: groups [C, size], C groups side by side, or all one group when pooled --------------------------------------
@@ -215,7 +245,9 @@ def _take(array: np.ndarray, rows: slice, step: int) -> np.ndarray:
 
 @partial(jax.jit, static_argnames=("bases", "dtype", "pooled"))
 def _greedy_chunk(weight, importance, *, bases, dtype, pooled):
-    scales, trits, _ = _greedy(weight, importance, bases, pooled, partial(round_scales, dtype=dtype))
+    scales, trits, _ = _greedy(
+        weight, importance, bases, pooled, partial(round_scales, dtype=dtype)
+    )
     return jnp.stack(trits, axis=-1), scales.T.astype(dtype)
 
 
@@ -233,7 +265,9 @@ def _als_chunk(weight, importance, *, bases, dtype, pooled, tied, iterations):
     least = _best_grid(size, importance, bases, pooled, rounded)
     if tied:
         least = _refine_grid(size, importance, least, bases, pooled, rounded, iterations)
-        codes = jnp.minimum(jnp.round(size / nonzero(least)[:, None]), top_level(bases)).astype(jnp.int8)
+        codes = jnp.minimum(jnp.round(size / nonzero(least)[:, None]), top_level(bases)).astype(
+            jnp.int8
+        )
         scales = least[None]
     else:
         scales = _best_scales(size, importance, least, bases, pooled, rounded, iterations)
@@ -273,7 +307,9 @@ def _greedy(residual, importance, bases, pooled, rounded):
     total = _total_importance(residual, importance, pooled)
     scales, trits = [], []
     for _ in range(bases):
-        scale = rounded(_sum(_weighted(jnp.abs(residual), importance), pooled) / jnp.maximum(total, 1e-30))
+        scale = rounded(
+            _sum(_weighted(jnp.abs(residual), importance), pooled) / jnp.maximum(total, 1e-30)
+        )
         trit = jnp.clip(jnp.round(residual / nonzero(scale)[:, None]), -1, 1)
         residual = residual - scale[:, None] * trit
         scales.append(scale)
@@ -316,7 +352,9 @@ def _refine_grid(size, importance, least, bases, pooled, rounded, iterations):
         error = least * (least * qq - 2 * wq)  # less the energy
         better = error < best_error
         best, best_error = jnp.where(better, least, best), jnp.where(better, error, best_error)
-        new = jnp.where(jnp.isfinite(least), wq / jnp.maximum(qq, 1e-30), least)  # an overflow must stay one to be seen
+        new = jnp.where(
+            jnp.isfinite(least), wq / jnp.maximum(qq, 1e-30), least
+        )  # an overflow must stay one to be seen
         return (rounded(new), best, best_error), None
 
     return lax.scan(iterate, (least, least, jnp.full_like(least, jnp.inf)), length=iterations)[0][1]
@@ -351,12 +389,23 @@ def _normal_equations(size, importance, scales, pooled):
 def _best_scales(size, importance, least, bases, pooled, rounded, iterations):
     """The best scales [N, C] of all starts; those whose ratio is given span what the grid `least` spans."""
     shapes = [np.cumprod([1.0, *(1 / ratio for ratio in ratios)]) for ratios in START_RATIOS[bases]]
-    starts = jnp.stack([rounded((shape / shape.sum())[:, None] * (top_level(bases) * least)) for shape in shapes])
+    starts = jnp.stack(
+        [rounded((shape / shape.sum())[:, None] * (top_level(bases) * least)) for shape in shapes]
+    )
 
-    scales, errors = lax.map(lambda s: _refine_scales(size, importance, s, pooled, rounded, iterations), starts)
-    greedy, _, residual = _greedy(size, importance, bases, pooled, rounded)  # als is never behind greedy
-    greedy_error = _sum(_weighted(jnp.square(residual), importance), pooled) - _energy(size, importance, pooled)
-    scales, errors = jnp.concatenate([greedy[None], scales]), jnp.concatenate([greedy_error[None], errors])
+    scales, errors = lax.map(
+        lambda s: _refine_scales(size, importance, s, pooled, rounded, iterations), starts
+    )
+    greedy, _, residual = _greedy(
+        size, importance, bases, pooled, rounded
+    )  # als is never behind greedy
+    greedy_error = _sum(_weighted(jnp.square(residual), importance), pooled) - _energy(
+        size, importance, pooled
+    )
+    scales, errors = (
+        jnp.concatenate([greedy[None], scales]),
+        jnp.concatenate([greedy_error[None], errors]),
+    )
     return jnp.take_along_axis(scales, jnp.argmin(errors, axis=0)[None, None], axis=0)[0]
 
 
@@ -367,12 +416,18 @@ def _refine_scales(size, importance, scales, pooled, rounded, iterations):
     def iterate(carry, _):
         scales, best, best_error = carry
         gram, right = _normal_equations(size, importance, scales, pooled)
-        error = jnp.einsum("ic,ijc,jc->c", scales, gram, scales) - 2 * jnp.sum(right * scales, axis=0)
+        error = jnp.einsum("ic,ijc,jc->c", scales, gram, scales) - 2 * jnp.sum(
+            right * scales, axis=0
+        )
         better = error < best_error
         best, best_error = jnp.where(better, scales, best), jnp.where(better, error, best_error)
         gram = gram + ridge * jnp.eye(len(scales))[:, :, None]
         new = _solve(gram, right + ridge * scales)
-        return (rounded(descending_scales(jnp.abs(new))), best, best_error), None  # a negative scale: flipped trits
+        return (
+            rounded(descending_scales(jnp.abs(new))),
+            best,
+            best_error,
+        ), None  # a negative scale: flipped trits
 
     start = (scales, scales, jnp.full_like(scales[0], jnp.inf))
     return lax.scan(iterate, start, length=iterations)[0][1:]

@@ -36,7 +36,10 @@ def descending_scales(scales):
     rows = list(scales)
     for last in range(len(rows) - 1, 0, -1):
         for i in range(last):
-            rows[i], rows[i + 1] = jnp.maximum(rows[i], rows[i + 1]), jnp.minimum(rows[i], rows[i + 1])
+            rows[i], rows[i + 1] = (
+                jnp.maximum(rows[i], rows[i + 1]),
+                jnp.minimum(rows[i], rows[i + 1]),
+            )
     return jnp.stack(rows)
 
 
@@ -48,7 +51,9 @@ def top_level(bases: int) -> int:
 def trits_of(integers, bases: int):
     """int8 integers in -top..top -> trits int8 [..., N], the most significant first: integer = sum_i t_i 3^(N-1-i)."""
     digits = (integers + top_level(bases)).astype(jnp.uint8)
-    return jnp.stack([((digits // 3 ** (bases - 1 - i)) % 3).astype(jnp.int8) - 1 for i in range(bases)], axis=-1)
+    return jnp.stack(
+        [((digits // 3 ** (bases - 1 - i)) % 3).astype(jnp.int8) - 1 for i in range(bases)], axis=-1
+    )
 
 
 def half_codes(bases: int) -> np.ndarray:
@@ -59,7 +64,9 @@ def half_codes(bases: int) -> np.ndarray:
 
 def ranked_levels(scales):
     """scales [N, C] -> each half code's |sum| [L, C], the sign of its sum, and its rank among them by size."""
-    signed = sum(code[:, None] * scale for code, scale in zip(half_codes(len(scales)).T, scales, strict=True))
+    signed = sum(
+        code[:, None] * scale for code, scale in zip(half_codes(len(scales)).T, scales, strict=True)
+    )
     level = jnp.abs(signed)
     number = jnp.arange(len(level))
 

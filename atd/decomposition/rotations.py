@@ -17,7 +17,9 @@ class Rotation:
     is rotated by itself, each with signs of its own."""
 
     signs: np.ndarray  # [n]
-    factors: tuple[np.ndarray, ...]  # Hadamard matrices of +-1, integers so that sums are exact, or an orthogonal one
+    factors: tuple[
+        np.ndarray, ...
+    ]  # Hadamard matrices of +-1, integers so that sums are exact, or an orthogonal one
     scale: float
 
     @property
@@ -90,12 +92,16 @@ def _sylvester(order: int) -> list[np.ndarray]:
     factors = []
     while order > 1:
         size = min(order, _SYLVESTER)
-        factors.append(reduce(np.kron, [np.array([[1, 1], [1, -1]], np.int8)] * (size.bit_length() - 1)))
+        factors.append(
+            reduce(np.kron, [np.array([[1, 1], [1, -1]], np.int8)] * (size.bit_length() - 1))
+        )
         order //= size
     return factors
 
 
-def by_rows(rotate: Callable[[np.ndarray], np.ndarray], array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+def by_rows(
+    rotate: Callable[[np.ndarray], np.ndarray], array: np.ndarray, dtype: np.dtype
+) -> np.ndarray:
     """rotate(array) as dtype, a chunk of rows at a time."""
     rows = array.reshape(-1, array.shape[-1])
     out = np.empty(rows.shape, dtype)

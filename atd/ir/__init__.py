@@ -13,6 +13,15 @@ golden tests compare. `verify()` checks single assignment, slots, attrs and widt
 are the stored form.
 """
 
-from atd.ir.graph import Attr, Block, Graph, InvalidGraph, Node, WeightRef, graph_from_json, in_memory
+from atd.ir.graph import (
+    Attr,
+    Block,
+    Graph,
+    InvalidGraph,
+    Node,
+    WeightRef,
+    graph_from_json,
+    in_memory,
+)
 from atd.ir.ops import OPS, ROTATIONS, Op
 from atd.ir.verification import verify

@@ -78,13 +78,17 @@ class Block:
         return next(node for node in self.nodes if node.name == name)
 
     def replace_node(self, new: Node) -> "Block":
-        return replace(self, nodes=tuple(new if node.name == new.name else node for node in self.nodes))
+        return replace(
+            self, nodes=tuple(new if node.name == new.name else node for node in self.nodes)
+        )
 
     def map_weights(self, function: Callable[[WeightRef], WeightRef]) -> "Block":
         """The block with every weight replaced by what the function makes of it."""
 
         def mapped(node: Node) -> Node:
-            return replace(node, weights={slot: function(ref) for slot, ref in node.weights.items()})
+            return replace(
+                node, weights={slot: function(ref) for slot, ref in node.weights.items()}
+            )
 
         return replace(self, nodes=tuple(mapped(node) for node in self.nodes))
 
@@ -109,7 +113,9 @@ class Graph:
     @property
     def is_tied(self) -> bool:
         """The head takes the embedding's matrix."""
-        return any(node.op == "linear" and "weight" not in node.weights for node in self.epilogue.nodes)
+        return any(
+            node.op == "linear" and "weight" not in node.weights for node in self.epilogue.nodes
+        )
 
     def with_units(self, units: tuple[Block, ...]) -> "Graph":
         return replace(self, prologue=units[0], blocks=tuple(units[1:-1]), epilogue=units[-1])
@@ -127,7 +133,12 @@ class Graph:
                 yield name, ref
 
     def __str__(self) -> str:
-        parts = [f"graph {self.config.get('model_type', '?')} {{", "prologue {", str(self.prologue), "}"]
+        parts = [
+            f"graph {self.config.get('model_type', '?')} {{",
+            "prologue {",
+            str(self.prologue),
+            "}",
+        ]
         for i, block in enumerate(self.blocks):
             parts += [f"block {i} {block.name} {{", str(block), "}"]
         return "\n".join([*parts, "epilogue {", str(self.epilogue), "}", "}"])
@@ -149,7 +160,8 @@ def _block_json(block: Block) -> dict:
             "inputs": list(node.inputs),
             "attrs": node.attrs,
             "weights": {
-                slot: {"tensor": ref.tensor, "type": str(ref.type)} for slot, ref in sorted(node.weights.items())
+                slot: {"tensor": ref.tensor, "type": str(ref.type)}
+                for slot, ref in sorted(node.weights.items())
             },
         }
         for node in block.nodes
@@ -157,7 +169,9 @@ def _block_json(block: Block) -> dict:
     return {"name": block.name, "nodes": nodes}
 
 
-def graph_from_json(data: dict, config: dict, reference: Callable[[str, WeightType], WeightRef]) -> Graph:
+def graph_from_json(
+    data: dict, config: dict, reference: Callable[[str, WeightType], WeightRef]
+) -> Graph:
     """The graph whose `to_json` this is; `reference(tensor, type)` says where a weight's data lies.
 
     Raises ValueError, KeyError or TypeError for other data.
@@ -167,13 +181,23 @@ def graph_from_json(data: dict, config: dict, reference: Callable[[str, WeightTy
         return Block(data["name"], tuple(node(item) for item in data["nodes"]))
 
     def node(data: dict) -> Node:
-        weights = {slot: reference(ref["tensor"], parse_type(ref["type"])) for slot, ref in data["weights"].items()}
+        weights = {
+            slot: reference(ref["tensor"], parse_type(ref["type"]))
+            for slot, ref in data["weights"].items()
+        }
         return Node(
-            data["name"], data["op"], tuple(data["inputs"]), weights, {k: _tuples(v) for k, v in data["attrs"].items()}
+            data["name"],
+            data["op"],
+            tuple(data["inputs"]),
+            weights,
+            {k: _tuples(v) for k, v in data["attrs"].items()},
         )
 
     return Graph(
-        config, block(data["prologue"]), tuple(block(item) for item in data["blocks"]), block(data["epilogue"])
+        config,
+        block(data["prologue"]),
+        tuple(block(item) for item in data["blocks"]),
+        block(data["epilogue"]),
     )
 
 

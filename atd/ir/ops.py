@@ -14,7 +14,9 @@ class Op:
     slots: tuple[str, ...] = ()  # required
     optional: tuple[str, ...] = ()
     attrs: tuple[str, ...] = ()  # required
-    optional_attrs: tuple[str, ...] = ()  # that change what it computes; any others are notes of passes to passes
+    optional_attrs: tuple[
+        str, ...
+    ] = ()  # that change what it computes; any others are notes of passes to passes
 
 
 OPS = {
@@ -26,7 +28,9 @@ OPS = {
         1, (), ("weight", "bias")
     ),  # x @ weight.T + bias; no weight but attrs tied_to="model.embed_tokens": the embedding's
     "rope": Op(1, attrs=("head_dim", "theta", "scaling")),
-    "attention": Op(3, attrs=("heads", "kv_heads", "head_dim", "window")),  # causal; window 0: all of the past
+    "attention": Op(
+        3, attrs=("heads", "kv_heads", "head_dim", "window")
+    ),  # causal; window 0: all of the past
     "silu_mul": Op(2),  # silu(a) * b
     "add": Op(2),
     "slice": Op(1, attrs=("start", "stop")),  # features [start, stop)

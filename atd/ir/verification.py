@@ -78,12 +78,18 @@ def _width(node: Node, inputs: list[int], embedding: tuple[int, int]) -> int:
         case "embed":
             return embedding[1]
         case "rms_norm":
-            expect("the length of the gain", node.weights["weight"].type.shape[0], attrs.get("head_dim", inputs[0]))
+            expect(
+                "the length of the gain",
+                node.weights["weight"].type.shape[0],
+                attrs.get("head_dim", inputs[0]),
+            )
             return inputs[0]
         case "linear":
             if "weight" not in node.weights and "tied_to" not in attrs:
                 raise InvalidGraph("linear needs a weight in slot 'weight' or the attr 'tied_to'")
-            out, width = node.weights["weight"].type.shape if "weight" in node.weights else embedding
+            out, width = (
+                node.weights["weight"].type.shape if "weight" in node.weights else embedding
+            )
             expect("the number of input features", inputs[0], width)
             if "bias" in node.weights:
                 expect("the length of the bias", node.weights["bias"].type.shape[0], out)
@@ -93,12 +99,18 @@ def _width(node: Node, inputs: list[int], embedding: tuple[int, int]) -> int:
             return inputs[0]
         case "attention":
             for i, heads in enumerate((attrs["heads"], attrs["kv_heads"], attrs["kv_heads"])):
-                expect(f"the width of input {i} (heads x head_dim)", inputs[i], heads * attrs["head_dim"])
+                expect(
+                    f"the width of input {i} (heads x head_dim)",
+                    inputs[i],
+                    heads * attrs["head_dim"],
+                )
             expect("the remainder of heads by kv_heads", attrs["heads"] % attrs["kv_heads"], 0)
             return inputs[0]
         case "slice":
             if not 0 <= attrs["start"] < attrs["stop"] <= inputs[0]:
-                raise InvalidGraph(f"slice [{attrs['start']}, {attrs['stop']}) does not lie in {inputs[0]} features")
+                raise InvalidGraph(
+                    f"slice [{attrs['start']}, {attrs['stop']}) does not lie in {inputs[0]} features"
+                )
             return attrs["stop"] - attrs["start"]
         case _:  # silu_mul, add
             expect("the width of the second input", inputs[1], inputs[0])

@@ -14,7 +14,11 @@ from dataclasses import dataclass
 from atd.errors import BadInput
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}  # transformers' default where the key is absent; llama: all heads
+_KV_HEADS = {
+    "mistral": 8,
+    "qwen2": 32,
+    "qwen3": 32,
+}  # transformers' default where the key is absent; llama: all heads
 _MOST_LAYERS = 10_000  # more is a damaged file, and would be a graph that fills the memory
 _ROPE_TYPES = ("default", "linear", "llama3")
 
@@ -35,7 +39,9 @@ class ModelConfig:
     tie_word_embeddings: bool
     rope_theta: float
     rope_scaling: tuple  # (), ("linear", factor) or ("llama3", factor, low factor, high factor, original context)
-    windows: tuple[int, ...]  # positions that each layer attends to, its own included; 0: all of the past
+    windows: tuple[
+        int, ...
+    ]  # positions that each layer attends to, its own included; 0: all of the past
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
@@ -47,7 +53,11 @@ def check_architecture(config: dict, origin) -> str:
     family = config.get("model_type")
     if family not in FAMILIES:
         architectures = config.get("architectures")
-        named = f" ({', '.join(map(str, architectures))})" if isinstance(architectures, list) and architectures else ""
+        named = (
+            f" ({', '.join(map(str, architectures))})"
+            if isinstance(architectures, list) and architectures
+            else ""
+        )
         raise BadInput(
             f"{origin}: the architecture {family!r}{named} is not supported; supported: {', '.join(FAMILIES)}"
         )
@@ -62,22 +72,33 @@ def parse_config(config: dict, origin) -> ModelConfig:
     family = check_architecture(config, origin)
     read = _Reader(config, str(origin))
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise BadInput(f"{origin}: config.json: hidden_act {config['hidden_act']!r} is not supported; supported: silu")
-    hidden, heads, layers = (read.count(key) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
+        raise BadInput(
+            f"{origin}: config.json: hidden_act {config['hidden_act']!r} is not supported; supported: silu"
+        )
+    hidden, heads, layers = (
+        read.count(key) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers")
+    )
     kv_heads = read.count(
-        "num_key_value_heads", heads if config.get("num_key_value_heads", 0) is None else _KV_HEADS.get(family, heads)
+        "num_key_value_heads",
+        heads if config.get("num_key_value_heads", 0) is None else _KV_HEADS.get(family, heads),
     )
     head_dim = read.count("head_dim", 128 if family == "qwen3" else hidden // heads or None)
     if layers > _MOST_LAYERS:
-        raise BadInput(f"{origin}: config.json: num_hidden_layers is {layers}; expected at most {_MOST_LAYERS}")
+        raise BadInput(
+            f"{origin}: config.json: num_hidden_layers is {layers}; expected at most {_MOST_LAYERS}"
+        )
     if heads % kv_heads:
         raise BadInput(
             f"{origin}: config.json: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
         )
     if head_dim % 2:
-        raise BadInput(f"{origin}: config.json: head_dim {head_dim} is odd; rotary embeddings need an even one")
+        raise BadInput(
+            f"{origin}: config.json: head_dim {head_dim} is odd; rotary embeddings need an even one"
+        )
     if family == "llama" and hidden % heads:
-        raise BadInput(f"{origin}: config.json: hidden_size {hidden} is no multiple of num_attention_heads {heads}")
+        raise BadInput(
+            f"{origin}: config.json: hidden_size {hidden} is no multiple of num_attention_heads {heads}"
+        )
     theta, scaling = _rope(config, read)
     attention_bias = family in ("llama", "qwen3") and read.flag("attention_bias")
     return ModelConfig(
@@ -124,7 +145,12 @@ class _Reader:
 
     def number(self, key: str, default: float | None = None) -> float:
         return float(
-            self._value(key, default, "a positive number", lambda v: type(v) in (int, float) and 0 < v < math.inf)
+            self._value(
+                key,
+                default,
+                "a positive number",
+                lambda v: type(v) in (int, float) and 0 < v < math.inf,
+            )
         )
 
     def flag(self, key: str, default: bool = False) -> bool:
@@ -136,7 +162,9 @@ def _rope(config: dict, read: _Reader) -> tuple[float, tuple]:
     place = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     rope = config.get(place) or {}
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-        raise BadInput(f"{read.origin}: config.json: {place} is {rope!r}; expected one object for all layers")
+        raise BadInput(
+            f"{read.origin}: config.json: {place} is {rope!r}; expected one object for all layers"
+        )
     inner = _Reader(rope, read.origin, f"config.json: {place}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in _ROPE_TYPES:
@@ -156,7 +184,9 @@ def _rope(config: dict, read: _Reader) -> tuple[float, tuple]:
         return theta, ("linear", inner.number("factor"))
     low, high = inner.number("low_freq_factor"), inner.number("high_freq_factor")
     if low >= high:
-        raise BadInput(f"{inner.origin}: {inner.place}: low_freq_factor {low} is not below high_freq_factor {high}")
+        raise BadInput(
+            f"{inner.origin}: {inner.place}: low_freq_factor {low} is not below high_freq_factor {high}"
+        )
     key = "original_max_position_embeddings"
     original = read.count(
         key, inner.count(key, read.count("max_position_embeddings", 2048))
@@ -178,7 +208,9 @@ def _windows(family: str, layers: int, read: _Reader) -> tuple[int, ...]:
     if kinds is None:
         first = config.get("max_window_layers", 28)
         if type(first) is not int:
-            raise BadInput(f"{read.origin}: config.json: max_window_layers is {first!r}; expected an integer")
+            raise BadInput(
+                f"{read.origin}: config.json: max_window_layers is {first!r}; expected an integer"
+            )
         return tuple(window if i >= first else 0 for i in range(layers))
     if (
         not isinstance(kinds, list)

@@ -21,7 +21,9 @@ from atd.weights import SHORT, DenseType, Weight, WeightType, build, stored
 
 FORMAT_VERSION = 1
 _WEIGHT_DTYPES = ("f32", "f16", "bf16")
-_HARMLESS = re.compile(r"(.*\.)?rotary_emb\.inv_freq")  # a buffer that older versions of transformers saved
+_HARMLESS = re.compile(
+    r"(.*\.)?rotary_emb\.inv_freq"
+)  # a buffer that older versions of transformers saved
 _SHOWN = 20  # problems in one message
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -84,7 +86,10 @@ class _Binder:
         found = [self._find(name, shape, (_SHORT[dtype],)) for name, shape, dtype in parts.values()]
         names = {slot: name for slot, (name, _, _) in parts.items()}
         return WeightRef(
-            tensor, type, partial(_load, self.checkpoint, type, names), "; ".join(part.source for part in found if part)
+            tensor,
+            type,
+            partial(_load, self.checkpoint, type, names),
+            "; ".join(part.source for part in found if part),
         )
 
     def dense(self, tensor: str, *shape: int, place: str | None = None) -> WeightRef:
@@ -98,27 +103,40 @@ class _Binder:
             found.source if found else "",
         )
 
-    def _find(self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> StoredTensor | None:
+    def _find(
+        self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]
+    ) -> StoredTensor | None:
         self.used.add(name)
         found = self.checkpoint.tensors.get(name)
         if found is None:
             self.problems.append(f"{name} {list(shape)} is missing")
             return None
         if found.shape != tuple(shape):
-            self.problems.append(f"{name} has the shape {list(found.shape)}, expected {list(shape)}")
+            self.problems.append(
+                f"{name} has the shape {list(found.shape)}, expected {list(shape)}"
+            )
         if found.dtype not in dtypes:
-            self.problems.append(f"{name} has the dtype {found.dtype}, expected {' or '.join(dtypes)}")
+            self.problems.append(
+                f"{name} has the dtype {found.dtype}, expected {' or '.join(dtypes)}"
+            )
         return found
 
     def finish(self) -> None:
         """Raises BadInput with all problems, if there are any."""
         extra = sorted(
-            name for name in self.checkpoint.tensors if name not in self.used and not _HARMLESS.fullmatch(name)
+            name
+            for name in self.checkpoint.tensors
+            if name not in self.used and not _HARMLESS.fullmatch(name)
         )
         problems = self.problems + [f"{name} is not part of the model" for name in extra]
         if problems:
-            shown = problems[:_SHOWN] + ([f"and {len(problems) - _SHOWN} more"] if problems[_SHOWN:] else [])
-            raise BadInput(f"{self.checkpoint.path}: the tensors do not fit the model:\n  " + "\n  ".join(shown))
+            shown = problems[:_SHOWN] + (
+                [f"and {len(problems) - _SHOWN} more"] if problems[_SHOWN:] else []
+            )
+            raise BadInput(
+                f"{self.checkpoint.path}: the tensors do not fit the model:\n  "
+                + "\n  ".join(shown)
+            )
 
 
 _SHORT = {**SHORT, np.dtype(np.int8): "i8", np.dtype(np.uint8): "u8"}
@@ -150,10 +168,17 @@ def _from_config(checkpoint: Checkpoint, config: ModelConfig) -> Graph:
     binder = _Binder(checkpoint)
     tied = config.tie_word_embeddings and _head_is_embedding(checkpoint)
     # Tied, with the head alone in the file: it is the embedding (transformers ties either way).
-    place = _HEAD if tied and _EMBEDDING not in checkpoint.tensors and _HEAD in checkpoint.tensors else None
+    place = (
+        _HEAD
+        if tied and _EMBEDDING not in checkpoint.tensors and _HEAD in checkpoint.tensors
+        else None
+    )
     embedding = binder.dense(_EMBEDDING, config.vocab_size, config.hidden_size, place=place)
     prologue = Block("model", (Node("embed_tokens", "embed", ("x",), {"weight": embedding}),))
-    blocks = tuple(_block(f"model.layers.{i}", config, window, binder) for i, window in enumerate(config.windows))
+    blocks = tuple(
+        _block(f"model.layers.{i}", config, window, binder)
+        for i, window in enumerate(config.windows)
+    )
     norm = Node(
         "model.norm",
         "rms_norm",
@@ -166,7 +191,10 @@ def _from_config(checkpoint: Checkpoint, config: ModelConfig) -> Graph:
         binder.used.add(_HEAD)
     else:
         head = Node(
-            "lm_head", "linear", ("model.norm",), {"weight": binder.dense(_HEAD, config.vocab_size, config.hidden_size)}
+            "lm_head",
+            "linear",
+            ("model.norm",),
+            {"weight": binder.dense(_HEAD, config.vocab_size, config.hidden_size)},
         )
     binder.finish()
     return Graph(checkpoint.config, prologue, blocks, Block("", (norm, head)))
@@ -197,7 +225,12 @@ def _block(name: str, config: ModelConfig, window: int, binder: _Binder) -> Bloc
         return Node(module, "rms_norm", (value,), weights, {"eps": config.rms_norm_eps, **attrs})
 
     rope = {"head_dim": head_dim, "theta": config.rope_theta, "scaling": config.rope_scaling}
-    attention: dict[str, Attr] = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "window": window}
+    attention: dict[str, Attr] = {
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "window": window,
+    }
     nodes = [
         norm("input_layernorm", "x", hidden),
         linear("self_attn.q_proj", "input_layernorm", hidden, heads * head_dim, config.qkv_bias),
@@ -221,8 +254,20 @@ def _block(name: str, config: ModelConfig, window: int, binder: _Binder) -> Bloc
         linear("self_attn.o_proj", "self_attn.attention", heads * head_dim, hidden, config.o_bias),
         Node("self_attn.residual", "add", ("x", "self_attn.o_proj")),
         norm("post_attention_layernorm", "self_attn.residual", hidden),
-        linear("mlp.gate_proj", "post_attention_layernorm", hidden, config.intermediate_size, config.mlp_bias),
-        linear("mlp.up_proj", "post_attention_layernorm", hidden, config.intermediate_size, config.mlp_bias),
+        linear(
+            "mlp.gate_proj",
+            "post_attention_layernorm",
+            hidden,
+            config.intermediate_size,
+            config.mlp_bias,
+        ),
+        linear(
+            "mlp.up_proj",
+            "post_attention_layernorm",
+            hidden,
+            config.intermediate_size,
+            config.mlp_bias,
+        ),
         Node("mlp.silu_mul", "silu_mul", ("mlp.gate_proj", "mlp.up_proj")),
         linear("mlp.down_proj", "mlp.silu_mul", config.intermediate_size, hidden, config.mlp_bias),
         Node("mlp.residual", "add", ("self_attn.residual", "mlp.down_proj")),

@@ -33,7 +33,9 @@ class Attention:
     nodes: tuple[Node, ...]  # in order; run one by one they give the same
     attention: Node
     rope: Node  # of q; that of k is alike
-    parts: tuple[tuple[str, int], ...]  # q, k, v before rope: the value and the feature that they begin with
+    parts: tuple[
+        tuple[str, int], ...
+    ]  # q, k, v before rope: the value and the feature that they begin with
 
 
 def plan(block: Block, weights: Mapping[str, Mapping]) -> list[Node | Product | Attention]:
@@ -70,7 +72,11 @@ def plan(block: Block, weights: Mapping[str, Mapping]) -> list[Node | Product | 
                 if len(made) == 1 and made[0].op == "silu_mul" and readers[reads[1].name] == made:
                     gate, up = (nodes[value] for value in made[0].inputs)
                     width = gate.attrs["stop"]
-                    halved = [gate.attrs["start"], up.attrs["start"], up.attrs["stop"]] == [0, width, 2 * width]
+                    halved = [gate.attrs["start"], up.attrs["start"], up.attrs["stop"]] == [
+                        0,
+                        width,
+                        2 * width,
+                    ]
                     if halved and "weight" in mine and mine["weight"].type.shape[0] == 2 * width:
                         return (gate, up, made[0])
         return ()
@@ -78,12 +84,19 @@ def plan(block: Block, weights: Mapping[str, Mapping]) -> list[Node | Product | 
     def attended(attention: Node) -> Attention | None:
         """With its two ropes, which it alone reads, and the slices that are read by these and by it alone."""
         made = [nodes.get(value) for value in attention.inputs[:2]]
-        ropes = [node for node in made if node and node.op == "rope" and readers[node.name] == [attention]]
+        ropes = [
+            node
+            for node in made
+            if node and node.op == "rope" and readers[node.name] == [attention]
+        ]
         alike = len(ropes) == 2 and ropes[0].attrs == ropes[1].attrs
         if not alike or ropes[0].attrs["head_dim"] != attention.attrs["head_dim"]:
             return None
         together, parts = [*ropes, attention], []
-        for reader, value in [*((rope, rope.inputs[0]) for rope in ropes), (attention, attention.inputs[2])]:
+        for reader, value in [
+            *((rope, rope.inputs[0]) for rope in ropes),
+            (attention, attention.inputs[2]),
+        ]:
             made = nodes.get(value)
             if made and made.op == "slice" and readers[value] == [reader]:
                 together.append(made)
@@ -102,7 +115,11 @@ def plan(block: Block, weights: Mapping[str, Mapping]) -> list[Node | Product | 
         together = (*first, linear, *last)
         norm, ends_in = first[0] if first else None, together[-1]
         gated = ends_in.op == "silu_mul"
-        residual = next(value for value in ends_in.inputs if value != linear.name) if ends_in.op == "add" else None
+        residual = (
+            next(value for value in ends_in.inputs if value != linear.name)
+            if ends_in.op == "add"
+            else None
+        )
         source = together[0].inputs[0]
         products[together[-1].name] = Product(together, linear, source, norm, gated, residual)
         absorbed |= {node.name for node in together[:-1]}

@@ -66,7 +66,13 @@ def load(
 
         graph = open(path_or_graph)
     if backend == "auto":
-        held = "xla-unpacked" if jax.default_backend() == "cpu" else "xla" if triton.device_refuses() else "triton"
+        held = (
+            "xla-unpacked"
+            if jax.default_backend() == "cpu"
+            else "xla"
+            if triton.device_refuses()
+            else "triton"
+        )
         return Model(graph, held, None, dtype, progress)
     if backend in PACKED:
         _check(graph, backend)
@@ -76,7 +82,9 @@ def load(
 def _check(graph: Graph, backend: str) -> None:
     """Raises BadInput where the device or a weight is none for a backend with kernels for packed ones, with all reasons."""
     device = PACKED[backend].device_refuses()
-    ternary = [(name, ref.type) for name, ref in graph.weights() if not isinstance(ref.type, DenseType)]
+    ternary = [
+        (name, ref.type) for name, ref in graph.weights() if not isinstance(ref.type, DenseType)
+    ]
     refused = [
         f"{name}: {reason}"
         for name, type in ternary
@@ -118,7 +126,9 @@ class Program:
 
 def _attention_shapes(block: Block) -> tuple[tuple[str, int, int], ...]:
     """(name, kv_heads, head_dim) of the attention nodes, which need a cache."""
-    attrs: list[tuple[str, Any]] = [(node.name, node.attrs) for node in block.nodes if node.op == "attention"]
+    attrs: list[tuple[str, Any]] = [
+        (node.name, node.attrs) for node in block.nodes if node.op == "attention"
+    ]
     return tuple((name, attr["kv_heads"], attr["head_dim"]) for name, attr in attrs)
 
 
@@ -126,7 +136,9 @@ def _attention_shapes(block: Block) -> tuple[tuple[str, int, int], ...]:
 class Cache:
     """Keys and values of the tokens so far. A call that returns a new cache uses up the one it was given."""
 
-    blocks: tuple[dict[str, ops.Cache], ...]  # block -> attention node -> k, v [B, kv_heads, length, head_dim]
+    blocks: tuple[
+        dict[str, ops.Cache], ...
+    ]  # block -> attention node -> k, v [B, kv_heads, length, head_dim]
     positions: jax.Array  # int32 [B, 1]: where the next token of each sequence stands
     filled: int  # positions taken by the longest sequence, known on the host
     length: int
@@ -144,7 +156,9 @@ class _Plan:
     epilogue: Program
     embed: str  # the prologue's embed node
     tied: bool  # the epilogue takes the embedding's weight
-    attention: tuple[tuple[tuple[str, int, int], ...], ...]  # block -> (attention node, kv_heads, head_dim)
+    attention: tuple[
+        tuple[tuple[str, int, int], ...], ...
+    ]  # block -> (attention node, kv_heads, head_dim)
 
 
 class Model(nnx.Module):
@@ -169,7 +183,9 @@ class Model(nnx.Module):
                 programs[text] = Program(block, kernel)
             return programs[text]
 
-        units = [nnx.Param(weights) for weights in _fill(graph, backend, DTYPES[dtype], total, progress)]
+        units = [
+            nnx.Param(weights) for weights in _fill(graph, backend, DTYPES[dtype], total, progress)
+        ]
         self.prologue = units[0]
         self.blocks = nnx.List(units[1:-1])
         self.epilogue = units[-1]
@@ -224,18 +240,23 @@ class Model(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """What `hidden` returned, or any rows of it, float32 [..., D] -> logits float32 [..., V]."""
-        return _logits(self._plan, self.prologue.get_raw_value(), self.epilogue.get_raw_value(), hidden)
+        return _logits(
+            self._plan, self.prologue.get_raw_value(), self.epilogue.get_raw_value(), hidden
+        )
 
     def new_cache(self, batch: int, length: int) -> Cache:
         """An empty cache for `batch` sequences of at most `length` tokens."""
         if batch < 1 or length < 1:
-            raise BadInput(f"a cache of {batch} sequences of {length} tokens: both must be at least 1")
+            raise BadInput(
+                f"a cache of {batch} sequences of {length} tokens: both must be at least 1"
+            )
 
         def slots(kv_heads: int, head_dim: int):
             return jnp.zeros((batch, kv_heads, length, head_dim), DTYPES[self._plan.dtype])
 
         blocks = tuple(
-            {name: (slots(*shape), slots(*shape)) for name, *shape in nodes} for nodes in self._plan.attention
+            {name: (slots(*shape), slots(*shape)) for name, *shape in nodes}
+            for nodes in self._plan.attention
         )
         return Cache(blocks, jnp.zeros((batch, 1), jnp.int32), 0, length)
 
@@ -272,7 +293,9 @@ class Model(nnx.Module):
         padded[:, :width] = tokens
         x = self._plan.prologue.embed(self.prologue.get_raw_value(), padded, None)
         blocks = []
-        for program, weights, slots in zip(self._plan.blocks, self.blocks, cache.blocks, strict=True):
+        for program, weights, slots in zip(
+            self._plan.blocks, self.blocks, cache.blocks, strict=True
+        ):
             x, slots = program.begin(weights.get_raw_value(), x, slots)
             blocks.append(slots)
         last = _take_positions(x, jnp.asarray(lengths, jnp.int32) - 1)
@@ -313,9 +336,13 @@ def _step(plan: _Plan, weights: Sequence[ops.Weights], token, positions: jax.Arr
     return _only_row(_logits(plan, weights[0], weights[-1], x)), _next(positions), tuple(filled)
 
 
-def _logits(plan: _Plan, prologue: ops.Weights, epilogue: ops.Weights, hidden: jax.Array) -> jax.Array:
+def _logits(
+    plan: _Plan, prologue: ops.Weights, epilogue: ops.Weights, hidden: jax.Array
+) -> jax.Array:
     """Of weights of the prologue and the epilogue: `Model.logits`."""
-    return plan.epilogue.logits(epilogue, hidden, prologue[plan.embed]["weight"] if plan.tied else None)
+    return plan.epilogue.logits(
+        epilogue, hidden, prologue[plan.embed]["weight"] if plan.tied else None
+    )
 
 
 _whole_step = jax.jit(_step, static_argnames="plan", donate_argnames="blocks")
@@ -361,7 +388,11 @@ def _place(ref: WeightRef, backend: str, dtype) -> Weight:
     weight = jax.tree.map(jnp.asarray, value)
     if len(weight.type.shape) < 2:
         dtype = jnp.float32
-    if isinstance(value, Dense) and isinstance(value.array, jax.Array) and value.array.dtype == dtype:
+    if (
+        isinstance(value, Dense)
+        and isinstance(value.array, jax.Array)
+        and value.array.dtype == dtype
+    ):
         return value  # made on the device, and needs no copy
     if isinstance(weight.type, DenseType) or backend == "xla-unpacked":
         # Waited for, or tensors that are read faster than they are dequantized would pile up.

@@ -57,7 +57,9 @@ def from_start(x) -> jax.Array:
 def rms_norm(x, gain, eps: float, head_dim: int | None = None):
     """x / sqrt(mean(x^2) + eps) * gain over the last axis, or each run of `head_dim` features of it (Qwen3's q and
     k)."""
-    wide = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, head_dim or x.shape[-1])  # [..., heads, head_dim]
+    wide = x.astype(jnp.float32).reshape(
+        *x.shape[:-1], -1, head_dim or x.shape[-1]
+    )  # [..., heads, head_dim]
     normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return (normed.astype(x.dtype) * gain.astype(x.dtype)).reshape(x.shape)
 
@@ -90,11 +92,19 @@ def rope_frequencies(head_dim: int, theta: float, scaling: tuple) -> np.ndarray:
 
 def rope(x, positions, head_dim: int, theta: float, scaling: tuple = ()):
     """Rotates the pairs (i, i + head_dim/2) of each head by position * frequency_i. positions int32 [B, T]."""
-    angles = positions[..., None].astype(jnp.float32) * rope_frequencies(head_dim, theta, scaling)  # [B, T, head_dim/2]
+    angles = positions[..., None].astype(jnp.float32) * rope_frequencies(
+        head_dim, theta, scaling
+    )  # [B, T, head_dim/2]
     cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
-    heads = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2, head_dim // 2)  # [B, T, heads, 2, head_dim/2]
+    heads = x.astype(jnp.float32).reshape(
+        *x.shape[:-1], -1, 2, head_dim // 2
+    )  # [B, T, heads, 2, head_dim/2]
     first, second = heads[..., 0, :], heads[..., 1, :]
-    return jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-2).reshape(x.shape).astype(x.dtype)
+    return (
+        jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-2)
+        .reshape(x.shape)
+        .astype(x.dtype)
+    )
 
 
 def attention(q, k, v, positions, window: int = 0):
@@ -110,7 +120,9 @@ def attention(q, k, v, positions, window: int = 0):
     seen = (distance >= 0) & (distance < window) if window else distance >= 0
 
     def softmax(scores):  # [B, kv_heads, group, T, S]
-        return jax.nn.softmax(jnp.where(seen[:, None, None], scores / math.sqrt(head_dim), -jnp.inf), axis=-1)
+        return jax.nn.softmax(
+            jnp.where(seen[:, None, None], scores / math.sqrt(head_dim), -jnp.inf), axis=-1
+        )
 
     if queries > 1:
         # Heads of a group and their queries as one dimension m of plain products: on CPU twice as fast.
@@ -119,11 +131,15 @@ def attention(q, k, v, positions, window: int = 0):
         scores = jnp.einsum("bkmd,bksd->bkms", joined, k, preferred_element_type=jnp.float32)
         weights = softmax(scores.reshape(*apart.shape[:-1], -1)).reshape(scores.shape)
         mixed = jnp.einsum("bkms,bksd->bkmd", weights, v, preferred_element_type=jnp.float32)
-        mixed = mixed.reshape(apart.shape).transpose(0, 3, 1, 2, 4)  # [B, T, kv_heads, group, head_dim]
+        mixed = mixed.reshape(apart.shape).transpose(
+            0, 3, 1, 2, 4
+        )  # [B, T, kv_heads, group, head_dim]
     else:  # products and sums that XLA fuses: on CPU four times faster than its dot for so few rows
         single = q[:, 0, :, :, None].astype(jnp.float32)  # [B, kv_heads, group, 1, head_dim]
         weights = softmax(jnp.sum(single * k[:, :, None], axis=-1)[:, :, :, None])
-        mixed = jnp.sum(weights[:, :, :, 0, :, None] * v[:, :, None], axis=-2)  # [B, kv_heads, group, head_dim]
+        mixed = jnp.sum(
+            weights[:, :, :, 0, :, None] * v[:, :, None], axis=-2
+        )  # [B, kv_heads, group, head_dim]
     return mixed.reshape(batch, queries, heads, head_dim).astype(q.dtype)
 
 
@@ -135,7 +151,10 @@ def sequence_attention(q, k, v, positions, window: int = 0):
     queries = q.shape[1]
     step = max(QUERIES, -(-queries // RUNS))
     runs = [slice(start, min(start + step, queries)) for start in range(0, queries, step)]
-    parts = [attention(q[:, r], k[:, :, : r.stop], v[:, :, : r.stop], positions[:, r], window) for r in runs]
+    parts = [
+        attention(q[:, r], k[:, :, : r.stop], v[:, :, : r.stop], positions[:, r], window)
+        for r in runs
+    ]
     return jnp.concatenate(parts, axis=1)
 
 
@@ -189,7 +208,9 @@ def run_block(
         inputs = [values[name] for name in node.inputs]
         places = cache.get(node.name) if cache else None
         mine = weights.get(node.name, {})
-        values[node.name], filled = run_node(node, inputs, mine, positions, places, embedding, backend)
+        values[node.name], filled = run_node(
+            node, inputs, mine, positions, places, embedding, backend
+        )
         if filled is not None:
             new_cache[node.name] = filled
 
@@ -216,7 +237,9 @@ def run_block(
     return values[block.nodes[-1].name], new_cache
 
 
-def run_fused(product: fusion.Product, values, weights: Weights, embedding: Weight | None, backend: str | None):
+def run_fused(
+    product: fusion.Product, values, weights: Weights, embedding: Weight | None, backend: str | None
+):
     """The value of a product whose kernels compute all of it, or None where there are none for these tokens and weights."""
     mine = weights.get(product.linear.name, {})
     weight, x = mine.get("weight") or embedding, values[product.source]
@@ -242,7 +265,9 @@ def run_attention(
     rope, attrs = found.rope.attrs, found.attention.attrs
     frequencies = rope_frequencies(rope["head_dim"], rope["theta"], rope["scaling"])
     heads, window = attrs["heads"], attrs["window"]
-    return kernels.attend(q, k, v, positions, cache, frequencies, heads, window, backend=backend) or (None, None)
+    return kernels.attend(
+        q, k, v, positions, cache, frequencies, heads, window, backend=backend
+    ) or (None, None)
 
 
 def run_node(
@@ -260,16 +285,22 @@ def run_node(
         case "embed":
             return embed(inputs[0], weights["weight"]), None
         case "rms_norm":
-            return rms_norm(inputs[0], weights["weight"].dequantize(), attrs["eps"], attrs.get("head_dim")), None
+            return rms_norm(
+                inputs[0], weights["weight"].dequantize(), attrs["eps"], attrs.get("head_dim")
+            ), None
         case "linear":
             weight = weights.get("weight") or embedding
             assert weight is not None, f"{node.name} is tied to an embedding that was not given"
             bias = weights["bias"].dequantize() if "bias" in weights else None
             return linear(inputs[0], weight, bias, backend), None
         case "rope":
-            return rope(inputs[0], positions, attrs["head_dim"], attrs["theta"], attrs["scaling"]), None
+            return rope(
+                inputs[0], positions, attrs["head_dim"], attrs["theta"], attrs["scaling"]
+            ), None
         case "attention":
-            q, k, v = (a.reshape(*a.shape[:2], -1, attrs["head_dim"]) for a in inputs)  # [B, T, heads, head_dim]
+            q, k, v = (
+                a.reshape(*a.shape[:2], -1, attrs["head_dim"]) for a in inputs
+            )  # [B, T, heads, head_dim]
             k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, kv_heads, T, head_dim]
             if cache is not None:
                 cache = update_cache(cache, k, v, positions)

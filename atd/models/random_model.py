@@ -43,7 +43,11 @@ def random_graph(shape: Shape, bases: int | None = None) -> Graph:
 
     def matrix(tensor: str, out: int, inputs: int) -> dict[str, WeightRef]:
         seed = next(seeds)
-        type = TernaryType((out, inputs), bases, "row", True, "f16") if bases else DenseType((out, inputs), "bf16")
+        type = (
+            TernaryType((out, inputs), bases, "row", True, "f16")
+            if bases
+            else DenseType((out, inputs), "bf16")
+        )
         stored = PackedType(type, "words") if isinstance(type, TernaryType) else type
         return {"weight": WeightRef(tensor, stored, lambda: random_weight(type, seed))}
 
@@ -53,7 +57,12 @@ def random_graph(shape: Shape, bases: int | None = None) -> Graph:
 
     def block(name: str) -> Block:
         rope: dict[str, Attr] = {"head_dim": head_dim, "theta": shape.theta, "scaling": ()}
-        attention = {"heads": shape.heads, "kv_heads": shape.kv_heads, "head_dim": head_dim, "window": 0}
+        attention = {
+            "heads": shape.heads,
+            "kv_heads": shape.kv_heads,
+            "head_dim": head_dim,
+            "window": 0,
+        }
 
         def linear(node: str, source: str, out: int, inputs: int) -> Node:
             return Node(node, "linear", (source,), matrix(f"{name}.{node}.weight", out, inputs))
@@ -70,7 +79,12 @@ def random_graph(shape: Shape, bases: int | None = None) -> Graph:
             part("self_attn.v_proj", qkv, shape.hidden + kv, kv),
             Node("self_attn.q_rope", "rope", ("self_attn.q_proj",), attrs=rope),
             Node("self_attn.k_rope", "rope", ("self_attn.k_proj",), attrs=rope),
-            Node(mixed, "attention", ("self_attn.q_rope", "self_attn.k_rope", "self_attn.v_proj"), attrs=attention),
+            Node(
+                mixed,
+                "attention",
+                ("self_attn.q_rope", "self_attn.k_rope", "self_attn.v_proj"),
+                attrs=attention,
+            ),
             linear("self_attn.o_proj", mixed, shape.hidden, shape.hidden),
             Node("self_attn.residual", "add", ("x", "self_attn.o_proj")),
             norm("post_attention_layernorm", "self_attn.residual", f"{name}."),

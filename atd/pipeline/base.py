@@ -40,7 +40,9 @@ class Context:
     advance: Callable[[str, int, int], None] = lambda what, done, total: None
 
     def record(self, node: str, **figures: float) -> None:
-        self.figures.setdefault(node, {}).update({name: float(value) for name, value in figures.items()})
+        self.figures.setdefault(node, {}).update(
+            {name: float(value) for name, value in figures.items()}
+        )
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,9 @@ class Pass:
         if self.scope == "graph":
             after = self.rewrite(graph, context) or graph
         elif self.scope == "block":
-            after = graph.with_units(tuple(self.rewrite(block, context) or block for block in graph.units))
+            after = graph.with_units(
+                tuple(self.rewrite(block, context) or block for block in graph.units)
+            )
         else:
             after = self._rewrite_nodes(graph, context)
         if reason := self.ensures(graph, after):
@@ -119,7 +123,10 @@ class Pass:
             return (effective and effective.rewrite(name, node, context)) or node
 
         return graph.with_units(
-            tuple(replace(block, nodes=tuple(rewrite(block, node) for node in block.nodes)) for block in graph.units)
+            tuple(
+                replace(block, nodes=tuple(rewrite(block, node) for node in block.nodes))
+                for block in graph.units
+            )
         )
 
     def for_node(self, name: str) -> "Pass | None":
@@ -142,7 +149,10 @@ class Pass:
     def options(self) -> dict[str, Any]:
         """All options by name, as TOML values; rules as a list of tables."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "rules"}
-        rules = [{"match": r.match, **({"skip": True} if r.skip else {}), **dict(r.options)} for r in self.rules]
+        rules = [
+            {"match": r.match, **({"skip": True} if r.skip else {}), **dict(r.options)}
+            for r in self.rules
+        ]
         return values | ({"rules": rules} if rules else {})
 
     def __str__(self) -> str:

@@ -15,22 +15,31 @@ from pathlib import Path
 import jax
 import numpy as np
 
-import atd
 from atd.calibration.streams import Calibration, tokens_digest
 from atd.calibration.text import SELF, calibration_text
 from atd.checkpoint.cache import default_cache
-from atd.checkpoint.folder import GRAPH, MANIFEST, REPORT, check_space, check_target, finish, open_partial
+from atd.checkpoint.folder import (
+    GRAPH,
+    MANIFEST,
+    REPORT,
+    check_space,
+    check_target,
+    finish,
+    open_partial,
+)
 from atd.checkpoint.journal import JournalEntry
+from atd.checkpoint.reader import open_tokenizer
 from atd.checkpoint.safetensors import INDEX
-from atd.checkpoint.tokenizer import open_tokenizer
 from atd.checkpoint.writer import file_digest, write_file
 from atd.errors import BadInput
 from atd.ir import Graph
 from atd.models import frontend
 from atd.models.frontend import FORMAT_VERSION
 from atd.pipeline import Context, Pass, Pipeline
-from atd.pipeline.driver import Progress, figures_of, finite, sweep
+from atd.pipeline.driver import figures_of, finite, sweep
 from atd.pipeline.recipe import Recipe, read_recipe, with_overrides
+from atd.progress import Progress
+from atd.version import __version__
 
 
 def convert(
@@ -56,7 +65,11 @@ def convert(
     """
     if isinstance(recipe, Pipeline):
         recipe = Recipe(recipe)
-    recipe = with_overrides(recipe, overrides) if isinstance(recipe, Recipe) else read_recipe(recipe, overrides)
+    recipe = (
+        with_overrides(recipe, overrides)
+        if isinstance(recipe, Recipe)
+        else read_recipe(recipe, overrides)
+    )
     source, target = Path(model), Path(out).absolute()
     cache = default_cache() if cache is None else cache
     if given := [str(c) for c in ((calib,) if isinstance(calib, str | Path) else calib)]:
@@ -70,7 +83,18 @@ def convert(
     tokenizer = tokenizer_files(source, say)
     windows = None
     if calibrated:
-        windows = calibration_text(recipe, source, graph, cache, say, progress)
+        windows = calibration_text(
+            recipe.calibration,
+            source,
+            graph,
+            cache,
+            tokens=recipe.calibration_tokens,
+            context=recipe.calibration_context,
+            seed=recipe.seed,
+            sha256=recipe.calibration_sha256,
+            say=say,
+            progress=progress,
+        )
         for step in recipe.pipeline.passes:
             if len(windows) < step.least_windows:
                 raise BadInput(
@@ -94,7 +118,9 @@ def convert(
         for i, (passes, after) in enumerate(sweeps):
             folder = partial if i == len(sweeps) - 1 else partial / f"sweep-{i}"
             folder.mkdir(exist_ok=True)
-            calibration = None if windows is None else Calibration(windows)  # its streams start in front of the model
+            calibration = (
+                None if windows is None else Calibration(windows)
+            )  # its streams start in front of the model
             context = Context(
                 recipe.seed,
                 figures=figures,
@@ -108,11 +134,17 @@ def convert(
             dense, figures = context.dense, figures_of(entries)
             _write_metadata(folder, rewritten, recipe, entries, tokenizer)
             graph = frontend.open(folder)
-            context.written_digests = {name: sha256 for entry in entries for name, sha256 in entry.tensors.items()}
+            context.written_digests = {
+                name: sha256 for entry in entries for name, sha256 in entry.tensors.items()
+            }
             for number, step in enumerate(after):
                 keys = [entry.key for entry in entries]
-                made_from = f"{recipe.calibration_sha256} {keys} {[str(s) for s in after[: number + 1]]}"
-                graph = _kept(step, graph, context, recipe, folder / f"after-{number}", made_from, tokenizer)
+                made_from = (
+                    f"{recipe.calibration_sha256} {keys} {[str(s) for s in after[: number + 1]]}"
+                )
+                graph = _kept(
+                    step, graph, context, recipe, folder / f"after-{number}", made_from, tokenizer
+                )
         kept = _write_summary(partial, source, recipe, entries, tokenizer, windows)
         finish(target, partial, kept)
     return target
@@ -143,9 +175,14 @@ def _kept(
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         named = after.with_units(
-            tuple(unit.map_weights(lambda ref: replace(ref, source=f"{key} {ref.tensor}")) for unit in after.units)
+            tuple(
+                unit.map_weights(lambda ref: replace(ref, source=f"{key} {ref.tensor}"))
+                for unit in after.units
+            )
         )
-        rewritten, entries = sweep(named, (), Context(say=context.say), recipe, folder, lambda weights, unit: None)
+        rewritten, entries = sweep(
+            named, (), Context(say=context.say), recipe, folder, lambda weights, unit: None
+        )
         _write_metadata(folder, rewritten, recipe, entries, tokenizer)
         write_file(mark, key)
     return frontend.open(folder)
@@ -167,7 +204,11 @@ def _bytes_written(partial: Path) -> int:
 
 
 def _write_metadata(
-    folder: Path, graph: Graph, recipe: Recipe, entries: Sequence[JournalEntry], tokenizer: dict[str, bytes]
+    folder: Path,
+    graph: Graph,
+    recipe: Recipe,
+    entries: Sequence[JournalEntry],
+    tokenizer: dict[str, bytes],
 ) -> None:
     """What a reader needs besides the shards: config, graph, index, tokenizer."""
     weight_map = {name: entry.shard for entry in entries for name in entry.tensors}
@@ -178,9 +219,12 @@ def _write_metadata(
     }
     size = sum(ref.type.nbytes for _, ref in graph.weights())
     files = {
-        "config.json": json.dumps(graph.config | {"quantization_config": quantization}, indent=2) + "\n",
+        "config.json": json.dumps(graph.config | {"quantization_config": quantization}, indent=2)
+        + "\n",
         GRAPH: json.dumps(graph.to_json(), indent=1) + "\n",
-        INDEX: json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=1, sort_keys=True)
+        INDEX: json.dumps(
+            {"metadata": {"total_size": size}, "weight_map": weight_map}, indent=1, sort_keys=True
+        )
         + "\n",
         **tokenizer,
     }
@@ -209,7 +253,7 @@ def _write_summary(
         digests[name] = file_digest(folder / name)
     manifest = {
         "format_version": FORMAT_VERSION,
-        "atd": atd.__version__,
+        "atd": __version__,
         "jax": jax.__version__,
         "platform": jax.default_backend(),
         **({} if windows is None else {"calibration": _calibration(recipe, windows)}),

@@ -9,13 +9,12 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 
-import atd
 from atd.checkpoint.journal import JournalEntry, append_journal, read_journal
 from atd.checkpoint.writer import file_digest, is_intact, write_shard, written
 from atd.errors import BadInput
@@ -23,19 +22,16 @@ from atd.ir import Block, Graph, WeightRef
 from atd.models.frontend import FORMAT_VERSION
 from atd.pipeline import Context, Pass, Pipeline
 from atd.pipeline.recipe import Recipe
+from atd.version import __version__
 from atd.weights import Dense, DenseType, bits_per_weight
 
-_MEASURED = ("node", "type", "weights", "bits", "bytes")  # keys of a row of the report that no pass records
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a conversion is: so much done of all, and what it is at (the unit of the model that was finished last)."""
-
-    done: int
-    total: int
-    unit: str
-    counted: str = "weights"
+_MEASURED = (
+    "node",
+    "type",
+    "weights",
+    "bits",
+    "bytes",
+)  # keys of a row of the report that no pass records
 
 
 def sweep(
@@ -57,7 +53,9 @@ def sweep(
     rewritten = pipeline(dense, context)
     calibration = context.calibration if pipeline.calibrated else None
     journal, entries, previous = read_journal(folder), [], calibration.digest if calibration else ""
-    for i, (before, reference, after) in enumerate(zip(graph.units, dense.units, rewritten.units, strict=True)):
+    for i, (before, reference, after) in enumerate(
+        zip(graph.units, dense.units, rewritten.units, strict=True)
+    ):
         shard = folder / f"model-{i + 1:05d}-of-{len(graph.units):05d}.safetensors"
         key = _unit_key(before, after, passes, recipe, previous)
         entry = journal.get(shard.name)
@@ -67,18 +65,27 @@ def sweep(
             previous = key  # what is quantized later depends on what was quantized before
         if entry is None or not finished:
             started = time.perf_counter()
-            tensors = write_shard(shard, [ref for node in after.nodes for ref in node.weights.values()])
+            tensors = write_shard(
+                shard, [ref for node in after.nodes for ref in node.weights.values()]
+            )
             rows = _report(after, context, time.perf_counter() - started)
-            entry = JournalEntry(before.name or "epilogue", key, shard.name, file_digest(shard), tensors, rows)
+            entry = JournalEntry(
+                before.name or "epilogue", key, shard.name, file_digest(shard), tensors, rows
+            )
             append_journal(folder, entry)
         if calibration and i < len(graph.units) - 1:
             calibration.finish()
         entries.append(entry)
-        progress(sum(int(np.prod(ref.type.shape)) for n in before.nodes for ref in n.weights.values()), entry.unit)
+        progress(
+            sum(int(np.prod(ref.type.shape)) for n in before.nodes for ref in n.weights.values()),
+            entry.unit,
+        )
     return rewritten, entries
 
 
-def prepared(graph: Graph, passes: Sequence[Pass], context: Context) -> tuple[Graph, Sequence[Pass]]:
+def prepared(
+    graph: Graph, passes: Sequence[Pass], context: Context
+) -> tuple[Graph, Sequence[Pass]]:
     """(the graph behind the passes that keep the model's function, the other passes): up to the first node or block pass
     that asks for activations or makes a dense weight ternary.
 
@@ -98,11 +105,18 @@ def prepared(graph: Graph, passes: Sequence[Pass], context: Context) -> tuple[Gr
     return graph, ()
 
 
-def _unit_key(before: Block, after: Block, passes: Sequence[Pass], recipe: Recipe, previous: str) -> str:
+def _unit_key(
+    before: Block, after: Block, passes: Sequence[Pass], recipe: Recipe, previous: str
+) -> str:
     """Equal keys: equal bytes. Hash of the identity of all tensors that go into the unit, its text, the passes, the
     seed, the versions that compute, and where errors propagate the unit before it."""
-    sources = [ref.source for unit in (before, after) for node in unit.nodes for ref in node.weights.values()]
-    versions = (FORMAT_VERSION, atd.__version__, jax.__version__)
+    sources = [
+        ref.source
+        for unit in (before, after)
+        for node in unit.nodes
+        for ref in node.weights.values()
+    ]
+    versions = (FORMAT_VERSION, __version__, jax.__version__)
     texts = [before.name, str(before), str(after), *map(str, passes)]
     parts = [versions, sources, texts, recipe.seed, recipe.nonfinite, previous]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -123,7 +137,9 @@ def finite(graph: Graph, nonfinite: str, say: Callable[[str], None]) -> Graph:
             if finite.all():
                 return weight
             place = [int(i) for i in np.argwhere(~finite)[0]]
-            found = f"{ref.tensor} holds {int((~finite).sum())} NaN or Inf values, the first at {place}"
+            found = (
+                f"{ref.tensor} holds {int((~finite).sum())} NaN or Inf values, the first at {place}"
+            )
             if nonfinite == "refuse":
                 raise BadInput(
                     f"{found}; the checkpoint is damaged. To convert it with zeros in their place: --nonfinite zero"
@@ -161,13 +177,18 @@ def _report(unit: Block, context: Context, seconds: float) -> list[dict]:
             }
             rows.append({"error": None} | context.figures.get(full, {}) | row)
     total = sum(row["weights"] for row in rows)
-    return [{key: row[key] for key in _MEASURED} | {"seconds": seconds * row["weights"] / total} | row for row in rows]
+    return [
+        {key: row[key] for key in _MEASURED} | {"seconds": seconds * row["weights"] / total} | row
+        for row in rows
+    ]
 
 
 def figures_of(entries: Sequence[JournalEntry]) -> dict[str, dict]:
     """What passes recorded for each node up to the end of a sweep: the next one's report goes on from there."""
     return {
-        row["node"]: {key: value for key, value in row.items() if key not in (*_MEASURED, "seconds")}
+        row["node"]: {
+            key: value for key, value in row.items() if key not in (*_MEASURED, "seconds")
+        }
         for entry in entries
         for row in entry.report
     }

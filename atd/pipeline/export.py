@@ -16,7 +16,7 @@ from atd.ir import ROTATIONS, Block, Graph, Node, WeightRef
 from atd.ir.rewrite import dense_array, unit_gain
 from atd.models import frontend
 from atd.pipeline.convert import tokenizer_files
-from atd.pipeline.driver import Progress
+from atd.progress import Progress
 from atd.weights import DTYPES, Dense, DenseType
 
 IN, OUT, HEAD = ROTATIONS
@@ -39,13 +39,20 @@ def export_hf(
     overflows.
     """
     source, target = Path(model), Path(out).absolute()
-    graph = absorb(frontend.open(source))  # a rotated stream behind a tied head has nodes that other tools do not know
+    graph = absorb(
+        frontend.open(source)
+    )  # a rotated stream behind a tied head has nodes that other tools do not know
     check_target(target, source, overwrite)
     tokenizer = tokenizer_files(source, say)
-    config = {key: value for key, value in graph.config.items() if key not in ("quantization_config", "dtype")} | {
-        "torch_dtype": dtype
-    }
-    units = [[ref for node in unit.nodes for ref in _dense(unit, node, TORCH_DTYPES[dtype])] for unit in graph.units]
+    config = {
+        key: value
+        for key, value in graph.config.items()
+        if key not in ("quantization_config", "dtype")
+    } | {"torch_dtype": dtype}
+    units = [
+        [ref for node in unit.nodes for ref in _dense(unit, node, TORCH_DTYPES[dtype])]
+        for unit in graph.units
+    ]
     total = sum(ref.type.nbytes for refs in units for ref in refs)
     with open_partial(target) as partial:
         check_space(partial, total)
@@ -57,14 +64,22 @@ def export_hf(
             progress(Progress(done, total, graph.units[i].name or "epilogue"))
         files = {
             "config.json": json.dumps(config, indent=2) + "\n",
-            INDEX: json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1, sort_keys=True)
+            INDEX: json.dumps(
+                {"metadata": {"total_size": total}, "weight_map": weight_map},
+                indent=1,
+                sort_keys=True,
+            )
             + "\n",
             **tokenizer,
         }
         for name, content in files.items():
             write_file(partial / name, content)
-        digests = {name: file_digest(partial / name) for name in sorted({*files, *weight_map.values()})}
-        write_file(partial / MANIFEST, json.dumps({"export": "hf", "files": digests}, indent=1) + "\n")
+        digests = {
+            name: file_digest(partial / name) for name in sorted({*files, *weight_map.values()})
+        }
+        write_file(
+            partial / MANIFEST, json.dumps({"export": "hf", "files": digests}, indent=1) + "\n"
+        )
         finish(target, partial, [*digests, MANIFEST])
     return target
 
@@ -78,7 +93,13 @@ def _dense(unit: Block, node: Node, dtype: str) -> list[WeightRef]:
             refs.append(_dense_rows(ref, ref.tensor, 0, ref.type.shape[0], dtype))
         for part in parts:
             refs.append(
-                _dense_rows(ref, f"{unit.full_name(part)}.{slot}", part.attrs["start"], part.attrs["stop"], dtype)
+                _dense_rows(
+                    ref,
+                    f"{unit.full_name(part)}.{slot}",
+                    part.attrs["start"],
+                    part.attrs["stop"],
+                    dtype,
+                )
             )
     return refs
 
@@ -129,12 +150,17 @@ def absorb(graph: Graph) -> Graph:
     head = replace(head, weights=head.weights | {"weight": head_weight}, attrs=attrs)
     head = replace(head, inputs=(norm.name,))
     norm = replace(unit_gain(norm), inputs=("x",))
-    nodes = (head if n.name == head.name else norm if n.name == norm.name else n for n in epilogue.nodes)
+    nodes = (
+        head if n.name == head.name else norm if n.name == norm.name else n for n in epilogue.nodes
+    )
     return replace(
         graph,
         config=graph.config | {"tie_word_embeddings": False},
         prologue=replace(
-            prologue, nodes=tuple(embed if n.name == embed.name else n for n in prologue.nodes if n.name != IN)
+            prologue,
+            nodes=tuple(
+                embed if n.name == embed.name else n for n in prologue.nodes if n.name != IN
+            ),
         ),
         epilogue=replace(epilogue, nodes=tuple(n for n in nodes if n.name not in (OUT, HEAD))),
     )

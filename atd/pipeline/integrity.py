@@ -16,7 +16,9 @@ def verify_checkpoint(folder: str | Path) -> int:
         if not (folder / name).is_file():
             raise RunFailed(f"{folder / name} is missing")
         if file_digest(folder / name) != sha256:
-            raise RunFailed(f"{folder / name} is not what was written: its sha256 differs from {MANIFEST}")
+            raise RunFailed(
+                f"{folder / name} is not what was written: its sha256 differs from {MANIFEST}"
+            )
     count = 0
     for _, ref in frontend.open(folder).weights():
         if problem := broken(ref.load()):

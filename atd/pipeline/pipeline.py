@@ -15,7 +15,9 @@ class Pipeline:
     passes: tuple[Pass, ...]
 
     def __init__(self, passes):
-        object.__setattr__(self, "passes", tuple(parse_pass(p) if isinstance(p, str) else p for p in passes))
+        object.__setattr__(
+            self, "passes", tuple(parse_pass(p) if isinstance(p, str) else p for p in passes)
+        )
 
     @property
     def calibrated(self) -> bool:

@@ -29,24 +29,38 @@ class Recipe:
     description: str = ""
     seed: int = 0
     nonfinite: str = "refuse"
-    calibration: tuple[str, ...] = ("self",)  # texts for calibrated passes: files, or what the model itself writes
+    calibration: tuple[str, ...] = (
+        "self",
+    )  # texts for calibrated passes: files, or what the model itself writes
     calibration_tokens: int = 32768  # of all texts together, from their beginnings
     calibration_context: int = 512  # a window, or the model's context where that is shorter
-    calibration_sha256: str = ""  # of the tokens, in the recipe of a converted model: other text is refused
+    calibration_sha256: str = (
+        ""  # of the tokens, in the recipe of a converted model: other text is refused
+    )
 
     def __post_init__(self):
         if self.seed < 0:
             raise BadInput(f"seed must be 0 or more, not {self.seed}")
         if self.nonfinite not in ("refuse", "zero"):
             raise BadInput(f"nonfinite must be 'refuse' or 'zero', not {self.nonfinite!r}")
-        if not self.calibration or not all(isinstance(text, str) and text for text in self.calibration):
-            raise BadInput(f"calibration must be a list of texts, or ['self'], not {list(self.calibration)!r}")
+        if not self.calibration or not all(
+            isinstance(text, str) and text for text in self.calibration
+        ):
+            raise BadInput(
+                f"calibration must be a list of texts, or ['self'], not {list(self.calibration)!r}"
+            )
         if self.calibration_tokens < 1 or self.calibration_context < 2:
-            raise BadInput("calibration_tokens must be at least 1 and calibration_context at least 2")
+            raise BadInput(
+                "calibration_tokens must be at least 1 and calibration_context at least 2"
+            )
 
     def to_toml(self) -> str:
         """The whole recipe with every option spelled out; reading it back gives an equal recipe."""
-        lines = [f"{f.name} = {toml_value(getattr(self, f.name))}" for f in fields(self) if f.name != "pipeline"]
+        lines = [
+            f"{f.name} = {toml_value(getattr(self, f.name))}"
+            for f in fields(self)
+            if f.name != "pipeline"
+        ]
         for step in self.pipeline.passes:
             options = step.options()
             rules = options.pop("rules", [])
@@ -57,7 +71,11 @@ class Recipe:
                 *(f"{key} = {toml_value(value)}" for key, value in options.items()),
             ]
             for rule in rules:
-                lines += ["", "[[passes.rules]]", *(f"{key} = {toml_value(value)}" for key, value in rule.items())]
+                lines += [
+                    "",
+                    "[[passes.rules]]",
+                    *(f"{key} = {toml_value(value)}" for key, value in rule.items()),
+                ]
         return "\n".join(lines) + "\n"
 
 
@@ -88,7 +106,11 @@ def read_recipe(name_or_file: str | Path, overrides: Sequence[str] = ()) -> Reci
 
 
 def under_budget(
-    name_or_file: str | Path, overrides: Sequence[str] = (), *, bits: float | None = None, budget: str | None = None
+    name_or_file: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    bits: float | None = None,
+    budget: str | None = None,
 ) -> Recipe:
     """`read_recipe` with what allocate shares out: `bits` a weight of the decoder's linears, or `budget` of the whole
     checkpoint ("3.9GB"); neither: as the recipe says.
@@ -103,7 +125,9 @@ def under_budget(
     names = {step.name for step in read_recipe(name_or_file).pipeline.passes}
     if "allocate" not in names:
         given = "bits" if budget is None else "budget"
-        raise BadInput(f"--{given} needs the allocate pass, which recipe {name_or_file} does not have; adaptive does")
+        raise BadInput(
+            f"--{given} needs the allocate pass, which recipe {name_or_file} does not have; adaptive does"
+        )
     rotated = ["rotate.embedding=true"] if budget is not None and "rotate" in names else []
     shared_out = [f"allocate.bits={bits or 0.0}", f"allocate.budget={budget or ''!r}"]
     return read_recipe(name_or_file, [*rotated, *overrides, *shared_out])
@@ -121,7 +145,13 @@ def _recipe(data: dict[str, Any], overrides: Sequence[str]) -> Recipe:
     for key in data:
         if key not in known:
             raise BadInput(f"unknown key {key!r}{nearest(key, known)}")
-    kinds = {"description": str, "nonfinite": str, "passes": list, "calibration": list, "calibration_sha256": str}
+    kinds = {
+        "description": str,
+        "nonfinite": str,
+        "passes": list,
+        "calibration": list,
+        "calibration_sha256": str,
+    }
     for key in data:
         kind = kinds.get(key, int)
         if type(data[key]) is not kind:
@@ -135,7 +165,8 @@ def _recipe(data: dict[str, Any], overrides: Sequence[str]) -> Recipe:
     for override in overrides:
         _override(tables, override)
     passes = [
-        make_pass(table["name"], {key: value for key, value in table.items() if key != "name"}) for table in tables
+        make_pass(table["name"], {key: value for key, value in table.items() if key != "name"})
+        for table in tables
     ]
     options: dict[str, Any] = {key: value for key, value in data.items() if key != "passes"}
     if "calibration" in options:
@@ -148,7 +179,9 @@ def _override(tables: list[dict[str, Any]], override: str) -> None:
     target, equals, text = override.partition("=")
     name, dot, option = target.strip().partition(".")
     if not (equals and dot and name and option):
-        raise BadInput(f"--set {override!r} is not of the form pass.option=value, e.g. decompose.bases=3")
+        raise BadInput(
+            f"--set {override!r} is not of the form pass.option=value, e.g. decompose.bases=3"
+        )
     matching = [table for table in tables if table["name"] == name]
     if not matching:
         raise BadInput(

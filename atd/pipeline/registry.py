@@ -72,7 +72,9 @@ def make_pass(name: str, options: Mapping[str, Any]) -> Pass:
     options = dict(options)
     rules = options.pop("rules", [])
     if not isinstance(rules, list):
-        raise BadInput(f"the rules of pass {name} are a list of tables, [[passes.rules]], not {rules!r}")
+        raise BadInput(
+            f"the rules of pass {name} are a list of tables, [[passes.rules]], not {rules!r}"
+        )
     checked = {key: _checked(cls, key, value) for key, value in options.items()}
     for f in fields(cls):
         if f.name not in checked and f.default is MISSING and f.default_factory is MISSING:
@@ -91,7 +93,9 @@ def _checked(cls: type[Pass], key: str, value: Any) -> Any:
     hints = {f.name: typing.get_type_hints(cls)[f.name] for f in fields(cls) if f.name != "rules"}
     if key not in hints:
         raise BadInput(f"pass {cls.name} has no option {key!r}{nearest(key, hints)}")
-    allowed = typing.get_args(hints[key]) if isinstance(hints[key], types.UnionType) else (hints[key],)
+    allowed = (
+        typing.get_args(hints[key]) if isinstance(hints[key], types.UnionType) else (hints[key],)
+    )
     if float in allowed and type(value) is int:
         value = float(value)
     if isinstance(value, list):
@@ -106,13 +110,21 @@ def _rule(cls: type[Pass], table: Any) -> Rule:
     if cls.scope != "node":
         raise BadInput(f"pass {cls.name} works on whole {cls.scope}s and takes no rules")
     if not isinstance(table, dict) or not isinstance(table.get("match"), str):
-        raise BadInput(f"a rule of pass {cls.name} is a table with match = 'regex' and options, not {table!r}")
+        raise BadInput(
+            f"a rule of pass {cls.name} is a table with match = 'regex' and options, not {table!r}"
+        )
     options = dict(table)
     match, skip = options.pop("match"), options.pop("skip", False)
     try:
         re.compile(match)
     except re.error as error:
-        raise BadInput(f"rule {match!r} of pass {cls.name} is no regular expression: {error}") from None
+        raise BadInput(
+            f"rule {match!r} of pass {cls.name} is no regular expression: {error}"
+        ) from None
     if skip and options:
-        raise BadInput(f"rule {match!r} of pass {cls.name} skips its nodes and so takes no other option")
-    return Rule(match, bool(skip), tuple((key, _checked(cls, key, value)) for key, value in options.items()))
+        raise BadInput(
+            f"rule {match!r} of pass {cls.name} skips its nodes and so takes no other option"
+        )
+    return Rule(
+        match, bool(skip), tuple((key, _checked(cls, key, value)) for key, value in options.items())
+    )

@@ -17,7 +17,9 @@ from atd.reports.tables import sizes
 from atd.weights import PackedType, TernaryType, bits_per_weight, parse_type, ternary_of
 from atd.weights.layouts import DEFAULT_LAYOUT, LAYOUTS
 
-Row = Mapping[str, Any]  # of report.json: node, type, weights, bits, bytes and, where it was decided on, predicted_kl
+Row = Mapping[
+    str, Any
+]  # of report.json: node, type, weights, bits, bytes and, where it was decided on, predicted_kl
 _BLOCK = re.compile(r"(.*\.\d+)\..*?([^.]+)")
 _ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -32,7 +34,9 @@ def read_rows(folder: Path) -> list[dict]:
         raise BadInput(f"{folder / REPORT}: damaged: {error}") from None
 
 
-def allocation_rows(graph: Graph, figures: Mapping[str, Mapping], layout: str = DEFAULT_LAYOUT) -> list[dict]:
+def allocation_rows(
+    graph: Graph, figures: Mapping[str, Mapping], layout: str = DEFAULT_LAYOUT
+) -> list[dict]:
     """The rows of a graph that was decomposed but not written yet: its types, as packed in `layout`, and the predicted
     KL that `allocate` left in `Context.figures`."""
     rows = []
@@ -41,10 +45,21 @@ def allocation_rows(graph: Graph, figures: Mapping[str, Mapping], layout: str = 
             name = unit.full_name(node)
             if "weight" in node.weights and name in figures:
                 type = node.weights["weight"].type
-                type = PackedType(type, LAYOUTS[layout].name) if isinstance(type, TernaryType) else type
+                type = (
+                    PackedType(type, LAYOUTS[layout].name)
+                    if isinstance(type, TernaryType)
+                    else type
+                )
                 weights = type.shape[0] * type.shape[1]
-                row = {"node": name, "type": str(type), "weights": weights, "bits": bits_per_weight(type)}
-                rows.append({**row, "bytes": type.nbytes, "predicted_kl": figures[name].get("predicted_kl")})
+                row = {
+                    "node": name,
+                    "type": str(type),
+                    "weights": weights,
+                    "bits": bits_per_weight(type),
+                }
+                rows.append(
+                    {**row, "bytes": type.nbytes, "predicted_kl": figures[name].get("predicted_kl")}
+                )
     return rows
 
 
@@ -57,7 +72,11 @@ def allocation_table(rows: Sequence[Row]) -> Table:
     rows, blocks, others, kinds = _sorted(rows)
     types = [ternary_of(parse_type(row["type"])) for row in rows]
     plain = len({(type.group, type.tied) for type in types if type is not None}) < 2
-    caption = None if plain else "N bases; f: free scales, else tied; /64: group size, else one group a row"
+    caption = (
+        None
+        if plain
+        else "N bases; f: free scales, else tied; /64: group size, else one group a row"
+    )
     table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), caption=caption)
     table.add_column("block", overflow="fold")
     for title in (*(kind.removesuffix("_proj") for kind in kinds), "bits", "size", "predicted\nKL"):
@@ -83,7 +102,10 @@ def allocation_picture(rows: Sequence[Row], path: str | Path) -> None:
     from matplotlib.figure import Figure
 
     rows, blocks, others, kinds = _sorted(rows)
-    bits = [[nodes[kind]["bits"] if kind in nodes else float("nan") for kind in kinds] for nodes in blocks.values()]
+    bits = [
+        [nodes[kind]["bits"] if kind in nodes else float("nan") for kind in kinds]
+        for nodes in blocks.values()
+    ]
     known = [value for line in bits for value in line if value == value]
     figure = Figure(figsize=(8, 1.6 + 0.26 * max(4, len(blocks))), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
@@ -99,17 +121,23 @@ def allocation_picture(rows: Sequence[Row], path: str | Path) -> None:
     cells.set_yticks(range(len(blocks)), [block.rpartition(".")[2] for block in blocks], fontsize=8)
     cells.set_ylabel("block")
     figure.colorbar(image, ax=bars, label="bits a weight")
-    bars.barh(range(len(blocks)), [_kl(nodes.values()) for nodes in blocks.values()], color="#E69F00")
+    bars.barh(
+        range(len(blocks)), [_kl(nodes.values()) for nodes in blocks.values()], color="#E69F00"
+    )
     bars.set_xlabel("predicted KL")
     bars.spines[["top", "right"]].set_visible(False)
     total, weights = sum(row["bytes"] for row in rows), sum(row["weights"] for row in rows)
-    notes = [f"N by matrix; {sizes(total)}, {8 * total / weights:.2f} bits a weight, predicted KL {_kl(rows):.4f}"]
+    notes = [
+        f"N by matrix; {sizes(total)}, {8 * total / weights:.2f} bits a weight, predicted KL {_kl(rows):.4f}"
+    ]
     notes += [f"{row['node'].split('.')[-1]} N = {_option(row, plain=True)}" for row in others]
     cells.set_title("; ".join(notes), loc="left", fontsize=9)
     save_figure(figure, path)
 
 
-def _sorted(rows: Sequence[Row]) -> tuple[list[Row], dict[str, dict[str, Row]], list[Row], list[str]]:
+def _sorted(
+    rows: Sequence[Row],
+) -> tuple[list[Row], dict[str, dict[str, Row]], list[Row], list[str]]:
     """(rows that were decided on, block -> kind -> row, rows outside blocks, kinds)."""
     rows = [row for row in rows if row.get("predicted_kl") is not None]
     blocks: dict[str, dict[str, Row]] = {}
@@ -120,7 +148,9 @@ def _sorted(rows: Sequence[Row]) -> tuple[list[Row], dict[str, dict[str, Row]], 
         else:
             others.append(row)
     if not blocks:
-        raise BadInput("nothing was allocated here: no row has a predicted KL; convert with a recipe that has allocate")
+        raise BadInput(
+            "nothing was allocated here: no row has a predicted KL; convert with a recipe that has allocate"
+        )
     kinds = sorted({kind for nodes in blocks.values() for kind in nodes}, key=_place)
     return rows, blocks, others, kinds
 
@@ -136,7 +166,9 @@ def _option(row: Row, plain: bool) -> str:
         return "dense"
     if plain:
         return str(type.bases)
-    return f"{type.bases}{'' if type.tied else 'f'}{'' if type.group == 'row' else f'/{type.group}'}"
+    return (
+        f"{type.bases}{'' if type.tied else 'f'}{'' if type.group == 'row' else f'/{type.group}'}"
+    )
 
 
 def _figures(rows: Sequence[Row]) -> tuple[str, str, str]:

@@ -43,7 +43,9 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
     finite = [i for i, (bits, kl) in enumerate(points) if math.isfinite(bits) and math.isfinite(kl)]
 
     def beaten(i: int) -> bool:
-        return any(points[j] != points[i] and all(map(operator.le, points[j], points[i])) for j in finite)
+        return any(
+            points[j] != points[i] and all(map(operator.le, points[j], points[i])) for j in finite
+        )
 
     return sorted((i for i in finite if not beaten(i)), key=lambda i: points[i])
 
@@ -63,7 +65,9 @@ def figure(panels: Mapping[str, Sequence[Mark]], note: str = "") -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    shown = {title: [mark for mark in marks if math.isfinite(mark.kl)] for title, marks in panels.items()}
+    shown = {
+        title: [mark for mark in marks if math.isfinite(mark.kl)] for title, marks in panels.items()
+    }
     if not shown or not all(shown.values()):
         raise BadInput("no model with a finite KL divergence: nothing to draw")
     most = max(map(len, shown.values()))
@@ -99,7 +103,10 @@ def _draw(axis: Any, marks: Sequence[Mark], kinds: Sequence[str]) -> list[int]:
 
     kl = [max(mark.kl, _LEAST) for mark in marks]
     line = front([(mark.bits, mark.kl) for mark in marks])
-    steps = [marks[i].bits for i in line], [kl[i] for i in line]  # what can be had for so many bits: a stair
+    steps = (
+        [marks[i].bits for i in line],
+        [kl[i] for i in line],
+    )  # what can be had for so many bits: a stair
     axis.plot(*steps, color="#333333", linewidth=1, drawstyle="steps-post", label="front")
     for n, kind in enumerate(kinds):
         colour, marker = _LOOKS[n % len(_LOOKS)]
@@ -127,7 +134,9 @@ def _draw(axis: Any, marks: Sequence[Mark], kinds: Sequence[str]) -> list[int]:
     return line
 
 
-def _label(axis: Any, renderer: Any, marks: Sequence[Mark], line: Sequence[int], kinds: Sequence[str]) -> None:
+def _label(
+    axis: Any, renderer: Any, marks: Sequence[Mark], line: Sequence[int], kinds: Sequence[str]
+) -> None:
     """Puts each label where it covers no point and no other label, near its own point, off the front where it can be."""
     from matplotlib.path import Path as Outline
     from matplotlib.transforms import Bbox
@@ -136,7 +145,11 @@ def _label(axis: Any, renderer: Any, marks: Sequence[Mark], line: Sequence[int],
     at = axis.transData.transform([(mark.bits, max(mark.kl, _LEAST)) for mark in marks])
     reach = 4.5 * pixels  # half a marker and a little air
     taken = [Bbox.from_extents(x - reach, y - reach, x + reach, y + reach) for x, y in at]
-    stair = [corner for a, b in itertools.pairwise(line) for corner in (at[a], (at[b][0], at[a][1]), at[b])]
+    stair = [
+        corner
+        for a, b in itertools.pairwise(line)
+        for corner in (at[a], (at[b][0], at[a][1]), at[b])
+    ]
     strokes = [Outline(stair)] if stair else []
     frame = axis.get_window_extent(renderer)
     for i in [*line, *(i for i in range(len(marks)) if i not in line)]:
@@ -160,9 +173,13 @@ def _label(axis: Any, renderer: Any, marks: Sequence[Mark], line: Sequence[int],
                     continue
                 leader = Outline([at[i], middle])
                 crossed = sum(stroke.intersects_bbox(found, filled=False) for stroke in strokes)
-                crossed += sum(leader.intersects_bbox(o, filled=False) for k, o in enumerate(taken) if k != i)
+                crossed += sum(
+                    leader.intersects_bbox(o, filled=False) for k, o in enumerate(taken) if k != i
+                )
                 gaps = [_gap(found, point) for point in at]
-                doubtful = sum(gap < 1.5 * gaps[i] for k, gap in enumerate(gaps) if k != i)  # whose label is it?
+                doubtful = sum(
+                    gap < 1.5 * gaps[i] for k, gap in enumerate(gaps) if k != i
+                )  # whose label is it?
                 cost = distance + 25 * crossed + 15 * doubtful
                 if best is None or cost < best[0]:
                     best = cost, found, middle, leader, distance

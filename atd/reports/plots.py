@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from atd.errors import BadInput
-from atd.reports.tables import _three_digits
+from atd.reports.tables import three_digits
 
 # Okabe and Ito's colours, which stay apart for every kind of colour vision, and a marker each besides.
 _KINDS = {
@@ -69,16 +69,24 @@ def layers_picture(report: Sequence[dict[str, Any]], path: str | Path) -> None:
         panels.append(("error", "relative error"))
 
     blocks = 1 + max(block for points in lines.values() for block, _ in points)
-    figure = Figure(figsize=(min(16, 6 + 0.22 * blocks), 1.2 + 3 * len(panels)), dpi=150, layout="constrained")
+    figure = Figure(
+        figsize=(min(16, 6 + 0.22 * blocks), 1.2 + 3 * len(panels)), dpi=150, layout="constrained"
+    )
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-    kinds = sorted(lines, key=lambda kind: (list(_KINDS).index(kind) if kind in _KINDS else len(_KINDS), kind))
+    kinds = sorted(
+        lines, key=lambda kind: (list(_KINDS).index(kind) if kind in _KINDS else len(_KINDS), kind)
+    )
     for axis, (key, label) in zip(axes, panels, strict=True):
         for i, kind in enumerate(kinds):
             colour, marker = _KINDS.get(kind, _OTHER_KIND)
-            points = sorted((block, math.nan if row[key] is None else row[key]) for block, row in lines[kind])
+            points = sorted(
+                (block, math.nan if row[key] is None else row[key]) for block, row in lines[kind]
+            )
             # Kinds of equal bits are the rule: they stand side by side. Errors differ, and their course is what counts.
-            shift, linestyle = (0.13 * (i - (len(kinds) - 1) / 2), "none") if key == "bits" else (0, "-")
+            shift, linestyle = (
+                (0.13 * (i - (len(kinds) - 1) / 2), "none") if key == "bits" else (0, "-")
+            )
             axis.plot(
                 [block + shift for block, _ in points],
                 [value for _, value in points],
@@ -105,7 +113,7 @@ def layers_picture(report: Sequence[dict[str, Any]], path: str | Path) -> None:
     axes[-1].set_xlabel("block")
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
-    notes = [f"{len(rows)} linears, {_three_digits(weights)} weights, {mean:.2f} bits a weight"]
+    notes = [f"{len(rows)} linears, {three_digits(weights)} weights, {mean:.2f} bits a weight"]
     notes += [f"{row['node'].split('.')[-1]} {row['bits']:.2f} bits" for row in outside]
     axes[0].set_title("; ".join(notes), loc="left", fontsize=10)
     save_figure(figure, path)

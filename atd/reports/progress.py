@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from atd.reports.tables import _three_digits
+from atd.reports.tables import three_digits
 
 _QUIET_SECONDS = 30  # between two lines where there is no terminal
 
@@ -21,7 +21,8 @@ class _Rate(ProgressColumn):
         speed = task.finished_speed or task.speed
         unit = task.fields.get("unit", "")
         return Text(
-            "" if speed is None else f"{_three_digits(speed)} {unit}/s".replace(" /", "/"), style="progress.data.speed"
+            "" if speed is None else f"{three_digits(speed)} {unit}/s".replace(" /", "/"),
+            style="progress.data.speed",
         )
 
 
@@ -50,7 +51,9 @@ class _Lines(Progress):
         task.fields["ended"] = task.finished
         self._printed = now
         self.console.print(
-            f"{task.description}: {task.percentage:.0f} %, {task.elapsed or 0:.0f} s", markup=False, highlight=False
+            f"{task.description}: {task.percentage:.0f} %, {task.elapsed or 0:.0f} s",
+            markup=False,
+            highlight=False,
         )
 
 
@@ -89,6 +92,8 @@ def conversion_progress(
             bar.console.print(line, markup=False, highlight=False)
 
         def progress(at) -> None:
-            bar.update(task, completed=at.done, total=at.total, description=at.unit, unit=at.counted)
+            bar.update(
+                task, completed=at.done, total=at.total, description=at.unit, unit=at.counted
+            )
 
         yield say, progress

@@ -20,10 +20,10 @@ console = Console()
 
 def sizes(n: float) -> str:
     """Bytes for people, three digits, decimal units: 98_362_432 -> "98.4 MB"."""
-    return f"{_three_digits(n, ' ')}B"
+    return f"{three_digits(n, ' ')}B"
 
 
-def _three_digits(n: float, space: str = "") -> str:
+def three_digits(n: float, space: str = "") -> str:
     """98_362_432 -> "98.4M", with `space` in front of the prefix."""
     prefixes = ["", "k", "M", "G", "T"]
     while n >= 999.5 and len(prefixes) > 1:
@@ -33,7 +33,9 @@ def _three_digits(n: float, space: str = "") -> str:
     return f"{n:.{digits}f}{space}{prefixes[0]}"
 
 
-Row = tuple[str, float, int, Evaluation, float | None]  # name, bits a weight, bytes, figures, tokens/s of generation
+Row = tuple[
+    str, float, int, Evaluation, float | None
+]  # name, bits a weight, bytes, figures, tokens/s of generation
 
 
 def evaluation_table(rows: Iterable[Row]) -> Table:
@@ -52,13 +54,27 @@ def evaluation_table(rows: Iterable[Row]) -> Table:
     )
     table.add_column("model", overflow="fold")
     timed = any(rate is not None for *_, rate in rows)
-    titles = ("bits a\nweight", "size", "perplexity", "KL\nmean", "KL\nmedian", "KL\n99 %", "top-1", "tokens\n/s")
+    titles = (
+        "bits a\nweight",
+        "size",
+        "perplexity",
+        "KL\nmean",
+        "KL\nmedian",
+        "KL\n99 %",
+        "top-1",
+        "tokens\n/s",
+    )
     for title in titles if timed else titles[:-1]:
         table.add_column(title, justify="right", no_wrap=True)
     for name, bits, size, result, rate in rows:
         kl = (_or_dash(value, ".4f") for value in (result.kl_mean, result.kl_median, result.kl_99))
-        top1, speed = _or_dash(result.top1_agreement, ".1%"), [_or_dash(rate, ".1f")] if timed else []
-        table.add_row(str(name), f"{bits:.2f}", sizes(size), f"{result.perplexity:.3f}", *kl, top1, *speed)
+        top1, speed = (
+            _or_dash(result.top1_agreement, ".1%"),
+            [_or_dash(rate, ".1f")] if timed else [],
+        )
+        table.add_row(
+            str(name), f"{bits:.2f}", sizes(size), f"{result.perplexity:.3f}", *kl, top1, *speed
+        )
     return table
 
 
@@ -74,12 +90,21 @@ def graph_table(graph: Graph, nodes: bool = False) -> Table:
     for title in ("weights", "bits", "size"):
         table.add_column(title, justify="right", no_wrap=True)
     for unit in graph.units:
-        named = [(unit.full_name(node), ref.type) for node in unit.nodes for _, ref in sorted(node.weights.items())]
+        named = [
+            (unit.full_name(node), ref.type)
+            for node in unit.nodes
+            for _, ref in sorted(node.weights.items())
+        ]
         if nodes:
             for name, type in named:
                 _add(table, name, str(type), [type])
         elif named:
-            _add(table, _unit_name(graph, unit), _summary([type for _, type in named]), [type for _, type in named])
+            _add(
+                table,
+                _unit_name(graph, unit),
+                _summary([type for _, type in named]),
+                [type for _, type in named],
+            )
     table.add_section()
     everything = [ref.type for _, ref in graph.weights()]
     _add(table, "all", _summary(everything), everything)
@@ -102,7 +127,9 @@ def _summary(types: Sequence[WeightType]) -> str:
         if len(type.shape) > 1 or all(len(t.shape) == 1 for t in types):
             text = str(type).partition("[")[0]
             kinds[text] = kinds.get(text, 0) + 1
-    return ", ".join(f"{count} x {text}" for text, count in sorted(kinds.items(), key=lambda item: -item[1]))
+    return ", ".join(
+        f"{count} x {text}" for text, count in sorted(kinds.items(), key=lambda item: -item[1])
+    )
 
 
 def graph_size(graph: Graph) -> tuple[float, int]:

@@ -75,10 +75,15 @@ def measure(
     samples: dict[str, list[tuple]] = {name: [] for name in models}
     for repeat in range(repeats):
         say(f"repeat {repeat + 1} of {repeats}")
-        tokens = random.integers(0, min(model.vocabulary for model in models.values()), (1, prompt)).astype(np.int32)
+        tokens = random.integers(
+            0, min(model.vocabulary for model in models.values()), (1, prompt)
+        ).astype(np.int32)
         for name, model in models.items():
             samples[name].append(_samples(model, tokens, steps, one_jit))
-    return [_speed(name, models[name], peaks[name], first[name], samples[name], prompt, steps) for name in models]
+    return [
+        _speed(name, models[name], peaks[name], first[name], samples[name], prompt, steps)
+        for name in models
+    ]
 
 
 def table(rows: Sequence[Speed], against: str | None = None) -> str:
@@ -89,7 +94,19 @@ def table(rows: Sequence[Speed], against: str | None = None) -> str:
         value, of_base = getattr(row, figure), getattr(base, figure) if base else None
         return f"{value / of_base:.2f}" if value and of_base else "-"
 
-    header = ["model", "backend", "MB", "peak MB", "first token", "x", "decode", "x", "host", "one jit", "x"]
+    header = [
+        "model",
+        "backend",
+        "MB",
+        "peak MB",
+        "first token",
+        "x",
+        "decode",
+        "x",
+        "host",
+        "one jit",
+        "x",
+    ]
     lines = []
     for row in rows:
         one_jit = row.one_jit_tokens_per_second
@@ -111,7 +128,9 @@ def table(rows: Sequence[Speed], against: str | None = None) -> str:
     return columns(header, lines)
 
 
-def prefill_seconds(model: Model, prompt: np.ndarray, length: int) -> tuple[float, Cache, jax.Array]:
+def prefill_seconds(
+    model: Model, prompt: np.ndarray, length: int
+) -> tuple[float, Cache, jax.Array]:
     """(seconds of one prefill, cache, the likeliest next token)."""
     cache = model.new_cache(1, length)
     jax.block_until_ready(cache.blocks)
@@ -121,7 +140,9 @@ def prefill_seconds(model: Model, prompt: np.ndarray, length: int) -> tuple[floa
     return time.perf_counter() - started, cache, token
 
 
-def decode_seconds(model: Model, token: jax.Array, cache: Cache, steps: int) -> tuple[float, float, Cache, jax.Array]:
+def decode_seconds(
+    model: Model, token: jax.Array, cache: Cache, steps: int
+) -> tuple[float, float, Cache, jax.Array]:
     """(seconds a token, of which the host spent so many on calls, cache, the last token)."""
     seconds, calls = [], []
     for _ in range(steps):
@@ -140,12 +161,16 @@ def decode_seconds(model: Model, token: jax.Array, cache: Cache, steps: int) -> 
 def one_jit_seconds(model: Model, token: jax.Array, cache: Cache, steps: int) -> float:
     """Seconds a token of so many steps compiled as one. Uses the cache up."""
     started = time.perf_counter()
-    jax.block_until_ready(decode_steps(model, token, cache.blocks, cache.positions, cache.length, steps))
+    jax.block_until_ready(
+        decode_steps(model, token, cache.blocks, cache.positions, cache.length, steps)
+    )
     return (time.perf_counter() - started) / steps
 
 
 @partial(jax.jit, static_argnames=("length", "steps"), donate_argnames=("blocks",))
-def decode_steps(model: Model, token: jax.Array, blocks, positions: jax.Array, length: int, steps: int):
+def decode_steps(
+    model: Model, token: jax.Array, blocks, positions: jax.Array, length: int, steps: int
+):
     """Greedy decoding without the host: (tokens int32 [steps, B], the caches of the blocks)."""
 
     def step(carry, _):
@@ -159,7 +184,9 @@ def decode_steps(model: Model, token: jax.Array, blocks, positions: jax.Array, l
     return tokens, blocks
 
 
-def _samples(model: Model, tokens: np.ndarray, steps: int, one_jit: bool) -> tuple[float, float, float, float | None]:
+def _samples(
+    model: Model, tokens: np.ndarray, steps: int, one_jit: bool
+) -> tuple[float, float, float, float | None]:
     """(prefill, decode, host, one jit) seconds."""
     length = tokens.shape[1] + 2 * steps
     prefill, cache, token = prefill_seconds(model, tokens, length)
@@ -168,7 +195,13 @@ def _samples(model: Model, tokens: np.ndarray, steps: int, one_jit: bool) -> tup
 
 
 def _speed(
-    name: str, model: Model, peak: int | None, first: float, samples: list[tuple], prompt: int, steps: int
+    name: str,
+    model: Model,
+    peak: int | None,
+    first: float,
+    samples: list[tuple],
+    prompt: int,
+    steps: int,
 ) -> Speed:
     prefill, decode, host = (median(sample[i] for sample in samples) for i in range(3))
     one_jit = median(sample[3] for sample in samples) if samples[0][3] is not None else None
@@ -189,13 +222,19 @@ def _speed(
 
 def _check_context(name: str, model: Model, tokens: int) -> None:
     if model.max_context and tokens > model.max_context:
-        raise BadInput(f"{name} takes {model.max_context} tokens; prompt and steps are {tokens}: --prompt, --steps")
+        raise BadInput(
+            f"{name} takes {model.max_context} tokens; prompt and steps are {tokens}: --prompt, --steps"
+        )
 
 
 def _memory() -> tuple[int, int] | None:
     """(bytes in use, at most so far) on the device; None where it does not say."""
     stats = jax.devices()[0].memory_stats() or {}
-    return (stats["bytes_in_use"], stats["peak_bytes_in_use"]) if "peak_bytes_in_use" in stats else None
+    return (
+        (stats["bytes_in_use"], stats["peak_bytes_in_use"])
+        if "peak_bytes_in_use" in stats
+        else None
+    )
 
 
 def _peak_since(before: tuple[int, int] | None) -> int | None:

@@ -69,17 +69,13 @@ class Evaluation:
     convention: str
     tokens: int  # given, before the cut into windows
     seconds: float  # all of it, compilation included
-    tokens_per_second: (
-        float  # through the model, or both at once; without the first batch, which compiles, if there are more
-    )
+    tokens_per_second: float  # through the model, or both at once; without the first batch, which compiles, if there are more
 
     def conditions(self) -> str:
         """What must be said beside the figures: "30 windows of 256 tokens, no BOS, 7,650 positions scored"."""
         bos = "BOS in front" if self.bos else "no BOS"
         convention = "" if self.convention == "standard" else f", {self.convention}'s convention"
-        return (
-            f"{self.windows} windows of {self.context} tokens, {bos}, {self.positions:,} positions scored{convention}"
-        )
+        return f"{self.windows} windows of {self.context} tokens, {bos}, {self.positions:,} positions scored{convention}"
 
     def to_json(self) -> dict:
         return dataclasses.asdict(self)
@@ -122,14 +118,20 @@ def evaluate(
     for start in range(0, len(windows), batch):
         part = windows[start : start + batch]
         padded = np.pad(part, ((0, batch - len(part)), (0, 0)))
-        hidden, against_hidden = (m and m.hidden(padded)[:, first:-1] for m in (model, against))  # [batch, scored, D]
-        scores = _score(model, against, hidden, against_hidden, padded[:, first + 1 :], positions=positions)
+        hidden, against_hidden = (
+            m and m.hidden(padded)[:, first:-1] for m in (model, against)
+        )  # [batch, scored, D]
+        scores = _score(
+            model, against, hidden, against_hidden, padded[:, first + 1 :], positions=positions
+        )
         batches.append([np.asarray(score)[: len(part)].ravel() for score in scores])
         laps.append(time.perf_counter())
         if progress:
             progress((start + len(part)) * context, windows.size)
 
-    nll, *compared = (np.concatenate(column).astype(np.float64) for column in zip(*batches, strict=True))
+    nll, *compared = (
+        np.concatenate(column).astype(np.float64) for column in zip(*batches, strict=True)
+    )
     compiling = min(1, len(laps) - 2)  # batches to leave out of the rate
     return Evaluation(
         perplexity=_perplexity(nll),
@@ -141,7 +143,9 @@ def evaluate(
         convention=convention,
         tokens=len(tokens),
         seconds=laps[-1] - begin,
-        tokens_per_second=(len(windows) - compiling * batch) * context / (laps[-1] - laps[compiling]),
+        tokens_per_second=(len(windows) - compiling * batch)
+        * context
+        / (laps[-1] - laps[compiling]),
     )
 
 
@@ -153,7 +157,9 @@ def _perplexity(nll: np.ndarray) -> float:
 def _distance(against_nll=None, kl=None, same=None) -> dict[str, float | None]:
     """The fields of an Evaluation that compare two models, of float64 [positions] each."""
     if against_nll is None or kl is None or same is None:
-        return dict.fromkeys(("against_perplexity", "kl_mean", "kl_median", "kl_99", "top1_agreement"))
+        return dict.fromkeys(
+            ("against_perplexity", "kl_mean", "kl_median", "kl_99", "top1_agreement")
+        )
     return {
         "against_perplexity": _perplexity(against_nll),
         "kl_mean": float(kl.mean()),
@@ -163,7 +169,9 @@ def _distance(against_nll=None, kl=None, same=None) -> dict[str, float | None]:
     }
 
 
-def cut(tokens: np.ndarray, context: int, bos_id: int | None, convention: str = "standard") -> tuple[np.ndarray, int]:
+def cut(
+    tokens: np.ndarray, context: int, bos_id: int | None, convention: str = "standard"
+) -> tuple[np.ndarray, int]:
     """(windows int32 [W, context], first): positions first ... context - 2 of each are scored, t on the token t + 1."""
     if convention not in CONVENTIONS:
         raise BadInput(f"unknown convention {convention!r}; known: {', '.join(CONVENTIONS)}")
@@ -173,7 +181,9 @@ def cut(tokens: np.ndarray, context: int, bos_id: int | None, convention: str = 
         tokens = tokens if bos_id is None else np.concatenate([[bos_id], tokens])
         fresh, first = context, context // 2
         if first == context - 1:
-            raise BadInput("a context of 2 tokens scores nothing under llama.cpp's convention; at least 3 are needed")
+            raise BadInput(
+                "a context of 2 tokens scores nothing under llama.cpp's convention; at least 3 are needed"
+            )
     else:
         fresh, first = context - (bos_id is not None), 0
     count = len(tokens) // fresh
@@ -235,6 +245,8 @@ def _score(model, against, hidden, against_hidden, targets, positions: int):
         same = jnp.argmax(log_p, axis=1) == jnp.argmax(log_q, axis=1)
         return nll, against_nll, kl, same.astype(jnp.float32)
 
-    inputs = jax.tree.map(chunked, (targets, hidden, against_hidden))  # no hidden states of a model that is not there
+    inputs = jax.tree.map(
+        chunked, (targets, hidden, against_hidden)
+    )  # no hidden states of a model that is not there
     scores = jax.lax.map(score, inputs)  # each [chunks, positions]
     return tuple(s.reshape(-1)[:count].reshape(targets.shape) for s in scores)

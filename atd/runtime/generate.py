@@ -39,9 +39,18 @@ def generate(
     """
     limit = _check(model, prompt_tokens, max_new_tokens, temperature, top_k, top_p)
     length = len(prompt_tokens) + min(max_new_tokens, limit - len(prompt_tokens))
-    pick = partial(_pick, temperature=temperature, top_k=top_k, top_p=top_p, greedy=temperature == 0, nucleus=top_p < 1)
+    pick = partial(
+        _pick,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        greedy=temperature == 0,
+        nucleus=top_p < 1,
+    )
     key = jax.random.key(seed)
-    logits, cache = model.prefill(np.asarray([prompt_tokens], np.int32), model.new_cache(1, min(bucket(length), limit)))
+    logits, cache = model.prefill(
+        np.asarray([prompt_tokens], np.int32), model.new_cache(1, min(bucket(length), limit))
+    )
     tokens: list[int] = []
     for position in range(len(prompt_tokens), length):
         token = pick(logits, jax.random.fold_in(key, position))
@@ -56,7 +65,12 @@ def generate(
 
 
 def _check(
-    model: Model, prompt: Sequence[int], max_new_tokens: int, temperature: float, top_k: int, top_p: float
+    model: Model,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
 ) -> int:
     """How many tokens fit, prompt included; raises BadInput for what `generate` cannot do."""
     for what, value, good, expected in (
@@ -96,7 +110,9 @@ def _pick(logits, key, temperature, top_p, top_k: int, greedy: bool, nucleus: bo
     logits = logits / temperature
     if top_k == 0 and not nucleus:
         return jax.random.categorical(key, logits).astype(jnp.int32)
-    logits, tokens = jax.lax.top_k(logits, min(top_k or logits.shape[-1], logits.shape[-1]))  # [B, K], likeliest first
+    logits, tokens = jax.lax.top_k(
+        logits, min(top_k or logits.shape[-1], logits.shape[-1])
+    )  # [B, K], likeliest first
     if nucleus:
         probabilities = jax.nn.softmax(logits)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities

@@ -58,7 +58,9 @@ def gaussian(
             trits, scales = least_squares.greedy(weight, n, DTYPES[dtype], group)
         else:
             trits, scales = least_squares.als(weight, n, group, False, DTYPES[dtype])
-        nbytes = PackedType(TernaryType((size, size), n, group, False, dtype), DEFAULT_LAYOUT).nbytes
+        nbytes = PackedType(
+            TernaryType((size, size), n, group, False, dtype), DEFAULT_LAYOUT
+        ).nbytes
         rmse = least_squares.decomposition_rmse(weight, trits, scales, group)
         rows.append(Row(method, group, n, nbytes, 100 * nbytes / (2 * weight.size), rmse))
     if progress:
@@ -76,11 +78,18 @@ def table(rows: Sequence[Row]) -> Table:
     """The rows for people."""
     result = Table(caption="relative RMSE against float32; bytes of packed trits and scales")
     for title in ("method", "one scale a", "N", "size", "of fp16", "relative RMSE"):
-        result.add_column(title, justify="left" if title in ("method", "one scale a") else "right", no_wrap=True)
+        result.add_column(
+            title, justify="left" if title in ("method", "one scale a") else "right", no_wrap=True
+        )
     for before, row in zip((None, *rows), rows, strict=False):
         if before and (before.method, before.group) != (row.method, row.group):
             result.add_section()
-        figures = str(row.bases), sizes(row.nbytes), f"{row.percent_of_fp16:.1f} %", f"{row.rmse:.4f}"
+        figures = (
+            str(row.bases),
+            sizes(row.nbytes),
+            f"{row.percent_of_fp16:.1f} %",
+            f"{row.rmse:.4f}",
+        )
         result.add_row(row.method, _group_text(row.group), *figures)
     return result
 
@@ -98,7 +107,12 @@ def plot(rows: Sequence[Row], path: str | Path) -> None:
         x, y = [row.percent_of_fp16 for row in line], [row.rmse for row in line]
         axes.plot(x, y, marker="o", label=f"{method}, one scale a {_group_text(group)}")
         for row in line:
-            axes.annotate(str(row.bases), (row.percent_of_fp16, row.rmse), xytext=(4, 4), textcoords="offset points")
+            axes.annotate(
+                str(row.bases),
+                (row.percent_of_fp16, row.rmse),
+                xytext=(4, 4),
+                textcoords="offset points",
+            )
     axes.set(xlabel="bytes, % of fp16", ylabel="relative RMSE", yscale="log")
     axes.set_title("A gaussian matrix as a sum of N ternary bases (N beside the points)")
     axes.grid(True, which="both", alpha=0.3)

@@ -25,18 +25,25 @@ class Point:
     @property
     def digest(self) -> str:
         """sha256 of the resolved recipe without its description: equal digests, equal weights."""
-        return _hash(replace(self.recipe, description="").to_toml())
+        return digest_of(replace(self.recipe, description="").to_toml())
 
     @property
     def label(self) -> str:
-        return " ".join([self.name, *(f"{short}={self.values[o]}" for o, short in short_options(self.values).items())])
+        return " ".join(
+            [
+                self.name,
+                *(f"{short}={self.values[o]}" for o, short in short_options(self.values).items()),
+            ]
+        )
 
     @property
     def calibrated(self) -> bool:
         return self.recipe.pipeline.calibrated
 
 
-def points(recipes: Sequence[str], vary: Sequence[str] = (), say: Callable[[str], None] = print) -> list[Point]:
+def points(
+    recipes: Sequence[str], vary: Sequence[str] = (), say: Callable[[str], None] = print
+) -> list[Point]:
     """Every recipe with every combination of values; `vary`: "pass.option=value,value,...".
 
     Points that resolve to one recipe are merged into the first, which `say` hears of. Raises BadInput for no recipe, a
@@ -46,23 +53,31 @@ def points(recipes: Sequence[str], vary: Sequence[str] = (), say: Callable[[str]
         raise BadInput("a sweep needs at least one recipe: --recipe adaptive --recipe datafree2")
     axes = dict(map(_axis, vary))
     if len(axes) < len(vary):
-        raise BadInput(f"--vary names an option twice; give all its values at once: {', '.join(vary)}")
+        raise BadInput(
+            f"--vary names an option twice; give all its values at once: {', '.join(vary)}"
+        )
     stems = [Path(given).stem for given in dict.fromkeys(recipes)]
     found: dict[str, Point] = {}
     for given in dict.fromkeys(recipes):
         recipe = read_recipe(given)
-        name = Path(given).stem if stems.count(Path(given).stem) == 1 else given.removesuffix(".toml")
+        name = (
+            Path(given).stem if stems.count(Path(given).stem) == 1 else given.removesuffix(".toml")
+        )
         passes = {step.name for step in recipe.pipeline.passes}
         for option in axes:
             if (wanted := option.partition(".")[0]) not in passes:
-                raise BadInput(f"--vary {option}: recipe {name} has no pass {wanted!r}{nearest(wanted, passes)}")
+                raise BadInput(
+                    f"--vary {option}: recipe {name} has no pass {wanted!r}{nearest(wanted, passes)}"
+                )
         for values in itertools.product(*axes.values()):
             chosen = dict(zip(axes, values, strict=True))
             try:
-                resolved = with_overrides(recipe, [f"{option}={value}" for option, value in chosen.items()])
+                resolved = with_overrides(
+                    recipe, [f"{option}={value}" for option, value in chosen.items()]
+                )
             except BadInput as error:
                 raise BadInput(f"recipe {name} with {_assignments(chosen)}: {error}") from None
-            point = Point(name, {option: _value(resolved, option) for option in chosen}, resolved)
+            point = Point(name, {option: value_in(resolved, option) for option in chosen}, resolved)
             if (same := found.setdefault(point.digest, point)) is not point:
                 say(f"{point.label} is {same.label}: done once")
     return list(found.values())
@@ -71,15 +86,21 @@ def points(recipes: Sequence[str], vary: Sequence[str] = (), say: Callable[[str]
 def _axis(text: str) -> tuple[str, list[str]]:
     option, equals, values = text.partition("=")
     option = option.strip()
-    if not (equals and re.fullmatch(r"\w+\.\w+", option) and re.fullmatch(f"{_VALUE}(?:,{_VALUE})*", values)):
-        raise BadInput(f"--vary {text!r} is not of the form pass.option=value,value, e.g. decompose.bases=1,2,3")
+    if not (
+        equals
+        and re.fullmatch(r"\w+\.\w+", option)
+        and re.fullmatch(f"{_VALUE}(?:,{_VALUE})*", values)
+    ):
+        raise BadInput(
+            f"--vary {text!r} is not of the form pass.option=value,value, e.g. decompose.bases=1,2,3"
+        )
     found = [value.strip() for value in re.findall(_VALUE, values)]
     if not all(found):
         raise BadInput(f"--vary {text!r} has an empty value")
     return option, found
 
 
-def _value(recipe: Recipe, option: str) -> str:
+def value_in(recipe: Recipe, option: str) -> str:
     """What pass.option is in a recipe, as text; "" where the recipe has no such pass."""
     name, _, key = option.partition(".")
     found = [step.options().get(key) for step in recipe.pipeline.passes if step.name == name]
@@ -92,5 +113,5 @@ def _assignments(values: dict[str, str]) -> str:
     return ", ".join(f"{option}={value}" for option, value in values.items())
 
 
-def _hash(*parts: str) -> str:
+def digest_of(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()

@@ -29,22 +29,31 @@ def read_results(path: Path) -> list[Row]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
-            rows = [{column: value or "" for column, value in row.items() if column} for row in reader]
+            rows = [
+                {column: value or "" for column, value in row.items() if column} for row in reader
+            ]
             columns = set(reader.fieldnames or ())
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise BadInput(f"{path}: cannot be read: {error}") from None
     if missing := {"key", "setting", "recipe", "error", "folder"} - columns:
-        raise BadInput(f"{path}: not a table of atd sweep: it has no column {min(missing)}; choose another folder")
+        raise BadInput(
+            f"{path}: not a table of atd sweep: it has no column {min(missing)}; choose another folder"
+        )
     return rows
 
 
 def write_results(path: Path, rows: Sequence[Row]) -> None:
     """Writes all rows anew, whole or not at all and fsynced: a new column finds its place, a row is never half there."""
-    given = dict.fromkeys(["recipe", "error", "folder", *(column for row in rows for column in row)])
+    given = dict.fromkeys(
+        ["recipe", "error", "folder", *(column for row in rows for column in row)]
+    )
     groups = {"recipe": 0, "error": 5, "folder": 6, "key": 8, "setting": 8}
 
     def group(column: str) -> int:  # what was done, what came out, what it was done with
-        results = column in ("bits_per_weight", "bytes", "convert_seconds", "evaluate_seconds") or ":" in column
+        results = (
+            column in ("bits_per_weight", "bytes", "convert_seconds", "evaluate_seconds")
+            or ":" in column
+        )
         return groups.get(column, 1 if is_option(column) else 3 if results else 7)
 
     text = io.StringIO(newline="")
@@ -67,7 +76,9 @@ def short_options(options: Iterable[str]) -> dict[str, str]:
     """Each pass.option -> its option alone, or whole where two passes have one of that name."""
     options = list(options)
     last = [option.partition(".")[2] for option in options]
-    return {o: short if last.count(short) == 1 else o for o, short in zip(options, last, strict=True)}
+    return {
+        o: short if last.count(short) == 1 else o for o, short in zip(options, last, strict=True)
+    }
 
 
 def is_option(column: str) -> bool:
@@ -77,17 +88,28 @@ def is_option(column: str) -> bool:
 
 def _options(rows: Sequence[Row]) -> list[str]:
     """The options that any of the rows varies."""
-    return list(dict.fromkeys(c for row in rows for c, value in row.items() if is_option(c) and value))
+    return list(
+        dict.fromkeys(c for row in rows for c, value in row.items() if is_option(c) and value)
+    )
 
 
 def _texts(rows: Sequence[Row]) -> list[str]:
-    names = (c.partition(":")[2] for row in rows for c, value in row.items() if c.startswith("kl_mean:") and value)
+    names = (
+        c.partition(":")[2]
+        for row in rows
+        for c, value in row.items()
+        if c.startswith("kl_mean:") and value
+    )
     return list(dict.fromkeys(names))
 
 
 def _front(rows: Sequence[Row], text: str) -> set[int]:
     """Of the rows that no other beats in bits and mean KL on this text: their indices."""
-    return set(pareto.front([(number(row, "bits_per_weight"), number(row, f"kl_mean:{text}")) for row in rows]))
+    return set(
+        pareto.front(
+            [(number(row, "bits_per_weight"), number(row, f"kl_mean:{text}")) for row in rows]
+        )
+    )
 
 
 def table(rows: Sequence[Row]) -> Table:
@@ -100,7 +122,10 @@ def table(rows: Sequence[Row]) -> Table:
     lines = [_conditions(row, text) for text in texts for row in rows[:1]]
     lines = [f"({n}) {line}" if len(lines) > 1 else line for n, line in enumerate(lines, 1)]
     result = Table(
-        box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), caption="\n".join([*lines, "● Pareto front"])
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+        caption="\n".join([*lines, "● Pareto front"]),
     )
     result.add_column("recipe", overflow="fold", min_width=_room(row["recipe"] for row in rows))
     calibrated = len({row.get("calib_sha256", "") for row in rows}) > 1
@@ -113,20 +138,30 @@ def table(rows: Sequence[Row]) -> Table:
     titles = ["bits a\nweight", *(["size"] if single else [])]
     for n in range(1, len(texts) + 1):
         on = "" if single else f"\n({n})"
-        titles += [f"perplexity{on}", "KL\nmean" if single else f"KL{on}", *(["KL\n99 %", "top-1"] if single else [])]
+        titles += [
+            f"perplexity{on}",
+            "KL\nmean" if single else f"KL{on}",
+            *(["KL\n99 %", "top-1"] if single else []),
+        ]
     for title in titles:
         result.add_column(title, justify="right", no_wrap=True)
     fronts = {text: _front(rows, text) for text in texts}
     for i, row in enumerate(rows):
         cells = [row["recipe"], *(row.get(option) or "–" for option in options)]
         cells += [Path(row.get("calib", "")).stem or "–"] if calibrated else []
-        cells += [f"{number(row, 'bits_per_weight'):.2f}", *([sizes(number(row, "bytes"))] if single else [])]
+        cells += [
+            f"{number(row, 'bits_per_weight'):.2f}",
+            *([sizes(number(row, "bytes"))] if single else []),
+        ]
         for text in texts:
             perplexity, kl = number(row, f"perplexity:{text}"), number(row, f"kl_mean:{text}")
             cells.append(f"{perplexity:.3f}" if perplexity < 1000 else f"{perplexity:,.0f}")
             cells.append(f"{kl:#.3g}{' ●' if i in fronts[text] else '  '}")
             if single:
-                cells += [f"{number(row, f'kl_99:{text}'):#.3g}", f"{number(row, f'top1:{text}'):.1%}"]
+                cells += [
+                    f"{number(row, f'kl_99:{text}'):#.3g}",
+                    f"{number(row, f'top1:{text}'):.1%}",
+                ]
         result.add_row(*cells)
     return result
 

@@ -25,10 +25,10 @@ import jax
 import numpy as np
 from rich.progress import Progress
 
-import atd
 from atd.calibration.text import SELF
+from atd.checkpoint.files import read_text
 from atd.checkpoint.folder import MANIFEST, REPORT, check_target, read_manifest
-from atd.checkpoint.tokenizer import open_tokenizer, read_text
+from atd.checkpoint.reader import open_tokenizer
 from atd.checkpoint.writer import digest, file_digest, is_intact
 from atd.errors import AtdError, BadInput, RunFailed
 from atd.models import frontend
@@ -37,8 +37,9 @@ from atd.pipeline.convert import convert
 from atd.pipeline.recipe import read_recipe
 from atd.reports.tables import graph_size
 from atd.runtime.evaluate import cut, evaluate
-from atd.study.points import Point, _hash, _value, points
+from atd.study.points import Point, digest_of, points, value_in
 from atd.study.results import RESULTS, Row, is_option, number, read_results, write_results
+from atd.version import __version__
 
 _KEPT = ("recipe.toml", REPORT, "config.json", MANIFEST)  # of a point whose weights are dropped
 
@@ -72,17 +73,22 @@ class _Study:
         return " ".join(self.calib_sha256[text] for text in self.calibration(point))
 
     def key(self, point: Point) -> str:
-        return _hash(self.setting, point.digest, self.digests(point))
+        return digest_of(self.setting, point.digest, self.digests(point))
 
     def folder(self, point: Point) -> str:
         """Name of the point's folder: what it is, and a digest of all that its weights depend on."""
-        made_of = self.identity, point.digest, self.digests(point), atd.__version__
+        made_of = self.identity, point.digest, self.digests(point), __version__
         readable = re.sub(r"[^\w.=+-]+", "_", point.label.replace(" ", "-")).strip("._")[:120]
-        return f"{readable}-{_hash(*made_of)[:8]}"
+        return f"{readable}-{digest_of(*made_of)[:8]}"
 
 
 def _study(
-    model: Path, grid: Sequence[Point], data: Sequence[Path], calib: tuple[str, ...], context: int, tokens: int | None
+    model: Path,
+    grid: Sequence[Point],
+    data: Sequence[Path],
+    calib: tuple[str, ...],
+    context: int,
+    tokens: int | None,
 ) -> _Study:
     """Reads the headers of the model and the texts; refuses what no point could be evaluated on."""
     if not data:
@@ -92,23 +98,38 @@ def _study(
     graph = frontend.open(model)
     limit = graph.config.get("max_position_embeddings")
     if limit is not None and context > limit:
-        raise BadInput(f"a context of {context} is beyond the {limit} positions the model was made for")
+        raise BadInput(
+            f"a context of {context} is beyond the {limit} positions the model was made for"
+        )
     words, texts = open_tokenizer(model), []
     for path in data:
         text = _Text(path.stem, words.encode(read_text(path))[:tokens], file_digest(path))
         if text.name in (other.name for other in texts):
-            raise BadInput(f"two texts are called {text.name}, as their columns would be; rename one")
+            raise BadInput(
+                f"two texts are called {text.name}, as their columns would be; rename one"
+            )
         cut(text.tokens, context, None)
         texts.append(text)
     calib_sha256 = {SELF: SELF}
-    for name in dict.fromkeys([*calib, *(text for p in grid if p.calibrated for text in p.recipe.calibration)]):
+    for name in dict.fromkeys(
+        [*calib, *(text for p in grid if p.calibrated for text in p.recipe.calibration)]
+    ):
         if name != SELF:
             read_text(name)  # refused now rather than at each point
             calib_sha256[name] = file_digest(Path(name))
     sources = [ref.source for _, ref in graph.weights()]
-    identity = _hash(json.dumps([sources, graph.to_json(), graph.config], sort_keys=True))
-    conditions = [identity, context, atd.__version__, *((t.name, digest(t.tokens)) for t in texts)]
-    return _Study(model, identity, texts, context, tokens, calib, calib_sha256, _hash(json.dumps(conditions)))
+    identity = digest_of(json.dumps([sources, graph.to_json(), graph.config], sort_keys=True))
+    conditions = [identity, context, __version__, *((t.name, digest(t.tokens)) for t in texts)]
+    return _Study(
+        model,
+        identity,
+        texts,
+        context,
+        tokens,
+        calib,
+        calib_sha256,
+        digest_of(json.dumps(conditions)),
+    )
 
 
 def run(
@@ -141,11 +162,17 @@ def run(
     model, out = Path(model), Path(out)
     grid = points(recipes, vary, say)
     given = (calib,) if isinstance(calib, str | Path) else calib or ()
-    study = _study(model, grid, [Path(path) for path in data], tuple(map(str, given)), context, tokens)
+    study = _study(
+        model, grid, [Path(path) for path in data], tuple(map(str, given)), context, tokens
+    )
     bar = bar or Progress(disable=True)
     with _opened(out, model) as rows:
         standing = {row["key"]: row for row in rows}
-        todo = [point for point in grid if standing.get(study.key(point), {"error": "none yet"})["error"]]
+        todo = [
+            point
+            for point in grid
+            if standing.get(study.key(point), {"error": "none yet"})["error"]
+        ]
         say(f"{len(grid)} points, {len(grid) - len(todo)} of them done before")
         sweep = bar.add_task("sweep", total=len(todo), unit="points")
         dense = _loaded(model, bar) if todo else None
@@ -165,13 +192,23 @@ def run(
         _complete(list(standing.values()), out)
         write_results(out / RESULTS, list(standing.values()))
         mine = [standing[study.key(point)] for point in grid]
-    gone = [row for row in mine if not row["error"] and not any((out / row["folder"]).glob("*.safetensors"))]
+    gone = [
+        row
+        for row in mine
+        if not row["error"] and not any((out / row["folder"]).glob("*.safetensors"))
+    ]
     if keep and gone:
         say(
             f"{len(gone)} points were done without --keep: atd convert makes their weights again from their recipe.toml"
         )
-    failed = [f"{point.label}: {row['error']}" for point, row in zip(grid, mine, strict=True) if row["error"]]
-    return [row for row in standing.values() if row["setting"] == study.setting and not row["error"]], failed
+    failed = [
+        f"{point.label}: {row['error']}"
+        for point, row in zip(grid, mine, strict=True)
+        if row["error"]
+    ]
+    return [
+        row for row in standing.values() if row["setting"] == study.setting and not row["error"]
+    ], failed
 
 
 def _complete(rows: Sequence[Row], out: Path) -> None:
@@ -183,7 +220,7 @@ def _complete(rows: Sequence[Row], out: Path) -> None:
         if missing and file.is_file():
             with suppress(BadInput):  # a recipe of another version of atd
                 recipe = read_recipe(file)
-                row.update({option: _value(recipe, option) for option in missing})
+                row.update({option: value_in(recipe, option) for option in missing})
 
 
 def _base(study: _Study, point: Point) -> Row:
@@ -202,22 +239,35 @@ def _base(study: _Study, point: Point) -> Row:
         "bos": "no",
         "calib": " + ".join(Path(text).name for text in study.calibration(point)),
         "calib_sha256": study.digests(point),
-        "atd": atd.__version__,
+        "atd": __version__,
         "jax": jax.__version__,
     }
 
 
 def _figures(
-    study: _Study, point: Point, folder: Path, dense: Model | None, bar: Progress, say: Callable[[str], None]
+    study: _Study,
+    point: Point,
+    folder: Path,
+    dense: Model | None,
+    bar: Progress,
+    say: Callable[[str], None],
 ) -> Row:
     """Converts and evaluates a point; the columns that hold what came out."""
     seconds = _convert(study, point, folder, bar, say)
     bits, size = graph_size(frontend.open(folder))
-    figures: dict[str, object] = {"bits_per_weight": bits, "bytes": size, "convert_seconds": seconds}
+    figures: dict[str, object] = {
+        "bits_per_weight": bits,
+        "bytes": size,
+        "convert_seconds": seconds,
+    }
     converted, spent = _loaded(folder, bar), 0.0
     for text in study.texts:
-        with _task(bar, f"{point.label}: evaluating on {text.name}", len(text.tokens), "tokens") as progress:
-            result = evaluate(converted, text.tokens, context=study.context, against=dense, progress=progress)
+        with _task(
+            bar, f"{point.label}: evaluating on {text.name}", len(text.tokens), "tokens"
+        ) as progress:
+            result = evaluate(
+                converted, text.tokens, context=study.context, against=dense, progress=progress
+            )
         spent += result.seconds
         of_text = {
             "perplexity": result.perplexity,
@@ -235,7 +285,9 @@ def _figures(
     return {column: "" if value is None else str(value) for column, value in figures.items()}
 
 
-def _convert(study: _Study, point: Point, folder: Path, bar: Progress, say: Callable[[str], None]) -> float | None:
+def _convert(
+    study: _Study, point: Point, folder: Path, bar: Progress, say: Callable[[str], None]
+) -> float | None:
     """Makes the point's checkpoint; returns seconds, or None where a whole one stood there (kept, or not evaluated yet)."""
     if _is_whole(folder):
         return None
@@ -256,7 +308,9 @@ def _convert(study: _Study, point: Point, folder: Path, bar: Progress, say: Call
 def _is_whole(folder: Path) -> bool:
     """The folder holds all files of its manifest as they were written."""
     try:
-        return all(is_intact(folder / name, sha256) for name, sha256 in read_manifest(folder).items())
+        return all(
+            is_intact(folder / name, sha256) for name, sha256 in read_manifest(folder).items()
+        )
     except BadInput:
         return False
 
@@ -273,7 +327,9 @@ def _loaded(path: Path, bar: Progress) -> Model:
 
 
 @contextmanager
-def _task(bar: Progress, title: str, total: int | None, unit: str) -> Iterator[Callable[[int, int], None]]:
+def _task(
+    bar: Progress, title: str, total: int | None, unit: str
+) -> Iterator[Callable[[int, int], None]]:
     """A line of the progress display that goes when its work is done."""
     task = bar.add_task(title, total=total, unit=unit)
     try:
@@ -283,7 +339,9 @@ def _task(bar: Progress, title: str, total: int | None, unit: str) -> Iterator[C
 
 
 def _summary(row: Row, study: _Study) -> str:
-    kl = ", ".join(f"KL {number(row, f'kl_mean:{text.name}'):.4f} on {text.name}" for text in study.texts)
+    kl = ", ".join(
+        f"KL {number(row, f'kl_mean:{text.name}'):.4f} on {text.name}" for text in study.texts
+    )
     return f"{number(row, 'bits_per_weight'):.2f} bits, {kl}"
 
 
@@ -291,14 +349,20 @@ def _summary(row: Row, study: _Study) -> str:
 def _opened(out: Path, model: Path) -> Iterator[list[Row]]:
     """The rows that stand in `out`, which is made where there is none and locked against a second sweep."""
     if out.exists() and not (out / RESULTS).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise BadInput(f"{out} exists and holds no {RESULTS}: not a sweep's folder; choose another name")
-    check_target(out / "point", model, overwrite=False)  # outside the model's folder and writable; makes `out`
+        raise BadInput(
+            f"{out} exists and holds no {RESULTS}: not a sweep's folder; choose another name"
+        )
+    check_target(
+        out / "point", model, overwrite=False
+    )  # outside the model's folder and writable; makes `out`
     folder = os.open(out, os.O_RDONLY)
     try:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise BadInput(f"another sweep is writing {out} now; wait for it or choose another name") from None
+            raise BadInput(
+                f"another sweep is writing {out} now; wait for it or choose another name"
+            ) from None
         if not (out / RESULTS).exists():
             write_results(out / RESULTS, [])  # from here on this is a sweep's folder
         yield read_results(out / RESULTS)
@@ -309,4 +373,8 @@ def _opened(out: Path, model: Path) -> Iterator[list[Row]]:
 def raise_failed(failed: Sequence[str]) -> None:
     """Raises RunFailed naming the points that failed, if any did."""
     if failed:
-        raise RunFailed("\n  ".join([f"{len(failed)} points failed (the same command tries them again):", *failed]))
+        raise RunFailed(
+            "\n  ".join(
+                [f"{len(failed)} points failed (the same command tries them again):", *failed]
+            )
+        )

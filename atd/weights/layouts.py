@@ -39,7 +39,9 @@ ALIGNMENT = 16  # bytes, of rows of `aligned`
 ALIGNED_FROM = 4096  # inputs: below, 16 bytes are a few per cent of a row
 NUMPY_ROWS = 128  # rows at a time, so that the steps between trits and bytes stay in a core's cache
 BYTES = np.dtype(np.uint8)
-DENSE_CODES = np.maximum((256 * np.arange(243) + 242) // 243, 1).astype(np.uint8)  # q of every value v
+DENSE_CODES = np.maximum((256 * np.arange(243) + 242) // 243, 1).astype(
+    np.uint8
+)  # q of every value v
 
 
 def _namespace(array):
@@ -74,10 +76,14 @@ def _interleaved_pack(trits):
     cells = _pad_inputs(trits, TRITS_PER_BYTE).reshape(
         out, -1, TRITS_PER_BYTE * bases
     )  # t(p0,b0) t(p0,b1) ... t(p4,bN)
-    digits = (cells + 1).astype(np.uint8).reshape(out, -1, bases, TRITS_PER_BYTE)  # the cell's 5N trits: N bytes of 5
+    digits = (
+        (cells + 1).astype(np.uint8).reshape(out, -1, bases, TRITS_PER_BYTE)
+    )  # the cell's 5N trits: N bytes of 5
     value = digits[..., 0]
     for j in range(1, TRITS_PER_BYTE):
-        value = value * 3 + digits[..., j]  # at most 242: narrow numbers, because packing is bound by memory
+        value = (
+            value * 3 + digits[..., j]
+        )  # at most 242: narrow numbers, because packing is bound by memory
     code = (value.astype(np.uint16) * 256 + 242) // 243  # at most 62,194
     return _namespace(trits).maximum(code, 1).astype(np.uint8)
 
@@ -157,9 +163,17 @@ def period(bases: int) -> int:
 
 
 def _tiles_shape(out: int, inputs: int, bases: int) -> tuple[int, ...]:
-    loads, words = period(bases), _words_shape(out, inputs, bases)[1]  # of a thread and row; of a row
+    loads, words = (
+        period(bases),
+        _words_shape(out, inputs, bases)[1],
+    )  # of a thread and row; of a row
     steps = -(-words // (THREADS_A_ROW * loads * LOAD_WORDS))
-    return -(-out // TILE_ROWS), steps, loads * HALVES, TILE_ROWS // HALVES * THREADS_A_ROW * LOAD_WORDS
+    return (
+        -(-out // TILE_ROWS),
+        steps,
+        loads * HALVES,
+        TILE_ROWS // HALVES * THREADS_A_ROW * LOAD_WORDS,
+    )
 
 
 def tiles_of(words, bases: int):
@@ -209,7 +223,9 @@ def _bit_ttt_shape(out: int, inputs: int, bases: int) -> tuple[int, ...]:
 def _bit_ttt_pack(trits):
     out, _, bases = trits.shape
     code = (trits * trits + (trits < 0)).astype(np.uint8)  # 0 -> 0, +1 -> 1, -1 -> 2
-    return _byte_of_fields(_pad_inputs(code, 4).reshape(out, -1, 4, bases).swapaxes(2, 3))  # fields: [out, in/4, N, 4]
+    return _byte_of_fields(
+        _pad_inputs(code, 4).reshape(out, -1, 4, bases).swapaxes(2, 3)
+    )  # fields: [out, in/4, N, 4]
 
 
 def _bit_ttt_unpack(codes, inputs: int, bases: int):
@@ -227,7 +243,9 @@ def _hf_bitnet_shape(out: int, inputs: int, bases: int) -> tuple[int, ...]:
 
 def _hf_bitnet_pack(trits):
     out, inputs, _ = trits.shape
-    fields = (trits[..., 0] + 1).astype(np.uint8).reshape(4, out // 4, inputs)  # packed row r holds rows r + i*(out/4)
+    fields = (
+        (trits[..., 0] + 1).astype(np.uint8).reshape(4, out // 4, inputs)
+    )  # packed row r holds rows r + i*(out/4)
     return _byte_of_fields(fields.transpose(1, 2, 0))
 
 
@@ -248,7 +266,9 @@ def _tq2_0_pack(trits):
     fields = (
         (_pad_inputs(trits, 256) + 1).astype(np.uint8).reshape(out, -1, 2, 4, 32, bases)
     )  # element h*128 + l*32 + m
-    return _byte_of_fields(fields.transpose(0, 1, 5, 2, 4, 3)).reshape(out, -1, bases, 64)  # byte h*32 + m, field l
+    return _byte_of_fields(fields.transpose(0, 1, 5, 2, 4, 3)).reshape(
+        out, -1, bases, 64
+    )  # byte h*32 + m, field l
 
 
 def _tq2_0_unpack(codes, inputs: int, bases: int):
@@ -283,7 +303,9 @@ class Layout:
     version: int
     row_separable: bool
     valid_bytes: np.ndarray  # bool [256]: bytes that pack() can write
-    codes_shape: Callable[[int, int, int], tuple[int, ...]]  # (out, in, bases) -> shape of the codes
+    codes_shape: Callable[
+        [int, int, int], tuple[int, ...]
+    ]  # (out, in, bases) -> shape of the codes
     _pack: Callable
     _unpack: Callable
     dtype: np.dtype = BYTES  # of the codes
@@ -294,7 +316,11 @@ class Layout:
             return None
         if bases != 1:
             return f"layout hf-bitnet holds one base, not {bases}"
-        return f"layout hf-bitnet needs a number of rows that is a multiple of 4, not {out}" if out % 4 else None
+        return (
+            f"layout hf-bitnet needs a number of rows that is a multiple of 4, not {out}"
+            if out % 4
+            else None
+        )
 
     def pack(self, trits):
         """trits int8 [out, in, N] -> codes. Raises ValueError for a shape that the layout refuses."""
@@ -310,7 +336,9 @@ class Layout:
         """function(array); numpy takes it a few rows at a time, ten times faster than through main memory."""
         if not isinstance(array, np.ndarray) or not self.row_separable or len(array) <= NUMPY_ROWS:
             return function(array)
-        return np.concatenate([function(array[i : i + NUMPY_ROWS]) for i in range(0, len(array), NUMPY_ROWS)])
+        return np.concatenate(
+            [function(array[i : i + NUMPY_ROWS]) for i in range(0, len(array), NUMPY_ROWS)]
+        )
 
     def invalid_bytes(self, codes) -> int:
         """How many bytes are none that `pack` writes: a corrupted tensor."""
@@ -332,15 +360,45 @@ LAYOUTS = {
             _interleaved_pack,
             _interleaved_unpack,
         ),
-        Layout("aligned", 1, True, _valid_table(DENSE_CODES), _aligned_shape, _aligned_pack, _interleaved_unpack),
         Layout(
-            "words", 1, True, _valid_table(DENSE_CODES), _words_shape, _words_pack, _words_unpack, np.dtype(np.uint32)
+            "aligned",
+            1,
+            True,
+            _valid_table(DENSE_CODES),
+            _aligned_shape,
+            _aligned_pack,
+            _interleaved_unpack,
         ),
         Layout(
-            "tiles", 1, False, _valid_table(DENSE_CODES), _tiles_shape, _tiles_pack, _tiles_unpack, np.dtype(np.uint32)
+            "words",
+            1,
+            True,
+            _valid_table(DENSE_CODES),
+            _words_shape,
+            _words_pack,
+            _words_unpack,
+            np.dtype(np.uint32),
+        ),
+        Layout(
+            "tiles",
+            1,
+            False,
+            _valid_table(DENSE_CODES),
+            _tiles_shape,
+            _tiles_pack,
+            _tiles_unpack,
+            np.dtype(np.uint32),
         ),
         Layout("bit-ttt", 1, True, _NO_FIELD_IS_3, _bit_ttt_shape, _bit_ttt_pack, _bit_ttt_unpack),
-        Layout("hf-bitnet", 1, False, _NO_FIELD_IS_3, _hf_bitnet_shape, _hf_bitnet_pack, _hf_bitnet_unpack),
+        Layout(
+            "hf-bitnet",
+            1,
+            False,
+            _NO_FIELD_IS_3,
+            _hf_bitnet_shape,
+            _hf_bitnet_pack,
+            _hf_bitnet_unpack,
+        ),
         Layout("tq2_0", 1, True, _NO_FIELD_IS_3, _tq2_0_shape, _tq2_0_pack, _tq2_0_unpack),
     )
 }

@@ -15,10 +15,20 @@ def stored(tensor: str, type: WeightType) -> dict[str, tuple[str, tuple[int, ...
     if isinstance(type, DenseType):
         return {"array": (tensor, type.shape, DTYPES[type.dtype])}
     ternary = type.ternary if isinstance(type, PackedType) else type
-    scales = (f"{tensor.removesuffix('.weight')}.scales", ternary.scales_shape, DTYPES[ternary.dtype])
+    scales = (
+        f"{tensor.removesuffix('.weight')}.scales",
+        ternary.scales_shape,
+        DTYPES[ternary.dtype],
+    )
     if isinstance(type, PackedType):
-        return {"codes": (f"{tensor}_packed", type.codes_shape, LAYOUTS[type.layout].dtype), "scales": scales}
-    return {"trits": (f"{tensor}_trits", (*ternary.shape, ternary.bases), np.dtype(np.int8)), "scales": scales}
+        return {
+            "codes": (f"{tensor}_packed", type.codes_shape, LAYOUTS[type.layout].dtype),
+            "scales": scales,
+        }
+    return {
+        "trits": (f"{tensor}_trits", (*ternary.shape, ternary.bases), np.dtype(np.int8)),
+        "scales": scales,
+    }
 
 
 def build(type: WeightType, fields: dict) -> Weight:

@@ -52,7 +52,11 @@ class TernaryType:
     @property
     def scales_shape(self) -> tuple[int, int, int]:
         out, inputs = self.shape
-        return 1 if self.group == "tensor" else out, -(-inputs // self.group_size), 1 if self.tied else self.bases
+        return (
+            1 if self.group == "tensor" else out,
+            -(-inputs // self.group_size),
+            1 if self.tied else self.bases,
+        )
 
     @property
     def scales_nbytes(self) -> int:
@@ -90,7 +94,10 @@ class PackedType:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.codes_shape) * LAYOUTS[self.layout].dtype.itemsize + self.ternary.scales_nbytes
+        return (
+            math.prod(self.codes_shape) * LAYOUTS[self.layout].dtype.itemsize
+            + self.ternary.scales_nbytes
+        )
 
     def __str__(self) -> str:
         return f"packed {self.ternary._options()} layout={LAYOUTS[self.layout]} {self.dtype}[{self.shape[0]},{self.shape[1]}]"
@@ -114,21 +121,36 @@ def parse_type(text: str) -> WeightType:
     kind, layout = match["kind"], match["layout"]
     if kind == "dense" and match["bases"] is None and layout is None:
         return DenseType(shape, match["dtype"])
-    if kind == "dense" or match["bases"] is None or len(shape) != 2 or (kind == "packed") != (layout is not None):
+    if (
+        kind == "dense"
+        or match["bases"] is None
+        or len(shape) != 2
+        or (kind == "packed") != (layout is not None)
+    ):
         raise ValueError(f"not a weight type: {text!r}")
     group = match["group"] if match["group"] in ("row", "tensor") else int(match["group"])
-    ternary = TernaryType((shape[0], shape[1]), int(match["bases"]), group, match["scales"] == "tied", match["dtype"])
+    ternary = TernaryType(
+        (shape[0], shape[1]), int(match["bases"]), group, match["scales"] == "tied", match["dtype"]
+    )
     if kind == "ternary":
         return ternary
     if layout not in LAYOUTS or LAYOUTS[layout].version != int(match["version"]):
         known = ", ".join(str(known) for known in LAYOUTS.values())
-        raise ValueError(f"layout {layout}/{match['version']} is not known to this version of atd; known: {known}")
+        raise ValueError(
+            f"layout {layout}/{match['version']} is not known to this version of atd; known: {known}"
+        )
     return PackedType(ternary, layout)
 
 
 def ternary_of(type: WeightType) -> TernaryType | None:
     """The ternary type behind a type that has one, packed or not."""
-    return type.ternary if isinstance(type, PackedType) else type if isinstance(type, TernaryType) else None
+    return (
+        type.ternary
+        if isinstance(type, PackedType)
+        else type
+        if isinstance(type, TernaryType)
+        else None
+    )
 
 
 def bits_per_weight(type: WeightType) -> float:

@@ -41,16 +41,22 @@ def multiply(x: jax.Array, weight: Packed, interpret: bool = False) -> jax.Array
     """`Mosaic.matmul` without the self-test."""
     if x.shape[0] > MAX_TOKENS:
         return packed.decode_once(x, weight).astype(x.dtype)
-    from atd.kernels.mosaic import gemv as mosaic_gemv  # here, because it imports Mosaic: half a second
+    from atd.kernels.mosaic import (
+        gemv as mosaic_gemv,  # here, because it imports Mosaic: half a second
+    )
 
     held = packed.prepare(weight, "words")
     assert isinstance(held, Packed)
     words, scales, type = jnp.asarray(held.codes), jnp.asarray(held.scales), held.type.ternary
 
     def products(coefficients: jax.Array) -> jax.Array:
-        return mosaic_gemv.products(prefixes.plan(type.bases, type.tied), coefficients, words, interpret=interpret)
+        return mosaic_gemv.products(
+            prefixes.plan(type.bases, type.tied), coefficients, words, interpret=interpret
+        )
 
-    return packed.by_prefixes(x, words, scales, type, products, mosaic_gemv.COLUMNS[-1]).astype(x.dtype)
+    return packed.by_prefixes(x, words, scales, type, products, mosaic_gemv.COLUMNS[-1]).astype(
+        x.dtype
+    )
 
 
 def refuses(dtype, type) -> str | None:
@@ -64,8 +70,12 @@ def refuses(dtype, type) -> str | None:
 
 def device_refuses() -> str | None:
     """Why this process's device cannot run them, or None."""
-    needs = "Mosaic's kernels need 9.0 (H100, H200); backends 'triton' (from 8.0) and 'xla' run there"
-    return packed.capability_refuses(lambda capability: capability == (9, 0), needs)  # no other has wgmma
+    needs = (
+        "Mosaic's kernels need 9.0 (H100, H200); backends 'triton' (from 8.0) and 'xla' run there"
+    )
+    return packed.capability_refuses(
+        lambda capability: capability == (9, 0), needs
+    )  # no other has wgmma
 
 
 @cache

@@ -36,7 +36,9 @@ GROUPS = (4, 4, 4)  # a word's i, t, e
 LAYOUT = plgpu.Layout.WGMMA_8BIT  # of registers, whether they hold words or int8
 SWIZZLE = 128  # bytes of a column of activations that lie apart from those of other columns
 BLOCKS = 264  # at least, where rows and steps allow: two for each multiprocessor of an H200
-STAGE_BYTES = 110 << 10  # of shared memory for the steps under way, so that a multiprocessor has room for two blocks
+STAGE_BYTES = (
+    110 << 10
+)  # of shared memory for the steps under way, so that a multiprocessor has room for two blocks
 
 
 # --- activations ------------------------------------------------------------------------------------------------------
@@ -55,7 +57,9 @@ def in_planes(plan: Plan, coefficients: jax.Array, words: int, columns: int) -> 
     """
     tokens, sums = coefficients.shape[:2]
     made = multiplications(plan)
-    places = [(byte, half.digit) for half in plan.halves for byte in half.bytes]  # of the coefficients
+    places = [
+        (byte, half.digit) for half in plan.halves for byte in half.bytes
+    ]  # of the coefficients
     index = {place: i for i, place in enumerate(places)}
     none = 2 * len(plan.halves)  # of a piece
     table = np.full((plan.piece_words, len(made), 2), none)
@@ -63,20 +67,32 @@ def in_planes(plan: Plan, coefficients: jax.Array, words: int, columns: int) -> 
         for i, (odd, digit) in enumerate(made):
             for high in (0, 1):
                 table[word, i, high] = index.get((4 * word + odd + 2 * high, digit), none)
-    table = table.reshape(-1, len(made) // 2, 2, 2).swapaxes(2, 3)  # [words, planes, high, first or second: 4 bytes]
+    table = table.reshape(-1, len(made) // 2, 2, 2).swapaxes(
+        2, 3
+    )  # [words, planes, high, first or second: 4 bytes]
     pieces = jnp.pad(coefficients.reshape(tokens, sums, -1, none), ((0, 0), (0, 0), (0, 0), (0, 1)))
-    taken = jnp.take(pieces, table.reshape(plan.piece_words, -1), axis=-1)  # [M, sums, pieces, words, 2 made]
-    taken = taken.reshape(tokens, sums, -1, 2 * len(made))[:, :, :words]  # beyond the row there are zeros alone
-    flat = prefixes.signed_bytes(taken).astype(jnp.int8).reshape(tokens * sums * 3, -1, 2 * len(made))
+    taken = jnp.take(
+        pieces, table.reshape(plan.piece_words, -1), axis=-1
+    )  # [M, sums, pieces, words, 2 made]
+    taken = taken.reshape(tokens, sums, -1, 2 * len(made))[
+        :, :, :words
+    ]  # beyond the row there are zeros alone
+    flat = (
+        prefixes.signed_bytes(taken).astype(jnp.int8).reshape(tokens * sums * 3, -1, 2 * len(made))
+    )
     flat = jnp.pad(flat, ((0, columns - flat.shape[0]), (0, words - flat.shape[1]), (0, 0)))
-    steps = flat.reshape(columns, -1, *GROUPS, len(made) // 2, 4)  # [columns, steps, i, t, e, planes, 4 bytes]
+    steps = flat.reshape(
+        columns, -1, *GROUPS, len(made) // 2, 4
+    )  # [columns, steps, i, t, e, planes, 4 bytes]
     return steps.transpose(0, 1, 5, 2, 4, 3, 6).reshape(columns, -1)
 
 
 # --- the kernel -------------------------------------------------------------------------------------------------------
 
 
-def products(plan: Plan, coefficients: jax.Array, codes: jax.Array, *, interpret: bool = False) -> jax.Array:
+def products(
+    plan: Plan, coefficients: jax.Array, codes: jax.Array, *, interpret: bool = False
+) -> jax.Array:
     """int32 [columns, out]: each byte of each coefficient against the prefixes of all rows.
 
     coefficients: of `prefixes.fold`, of so few tokens that they have at most 48 columns. codes uint32 [out, row words].
@@ -117,14 +133,19 @@ def products(plan: Plan, coefficients: jax.Array, codes: jax.Array, *, interpret
                     plgpu.BlockSpec(
                         (columns, depth),
                         lambda k: (0, split * steps_of_block + k),
-                        transforms=(plgpu.TilingTransform((8, SWIZZLE)), plgpu.SwizzleTransform(SWIZZLE)),
+                        transforms=(
+                            plgpu.TilingTransform((8, SWIZZLE)),
+                            plgpu.SwizzleTransform(SWIZZLE),
+                        ),
                     ),
                 ],
                 max_concurrent_steps=stages,
             )(codes_ref, x_ref)
             return sums[...]
 
-        out_ref[split, pl.ds(block * ROWS, ROWS), :] = pl.run_scoped(run, plgpu.ACC((ROWS, columns), jnp.int32))
+        out_ref[split, pl.ds(block * ROWS, ROWS), :] = pl.run_scoped(
+            run, plgpu.ACC((ROWS, columns), jnp.int32)
+        )
 
     found = plgpu.kernel(
         body,
@@ -147,7 +168,8 @@ def _prefixes(words: jax.Array, odd: int, digit: int) -> jax.Array:
 
 
 @plgpu.inline_mgpu(
-    arg_types=(LAYOUT, LAYOUT), return_type=plgpu.ShapeDtypeStruct((ROWS, 4 * WORDS), jnp.int8, layout=LAYOUT)
+    arg_types=(LAYOUT, LAYOUT),
+    return_type=plgpu.ShapeDtypeStruct((ROWS, 4 * WORDS), jnp.int8, layout=LAYOUT),
 )
 def _plane(_, first, second):
     """Bytes 1 and 3 of two uint32 [ROWS, WORDS], first's, second's, first's, second's -> int8 [ROWS, 4 WORDS], in the
@@ -157,7 +179,10 @@ def _plane(_, first, second):
     shape = first.registers.shape  # [1, i, 1, 1, half of the rows, 1, 1, 1, 1], of four words each
     result = np.empty((1, 4 * shape[1], *shape[2:]), object)
     for at in np.ndindex(shape):
-        a, b = (vector.bitcast(ir.VectorType.get((16,), int8), held.registers[at]) for held in (first, second))
+        a, b = (
+            vector.bitcast(ir.VectorType.get((16,), int8), held.registers[at])
+            for held in (first, second)
+        )
         for e in range(4):
             chosen = [4 * e + 1, 16 + 4 * e + 1, 4 * e + 3, 16 + 4 * e + 3]
             result[0, 4 * at[1] + e, *at[2:]] = vector.shuffle(a, b, chosen)
@@ -166,6 +191,10 @@ def _plane(_, first, second):
 
 def _plane_twin(first: jax.Array, second: jax.Array) -> jax.Array:
     """What `_plane` does, in jnp, for interpret mode."""
-    first, second = (lax.bitcast_convert_type(words, jnp.int8) for words in (first, second))  # [rows, words, 4 bytes]
+    first, second = (
+        lax.bitcast_convert_type(words, jnp.int8) for words in (first, second)
+    )  # [rows, words, 4 bytes]
     four = jnp.stack([first[..., 1], second[..., 1], first[..., 3], second[..., 3]], axis=-1)
-    return four.reshape(-1, *GROUPS, 4).swapaxes(2, 3).reshape(four.shape[0], -1)  # [rows, i, e, t, 4 bytes]
+    return (
+        four.reshape(-1, *GROUPS, 4).swapaxes(2, 3).reshape(four.shape[0], -1)
+    )  # [rows, i, e, t, 4 bytes]

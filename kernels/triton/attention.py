@@ -32,7 +32,9 @@ PROGRAMS = 128  # blocks that a GPU runs at once, about: one a multiprocessor
 MOST_QUERIES = 4  # of a block; more do not fit the registers
 LONG = 1024  # places of a cache that one block reads alone
 LEAST_SHARE = 512  # places for each of several blocks
-FLOOR = -1e30  # of the largest score: finite, so that a row without a place has weights of 0 and not NaN
+FLOOR = (
+    -1e30
+)  # of the largest score: finite, so that a row without a place has weights of 0 and not NaN
 
 # An angle without its whole turns. They are taken off in three steps, 2 pi being the sum of three numbers: exact enough up to
 # angles of 10^5.
@@ -101,13 +103,19 @@ def attend(
         kernel,
         out_shape=[*found_shapes, *cache_shapes],
         grid=(batch, heads // queries, splits),
-        input_output_aliases={len(inputs) - 2: len(found_shapes), len(inputs) - 1: len(found_shapes) + 1},
+        input_output_aliases={
+            len(inputs) - 2: len(found_shapes),
+            len(inputs) - 1: len(found_shapes) + 1,
+        },
         compiler_params=plt.CompilerParams(num_warps=WARPS, num_stages=1),
         interpret=interpret,
         name=name(head_dim),
     )(*(x.reshape(-1) for x in inputs))
     mixed = found[0] if splits == 1 else _joined(found, splits, head_dim, q[0].dtype, interpret)
-    return mixed.reshape(batch, 1, heads * head_dim), (new_k.reshape(cache[0].shape), new_v.reshape(cache[1].shape))
+    return mixed.reshape(batch, 1, heads * head_dim), (
+        new_k.reshape(cache[0].shape),
+        new_v.reshape(cache[1].shape),
+    )
 
 
 def name(head_dim: int) -> str:
@@ -149,7 +157,10 @@ def _kernel(
     first = jnp.maximum(position - window + 1, 0) if window else 0
     last = jnp.minimum(position, length)  # the new token's own place is not read
     first_tile = lax.div(first, tile_places) + split if window else split
-    turns = lax.div(jnp.maximum(last - first_tile * tile_places, 0) + (tile_places * splits - 1), tile_places * splits)
+    turns = lax.div(
+        jnp.maximum(last - first_tile * tile_places, 0) + (tile_places * splits - 1),
+        tile_places * splits,
+    )
     shape = rows, feature.size
     row, column = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
 
@@ -180,10 +191,15 @@ def _kernel(
 
     def rotated(ref, part: int, head) -> jax.Array:
         other = load_new(ref, part, head, jnp.where(feature < half, feature + half, feature - half))
-        turned = load_new(ref, part, head, feature) * cos + jnp.where(feature < half, -other, other) * sin
+        turned = (
+            load_new(ref, part, head, feature) * cos
+            + jnp.where(feature < half, -other, other) * sin
+        )
         return turned.astype(ref.dtype).astype(jnp.float32)  # as it would be in memory
 
-    writes = (first_head == kv_head * group) & (split == 0) & (position < length)  # one block of those with this head
+    writes = (
+        (first_head == kv_head * group) & (split == 0) & (position < length)
+    )  # one block of those with this head
 
     def stored(ref, new: jax.Array) -> jax.Array:
         """The new token's k or v as the cache holds it."""
@@ -202,14 +218,24 @@ def _kernel(
         ahead = read(i + 1)
         mine = [seen(lax.iota(jnp.int32, rows), i, tile)[1] for tile in range(tiles)]
         ks, vs = ([_wide(tile, interpret) for tile in tiles] for tiles in now)
-        return tuple(_attended(q, ks, vs, mine, state, interpret) for q, state in zip(qs, states, strict=True)), ahead
+        return tuple(
+            _attended(q, ks, vs, mine, state, interpret)
+            for q, state in zip(qs, states, strict=True)
+        ), ahead
 
-    nothing = jnp.full((rows,), FLOOR, jnp.float32), jnp.zeros((rows,), jnp.float32), jnp.zeros(shape, jnp.float32)
+    nothing = (
+        jnp.full((rows,), FLOOR, jnp.float32),
+        jnp.zeros((rows,), jnp.float32),
+        jnp.zeros(shape, jnp.float32),
+    )
     states, _ = lax.fori_loop(0, turns, turn, ((nothing,) * queries, ahead))
 
     for i, (largest, total, mixed) in enumerate(states):
         largest_of_all = jnp.maximum(jnp.max(largest), new_scores[i])
-        scale, new_weight = jnp.exp2(largest - largest_of_all), jnp.exp2(new_scores[i] - largest_of_all)
+        scale, new_weight = (
+            jnp.exp2(largest - largest_of_all),
+            jnp.exp2(new_scores[i] - largest_of_all),
+        )
         total = jnp.sum(total * scale) + new_weight
         found = jnp.sum(mixed * scale[:, None], axis=0) + new_weight * new_v
         head = (batch * (kv_heads * group) + first_head + i) * splits + split
@@ -250,7 +276,9 @@ def _multiply_add(x: jax.Array, y: jax.Array, z: jax.Array, interpret: bool) -> 
     return _computed("fma.rn.f32 $0, $1, $2, $3;", *operands, constraints="=r,r,r,r")
 
 
-def _computed(text: str, *operands: jax.Array, constraints: str = "=&r,r", pack: int = 1) -> jax.Array:
+def _computed(
+    text: str, *operands: jax.Array, constraints: str = "=&r,r", pack: int = 1
+) -> jax.Array:
     """float32 results of PTX, elements `pack` at a time."""
     result = [jax.ShapeDtypeStruct(operands[0].shape, jnp.float32)]
     return plt.elementwise_inline_asm(
@@ -258,11 +286,15 @@ def _computed(text: str, *operands: jax.Array, constraints: str = "=&r,r", pack:
     )[0]
 
 
-def _attended(q, ks: list[jax.Array], vs: list[jax.Array], mine: list[jax.Array], state, interpret: bool):
+def _attended(
+    q, ks: list[jax.Array], vs: list[jax.Array], mine: list[jax.Array], state, interpret: bool
+):
     """The state of one query, (largest score [rows], sum of weights [rows], weighted values [rows, features]), after more
     tiles: k and v [rows, features], and which rows count [rows], of each."""
     largest, total, mixed = state
-    scores = [jnp.where(m, jnp.sum(q[None] * k, axis=1), -jnp.inf) for k, m in zip(ks, mine, strict=True)]
+    scores = [
+        jnp.where(m, jnp.sum(q[None] * k, axis=1), -jnp.inf) for k, m in zip(ks, mine, strict=True)
+    ]
     new_largest = functools.reduce(jnp.maximum, scores, largest)
     scale = _power_of_2(largest - new_largest, interpret)
     total, mixed = total * scale, mixed * scale[:, None]
@@ -272,7 +304,9 @@ def _attended(q, ks: list[jax.Array], vs: list[jax.Array], mine: list[jax.Array]
     return new_largest, total, mixed
 
 
-def _joined(found: list[jax.Array], splits: int, head_dim: int, dtype, interpret: bool) -> jax.Array:
+def _joined(
+    found: list[jax.Array], splits: int, head_dim: int, dtype, interpret: bool
+) -> jax.Array:
     """What the blocks of each head found, weighted values [heads x splits x head_dim], largest scores and sums of weights
     [heads x splits] -> [heads x head_dim]."""
     heads = found[1].size // splits
@@ -289,7 +323,11 @@ def _joined(found: list[jax.Array], splits: int, head_dim: int, dtype, interpret
         scale = jnp.exp2(largest - jnp.max(largest))
         joined = jnp.sum(mixed * scale[:, None], axis=0) / jnp.sum(total * scale)
         feature = lax.iota(jnp.int32, shape[1])
-        plt.store(joined_ref.at[head * head_dim + feature], joined.astype(joined_ref.dtype), mask=feature < head_dim)
+        plt.store(
+            joined_ref.at[head * head_dim + feature],
+            joined.astype(joined_ref.dtype),
+            mask=feature < head_dim,
+        )
 
     return pl.pallas_call(
         kernel,

@@ -82,9 +82,13 @@ def multiply(
     assert way == "gemv" or (norm is None and residual is None and not gated), "see `Triton.fuses`"
     if way == "gemv":
         return gemv(x, codes, scales, type, settings, interpret, norm, residual, gated)
-    narrow = x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x  # as a dense model's products have them
+    narrow = (
+        x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x
+    )  # as a dense model's products have them
     if way == "gemm":
-        return triton_gemm.matmul(narrow, codes, scales, type, settings.tiles, x.dtype, interpret=interpret)
+        return triton_gemm.matmul(
+            narrow, codes, scales, type, settings.tiles, x.dtype, interpret=interpret
+        )
     return triton_decode.matmul(narrow, codes, scales, type, x.dtype, interpret=interpret)
 
 
@@ -141,17 +145,30 @@ def gemv(
     gate and up in one matrix, silu(gate) * up [M, out / 2]. As many tokens at a time as have columns."""
     plan, group_size = prefixes.plan(type.bases, type.tied), _group_size(type)
     shape = settings.gemv.paired() if gated else settings.gemv
-    most = max(m for m in range(1, x.shape[0] + 1) if columns(type, m).sets <= triton_gemv.MOST_SETS)
+    most = max(
+        m for m in range(1, x.shape[0] + 1) if columns(type, m).sets <= triton_gemv.MOST_SETS
+    )
     results = []
     for start in range(0, x.shape[0], most):
         part = x[start : start + most]
         held = columns(type, part.shape[0])
-        folded = triton_fold.fold(plan, part, shape.padded(codes.shape[1]), held, group_size, norm, interpret=interpret)
+        folded = triton_fold.fold(
+            plan, part, shape.padded(codes.shape[1]), held, group_size, norm, interpret=interpret
+        )
         added = None if residual is None else residual[start : start + most]
         options = {"gated": gated, "shape": shape, "interpret": interpret}
         results.append(
             triton_gemv.multiply(
-                plan, folded, codes, scales, type.shape[0], held, group_size, added, x.dtype, **options
+                plan,
+                folded,
+                codes,
+                scales,
+                type.shape[0],
+                held,
+                group_size,
+                added,
+                x.dtype,
+                **options,
             )
         )
     return jnp.concatenate(results) if len(results) > 1 else results[0]
@@ -171,6 +188,8 @@ def largest_difference(bases: int, tied: bool, *, interpret: bool = False) -> fl
     """Between the kernels of few and of some tokens and XLA: see `packed.largest_difference`."""
     ways = Settings(gemv_tokens=2), Settings(gemv_tokens=0, gemm_tokens=2)
     return max(
-        packed.largest_difference(lambda x, weight, way=way: multiply(x, weight, way, interpret), bases, tied)
+        packed.largest_difference(
+            lambda x, weight, way=way: multiply(x, weight, way, interpret), bases, tied
+        )
         for way in ways
     )

@@ -23,7 +23,9 @@ from atd.kernels.triton.ptx import plt
 from atd.kernels.triton.trits import integers_of
 from atd.weights import TernaryType
 
-CHUNK_BYTES = 128 << 20  # of decoded weights at a time: enough for the matrix product, little beside a model
+CHUNK_BYTES = (
+    128 << 20
+)  # of decoded weights at a time: enough for the matrix product, little beside a model
 ROWS, UNITS, WARPS = 16, 64, 4  # of a block
 
 
@@ -66,7 +68,14 @@ def decoded(
     """Rows start to start + rows of the matrix, or, exact, of its integers -> [rows, planes x units]."""
     units, params = units_of(codes), unit(type.bases)[1]
     kernel = functools.partial(
-        _kernel, type=type, start=start, rows=rows, steps=codes.shape[1], units=units, exact=exact, interpret=interpret
+        _kernel,
+        type=type,
+        start=start,
+        rows=rows,
+        steps=codes.shape[1],
+        units=units,
+        exact=exact,
+        interpret=interpret,
     )
     return pl.pallas_call(
         kernel,
@@ -89,7 +98,9 @@ def _kernel(
 
     def word(v: int) -> jax.Array:
         place = word_at((start + row)[:, None], (at * words + v)[None, :], type.bases, steps)
-        return plt.load(codes_ref.at[place], mask=inside, other=jnp.uint32(0), eviction_policy="evict_first")
+        return plt.load(
+            codes_ref.at[place], mask=inside, other=jnp.uint32(0), eviction_policy="evict_first"
+        )
 
     integers = integers_of([word(v) for v in range(words)], type, out_ref.dtype, interpret)
     for p in range(params):

@@ -23,7 +23,10 @@ SIZE = 128  # words of a block, one a thread: what a block takes is its time, th
 WARPS = 4
 CHUNK = 16384  # elements that a block looks at together for the largest: 128 a thread, all asked for at once; of a normed token half as many
 LEAST = 2.0**-104  # largest |x| for which limit / |x| is finite; a token of less is zeros
-ROUNDS, ROUNDS_BITS = 1.5 * 2.0**23, 0x4B400000  # x + ROUNDS has the bits ROUNDS_BITS + round(x), |x| < 2^22
+ROUNDS, ROUNDS_BITS = (
+    1.5 * 2.0**23,
+    0x4B400000,
+)  # x + ROUNDS has the bits ROUNDS_BITS + round(x), |x| < 2^22
 SIGNED = 0x808080  # added to a coefficient, it makes its three bytes count from 0 on
 
 
@@ -37,7 +40,11 @@ class Norm:
     def __call__(self, x: jax.Array) -> jax.Array:
         """By XLA."""
         wide = x.astype(jnp.float32)
-        return wide * lax.rsqrt(jnp.mean(wide * wide, axis=1, keepdims=True) + self.eps) * self.gain.astype(jnp.float32)
+        return (
+            wide
+            * lax.rsqrt(jnp.mean(wide * wide, axis=1, keepdims=True) + self.eps)
+            * self.gain.astype(jnp.float32)
+        )
 
 
 def fold(
@@ -71,7 +78,10 @@ def fold(
         searches=not known,
         interpret=interpret,
     )
-    shapes = jax.ShapeDtypeStruct((words,), jnp.uint32), jax.ShapeDtypeStruct((columns.tokens,), jnp.float32)
+    shapes = (
+        jax.ShapeDtypeStruct((words,), jnp.uint32),
+        jax.ShapeDtypeStruct((columns.tokens,), jnp.float32),
+    )
     folded, *found = pl.pallas_call(
         kernel,
         out_shape=shapes[: 1 if known else 2],
@@ -107,7 +117,9 @@ def _kernel(
         """What is given of a parameter, float32: x, and the norm's gain."""
 
         def of(ref, at) -> jax.Array:
-            return plt.load(ref.at[at], mask=mask, other=jnp.zeros((), ref.dtype)).astype(jnp.float32)
+            return plt.load(ref.at[at], mask=mask, other=jnp.zeros((), ref.dtype)).astype(
+                jnp.float32
+            )
 
         return of(x_ref, token * inputs + parameter), *(of(ref, parameter) for ref in gain_ref)
 
@@ -120,7 +132,9 @@ def _kernel(
         entry = plt.load(table_ref.at[(sum_ * plan.words + word) * 4 + b], mask=used, other=0)
         terms = []
         for i in range(2):
-            parameter = (step * THREADS_A_ROW + thread) * plan.piece_params + ((entry >> (8 * i)) & 255)
+            parameter = (step * THREADS_A_ROW + thread) * plan.piece_params + (
+                (entry >> (8 * i)) & 255
+            )
             mine = used & (parameter < inputs)
             if group_size is not None:
                 group, first = (divided(k, group_size)[0] for k in (parameter, step * step_params))
@@ -129,7 +143,11 @@ def _kernel(
         return terms
 
     bytes_ = [byte_of(b) for b in range(4)]  # on their way before anything waits
-    of_token = jnp.ones((SIZE,), jnp.float32) if searches else plt.load(largest_ref.at[token], mask=used, other=1.0)
+    of_token = (
+        jnp.ones((SIZE,), jnp.float32)
+        if searches
+        else plt.load(largest_ref.at[token], mask=used, other=1.0)
+    )
     for t in range(tokens if searches else 0):
         largest, mean_square = _largest(functools.partial(load, t), made, inputs, bool(gain_ref))
         of_token = jnp.where(token == t, largest, of_token)
@@ -165,7 +183,9 @@ def _largest(load, made, count: int, normed: bool) -> tuple[jax.Array, jax.Array
         given = load(at, at < count)
         value = made(given)
         finite = jnp.where(value == value, jnp.abs(value), jnp.inf)  # a NaN counts as infinite
-        return jnp.maximum(found[0], finite), *(squares + given[0] * given[0] for squares in found[1:])
+        return jnp.maximum(found[0], finite), *(
+            squares + given[0] * given[0] for squares in found[1:]
+        )
 
     chunks = -(-count // size)
     zero = (jnp.zeros((size,), jnp.float32),) * (1 + normed)

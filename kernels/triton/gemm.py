@@ -26,7 +26,9 @@ from atd.kernels.triton.trits import integers_of
 from atd.weights import TernaryType
 from atd.weights.layouts import TRITS_PER_BYTE, period
 
-UNITS_OF_STEP = 16  # for any N: 64 bytes of a row are 16 units of a word, 192 of N = 3 as many of three
+UNITS_OF_STEP = (
+    16  # for any N: 64 bytes of a row are 16 units of a word, 192 of N = 3 as many of three
+)
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,13 @@ def matmul(
     x_planes = jnp.pad(x, ((0, tokens - x.shape[0]), (0, units * params - x.shape[1])))
     x_planes = x_planes.reshape(tokens, units, params).transpose(2, 1, 0)  # [P, units, M]
     kernel = functools.partial(
-        _kernel, type=type, tiles=tiles, steps=steps, units=units, tokens=tokens, interpret=interpret
+        _kernel,
+        type=type,
+        tiles=tiles,
+        steps=steps,
+        units=units,
+        tokens=tokens,
+        interpret=interpret,
     )
     return pl.pallas_call(
         kernel,
@@ -118,7 +126,11 @@ def _kernel(
     count = stored if groups == 1 else 1
     zero = tuple(jnp.zeros((tiles.rows, tiles.tokens), jnp.float32) for _ in range(count))
     sums = lax.fori_loop(0, units // tiles.units, step, zero)
-    parts = sums if groups > 1 else [s * scales_at(scales_ref, type, rows, b)[:, None] for b, s in enumerate(sums)]
+    parts = (
+        sums
+        if groups > 1
+        else [s * scales_at(scales_ref, type, rows, b)[:, None] for b, s in enumerate(sums)]
+    )
     y = functools.reduce(operator.add, parts)
     plt.store(
         out_ref.at[token[:, None], rows[None, :]],
@@ -127,19 +139,33 @@ def _kernel(
     )
 
 
-def scaled(scales_ref, type: TernaryType, rows: jax.Array, parameters: jax.Array, exact: list[jax.Array]) -> jax.Array:
+def scaled(
+    scales_ref, type: TernaryType, rows: jax.Array, parameters: jax.Array, exact: list[jax.Array]
+) -> jax.Array:
     """Weights float32 [rows, parameters] of their integers, each by the scale of its group."""
-    group = lax.div(parameters, jnp.full(parameters.shape, type.group_size, jnp.int32))  # 0 where there is one
+    group = lax.div(
+        parameters, jnp.full(parameters.shape, type.group_size, jnp.int32)
+    )  # 0 where there is one
     return functools.reduce(
         operator.add,
-        [v.astype(jnp.float32) * scales_at(scales_ref, type, rows, b, group) for b, v in enumerate(exact)],
+        [
+            v.astype(jnp.float32) * scales_at(scales_ref, type, rows, b, group)
+            for b, v in enumerate(exact)
+        ],
     )
 
 
-def scales_at(scales_ref, type: TernaryType, rows: jax.Array, base: int, group: jax.Array | None = None) -> jax.Array:
+def scales_at(
+    scales_ref, type: TernaryType, rows: jax.Array, base: int, group: jax.Array | None = None
+) -> jax.Array:
     """float32 [rows] of the only group, or [rows, units] of the groups [units]; 0 beyond the matrix."""
     out, groups, stored = type.shape[0], *type.scales_shape[1:]
-    at, mask = (rows if type.scales_shape[0] > 1 else rows * 0) * (groups * stored) + base, rows < out
+    at, mask = (
+        (rows if type.scales_shape[0] > 1 else rows * 0) * (groups * stored) + base,
+        rows < out,
+    )
     if group is not None:
         at, mask = at[:, None] + group[None, :] * stored, mask[:, None] & (group < groups)[None, :]
-    return plt.load(scales_ref.at[at], mask=mask, other=jnp.zeros((), scales_ref.dtype)).astype(jnp.float32)
+    return plt.load(scales_ref.at[at], mask=mask, other=jnp.zeros((), scales_ref.dtype)).astype(
+        jnp.float32
+    )

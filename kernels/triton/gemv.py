@@ -72,7 +72,9 @@ class Columns:
     @property
     def kept(self) -> int:
         """Columns of a set in memory, a power of two; those that are missing are read again."""
-        return pl.next_power_of_2(min(SET, self.coefficients if self.apart else BYTES * self.coefficients))
+        return pl.next_power_of_2(
+            min(SET, self.coefficients if self.apart else BYTES * self.coefficients)
+        )
 
     def of(self, octet, column: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """(token, sum, slot, byte) of a column of an octet's sets. Byte: where they are not `apart`. Tokens may be too many."""
@@ -84,7 +86,9 @@ class Columns:
 
 def columns(plan: Plan, tokens: int, steps: int, group_size: int | None) -> Columns:
     """Of so many tokens; group_size None: one scale a row."""
-    return Columns(tokens, plan.sums, 1 if group_size is None else slots_of(plan, steps, group_size)[1])
+    return Columns(
+        tokens, plan.sums, 1 if group_size is None else slots_of(plan, steps, group_size)[1]
+    )
 
 
 @dataclass(frozen=True)
@@ -178,7 +182,9 @@ def _kernel(
     in_codes = (row_warp * steps + split) * tile + bits(index, 1, 128)
     in_x = split * (quads * sets * lanes * 4) + divided(index, 4 * lanes)[1]
 
-    ends_of = row_blocks // 2 if gated else row_blocks  # groups of rows that make results, gates; up behind them
+    ends_of = (
+        row_blocks // 2 if gated else row_blocks
+    )  # groups of rows that make results, gates; up behind them
     results = out // 2 if gated else out
     block = pl.program_id(0) * (ends_of * shape.row_warps)
     here = Place.of(shape.row_warps, splits)
@@ -214,17 +220,24 @@ def _kernel(
         row = first_row(r) + here.row
         inside = (row < out) & (token < columns.tokens)
         if group_size is not None:
-            slot += divided((step * splits + split) * (THREADS_A_ROW * plan.piece_params), group_size)[0]
+            slot += divided(
+                (step * splits + split) * (THREADS_A_ROW * plan.piece_params), group_size
+            )[0]
             inside &= slot < groups
         each_row = scales_ref.shape[0] > groups * plan.sums  # or one for all
         at = ((row * groups if each_row else 0) + slot) * plan.sums + sum_
-        return plt.load(scales_ref.at[at], mask=inside, other=jnp.zeros((), scales_ref.dtype)).astype(jnp.float32)
+        return plt.load(
+            scales_ref.at[at], mask=inside, other=jnp.zeros((), scales_ref.dtype)
+        ).astype(jnp.float32)
 
     def values(sums: Sequence[jax.Array]) -> list[jax.Array]:
         """float32 by octets of columns: of three sets of bytes, or of columns that are bytes."""
         wide = [s.astype(jnp.float32) for s in sums]
         if columns.apart:
-            return [wide[3 * o + 2] * 65536.0 + (wide[3 * o + 1] * 256.0 + wide[3 * o]) for o in range(columns.octets)]
+            return [
+                wide[3 * o + 2] * 65536.0 + (wide[3 * o + 1] * 256.0 + wide[3 * o])
+                for o in range(columns.octets)
+            ]
         byte = columns.of(0, here.column)[3]
         return [wide[0] * jnp.where(byte == 0, 1.0, jnp.where(byte == 1, 256.0, 65536.0))]
 
@@ -240,7 +253,9 @@ def _kernel(
                 count = len(codes[u]) // row_blocks
                 prefix_words = decode(plan, codes[u][r * count : (r + 1) * count], interpret)
                 before = sums[r] if group_size is None else [nothing] * sets
-                found = [multiply_add(prefix_words, x[s], before[s], interpret) for s in range(sets)]
+                found = [
+                    multiply_add(prefix_words, x[s], before[s], interpret) for s in range(sets)
+                ]
                 if group_size is not None:
                     scaled = [v * scale_of(r, o, step) for o, v in enumerate(values(found))]
                     found = list(map(operator.add, sums[r], scaled))
@@ -248,8 +263,14 @@ def _kernel(
         return tuple(sums)
 
     # What the end needs is on its way before the loop.
-    scales = [[scale_of(r, o) for o in range(columns.octets)] for r in range(row_blocks if group_size is None else 0)]
-    ends = [_ends(columns, shape, results, first_row(r), largest_ref, residual_ref) for r in range(ends_of)]
+    scales = [
+        [scale_of(r, o) for o in range(columns.octets)]
+        for r in range(row_blocks if group_size is None else 0)
+    ]
+    ends = [
+        _ends(columns, shape, results, first_row(r), largest_ref, residual_ref)
+        for r in range(ends_of)
+    ]
 
     dtype, count = (jnp.int32, sets) if group_size is None else (jnp.float32, columns.octets)
     zero = ((jnp.zeros(index.shape, dtype),) * count,) * row_blocks
@@ -299,7 +320,9 @@ class End:
     residual: list[jax.Array]
 
 
-def _ends(columns: Columns, shape: Shape, out: int, first_row, largest_ref, residual_ref) -> list[End]:
+def _ends(
+    columns: Columns, shape: Shape, out: int, first_row, largest_ref, residual_ref
+) -> list[End]:
     def end(result, token, row) -> End:
         at, mask = token * out + row, (row < out) & (token < columns.tokens)
         unit = (
@@ -307,12 +330,18 @@ def _ends(columns: Columns, shape: Shape, out: int, first_row, largest_ref, resi
             if token.ndim
             else largest_ref[token]
         )
-        added = [plt.load(ref.at[at], mask=mask, other=0.0).astype(jnp.float32) for ref in residual_ref]
+        added = [
+            plt.load(ref.at[at], mask=mask, other=0.0).astype(jnp.float32) for ref in residual_ref
+        ]
         return End(result, at, mask, unit, added)
 
     def of_rows(parts: jax.Array) -> jax.Array:
         """Adds what the warps that share rows have found: [warps x ...] -> [row warps, ...]."""
-        return parts.reshape(shape.row_warps, shape.splits, -1).sum(axis=1) if shape.splits > 1 else parts
+        return (
+            parts.reshape(shape.row_warps, shape.splits, -1).sum(axis=1)
+            if shape.splits > 1
+            else parts
+        )
 
     if columns.apart and columns.coefficients == columns.tokens:  # a column is a token: as they lie
         place = Place.of(shape.row_warps, 1)
@@ -321,14 +350,19 @@ def _ends(columns: Columns, shape: Shape, out: int, first_row, largest_ref, resi
             return of_rows(octets[o]).reshape(-1)
 
         tokens = [columns.of(o, place.column)[0] for o in range(columns.octets)]
-        return [end(functools.partial(of_octet, o), token, first_row + place.row) for o, token in enumerate(tokens)]
+        return [
+            end(functools.partial(of_octet, o), token, first_row + place.row)
+            for o, token in enumerate(tokens)
+        ]
 
     column = Place.of(shape.row_warps, shape.splits).column
 
     def of_token(t: int, octets: Sequence[jax.Array]) -> jax.Array:
         """The sum over its columns: first within a warp, where that takes no memory. [row warps, g, row half]"""
         mine = [jnp.where(columns.of(o, column)[0] == t, v, 0.0) for o, v in enumerate(octets)]
-        of_warps = functools.reduce(operator.add, mine).reshape(-1, 8, 4, 2, 2).sum(axis=4).sum(axis=2)
+        of_warps = (
+            functools.reduce(operator.add, mine).reshape(-1, 8, 4, 2, 2).sum(axis=4).sum(axis=2)
+        )
         return of_rows(of_warps).reshape(rows)
 
     rows = (shape.row_warps, 8, 2)

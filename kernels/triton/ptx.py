@@ -65,7 +65,9 @@ def decode(plan: Plan, words: Sequence[jax.Array], interpret: bool) -> Sequence[
     def pair(w: int) -> jax.Array:
         """An assembly each, since jax takes one result of one alone; what two have in common is computed once."""
         text, constraints = decode_assembly(plan, w)
-        result = [jax.ShapeDtypeStruct(words[0].shape, jnp.int32)]  # Triton's assembly has no unsigned results
+        result = [
+            jax.ShapeDtypeStruct(words[0].shape, jnp.int32)
+        ]  # Triton's assembly has no unsigned results
         operands = [words[k] for k in _read_by(plan, w)]
         return plt.elementwise_inline_asm(
             text, args=operands, constraints=constraints, pack=4, result_shape_dtypes=result
@@ -85,9 +87,14 @@ def decode_assembly(plan: Plan, w: int) -> tuple[str, str]:
     """(PTX, constraints) of prefix words w and w + 1. Operands: the result, words of codes."""
     read = _read_by(plan, w)
     lines = ["{", ".reg .b32 p, q;"]
-    for result, (word, row_half) in enumerate((word, row_half) for word in (w, w + 1) for row_half in (0, 1)):
+    for result, (word, row_half) in enumerate(
+        (word, row_half) for word in (w, w + 1) for row_half in (0, 1)
+    ):
         for name, half in zip("pq", plan.halves[2 * word : 2 * word + 2], strict=True):
-            low, high = (f"${4 + 4 * read.index(2 * (byte // 16) + row_half) + byte // 4 % 4}" for byte in half.bytes)
+            low, high = (
+                f"${4 + 4 * read.index(2 * (byte // 16) + row_half) + byte // 4 % 4}"
+                for byte in half.bytes
+            )
             first, second = (byte % 4 for byte in half.bytes)
             if low != high:  # first both into one register
                 lines.append(f"prmt.b32 {name}, {low}, {high}, 0x00{4 + second}{first};")
@@ -103,7 +110,9 @@ def decode_assembly(plan: Plan, w: int) -> tuple[str, str]:
 def decode_twin(plan: Plan, words: Sequence[jax.Array]) -> list[jax.Array]:
     """What `decode_assembly` computes for all pairs, in jnp, for interpret mode."""
     codes = jnp.stack(words).reshape(-1, 2, words[0].size // 4, 4)  # [quads, row half, threads, e]
-    codes = codes.transpose(1, 0, 3, 2).reshape(2, plan.piece_words, -1)  # [row half, words, threads]
+    codes = codes.transpose(1, 0, 3, 2).reshape(
+        2, plan.piece_words, -1
+    )  # [row half, words, threads]
 
     def prefixes_of(half: Half) -> jax.Array:
         low, high = ((codes[:, byte // 4] >> (8 * (byte % 4))) & 255 for byte in half.bytes)
@@ -147,7 +156,9 @@ def multiply_add(
     return sums
 
 
-def multiply_twin(prefix_words: Sequence[jax.Array], x: Sequence[jax.Array], sums: jax.Array) -> jax.Array:
+def multiply_twin(
+    prefix_words: Sequence[jax.Array], x: Sequence[jax.Array], sums: jax.Array
+) -> jax.Array:
     """What MULTIPLY computes, for all words together, in jnp, for interpret mode."""
 
     def signed(words: jax.Array) -> jax.Array:  # [...] -> [..., 4 bytes]
@@ -157,7 +168,11 @@ def multiply_twin(prefix_words: Sequence[jax.Array], x: Sequence[jax.Array], sum
     pairs = jnp.stack(prefix_words).reshape(
         len(x), 2, -1, 8, 4, 2, 2
     )  # [quad, pair, warps, g, t, word of the pair, row half]
-    b = signed(jnp.stack(x).reshape(len(x), -1, 8, 4, 2, 2))  # [quad, warps, column, t, pair, word of the pair, byte]
+    b = signed(
+        jnp.stack(x).reshape(len(x), -1, 8, 4, 2, 2)
+    )  # [quad, warps, column, t, pair, word of the pair, byte]
     c = jnp.einsum("qpwgtkhb,qwctpkb->wghc", signed(pairs), b)
-    c = c.reshape(-1, 8, 2, 4, 2).transpose(0, 1, 3, 2, 4)  # column = 2 t + parity -> [warps, g, t, row half, parity]
+    c = c.reshape(-1, 8, 2, 4, 2).transpose(
+        0, 1, 3, 2, 4
+    )  # column = 2 t + parity -> [warps, g, t, row half, parity]
     return sums + c.reshape(-1)

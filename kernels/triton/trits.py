@@ -40,8 +40,13 @@ def integers_of(
         first = parameter * type.bases
         numbers = [first] if type.tied else range(first, first + type.bases)
         if interpret:
-            return [_twin(digits, _trits(number, together, type.bases)).astype(dtype) for number in numbers]
-        return [_number(words, number, together, type.bases, jnp.dtype(dtype)) for number in numbers]
+            return [
+                _twin(digits, _trits(number, together, type.bases)).astype(dtype)
+                for number in numbers
+            ]
+        return [
+            _number(words, number, together, type.bases, jnp.dtype(dtype)) for number in numbers
+        ]
 
     return integers
 
@@ -49,7 +54,10 @@ def integers_of(
 def _trits(first: int, count: int, bases: int) -> list[tuple[int, int]]:
     """(byte, digit from 0 on) of trits of a unit: those of a cell's parameters lie side by side in its bytes."""
     cell, within = divmod(first, TRITS_PER_BYTE * bases)
-    return [(cell * bases + i // TRITS_PER_BYTE, i % TRITS_PER_BYTE) for i in range(within, within + count)]
+    return [
+        (cell * bases + i // TRITS_PER_BYTE, i % TRITS_PER_BYTE)
+        for i in range(within, within + count)
+    ]
 
 
 def _digit(words: Sequence[jax.Array], byte: int, digit: int) -> jax.Array:
@@ -65,15 +73,21 @@ def _twin(digits: Callable[[int, int], jax.Array], number: Sequence[tuple[int, i
     return functools.reduce(operator.add, terms)
 
 
-def _number(words: Sequence[jax.Array], first: int, count: int, bases: int, dtype: jnp.dtype) -> jax.Array:
+def _number(
+    words: Sequence[jax.Array], first: int, count: int, bases: int, dtype: jnp.dtype
+) -> jax.Array:
     text, constraints, read = assembly(first, count, bases, dtype)
     result = [jax.ShapeDtypeStruct(words[0].shape, dtype)]
     args = [words[word] for word in read]
-    return plt.elementwise_inline_asm(text, args=args, constraints=constraints, pack=2, result_shape_dtypes=result)[0]
+    return plt.elementwise_inline_asm(
+        text, args=args, constraints=constraints, pack=2, result_shape_dtypes=result
+    )[0]
 
 
 @functools.cache
-def assembly(first: int, count: int, bases: int, dtype: jnp.dtype) -> tuple[str, str, tuple[int, ...]]:
+def assembly(
+    first: int, count: int, bases: int, dtype: jnp.dtype
+) -> tuple[str, str, tuple[int, ...]]:
     """(PTX, constraints, words read) of the integer of `count` trits of two units. Operands: the result, both units' words of
     each that is read.
 
@@ -87,7 +101,11 @@ def assembly(first: int, count: int, bases: int, dtype: jnp.dtype) -> tuple[str,
         digits = [digit for b, digit in number if b == byte]
         word, j = 1 + 2 * read.index(byte // 4), byte % 4
         lines += [f"prmt.b32 h, ${word}, ${word + 1}, 0x0{4 + j}0{j};", "and.b32 h, h, 0x00FF00FF;"]
-        starts = [d for d in range(digits[0] + 1) if d == 0 or (byte % bases * TRITS_PER_BYTE + d) % count == 0]
+        starts = [
+            d
+            for d in range(digits[0] + 1)
+            if d == 0 or (byte % bases * TRITS_PER_BYTE + d) % count == 0
+        ]
         for start, end in itertools.pairwise(starts):
             lines += [f"mul.lo.u32 h, h, {3 ** (end - start)};", "and.b32 h, h, 0x00FF00FF;"]
         lines.append(f"mul.lo.u32 h, h, {3 ** len(digits)};")

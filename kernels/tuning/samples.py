@@ -8,7 +8,16 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from atd.weights import DTYPES, Dense, DenseType, Packed, PackedType, TernaryType, Weight, level_weights
+from atd.weights import (
+    DTYPES,
+    Dense,
+    DenseType,
+    Packed,
+    PackedType,
+    TernaryType,
+    Weight,
+    level_weights,
+)
 from atd.weights.layouts import DENSE_CODES
 
 BLOCK = 1024
@@ -34,12 +43,18 @@ def _normal(key: jax.Array, type: DenseType) -> jax.Array:
 def _codes_and_scales(key: jax.Array, type: PackedType) -> tuple[jax.Array, jax.Array]:
     of_codes, of_scales = jax.random.split(key)
     rows, *of_row = type.codes_shape
-    values = jax.random.randint(of_codes, (min(BLOCK, rows), *of_row, 4), 0, 243, jnp.uint8)  # five trits each
+    values = jax.random.randint(
+        of_codes, (min(BLOCK, rows), *of_row, 4), 0, 243, jnp.uint8
+    )  # five trits each
     codes = jax.lax.bitcast_convert_type(jnp.asarray(DENSE_CODES)[values], jnp.uint32)
     ternary = type.ternary
     levels = level_weights(ternary.bases) if ternary.tied else [1.0] * ternary.bases
-    size = 1 / math.sqrt(2 / 3 * sum(level**2 for level in levels) * ternary.shape[1])  # a trit's variance is 2/3
-    scales = jax.random.uniform(of_scales, ternary.scales_shape, jnp.float32, 0.5 * size, 1.5 * size)
+    size = 1 / math.sqrt(
+        2 / 3 * sum(level**2 for level in levels) * ternary.shape[1]
+    )  # a trit's variance is 2/3
+    scales = jax.random.uniform(
+        of_scales, ternary.scales_shape, jnp.float32, 0.5 * size, 1.5 * size
+    )
     return _repeat(codes, rows), scales.astype(DTYPES[ternary.dtype])
 
 

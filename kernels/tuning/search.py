@@ -61,12 +61,17 @@ class Problem:
     tokens: int
 
 
-Clock = Callable[[Problem, Sequence[Settings]], list[float]]  # seconds, infinity for what does not run
+Clock = Callable[
+    [Problem, Sequence[Settings]], list[float]
+]  # seconds, infinity for what does not run
 
 
 def matrices() -> list[TernaryType]:
     """What is tuned: Llama-3-8B's fused shapes and small ones, tied row scales before free ones and groups."""
-    large, small = [(28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096)], [(3072, 576), (576, 1536)]
+    large, small = (
+        [(28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096)],
+        [(3072, 576), (576, 1536)],
+    )
 
     def of(shapes, bases: int, tied: bool = True, group: int | str = "row") -> list[TernaryType]:
         return [TernaryType(shape, bases, group, tied, "f16") for shape in shapes]
@@ -93,7 +98,9 @@ def tune(
         say(
             f"{len(matrices()) - len(kinds)} of {len(matrices())} are in {tuning.file_of(device)}; delete it to begin anew"
         )
-    entries, left_out = search(kinds, DeviceClock(), minutes=minutes, say=say, all_tokens=all_tokens)
+    entries, left_out = search(
+        kinds, DeviceClock(), minutes=minutes, say=say, all_tokens=all_tokens
+    )
     return tuning.write(device, jax.__version__, entries), left_out
 
 
@@ -122,7 +129,9 @@ def search(
         found = of_matrix(type, counted, all_tokens)
         entries += found
         passed = max(time.monotonic() - started, 1e-9)
-        say(f"{i + 1}/{len(kinds)} {name}: {summary(found)}  [{trials} trials, {trials / passed:.1f}/s]")
+        say(
+            f"{i + 1}/{len(kinds)} {name}: {summary(found)}  [{trials} trials, {trials / passed:.1f}/s]"
+        )
     return entries, left_out
 
 
@@ -156,12 +165,20 @@ def of_matrix(type: TernaryType, clock: Clock, all_tokens: Sequence[int]) -> lis
     return [
         tuning.kind_of(type, tokens)
         | {"settings": replace(best[tokens], gemv_tokens=gemv_tokens, gemm_tokens=gemm_tokens)}
-        | {"microseconds": {way: round(1e6 * value, 2) for way, value in seconds[tokens].items() if value < np.inf}}
+        | {
+            "microseconds": {
+                way: round(1e6 * value, 2)
+                for way, value in seconds[tokens].items()
+                if value < np.inf
+            }
+        }
         for tokens in all_tokens
     ]
 
 
-def fastest(clock: Clock, problem: Problem, candidates: Sequence[Settings]) -> tuple[Settings, float]:
+def fastest(
+    clock: Clock, problem: Problem, candidates: Sequence[Settings]
+) -> tuple[Settings, float]:
     """The first of the fastest."""
     times = clock(problem, candidates)
     at = min(range(len(times)), key=times.__getitem__)
@@ -175,9 +192,17 @@ def best_tiles(
     known: dict[Settings, float] = {}
     best = replace(start, gemv_tokens=NEVER, gemm_tokens=ALWAYS)
     for dimension in dimensions:
-        fit = [v for v in TILES[dimension] if dimension != "tokens" or v == 16 or v <= 2 * problem.tokens]
+        fit = [
+            v
+            for v in TILES[dimension]
+            if dimension != "tokens" or v == 16 or v <= 2 * problem.tokens
+        ]
         tried = [best.tiles, *(replace(best.tiles, **{dimension: value}) for value in fit)]
-        room = [t for t in tried if tuning.shared_bytes(t, problem.type.bases) <= tuning.MOST_SHARED_BYTES]
+        room = [
+            t
+            for t in tried
+            if tuning.shared_bytes(t, problem.type.bases) <= tuning.MOST_SHARED_BYTES
+        ]
         candidates = [replace(best, tiles=tiles) for tiles in room]
         new = [each for each in dict.fromkeys(candidates) if each not in known]
         known |= dict(zip(new, clock(problem, new), strict=True))
@@ -212,7 +237,9 @@ def summary(entries: Sequence[dict[str, Any]]) -> str:
 def _is_kept(type: TernaryType, kept: Sequence[dict[str, Any]], all_tokens: Sequence[int]) -> bool:
     """Whether there are entries for all these numbers of tokens."""
     kinds = [tuning.kind_of(type, tokens) for tokens in all_tokens]
-    return all(any(kind == {name: entry[name] for name in kind} for entry in kept) for kind in kinds)
+    return all(
+        any(kind == {name: entry[name] for name in kind} for entry in kept) for kind in kinds
+    )
 
 
 class DeviceClock:
@@ -226,11 +253,18 @@ class DeviceClock:
         if self._type != problem.type or self._stack is None:
             self._stack = None  # frees the memory before more is taken
             self._type, self._stack = problem.type, timing.stack(problem.type, self._effort)
-        random = np.random.default_rng(0).standard_normal((problem.tokens, problem.type.shape[1]), np.float32)
+        random = np.random.default_rng(0).standard_normal(
+            (problem.tokens, problem.type.shape[1]), np.float32
+        )
         x, held = jnp.asarray(random), self._stack
-        chains = [timing.chain(self._with(settings), x, held, self._effort) for settings in candidates]
+        chains = [
+            timing.chain(self._with(settings), x, held, self._effort) for settings in candidates
+        ]
         compiled = timing.compile_all([chain.lower for chain in chains])
-        return [self._seconds(program, chain.trips, x) for program, chain in zip(compiled, chains, strict=True)]
+        return [
+            self._seconds(program, chain.trips, x)
+            for program, chain in zip(compiled, chains, strict=True)
+        ]
 
     def _with(self, settings: Settings) -> timing.Multiply:
         return lambda x, weight: triton.multiply(x, weight, settings, self._interpret)

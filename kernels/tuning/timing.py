@@ -48,7 +48,9 @@ class Effort:
     most_copies: int = MOST_COPIES
 
 
-TINY = Effort(call_seconds=0, repeats=2, cold_bytes=1 << 16, most_copies=1)  # whether it runs, on any machine
+TINY = Effort(
+    call_seconds=0, repeats=2, cold_bytes=1 << 16, most_copies=1
+)  # whether it runs, on any machine
 
 
 @dataclass(frozen=True)
@@ -80,9 +82,16 @@ def chain(multiply: Multiply, x: jax.Array, matrices: Stack, effort: Effort) -> 
     """Of x [M, in] through the matrices, neither traced nor compiled yet."""
     weight = matrices.weights[0].type
     copies, tokens = len(matrices.weights), x.shape[0]
-    each = max(weight.nbytes / GUESSED_BYTES, 2 * tokens * math.prod(weight.shape) / GUESSED_FLOPS, GUESSED_LAUNCH)
+    each = max(
+        weight.nbytes / GUESSED_BYTES,
+        2 * tokens * math.prod(weight.shape) / GUESSED_FLOPS,
+        GUESSED_LAUNCH,
+    )
     trips = min(1000, max(1, round(effort.call_seconds / (copies * each))))
-    return Chain(partial(jax.jit(_rounds(multiply, trips)).lower, x, matrices.weights, matrices.between), trips)
+    return Chain(
+        partial(jax.jit(_rounds(multiply, trips)).lower, x, matrices.weights, matrices.between),
+        trips,
+    )
 
 
 def compile_all(lowerings: Sequence[Callable[[], Any]]) -> list[Any]:
@@ -91,7 +100,9 @@ def compile_all(lowerings: Sequence[Callable[[], Any]]) -> list[Any]:
     def attempt(lower: Callable[[], Any]):
         try:
             return lower().compile()
-        except Exception as error:  # one that does not compile must not end a run on a machine lent for minutes
+        except (
+            Exception
+        ) as error:  # one that does not compile must not end a run on a machine lent for minutes
             return error
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -139,8 +150,12 @@ def _rounds(multiply: Multiply, trips: int):
 
         def after(x: jax.Array, y: jax.Array) -> jax.Array:
             if x.shape[0] <= 16:
-                return x + (y[:1, :1] * 1e-30).astype(x.dtype)  # in the loop over x or y that is there anyway
-            return x.at[0, 0].add((y[0, 0] * 1e-30).astype(x.dtype))  # many activations are not read once more
+                return x + (y[:1, :1] * 1e-30).astype(
+                    x.dtype
+                )  # in the loop over x or y that is there anyway
+            return x.at[0, 0].add(
+                (y[0, 0] * 1e-30).astype(x.dtype)
+            )  # many activations are not read once more
 
         def once(_, carry):
             x, results = carry[0], []
@@ -156,7 +171,9 @@ def _rounds(multiply: Multiply, trips: int):
             return x, tuple(results)
 
         shapes = [jax.eval_shape(multiply, x, weight) for weight in weights]
-        return lax.fori_loop(0, trips, once, (x, tuple(jnp.zeros(s.shape, s.dtype) for s in shapes)))
+        return lax.fori_loop(
+            0, trips, once, (x, tuple(jnp.zeros(s.shape, s.dtype) for s in shapes))
+        )
 
     return run
 
@@ -179,6 +196,9 @@ def _buffer(size: int) -> jax.Array:
 @cache
 def _seconds_between(size: int, effort: Effort) -> float:
     """Of reading the buffer once."""
-    x, trips = jnp.ones((1, 8), jnp.bfloat16), max(1, round(effort.call_seconds / (4 * size / GUESSED_BYTES)))
+    x, trips = (
+        jnp.ones((1, 8), jnp.bfloat16),
+        max(1, round(effort.call_seconds / (4 * size / GUESSED_BYTES))),
+    )
     compiled = jax.jit(_rounds(lambda x, weight: x, trips)).lower(x, (), _buffer(size)).compile()
     return median(_calls(lambda: compiled(x, (), _buffer(size)), effort.repeats)) / trips

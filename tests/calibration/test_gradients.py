@@ -18,14 +18,23 @@ from atd.weights.layouts import LAYOUTS
 from tests.models.tiny import tiny_graph
 
 ROWS, INPUTS = 6, 80  # with groups of 32 the last one is smaller
-KINDS = [(True, "row", 2), (True, 32, 1), (True, 32, 3), (False, "row", 1), (False, 32, 2), (False, "row", 3)]
+KINDS = [
+    (True, "row", 2),
+    (True, 32, 1),
+    (True, 32, 3),
+    (False, "row", 1),
+    (False, 32, 2),
+    (False, "row", 3),
+]
 
 
 def ternary(type: TernaryType, seed: int = 0) -> Ternary:
     """Any trits, and scales as decompose makes them: those of a group descend."""
     rng = np.random.default_rng(seed)
     trits = rng.integers(-1, 2, (*type.shape, type.bases)).astype(np.int8)
-    rows, groups = (1, 1) if type.group == "tensor" else (type.shape[0], -(-type.shape[1] // type.group_size))
+    rows, groups = (
+        (1, 1) if type.group == "tensor" else (type.shape[0], -(-type.shape[1] // type.group_size))
+    )
     base = 0.02 * 3.0 ** np.arange(0 if type.tied else type.bases - 1, -1, -1)
     scales = base * rng.uniform(0.8, 1.25, (rows, groups, len(base)))
     return Ternary(trits, scales.astype(DTYPES[type.dtype]), type)
@@ -43,7 +52,9 @@ def random(*shape, scale: float = 1.0, seed: int = 1) -> np.ndarray:
 # --- one matrix ---
 
 weigh = jax.jit(dequantize)
-slopes = jax.jit(lambda grid, moves, given: jax.grad(lambda m: jnp.sum(dequantize(grid, m) * given))(moves))
+slopes = jax.jit(
+    lambda grid, moves, given: jax.grad(lambda m: jnp.sum(dequantize(grid, m) * given))(moves)
+)
 
 
 @pytest.mark.parametrize(("tied", "group", "bases"), [*KINDS, (False, "tensor", 2)])
@@ -52,7 +63,10 @@ def test_a_matrix(tied, group, bases):
     weight = ternary(TernaryType((ROWS, INPUTS), bases, group, tied, "f16"))
     grid, wanted = grid_of(weight), np.asarray(weight.dequantize(), np.float32)
     again = grid_of(packed(weight))
-    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(grid), jax.tree.leaves(again), strict=True))
+    assert all(
+        np.array_equal(a, b)
+        for a, b in zip(jax.tree.leaves(grid), jax.tree.leaves(again), strict=True)
+    )
     scales, theta = np.asarray(grid.scales), random(*grid.scales.shape, scale=0.05)
     start = {"scales": np.zeros_like(theta), "codes": np.zeros((ROWS, INPUTS), np.float32)}
     for moves in ({}, start):
@@ -64,11 +78,14 @@ def test_a_matrix(tied, group, bases):
         step = np.zeros_like(theta)
         step[index] = 0.03
         ends = [
-            (np.asarray(weigh(grid, {"scales": at}), np.float64) * given).sum() for at in (theta + step, theta - step)
+            (np.asarray(weigh(grid, {"scales": at}), np.float64) * given).sum()
+            for at in (theta + step, theta - step)
         ]
         assert found[index] == pytest.approx((ends[0] - ends[1]) / 0.06, rel=1e-3, abs=1e-4)
     with_codes = slopes(grid, start, given)["scales"]
-    np.testing.assert_allclose(with_codes, slopes(grid, {"scales": start["scales"]}, given)["scales"], atol=1e-5)
+    np.testing.assert_allclose(
+        with_codes, slopes(grid, {"scales": start["scales"]}, given)["scales"], atol=1e-5
+    )
 
     unit = np.broadcast_to(np.repeat(scales[..., -1], grid.size, axis=1)[:, :INPUTS], wanted.shape)
     every = levels(scales, grid, tied, bases)  # [rows, in, levels]
@@ -80,7 +97,9 @@ def test_a_matrix(tied, group, bases):
     gradient = np.asarray(slopes(grid, start | {"codes": delta}, given)["codes"])
     np.testing.assert_allclose(gradient[clear], (given * unit * inside)[clear], rtol=1e-5)
     made = np.asarray(weigh(grid, start | {"codes": delta}))
-    np.testing.assert_allclose(np.abs(made - latent), np.abs(every - latent[..., None]).min(-1), atol=1e-6)
+    np.testing.assert_allclose(
+        np.abs(made - latent), np.abs(every - latent[..., None]).min(-1), atol=1e-6
+    )
 
 
 def levels(scales: np.ndarray, grid: gradients.Grid, tied: bool, bases: int) -> np.ndarray:
@@ -100,7 +119,9 @@ def test_scales_that_cross_keep_their_trits():
     moves = {"scales": theta, "codes": np.zeros((ROWS, INPUTS), np.float32)}
     latent, every = np.asarray(weigh(grid, {})), levels(scales, grid, False, 2)
     made = np.asarray(weigh(grid, moves))
-    np.testing.assert_allclose(np.abs(made - latent), np.abs(every - latent[..., None]).min(-1), atol=1e-5)
+    np.testing.assert_allclose(
+        np.abs(made - latent), np.abs(every - latent[..., None]).min(-1), atol=1e-5
+    )
 
 
 # --- units ---
@@ -117,7 +138,9 @@ def rough(graph: Graph, form: TernaryType, nodes: str = ".*", after: tuple = ())
             return node
         if not re.fullmatch(nodes, unit.full_name(node)):
             return node
-        group = form.group if isinstance(form.group, int) and form.group < ref.type.shape[1] else "row"
+        group = (
+            form.group if isinstance(form.group, int) and form.group < ref.type.shape[1] else "row"
+        )
         weight = ternary(replace(form, shape=ref.type.shape, group=group), seed=len(node.name))
         return replace(node, weights=node.weights | {"weight": in_memory(ref.tensor, weight)})
 
@@ -144,7 +167,10 @@ def moved(unit: gradients.Unit, scale: float, seed: int = 0) -> gradients.Parame
     rng = np.random.default_rng(seed)
     size = {"scales": scale, "gain": scale, "codes": 20 * scale}
     return {
-        name: {kind: jnp.asarray(rng.standard_normal(a.shape) * size[kind], jnp.float32) for kind, a in moves.items()}
+        name: {
+            kind: jnp.asarray(rng.standard_normal(a.shape) * size[kind], jnp.float32)
+            for kind, a in moves.items()
+        }
         for name, moves in unit.parameters.items()
     }
 
@@ -161,10 +187,14 @@ def test_forward_is_the_loaded_model_before_and_after_tuning(make):
     graph = make()
     units = [tunable(unit, codes=True) for unit in graph.units[:-1]]
     start = np.asarray(load(graph).hidden(TOKENS))
-    np.testing.assert_allclose(run(units, [unit.parameters for unit in units]), start, atol=2e-5, rtol=1e-4)
+    np.testing.assert_allclose(
+        run(units, [unit.parameters for unit in units]), start, atol=2e-5, rtol=1e-4
+    )
     parameters = [moved(unit, 0.03) for unit in units]
     made = replace(graph, prologue=settled(units[0], parameters[0]))
-    made = replace(made, blocks=tuple(settled(u, p) for u, p in zip(units[1:], parameters[1:], strict=True)))
+    made = replace(
+        made, blocks=tuple(settled(u, p) for u, p in zip(units[1:], parameters[1:], strict=True))
+    )
     hidden = np.asarray(load(made).hidden(TOKENS))
     assert np.abs(hidden - start).max() > 0.01
     tolerance = 0.05 if make is free_fused else 1e-4  # rounded scales, and codes that these move
@@ -213,11 +243,16 @@ def test_backward_is_the_gradient_of_forward():
     at, along = moved(unit, 0.01), moved(unit, 1.0, seed=1)
     for kinds in at.values():
         if "codes" in kinds:
-            kinds["codes"] = jnp.zeros_like(kinds["codes"])  # in the middle of their levels, so that none jumps
+            kinds["codes"] = jnp.zeros_like(
+                kinds["codes"]
+            )  # in the middle of their levels, so that none jumps
 
     def f(step: float) -> float:
         moves = {
-            name: {kind: a if kind == "codes" else a + step * along[name][kind] for kind, a in kinds.items()}
+            name: {
+                kind: a if kind == "codes" else a + step * along[name][kind]
+                for kind, a in kinds.items()
+            }
             for name, kinds in at.items()
         }
         return float((np.asarray(forward(unit, moves, x + step * direction), np.float64) * g).sum())
@@ -225,7 +260,9 @@ def test_backward_is_the_gradient_of_forward():
     moves, at_input = gradients.backward(unit, at, x, g)
     slope = float((np.asarray(at_input) * direction).sum())
     for name, kinds in moves.items():
-        slope += sum(float((np.asarray(a) * along[name][k]).sum()) for k, a in kinds.items() if k != "codes")
+        slope += sum(
+            float((np.asarray(a) * along[name][k]).sum()) for k, a in kinds.items() if k != "codes"
+        )
         assert all(np.abs(a).max() > 0 for a in kinds.values()), name
     assert slope == pytest.approx((f(3e-3) - f(-3e-3)) / 6e-3, rel=0.01)
     prologue = tunable(free_fused().prologue)
@@ -243,22 +280,32 @@ def test_units_of_one_structure_share_their_programs():
 
 def test_divergence_is_the_kl_of_the_heads():
     dense = tiny_graph()
-    teacher, head = (tunable(graph.epilogue, scales=False, gains=False) for graph in (dense, free_fused()))
+    teacher, head = (
+        tunable(graph.epilogue, scales=False, gains=False) for graph in (dense, free_fused())
+    )
     hidden, target = random(5, 32), random(5, 32, seed=2)
-    assert float(divergence(teacher, {}, target, teacher, target, None, None)) == pytest.approx(0, abs=1e-6)
+    assert float(divergence(teacher, {}, target, teacher, target, None, None)) == pytest.approx(
+        0, abs=1e-6
+    )
 
     def logs(unit, x):
         return np.asarray(jax.nn.log_softmax(forward(unit, {}, x[None])[0]), np.float64)
 
     p, q = logs(teacher, target), logs(head, hidden)
     wanted = (np.exp(p) * (p - q)).sum(-1).mean()
-    assert float(divergence(head, {}, hidden, teacher, target, None, None)) == pytest.approx(wanted, rel=1e-4)
+    assert float(divergence(head, {}, hidden, teacher, target, None, None)) == pytest.approx(
+        wanted, rel=1e-4
+    )
 
 
 def test_a_tied_head_reads_the_embedding_as_it_moves():
     dense = tiny_graph(tied=True)
     graph = rough(dense, TernaryType((1, 1), 2, 32, False, "f16"), after=("pack",))
-    prologue, head, teacher = tunable(graph.prologue), tunable(graph.epilogue), tunable(dense.epilogue)
+    prologue, head, teacher = (
+        tunable(graph.prologue),
+        tunable(graph.epilogue),
+        tunable(dense.epilogue),
+    )
     parameters = moved(prologue, 0.05)
     given = dense.prologue.node("embed_tokens").weights["weight"].load().dequantize()
     hidden, target = random(5, 32), random(5, 32, seed=2)
@@ -268,6 +315,10 @@ def test_a_tied_head_reads_the_embedding_as_it_moves():
         return divergence(head, head.parameters, hidden, teacher, target, table, jnp.asarray(given))
 
     table = gradients.table(prologue, parameters)
-    slope = jax.grad(lambda t: divergence(head, head.parameters, hidden, teacher, target, t, jnp.asarray(given)))(table)
+    slope = jax.grad(
+        lambda t: divergence(head, head.parameters, hidden, teacher, target, t, jnp.asarray(given))
+    )(table)
     found = gradients.table_backward(prologue, parameters, slope)["embed_tokens"]["scales"]
-    np.testing.assert_allclose(found, jax.grad(loss)(parameters)["embed_tokens"]["scales"], rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(
+        found, jax.grad(loss)(parameters)["embed_tokens"]["scales"], rtol=1e-3, atol=1e-6
+    )

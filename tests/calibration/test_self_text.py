@@ -5,9 +5,17 @@ import numpy as np
 import pytest
 
 from atd.calibration import self_text as module
-from atd.calibration.self_text import _draws, _pick, _starts, cached_self_text, self_text, special_ids
+from atd.calibration.self_text import (
+    _draws,
+    _pick,
+    _starts,
+    cached_self_text,
+    self_text,
+    special_ids,
+)
 from atd.checkpoint.cache import default_cache
-from atd.checkpoint.tokenizer import Tokenizer, open_tokenizer
+from atd.checkpoint.reader import open_tokenizer
+from atd.checkpoint.tokenizer import Tokenizer
 from atd.errors import BadInput, RunFailed
 from atd.ir import in_memory
 from atd.models.model import load
@@ -34,7 +42,9 @@ def test_what_is_drawn_follows_the_softmax(vocabulary):
     row = rng.standard_normal(vocabulary) * 2
     row[::3] = -np.inf  # probability 0, the first and maybe the last among them
     columns = jnp.asarray(rng.random((2, draws), np.float32))
-    tokens = np.asarray(_pick(jnp.broadcast_to(jnp.asarray(row, jnp.float32), (draws, vocabulary)), columns, 1))
+    tokens = np.asarray(
+        _pick(jnp.broadcast_to(jnp.asarray(row, jnp.float32), (draws, vocabulary)), columns, 1)
+    )
     expected = np.exp(row) / np.exp(row).sum()
     frequencies = np.bincount(tokens, minlength=vocabulary) / draws
     assert not frequencies[expected == 0].any()
@@ -67,7 +77,9 @@ def test_windows_are_drawn_from_the_model(model):
 def test_the_batch_and_the_growing_cache_change_nothing(model, monkeypatch):
     windows = self_text(model, None, tokens=7 * 20, context=20, seed=1)
     monkeypatch.setattr(module, "CACHE_STEP", 11)
-    np.testing.assert_array_equal(self_text(model, None, tokens=7 * 20, context=20, seed=1, batch=3), windows)
+    np.testing.assert_array_equal(
+        self_text(model, None, tokens=7 * 20, context=20, seed=1, batch=3), windows
+    )
     assert windows.shape == (7, 20)
     assert windows.dtype == np.int32
 
@@ -80,7 +92,14 @@ def test_same_seed_same_windows(model):
 
 def test_progress_reaches_all_tokens(model):
     seen = []
-    self_text(model, None, tokens=5 * 20, context=20, batch=2, progress=lambda done, total: seen.append((done, total)))
+    self_text(
+        model,
+        None,
+        tokens=5 * 20,
+        context=20,
+        batch=2,
+        progress=lambda done, total: seen.append((done, total)),
+    )
     assert seen == sorted(seen)
     assert seen[-1] == (100, 100)
 
@@ -117,12 +136,16 @@ def test_the_cache_is_written_once_and_read(stories260k, tmp_path, monkeypatch):
         return np.full((tokens // context, context), seed, np.int32)
 
     def get(words: Tokenizer | None = words, tokens=64, context=16, seed=1):
-        return cached_self_text(stories260k, words, tokens=tokens, context=context, seed=seed, cache=folder)
+        return cached_self_text(
+            stories260k, words, tokens=tokens, context=context, seed=seed, cache=folder
+        )
 
     monkeypatch.setattr(module, "load", lambda graph, backend: None)
     monkeypatch.setattr(module, "self_text", fake)
     np.testing.assert_array_equal(get(), np.full((4, 16), 1))
-    np.testing.assert_array_equal(get(tokens=79), np.full((4, 16), 1))  # no fifth window: the same text
+    np.testing.assert_array_equal(
+        get(tokens=79), np.full((4, 16), 1)
+    )  # no fifth window: the same text
     assert len(calls) == 1
     get(seed=2)
     get(tokens=80)
@@ -156,7 +179,10 @@ def test_default_cache(monkeypatch, tmp_path):
         ({"tokens": 9, "context": 10}, "9 calibration tokens are not one window of 10"),
         ({"tokens": 0, "context": 10}, "0 calibration tokens are not one window"),
         ({"tokens": 9, "context": 0}, "context 0, .* must be at least 1"),
-        ({"tokens": 999, "context": 129}, "windows of 129 tokens exceed the model's context of 128"),
+        (
+            {"tokens": 999, "context": 129},
+            "windows of 129 tokens exceed the model's context of 128",
+        ),
         ({"tokens": 9, "context": 9, "seed": -1}, "seed -1"),
     ],
 )
@@ -177,6 +203,8 @@ def test_a_model_that_gives_nan_is_refused():
     graph = tiny_graph()
     norm = graph.epilogue.nodes[0]
     broken = in_memory("model.norm.weight", Dense(np.full(32, np.nan, np.float32)))
-    epilogue = graph.epilogue.replace_node(type(norm)(norm.name, norm.op, norm.inputs, {"weight": broken}, norm.attrs))
+    epilogue = graph.epilogue.replace_node(
+        type(norm)(norm.name, norm.op, norm.inputs, {"weight": broken}, norm.attrs)
+    )
     with pytest.raises(RunFailed, match="logits are not finite"):
         self_text(load(graph.with_units((*graph.units[:-1], epilogue))), None, tokens=8, context=8)

@@ -7,7 +7,8 @@ import pytest
 from scipy.stats import spearmanr
 
 from atd.calibration import sensitivity
-from atd.checkpoint.tokenizer import open_tokenizer, read_text
+from atd.checkpoint.files import read_text
+from atd.checkpoint.reader import open_tokenizer
 from atd.decomposition import error_feedback, least_squares
 from atd.decomposition.allocation import ternary_types
 from atd.models import frontend
@@ -18,12 +19,24 @@ from tests.models.tiny import tiny_graph
 
 
 def candidates_of(graph, nodes, bases=(1, 2, 3), group="row"):
-    matrices = {name: node.weights["weight"].type for name, node in graph.nodes() if "weight" in node.weights}
-    return {name: ternary_types(matrices[name].shape, bases, (group,), ("tied",), "f16") for name in nodes}
+    matrices = {
+        name: node.weights["weight"].type
+        for name, node in graph.nodes()
+        if "weight" in node.weights
+    }
+    return {
+        name: ternary_types(matrices[name].shape, bases, (group,), ("tied",), "f16")
+        for name in nodes
+    }
 
 
 def linears_of(graph):
-    return [block.full_name(node) for block in graph.blocks for node in block.nodes if node.op == "linear"]
+    return [
+        block.full_name(node)
+        for block in graph.blocks
+        for node in block.nodes
+        if node.op == "linear"
+    ]
 
 
 def windows_of(folder, text, count, context=128):
@@ -33,7 +46,10 @@ def windows_of(folder, text, count, context=128):
 
 @pytest.mark.parametrize(
     "options",
-    [("row", "tied"), *(pytest.param(each, marks=pytest.mark.slow) for each in ((64, "tied"), ("row", "free")))],
+    [
+        ("row", "tied"),
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ((64, "tied"), ("row", "free"))),
+    ],
 )
 def test_predicted_losses_are_what_feedback_leaves(stories15m, shared_data, options):
     """Real layers, rotated: within 12 % (8 % for more than one base) of the loss of feedback with two sweeps."""
@@ -44,25 +60,38 @@ def test_predicted_losses_are_what_feedback_leaves(stories15m, shared_data, opti
     for unit, weights, _, moments in sensitivity.dense_moments(graph, windows, readers):
         for value, hessian in moments.items():
             factor, pivots = error_feedback.factor(hessian), sensitivity.feedback_pivots(hessian)
-            (node,) = (n for n in unit.nodes if n.inputs == (value,) and unit.full_name(n) in readers)
+            (node,) = (
+                n for n in unit.nodes if n.inputs == (value,) and unit.full_name(n) in readers
+            )
             weight = np.asarray(weights[node.name]["weight"].dequantize())
             for type in ternary_types(weight.shape, (1, 2, 3), (group,), (scales,), "f16"):
                 options = {"bases": type.bases, "group": type.group, "tied": type.tied}
-                q = Ternary(*error_feedback.decompose(weight, factor, hessian, **options), type).dequantize()
+                q = Ternary(
+                    *error_feedback.decompose(weight, factor, hessian, **options), type
+                ).dequantize()
                 real = float(jnp.sum(error_feedback.proxy_loss(weight - q, hessian)))
                 predicted = sensitivity.feedback_loss(weight, type, hessian, pivots).sum()
-                assert predicted == pytest.approx(real, rel=0.12 if type.bases == 1 else 0.08), (node.name, str(type))
+                assert predicted == pytest.approx(real, rel=0.12 if type.bases == 1 else 0.08), (
+                    node.name,
+                    str(type),
+                )
         if unit.name == "model.layers.0":
             return
 
 
 def test_pivots_are_conditional_variances():
     """Independent inputs keep all of theirs; the product of all is the determinant of H with its damping."""
-    np.testing.assert_allclose(sensitivity.feedback_pivots(np.diag([1.0, 4.0])), [1.025, 4.025], rtol=1e-6)
-    x = np.random.default_rng(0).standard_normal((64, 6)) @ np.random.default_rng(1).standard_normal((6, 6))
+    np.testing.assert_allclose(
+        sensitivity.feedback_pivots(np.diag([1.0, 4.0])), [1.025, 4.025], rtol=1e-6
+    )
+    x = np.random.default_rng(0).standard_normal((64, 6)) @ np.random.default_rng(
+        1
+    ).standard_normal((6, 6))
     hessian = (x.T @ x / 64).astype(np.float32)
     damped = hessian + error_feedback.DAMPING * np.diagonal(hessian).mean() * np.eye(6)
-    assert np.prod(sensitivity.feedback_pivots(hessian)) == pytest.approx(np.linalg.det(damped), rel=1e-3)
+    assert np.prod(sensitivity.feedback_pivots(hessian)) == pytest.approx(
+        np.linalg.det(damped), rel=1e-3
+    )
 
 
 @pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
@@ -77,7 +106,9 @@ def test_gradients_are_those_of_the_whole_model(tied):
     def loss(embedded, offsets):
         x, weights = embedded, [sensitivity.weights_of(unit) for unit in graph.units]
         for unit, loaded in zip(graph.blocks, weights[1:-1], strict=True):
-            x = sensitivity._values(unit, loaded, x, offsets=offsets if unit.name == "model.layers.0" else {})[""]
+            x = sensitivity._values(
+                unit, loaded, x, offsets=offsets if unit.name == "model.layers.0" else {}
+            )[""]
         table = weights[0]["embed_tokens"]["weight"]
         logits = sensitivity._values(graph.epilogue, weights[-1], x.reshape(1, 48, -1), table)[""]
         logp, key = jax.nn.log_softmax(logits), jax.random.fold_in(jax.random.key(3), 0)
@@ -85,9 +116,13 @@ def test_gradients_are_those_of_the_whole_model(tied):
         return -jnp.sum(jnp.take_along_axis(logp, labels[..., None], axis=-1))
 
     table = graph.prologue.nodes[0].weights["weight"].load().dequantize()
-    by_x, by_offset = jax.grad(loss, argnums=(0, 1))(table[windows], {"mlp.up_proj": jnp.zeros((3, 16, 48))})
+    by_x, by_offset = jax.grad(loss, argnums=(0, 1))(
+        table[windows], {"mlp.up_proj": jnp.zeros((3, 16, 48))}
+    )
     np.testing.assert_allclose(gradient, by_x, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(squares[name], (by_offset["mlp.up_proj"] ** 2).mean((0, 1)), rtol=1e-4)
+    np.testing.assert_allclose(
+        squares[name], (by_offset["mlp.up_proj"] ** 2).mean((0, 1)), rtol=1e-4
+    )
 
 
 def test_the_heads_squares_are_the_variance_of_its_labels():
@@ -120,7 +155,10 @@ def test_a_tied_embedding_under_its_moments(stories260k, shared_data):
 
     for type, expected in zip(candidates[name], predicted[name], strict=True):
         options = {"bases": type.bases, "group": type.group, "tied": type.tied}
-        found = kl(*error_feedback.decompose(weight, error_feedback.factor(hessian), hessian, **options), type=type)
+        found = kl(
+            *error_feedback.decompose(weight, error_feedback.factor(hessian), hessian, **options),
+            type=type,
+        )
         assert found == pytest.approx(expected, rel=0.4), str(type)
         assert found < 0.8 * kl(*least_squares.als(weight, **options), type=type)
 
@@ -148,7 +186,9 @@ def test_measured_and_predicted_rank_alike(stories260k, shared_data):
     names = linears_of(graph)
     candidates = candidates_of(graph, names)
     predicted, _ = sensitivity.fisher_losses(graph, windows, candidates)
-    measured = sensitivity.measured_losses(graph, windows, [[name] for name in names], candidates, tokens=1024)
+    measured = sensitivity.measured_losses(
+        graph, windows, [[name] for name in names], candidates, tokens=1024
+    )
     table = np.array([predicted[name] for name in names])
     assert np.asarray(spearmanr(table.ravel(), np.array(measured).ravel()))[0] > 0.85
     assert (np.diff(table, axis=1) < 0).all(), "more bases lose less"
@@ -158,7 +198,11 @@ def test_measured_is_the_difference_between_whole_models():
     """A choice of two nodes at their other option, against evaluating the models that this makes."""
     graph = tiny_graph()
     windows = np.random.default_rng(0).integers(0, 40, (2, 16)).astype(np.int32)
-    names = ["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj", "model.layers.1.self_attn.o_proj"]
+    names = [
+        "model.layers.0.mlp.gate_proj",
+        "model.layers.0.mlp.up_proj",
+        "model.layers.1.self_attn.o_proj",
+    ]
     candidates = candidates_of(graph, names, (1, 2))
     pair, _ = sensitivity.measured_losses(graph, windows, [names[:2], names[2:]], candidates)
     quantized = sensitivity._decomposed(graph, windows, candidates)
@@ -167,9 +211,13 @@ def test_measured_is_the_difference_between_whole_models():
         weights = [sensitivity.weights_of(unit) for unit in graph.units]
         for name, option in options.items():
             block, node = int(name.split(".")[2]) + 1, name.split(".", 3)[3]
-            weights[block][node] = {"weight": Dense(jnp.asarray(quantized[name][option].dequantize()))}
+            weights[block][node] = {
+                "weight": Dense(jnp.asarray(quantized[name][option].dequantize()))
+            }
         hidden = sensitivity._run(graph, weights, windows)[-1]
-        logits = np.concatenate([np.asarray(part) for part in sensitivity._logits(graph, weights, hidden)])
+        logits = np.concatenate(
+            [np.asarray(part) for part in sensitivity._logits(graph, weights, hidden)]
+        )
         return np.asarray(jax.nn.log_softmax(logits), np.float64)
 
     exact = logp({})

@@ -9,8 +9,9 @@ import pytest
 
 from atd.calibration.streams import Calibration
 from atd.calibration.text import calibration_windows
+from atd.checkpoint.files import read_text
 from atd.checkpoint.folder import MANIFEST, read_manifest
-from atd.checkpoint.tokenizer import open_tokenizer, read_text
+from atd.checkpoint.reader import open_tokenizer
 from atd.checkpoint.writer import write_shard
 from atd.errors import BadInput
 from atd.models import frontend
@@ -69,7 +70,9 @@ def test_inputs_inside_a_unit_are_those_of_its_quantized_linears():
     calibration.begin(dense.blocks[0], rough.blocks[0])
     q, k, o = (calibration.moments(f"model.layers.0.self_attn.{n}_proj") for n in "qko")
     assert q is k
-    np.testing.assert_allclose(q.cross, q.hessian, atol=1e-5)  # nothing before the first norm is quantized
+    np.testing.assert_allclose(
+        q.cross, q.hessian, atol=1e-5
+    )  # nothing before the first norm is quantized
     assert np.abs(o.cross - o.hessian).max() > 1e-3
 
 
@@ -85,7 +88,10 @@ def test_calibration_beats_data_free_at_the_same_bits(stories260k, calibrated, s
     tokens = words.encode(read_text(shared_data / "text" / "tinystories_valid_30k.txt"))[:8192]
     dense, graph = load(stories260k), frontend.open(stories260k)
     free = evaluate(
-        load(Pipeline(['decompose{group = "row", scales = "tied"}'])(graph)), tokens, context=256, against=dense
+        load(Pipeline(['decompose{group = "row", scales = "tied"}'])(graph)),
+        tokens,
+        context=256,
+        against=dense,
     )
     fed = evaluate(load(calibrated), tokens, context=256, against=dense)
     assert fed.kl_mean is not None
@@ -93,7 +99,9 @@ def test_calibration_beats_data_free_at_the_same_bits(stories260k, calibrated, s
     assert fed.kl_mean < 0.6 * free.kl_mean
 
 
-def test_an_interrupted_calibrated_run_ends_in_the_same_bytes(stories260k, calib, calibrated, tmp_path, monkeypatch):
+def test_an_interrupted_calibrated_run_ends_in_the_same_bytes(
+    stories260k, calib, calibrated, tmp_path, monkeypatch
+):
     write, calls = write_shard, []
 
     def stop(path, refs):
@@ -104,8 +112,12 @@ def test_an_interrupted_calibrated_run_ends_in_the_same_bytes(stories260k, calib
 
     monkeypatch.setattr(driver, "write_shard", stop)
     with pytest.raises(KeyboardInterrupt):
-        convert(stories260k, tmp_path / "out", "ternary2", overrides=OVERRIDES, calib=calib, say=quiet)
-    again = convert(stories260k, tmp_path / "out", "ternary2", overrides=OVERRIDES, calib=calib, say=quiet)
+        convert(
+            stories260k, tmp_path / "out", "ternary2", overrides=OVERRIDES, calib=calib, say=quiet
+        )
+    again = convert(
+        stories260k, tmp_path / "out", "ternary2", overrides=OVERRIDES, calib=calib, say=quiet
+    )
     assert calls[4] == calls[3], "finished units were written again"
     assert read_manifest(again) == read_manifest(calibrated)
 
@@ -124,7 +136,9 @@ def test_its_own_recipe_makes_the_same_bytes_and_refuses_another_text(
         "windows": [64, 512],
     }
     other = shared_data / "text" / "wikitext2_raw_test.txt"
-    with pytest.raises(BadInput, match=r"calibrated on other text: .*wikitext2_raw_test.txt gives tokens of sha256"):
+    with pytest.raises(
+        BadInput, match=r"calibrated on other text: .*wikitext2_raw_test.txt gives tokens of sha256"
+    ):
         convert(stories260k, tmp_path / "other", recipe, calib=other, say=quiet)
     short = replace(read_recipe(recipe), calibration=("self",), calibration_tokens=1024)
     with pytest.raises(BadInput, match="calibrated on other text: self gives"):

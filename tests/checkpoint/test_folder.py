@@ -19,7 +19,11 @@ from atd.weights import Dense, DenseType, Ternary, TernaryType
 def refs():
     rng = np.random.default_rng(0)
     type = TernaryType((3, 7), 2, "row", False, "f16")
-    ternary = Ternary(rng.integers(-1, 2, (3, 7, 2)).astype(np.int8), rng.random((3, 1, 2)).astype(np.float16), type)
+    ternary = Ternary(
+        rng.integers(-1, 2, (3, 7, 2)).astype(np.int8),
+        rng.random((3, 1, 2)).astype(np.float16),
+        type,
+    )
     bf16 = Dense(rng.standard_normal((5, 3)).astype(ml_dtypes.bfloat16))
     return [
         in_memory("a.weight", ternary),
@@ -32,7 +36,11 @@ def test_shards_are_read_by_safetensors(tmp_path):
     path = tmp_path / "shard.safetensors"
     digests = write_shard(path, refs())
     with safe_open(path, "np") as file:
-        assert set(file.keys()) == {"a.weight_trits", "a.scales", "b.weight", "c.weight"} == set(digests)
+        assert (
+            set(file.keys())
+            == {"a.weight_trits", "a.scales", "b.weight", "c.weight"}
+            == set(digests)
+        )
         a, b, c = (ref.load() for ref in refs())
         assert isinstance(a, Ternary)
         assert isinstance(b, Dense)
@@ -62,7 +70,9 @@ def test_a_full_disk_is_one_clear_message(tmp_path):
 
 
 def test_a_journal_line_that_was_cut_off_is_no_entry(tmp_path):
-    entries = [JournalEntry(f"u{i}", "key", f"s{i}", "sha", {"t": "d"}, [{"node": "n"}]) for i in range(3)]
+    entries = [
+        JournalEntry(f"u{i}", "key", f"s{i}", "sha", {"t": "d"}, [{"node": "n"}]) for i in range(3)
+    ]
     append_journal(tmp_path, entries[0])
     append_journal(tmp_path, entries[1])
     path = tmp_path / JOURNAL
@@ -78,7 +88,9 @@ def test_targets_that_are_refused(tmp_path):
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")
-    with pytest.raises(BadInput, match="exists; choose another name, or replace it with --overwrite"):
+    with pytest.raises(
+        BadInput, match="exists; choose another name, or replace it with --overwrite"
+    ):
         check_target(mine, source, overwrite=False)
     with pytest.raises(BadInput, match="no checkpoint that atd made, so it is not overwritten"):
         check_target(mine, source, overwrite=True)
@@ -91,7 +103,9 @@ def test_targets_that_are_refused(tmp_path):
 
 
 def test_a_folder_without_permission(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # tests may run as root, who is refused nothing
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: False
+    )  # tests may run as root, who is refused nothing
     with pytest.raises(BadInput, match="no permission to write there"):
         check_target(tmp_path / "out", tmp_path / "model", overwrite=False)
 

@@ -14,8 +14,21 @@ def write(path: Path, alignment: int = 32) -> Path:
     """A GGUF file with every type of value, arrays, and tensors."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_custom_alignment(alignment)
-    numbers = {"uint8": 200, "int8": -5, "uint16": 2**16 - 1, "int16": -(2**15), "uint32": 2**32 - 1, "int32": -(2**31)}
-    numbers |= {"uint64": 2**64 - 1, "int64": -(2**63), "float32": 0.1, "float64": 0.1, "bool": True}
+    numbers = {
+        "uint8": 200,
+        "int8": -5,
+        "uint16": 2**16 - 1,
+        "int16": -(2**15),
+        "uint32": 2**32 - 1,
+        "int32": -(2**31),
+    }
+    numbers |= {
+        "uint64": 2**64 - 1,
+        "int64": -(2**63),
+        "float32": 0.1,
+        "float64": 0.1,
+        "bool": True,
+    }
     for name, value in numbers.items():
         getattr(writer, f"add_{name}")(name, value)
     writer.add_string("text", "é ▁\n")
@@ -25,7 +38,9 @@ def write(path: Path, alignment: int = 32) -> Path:
     writer.add_array("floats", [0.5, -1e9])
     writer.add_array("bools", [True, False])
     writer.add_tensor("vector", np.arange(5, dtype=np.float16))
-    writer.add_tensor("matrix", np.zeros((3, 68), np.uint8), raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.add_tensor(
+        "matrix", np.zeros((3, 68), np.uint8), raw_dtype=gguf.GGMLQuantizationType.Q8_0
+    )
     writer.add_tensor("deep", np.zeros((2, 3, 4), np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -44,10 +59,14 @@ def test_metadata_and_tensors_are_those_of_the_gguf_package(tmp_path, alignment)
     file = write(tmp_path / "m.gguf", alignment)
     metadata, tensors = read_header(file)
     reader = gguf.GGUFReader(file)
-    expected = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+    expected = {
+        key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")
+    }
     assert metadata == expected
     assert len(metadata) == 18
-    assert {key: type(value) for key, value in metadata.items()} == {key: type(v) for key, v in expected.items()}
+    assert {key: type(value) for key, value in metadata.items()} == {
+        key: type(v) for key, v in expected.items()
+    }
     assert set(tensors) == {"vector", "matrix", "deep"}
     for tensor in reader.tensors:
         found = tensors[tensor.name]
@@ -84,9 +103,15 @@ def test_damage_is_told(file, position, data, words):
 
 def test_damaged_tensors_are_told(file):
     whole = file.read_bytes()
-    at = whole.index(b"matrix") + len("matrix")  # u32 rank, u64 inputs, u64 rows, u32 type, u64 offset
+    at = whole.index(b"matrix") + len(
+        "matrix"
+    )  # u32 rank, u64 inputs, u64 rows, u32 type, u64 offset
     for offset, value, words in [
-        (4, 66, "tensor matrix [3, 66]: its rows are no multiple of the 32 weights of a Q8_0 block"),
+        (
+            4,
+            66,
+            "tensor matrix [3, 66]: its rows are no multiple of the 32 weights of a Q8_0 block",
+        ),
         (12, 10**6, "tensor matrix ends at byte"),
         (20, 250, "tensor matrix has the quantization type 250"),
     ]:

@@ -80,7 +80,9 @@ def test_one_file_of_every_dtype(tmp_path):
 
 
 def test_shards(tmp_path):
-    checkpoint = open_checkpoint(sharded(tmp_path / "m", {"a.safetensors": {"a": A}, "b.safetensors": {"b": B}}))
+    checkpoint = open_checkpoint(
+        sharded(tmp_path / "m", {"a.safetensors": {"a": A}, "b.safetensors": {"b": B}})
+    )
     np.testing.assert_array_equal(checkpoint.read("a"), A)
     np.testing.assert_array_equal(checkpoint.read("b"), B)
 
@@ -144,7 +146,13 @@ def test_absent_or_no_checkpoint(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["{", "[]", "\udc80x".encode("utf-8", "surrogateescape").decode("latin1"), '{"a": 1, "a": 2}', "[" * 100_000],
+    [
+        "{",
+        "[]",
+        "\udc80x".encode("utf-8", "surrogateescape").decode("latin1"),
+        '{"a": 1, "a": 2}',
+        "[" * 100_000,
+    ],
 )
 def test_config_is_no_json_object(tmp_path, text):
     refused(folder_of(tmp_path / "m", {"a": A}, text), "config.json", "no valid JSON object")
@@ -184,11 +192,15 @@ GOOD = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
         (raw_safetensors(GOOD, b"\0" * 9), ("broken safetensors file",)),
         (raw_safetensors(b"not json"), ("broken safetensors file",)),
         (
-            raw_safetensors({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}, b"\0" * 8),
+            raw_safetensors(
+                {"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}, b"\0" * 8
+            ),
             ("broken safetensors file",),
         ),
         (
-            raw_safetensors(json.dumps(GOOD).encode()[:-1] + b"," + json.dumps(GOOD).encode()[1:], b"\0" * 8),
+            raw_safetensors(
+                json.dumps(GOOD).encode()[:-1] + b"," + json.dumps(GOOD).encode()[1:], b"\0" * 8
+            ),
             ("'a'", "twice"),
         ),
     ],
@@ -217,7 +229,16 @@ def test_malformed_index(tmp_path, text):
 
 
 @pytest.mark.parametrize(
-    "shard", ["../secret.safetensors", "/tmp/secret.safetensors", "sub/a.safetensors", "..", "", "C:\\a", "a\0b"]
+    "shard",
+    [
+        "../secret.safetensors",
+        "/tmp/secret.safetensors",
+        "sub/a.safetensors",
+        "..",
+        "",
+        "C:\\a",
+        "a\0b",
+    ],
 )
 def test_index_that_points_outside(tmp_path, shard):
     save_file({"a": A}, tmp_path / "secret.safetensors")
@@ -228,9 +249,16 @@ def test_shards_and_index_disagree(tmp_path):
     a, b = "a.safetensors", "b.safetensors"
     refused(sharded(tmp_path / "1", {a: {"a": A}}, {"a": a, "b": b}), b, "missing")
     refused(sharded(tmp_path / "2", {a: {"a": A}}, {"a": a, "b": a}), "tensor b", a)
-    refused(sharded(tmp_path / "3", {a: {"a": A}, b: {"b": B}}, {"a": b, "b": b, "c": a}), "more such tensors")
     refused(
-        sharded(tmp_path / "4", {a: {"a": A}, b: {"b": B, "a": A}}, {"a": a, "b": b}), "tensor a", "two shards", a, b
+        sharded(tmp_path / "3", {a: {"a": A}, b: {"b": B}}, {"a": b, "b": b, "c": a}),
+        "more such tensors",
+    )
+    refused(
+        sharded(tmp_path / "4", {a: {"a": A}, b: {"b": B, "a": A}}, {"a": a, "b": b}),
+        "tensor a",
+        "two shards",
+        a,
+        b,
     )
 
 
@@ -261,7 +289,9 @@ def test_gguf_is_the_model_it_was_made_of(tmp_path, golden, quantization):
             expected = expected.astype(ml_dtypes.bfloat16 if quantization == "BF16" else np.float16)
         found, read = checkpoint.tensors[name], checkpoint.read(name)
         assert found.shape == read.shape
-        assert found.dtype == {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[read.dtype.name]
+        assert (
+            found.dtype == {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}[read.dtype.name]
+        )
         assert read.dtype == expected.dtype
         np.testing.assert_array_equal(read, expected, err_msg=name)
 
@@ -319,13 +349,20 @@ def test_gguf_with_unknown_rope_divisors(tmp_path):
     write_gguf(tmp_path / "m.gguf", "llama_gqa", gguf.GGMLQuantizationType.F32)
     data = (tmp_path / "m.gguf").read_bytes()
     divisors = llama3_divisors(
-        {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+        {
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
         1e4,
         16,
     )
     assert data.count(divisors.tobytes()) == 1
     (tmp_path / "m.gguf").write_bytes(
-        data.replace(divisors.tobytes(), (divisors * np.linspace(1, 1.1, 8, dtype=np.float32)).tobytes())
+        data.replace(
+            divisors.tobytes(), (divisors * np.linspace(1, 1.1, 8, dtype=np.float32)).tobytes()
+        )
     )
     refused(tmp_path / "m.gguf", "rope_freqs.weight")
 

@@ -9,8 +9,10 @@ import gguf
 import numpy as np
 import pytest
 
+from atd.checkpoint.files import read_text
 from atd.checkpoint.gguf_tokenizer import merges_of_scores
-from atd.checkpoint.tokenizer import FILES, open_tokenizer, read_text
+from atd.checkpoint.reader import open_tokenizer
+from atd.checkpoint.tokenizer import FILES
 from atd.errors import BadInput
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "tokenizer.json").read_text())
@@ -52,7 +54,16 @@ def byte_level(path: Path, **metadata) -> Path:
     types = [1] * 258 + [3, 3]
     return write_gguf(
         path,
-        **({"model": "gpt2", "tokens": tokens, "token_type": types, "merges": ["a b"], "bos_token_id": 258} | metadata),
+        **(
+            {
+                "model": "gpt2",
+                "tokens": tokens,
+                "token_type": types,
+                "merges": ["a b"],
+                "bos_token_id": 258,
+            }
+            | metadata
+        ),
     )
 
 
@@ -74,7 +85,12 @@ def test_smollm_digits_are_split_before_blanks_are_joined(smollm):
 
 
 def test_smollm_special_tokens_and_chat(smollm):
-    assert (smollm.bos_id, smollm.eos_ids, smollm.adds_bos, smollm.vocabulary_size) == (1, (2,), False, 49152)
+    assert (smollm.bos_id, smollm.eos_ids, smollm.adds_bos, smollm.vocabulary_size) == (
+        1,
+        (2,),
+        False,
+        49152,
+    )
     assert smollm.encode("Hi", bos=True).tolist() == [1, *smollm.encode("Hi")]
     assert smollm.decode(smollm.encode("<|im_start|>Hi<|im_end|>")) == "Hi"
     assert smollm.apply_chat(GOLDEN["chat_messages"]) == GOLDEN["chat"]
@@ -115,9 +131,16 @@ def test_bos_is_in_front_only_when_asked_but_files_say_what_the_model_is_used_to
     tokenizer = open_tokenizer(byte_level(tmp_path / "a.gguf", pre="gpt-2", add_bos_token=True))
     assert tokenizer.adds_bos
     assert 258 not in tokenizer.encode("ab")
-    assert tokenizer.backend.encode("ab").ids == [258, 257]  # what tokenizer.json does in other tools
-    assert open_tokenizer(byte_level(tmp_path / "b.gguf", pre="llama-bpe")).adds_bos  # llama.cpp's default for it
-    assert not open_tokenizer(byte_level(tmp_path / "c.gguf", pre="llama-bpe", add_bos_token=False)).adds_bos
+    assert tokenizer.backend.encode("ab").ids == [
+        258,
+        257,
+    ]  # what tokenizer.json does in other tools
+    assert open_tokenizer(
+        byte_level(tmp_path / "b.gguf", pre="llama-bpe")
+    ).adds_bos  # llama.cpp's default for it
+    assert not open_tokenizer(
+        byte_level(tmp_path / "c.gguf", pre="llama-bpe", add_bos_token=False)
+    ).adds_bos
 
 
 def test_user_defined_tokens_stay_whole_and_are_no_special_ones(tmp_path):
@@ -155,7 +178,10 @@ def sentencepiece_of(tokenizer) -> tuple[list[str], list[float], list[int]]:
     Llama 2's scores are minus the rank, and -1e9 for runs of blanks.
     """
     tokens = [tokenizer.backend.id_to_token(i) for i in range(tokenizer.vocabulary_size)]
-    ranks = [0.0 if i < 259 else -1e9 if set(t) == {"▁"} and t != "▁" else 259.0 - i for i, t in enumerate(tokens)]
+    ranks = [
+        0.0 if i < 259 else -1e9 if set(t) == {"▁"} and t != "▁" else 259.0 - i
+        for i, t in enumerate(tokens)
+    ]
     return tokens, ranks, [2, 3, 3] + [6] * 256 + [1] * (len(tokens) - 259)
 
 
@@ -163,7 +189,9 @@ def test_merges_from_scores_are_those_published_with_llama_2(stories15m):
     original = open_tokenizer(stories15m)
     published = json.loads(original.files()["tokenizer.json"])["model"]["merges"]
     assert len(published) == 61249
-    merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in published]
+    merges = [
+        tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in published
+    ]
     assert merges_of_scores(*sentencepiece_of(original)) == merges
 
 
@@ -182,14 +210,28 @@ def sentencepiece(stories260k, tmp_path_factory):
 def test_a_sentencepiece_gguf_gives_the_ids_of_the_original(sentencepiece, text):
     rebuilt, original = sentencepiece
     assert rebuilt.encode(text).tolist() == original.encode(text).tolist()
-    assert rebuilt.decode(rebuilt.encode(text)) == original.decode(original.encode(text)) == text.replace("<s></s>", "")
-    assert (rebuilt.bos_id, rebuilt.eos_ids, rebuilt.adds_bos) == (original.bos_id, original.eos_ids, True)
+    assert (
+        rebuilt.decode(rebuilt.encode(text))
+        == original.decode(original.encode(text))
+        == text.replace("<s></s>", "")
+    )
+    assert (rebuilt.bos_id, rebuilt.eos_ids, rebuilt.adds_bos) == (
+        original.bos_id,
+        original.eos_ids,
+        True,
+    )
     assert rebuilt.decode([0, 1, 2]) == ""  # <unk> is a special token as well
 
 
 def test_sentencepiece_without_a_space_in_front(stories260k, tmp_path):
     tokens, scores, types = sentencepiece_of(open_tokenizer(stories260k))
-    fields = {"model": "llama", "tokens": tokens, "scores": scores, "token_type": types, "unknown_token_id": 0}
+    fields = {
+        "model": "llama",
+        "tokens": tokens,
+        "scores": scores,
+        "token_type": types,
+        "unknown_token_id": 0,
+    }
     bare = open_tokenizer(write_gguf(tmp_path / "m.gguf", **fields, add_space_prefix=False))
     assert bare.backend.id_to_token(int(bare.encode("t")[0])) == "t"
     assert bare.decode(bare.encode(" t")) == " t"
@@ -211,7 +253,12 @@ def folder(path: Path, source: Path, **configs) -> Path:
 
 def test_a_folder_keeps_its_files_byte_for_byte(stories260k):
     tokenizer = open_tokenizer(stories260k)
-    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.vocabulary_size, tokenizer.adds_bos) == (1, (2,), 512, True)
+    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.vocabulary_size, tokenizer.adds_bos) == (
+        1,
+        (2,),
+        512,
+        True,
+    )
     stored = tokenizer.files()
     assert set(stored) == {"tokenizer.json", "tokenizer_config.json"} <= set(FILES)
     assert all(data == (stories260k / name).read_bytes() for name, data in stored.items())
@@ -247,7 +294,10 @@ def test_chat_template_file_wins_and_sees_what_transformers_gives(tmp_path, stor
     tokenizer = open_tokenizer(path)
     expected = '<s>\n{"role": "user", "content": "<é>"}</s>\n4True>'
     assert tokenizer.apply_chat([{"role": "user", "content": "<é>"}]) == expected
-    assert tokenizer.apply_chat([{"role": "user", "content": "<é>"}], add_generation_prompt=False) == expected[:-1]
+    assert (
+        tokenizer.apply_chat([{"role": "user", "content": "<é>"}], add_generation_prompt=False)
+        == expected[:-1]
+    )
     with pytest.raises(BadInput, match="refuses this conversation: no system"):
         tokenizer.apply_chat([{"role": "system", "content": "x"}])
 
@@ -255,7 +305,9 @@ def test_chat_template_file_wins_and_sees_what_transformers_gives(tmp_path, stor
 def test_a_chat_template_is_kept_in_its_sandbox(tmp_path, stories260k):
     template = "{{ messages.__class__.__mro__[1].__subclasses__() }}{{ messages.append(1) }}"
     path = folder(
-        tmp_path / "m", stories260k, tokenizer_config={"chat_template": [{"name": "default", "template": template}]}
+        tmp_path / "m",
+        stories260k,
+        tokenizer_config={"chat_template": [{"name": "default", "template": template}]},
     )
     with pytest.raises(BadInput, match="chat template"):
         open_tokenizer(path).apply_chat([])
@@ -284,7 +336,8 @@ def test_what_is_missing_is_said(tmp_path, stories260k):
 
 
 @pytest.mark.parametrize(
-    ("name", "data"), [("tokenizer.json", b'{"model": 1}'), ("tokenizer_config.json", b"{"), ("config.json", b"[]")]
+    ("name", "data"),
+    [("tokenizer.json", b'{"model": 1}'), ("tokenizer_config.json", b"{"), ("config.json", b"[]")],
 )
 def test_a_damaged_file_is_named(tmp_path, stories260k, name, data):
     path = folder(tmp_path / "m", stories260k)
@@ -324,7 +377,13 @@ def test_a_damaged_gguf_file_is_refused(tmp_path):
 
 def test_a_gguf_file_with_damaged_bytes_is_read_or_refused(tmp_path):
     for model in ("gpt2", "llama"):
-        path = byte_level(tmp_path / "m.gguf", model=model, scores=[0.0] * 260, add_bos_token=True, chat_template="x")
+        path = byte_level(
+            tmp_path / "m.gguf",
+            model=model,
+            scores=[0.0] * 260,
+            add_bos_token=True,
+            chat_template="x",
+        )
         data = path.read_bytes()
         random = np.random.default_rng(0)
         for position in random.integers(4, len(data), 200):
@@ -340,7 +399,10 @@ def test_a_gguf_file_with_damaged_bytes_is_read_or_refused(tmp_path):
     [
         ({"tokens": [1] * 260}, "make no tokenizer"),
         ({"bos_token_id": "first"}, "bos_token_id is 'first', beyond the vocabulary"),
-        ({"model": "llama", "scores": [0.0] * 260, "unknown_token_id": 300}, "unknown_token_id is 300, beyond"),
+        (
+            {"model": "llama", "scores": [0.0] * 260, "unknown_token_id": 300},
+            "unknown_token_id is 300, beyond",
+        ),
         ({"pre": ["gpt-2"]}, "make no tokenizer"),
         ({"chat_template": 3}, "chat_template is 3; expected a Jinja template"),
     ],

@@ -15,14 +15,34 @@ from atd.cli import convert, run
 from atd.reports.tables import console
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["demo", "convert", "eval", "sweep", "generate", "bench", "inspect", "verify", "export", "experiment"]
+COMMANDS = [
+    "demo",
+    "convert",
+    "eval",
+    "sweep",
+    "generate",
+    "bench",
+    "inspect",
+    "verify",
+    "export",
+    "experiment",
+]
 
 
 @pytest.fixture(scope="module")
 def converted(stories260k, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("cli") / "out"
     subprocess.run(
-        [sys.executable, "-m", "atd", "convert", str(stories260k), str(out), "--recipe", "datafree2"],
+        [
+            sys.executable,
+            "-m",
+            "atd",
+            "convert",
+            str(stories260k),
+            str(out),
+            "--recipe",
+            "datafree2",
+        ],
         check=True,
         cwd=ROOT,
     )
@@ -61,7 +81,18 @@ def test_every_option_has_a_help_text(atd, command):
 def test_eval_writes_what_it_prints(atd, converted, stories260k, text, tmp_path):
     file = tmp_path / "figures.json"
     code, out, err = atd(
-        "eval", converted, "--against", stories260k, "--data", text, "--context", 128, "--tokens", 1024, "--json", file
+        "eval",
+        converted,
+        "--against",
+        stories260k,
+        "--data",
+        text,
+        "--context",
+        128,
+        "--tokens",
+        1024,
+        "--json",
+        file,
     )
     assert code == 0, err
     figures = json.loads(file.read_text())
@@ -78,7 +109,21 @@ def test_eval_writes_what_it_prints(atd, converted, stories260k, text, tmp_path)
 def test_eval_against_itself_is_zero(atd, stories260k, text, tmp_path):
     file = tmp_path / "figures.json"
     sizes = ("--context", 64, "--tokens", 256)
-    assert atd("eval", stories260k, "--against", stories260k, "--data", text, *sizes, "--bos", "--json", file)[0] == 0
+    assert (
+        atd(
+            "eval",
+            stories260k,
+            "--against",
+            stories260k,
+            "--data",
+            text,
+            *sizes,
+            "--bos",
+            "--json",
+            file,
+        )[0]
+        == 0
+    )
     figures = json.loads(file.read_text())
     assert abs(figures["kl_mean"]) < 1e-6
     assert figures["top1_agreement"] == 1
@@ -141,7 +186,17 @@ def test_an_allocation_is_shown_and_drawn(atd, stories260k, text, tmp_path, monk
     )
     out = tmp_path / "o"
     code, printed, err = atd(
-        "convert", stories260k, out, "--recipe", recipe, "--calib", text, "--calibration-tokens", 1024, "--bits", 4.2
+        "convert",
+        stories260k,
+        out,
+        "--recipe",
+        recipe,
+        "--calib",
+        text,
+        "--calibration-tokens",
+        1024,
+        "--bits",
+        4.2,
     )
     assert code == 0, err
     assert "calibration_tokens = 1024" in (out / "recipe.toml").read_text()
@@ -149,13 +204,17 @@ def test_an_allocation_is_shown_and_drawn(atd, stories260k, text, tmp_path, monk
     assert set(first[1:8]) <= {"1", "2", "3"}
     assert f"atd inspect {out} --plot {out}.png" in printed
     rows = json.loads((out / "report.json").read_text())["nodes"]
-    assert all(row["predicted_kl"] > 0 and row["error"] > 0 for row in rows if "layers" in row["node"])
+    assert all(
+        row["predicted_kl"] > 0 and row["error"] > 0 for row in rows if "layers" in row["node"]
+    )
     assert 'budget = ""' in (out / "recipe.toml").read_text()
     assert "bits = 4.2" in (out / "recipe.toml").read_text()
     code, printed, err = atd("inspect", out, "--plot", tmp_path / "who.png")
     assert code == 0, err
     assert (tmp_path / "who.png").read_bytes().startswith(b"\x89PNG")
-    refused(atd("inspect", stories260k, "--plot", tmp_path / "who.png"), "not a folder that atd made")
+    refused(
+        atd("inspect", stories260k, "--plot", tmp_path / "who.png"), "not a folder that atd made"
+    )
 
 
 def test_the_historic_name_is_the_converter(stories260k, tmp_path):
@@ -188,14 +247,32 @@ def test_convert_refuses(atd, stories260k, converted, tmp_path):
     out = tmp_path / "out"
     refused(atd("convert", tmp_path / "nothing", out), "nothing")
     refused(atd("convert", stories260k, converted), "exists", "--overwrite")
-    refused(atd("convert", stories260k, out, "--recipe", "ternary4"), "no recipe 'ternary4'", "did you mean")
-    refused(atd("convert", stories260k, out, "--set", "decompose.base=2"), "no option 'base'; did you mean 'bases'?")
-    refused(atd("convert", stories260k, out, "--recipe", "ternary2", "--bits", 3.4), "--bits needs the allocate pass")
-    refused(atd("convert", stories260k, out, "--recipe", "greedy3", "--budget", "1MB"), "--budget needs the allocate")
+    refused(
+        atd("convert", stories260k, out, "--recipe", "ternary4"),
+        "no recipe 'ternary4'",
+        "did you mean",
+    )
+    refused(
+        atd("convert", stories260k, out, "--set", "decompose.base=2"),
+        "no option 'base'; did you mean 'bases'?",
+    )
+    refused(
+        atd("convert", stories260k, out, "--recipe", "ternary2", "--bits", 3.4),
+        "--bits needs the allocate pass",
+    )
+    refused(
+        atd("convert", stories260k, out, "--recipe", "greedy3", "--budget", "1MB"),
+        "--budget needs the allocate",
+    )
     refused(atd("convert", stories260k, out, "--bits", 3.4, "--budget", "1MB"), "give one of them")
-    refused(atd("convert", stories260k, out, "--bits", 0.3), "is below what is possible: the minimum is")
+    refused(
+        atd("convert", stories260k, out, "--bits", 0.3), "is below what is possible: the minimum is"
+    )
     refused(atd("convert", stories260k, out, "--budget", "much"), "much")
-    refused(atd("convert", stories260k, out, "--recipe", "ternary2", "--calib", tmp_path / "x.txt"), "x.txt")
+    refused(
+        atd("convert", stories260k, out, "--recipe", "ternary2", "--calib", tmp_path / "x.txt"),
+        "x.txt",
+    )
     refused(atd("convert", stories260k, stories260k, "--overwrite"), "must lie outside")
     assert os.listdir(tmp_path) == []
 
@@ -238,7 +315,10 @@ def test_eval_and_generate_refuse(atd, converted, stories260k, text, tmp_path):
     refused(atd("eval", converted, "--data", empty), "empty")
     refused(atd("eval", converted, "--data", short, "--context", 64), "too few", "64")
     refused(atd("eval", converted, "--data", text, "--context", 100000), "100000")
-    refused(atd("eval", converted, "--data", text, "--json", tmp_path / "no" / "x.json"), "does not exist")
+    refused(
+        atd("eval", converted, "--data", text, "--json", tmp_path / "no" / "x.json"),
+        "does not exist",
+    )
     refused(atd("eval", converted, "--data", text, "--tokens", 0), "--tokens must be at least 1")
     refused(atd("generate", converted, "--chat"), "no chat template")
     refused(atd("generate", converted, "--temperature", -1), "temperature")
@@ -257,7 +337,10 @@ def test_an_unknown_option_is_explained(atd, stories260k):
 
 def test_debug_shows_where_an_error_came_from():
     done = subprocess.run(
-        [sys.executable, "-m", "atd", "inspect", "/nowhere", "--debug"], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, "-m", "atd", "inspect", "/nowhere", "--debug"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
     )
     assert "Traceback" in done.stderr
     assert done.returncode == 1

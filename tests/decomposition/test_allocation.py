@@ -29,7 +29,11 @@ def random_choices(rng, count: int, options: int = 3, noisy: bool = False) -> li
     for i in range(count):
         rows, inputs = rng.choice([64, 128, 344]), rng.choice([64, 100])
         bytes = tuple(int(rows * (-(-inputs // 5) * n + 2)) for n in range(1, options + 1))
-        losses = rng.lognormal() * 9.0 ** -np.arange(options) * (rng.lognormal(size=options) if noisy else 1)
+        losses = (
+            rng.lognormal()
+            * 9.0 ** -np.arange(options)
+            * (rng.lognormal(size=options) if noisy else 1)
+        )
         choices.append(Choice((str(i),), bytes, tuple(float(loss) for loss in losses)))
     return choices
 
@@ -60,7 +64,10 @@ def test_as_good_as_scipys_milp(seed):
         losses * 1e3,
         integrality=1,
         bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(bytes[None], -np.inf, budget)],
+        constraints=[
+            LinearConstraint(one_each, 1, 1),
+            LinearConstraint(bytes[None], -np.inf, budget),
+        ],
         options={"mip_rel_gap": 0.0},
     )
     taken = allocate(choices, budget)
@@ -72,7 +79,11 @@ def test_a_model_of_an_ordinary_size_takes_seconds():
     """224 linears, also where all layers are alike and only counts matter; the budget is used to the last permille."""
     for choices in (
         random_choices(np.random.default_rng(0), 224),
-        [Choice(c.names, c.bytes, c.losses) for c in random_choices(np.random.default_rng(1), 7) for _ in range(32)],
+        [
+            Choice(c.names, c.bytes, c.losses)
+            for c in random_choices(np.random.default_rng(1), 7)
+            for _ in range(32)
+        ],
     ):
         budget = int(0.4 * sum(c.bytes[0] + c.bytes[2] for c in choices))
         started = time.process_time()
@@ -93,7 +104,10 @@ def test_budgets_at_the_ends():
 
 def test_more_bytes_are_not_taken_where_they_lose_more():
     """Measured losses are noisy: of two options that lose as much, the smaller is taken."""
-    choices = [Choice(("a",), (10, 20, 30), (1.0, 0.5, 0.7)), Choice(("b",), (10, 20, 30), (0.5, 0.5, 0.5))]
+    choices = [
+        Choice(("a",), (10, 20, 30), (1.0, 0.5, 0.7)),
+        Choice(("b",), (10, 20, 30), (0.5, 0.5, 0.5)),
+    ]
     assert allocate(choices, 100) == [1, 0]
 
 
@@ -143,8 +157,15 @@ def test_bytes_are_those_that_are_stored(shape, layout):
 
     for type in ternary_types(shape, (1, 2, 3), (32, "row"), ("tied", "free"), "f16"):
         assert can_be_packed(type, layout)
-        trits, scales = np.zeros((*shape, type.bases), np.int8), np.zeros(type.scales_shape, np.float16)
-        packed = Packed(LAYOUTS[layout].pack(Ternary(trits, scales, type).trits), scales, PackedType(type, layout))
+        trits, scales = (
+            np.zeros((*shape, type.bases), np.int8),
+            np.zeros(type.scales_shape, np.float16),
+        )
+        packed = Packed(
+            LAYOUTS[layout].pack(Ternary(trits, scales, type).trits),
+            scales,
+            PackedType(type, layout),
+        )
         assert stored_bytes(type, layout) == packed.codes.nbytes + packed.scales.nbytes
 
 

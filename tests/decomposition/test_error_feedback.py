@@ -45,7 +45,9 @@ def damped(hessian, damping=error_feedback.DAMPING) -> np.ndarray:
 
 
 def fit(weight, hessian, bases, group, tied, **options) -> np.ndarray:
-    trits, scales = decompose(weight, factor(hessian), hessian, bases=bases, group=group, tied=tied, **options)
+    trits, scales = decompose(
+        weight, factor(hessian), hessian, bases=bases, group=group, tied=tied, **options
+    )
     return rebuild(trits, scales, group, tied)
 
 
@@ -65,14 +67,20 @@ def gaussian(*shape, seed=0) -> np.ndarray:
 def linears(shared_data, stories15m) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Of block 1 of stories15M: its weight, the second moment of its inputs, and that on text held out."""
     text = (shared_data / "text" / "tinystories_197k.txt").read_text()[:40_000]
-    ids = Tokenizer.from_file(str(stories15m / "tokenizer.json")).encode(text, add_special_tokens=False).ids
+    ids = (
+        Tokenizer.from_file(str(stories15m / "tokenizer.json"))
+        .encode(text, add_special_tokens=False)
+        .ids
+    )
     tokens = jnp.array(ids[: 2 * WINDOWS * CONTEXT]).reshape(-1, CONTEXT)
     positions = jnp.broadcast_to(jnp.arange(CONTEXT), tokens.shape)
     graph = frontend.open(stories15m)
 
     def run(block, x, until=None):
         nodes = block.nodes[: until and 1 + [node.name for node in block.nodes].index(until)]
-        weights = {node.name: {slot: ref.load() for slot, ref in node.weights.items()} for node in nodes}
+        weights = {
+            node.name: {slot: ref.load() for slot, ref in node.weights.items()} for node in nodes
+        }
         return ops.run_block(Block("", nodes), weights, x, positions)[0]
 
     stream = run(graph.blocks[0], run(graph.prologue, tokens))
@@ -81,7 +89,8 @@ def linears(shared_data, stories15m) -> dict[str, tuple[np.ndarray, np.ndarray, 
         node = next(node for node in graph.blocks[1].nodes if node.name.endswith(name))
         x = np.asarray(run(graph.blocks[1], stream, node.inputs[0]), np.float32)
         moments = [
-            np.einsum("bti,btj->ij", half, half) / half.shape[0] / CONTEXT for half in (x[:WINDOWS], x[WINDOWS:])
+            np.einsum("bti,btj->ij", half, half) / half.shape[0] / CONTEXT
+            for half in (x[:WINDOWS], x[WINDOWS:])
         ]
         found[name] = np.asarray(node.weights["weight"].load().dequantize(), np.float32), *moments
     return found
@@ -104,10 +113,16 @@ GAINS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "bases", "group", "tied", "sweeps", "refits", "bound", "bound_held_out"), GAINS)
-def test_feedback_beats_nearest_assignment(linears, name, bases, group, tied, sweeps, refits, bound, bound_held_out):
+@pytest.mark.parametrize(
+    ("name", "bases", "group", "tied", "sweeps", "refits", "bound", "bound_held_out"), GAINS
+)
+def test_feedback_beats_nearest_assignment(
+    linears, name, bases, group, tied, sweeps, refits, bound, bound_held_out
+):
     weight, hessian, held_out = linears[name]
-    nearest = rebuild(*als(weight, bases, group, tied, feature_weights=np.diagonal(hessian)), group, tied)
+    nearest = rebuild(
+        *als(weight, bases, group, tied, feature_weights=np.diagonal(hessian)), group, tied
+    )
     found = fit(weight, hessian, bases, group, tied, sweeps=sweeps, refits=refits)
     assert relative(weight, found, hessian) < bound * relative(weight, nearest, hessian)
     assert relative(weight, found, held_out) < bound_held_out * relative(weight, nearest, held_out)
@@ -121,7 +136,9 @@ def test_sweeps_and_refits_never_raise_the_cost_of_any_row(linears, tied):
     costs = []
     for sweeps, refits in steps:
         shared = factor(hessian, damping=0.0)
-        found = decompose(weight, shared, hessian, bases=2, group=96, tied=tied, sweeps=sweeps, refits=refits)
+        found = decompose(
+            weight, shared, hessian, bases=2, group=96, tied=tied, sweeps=sweeps, refits=refits
+        )
         costs.append(cost(weight, rebuild(*found, 96, tied), hessian))
     for step, before, after in zip(steps[1:], costs, costs[1:], strict=False):
         assert (after <= before * (1 + 1e-5)).all(), step
@@ -131,7 +148,9 @@ def test_sweeps_and_refits_never_raise_the_cost_of_any_row(linears, tied):
 def test_a_descent_that_has_ended_leaves_nothing_to_gain_in_any_single_weight():
     hessian = moment(12)
     weight = gaussian(40, 12)
-    trits, scales = decompose(weight, factor(hessian), hessian, bases=2, group="row", tied=True, sweeps=30)
+    trits, scales = decompose(
+        weight, factor(hessian), hessian, bases=2, group="row", tied=True, sweeps=30
+    )
     quantized, wanted = rebuild(trits, scales, "row", True), damped(hessian)
     least = cost(weight, quantized, wanted)
     for j, integer in product(range(12), range(-4, 5)):
@@ -146,7 +165,10 @@ def test_close_to_the_best_of_all_assignments():
     trits, scales = decompose(weight, factor(hessian), hessian, bases=1, group="row", tied=False)
     scale = scales[:, :, 0].astype(np.float64)
     found = cost(weight, rebuild(trits, scales, "row", False), damped(hessian))
-    all_of_them = [cost(weight, scale * np.array(codes), damped(hessian)) for codes in product((-1, 0, 1), repeat=6)]
+    all_of_them = [
+        cost(weight, scale * np.array(codes), damped(hessian))
+        for codes in product((-1, 0, 1), repeat=6)
+    ]
     best = np.min(all_of_them, axis=0)
     nearest = cost(weight, scale * np.clip(np.round(weight / scale), -1, 1), damped(hessian))
     assert (found >= best * (1 - 1e-5)).all()
@@ -161,7 +183,9 @@ def test_close_to_the_best_of_all_assignments():
 def gptq(weight, scale, hessian, top) -> np.ndarray:
     """The integers that GPTQ (2210.17323, act-order) assigns, in float64: errors over U_jj to later columns along U_j, H^-1 = U'U."""
     order = np.argsort(-np.diagonal(hessian), kind="stable")
-    upper = np.linalg.cholesky(np.linalg.inv(damped(hessian.astype(np.float64))[np.ix_(order, order)])).T
+    upper = np.linalg.cholesky(
+        np.linalg.inv(damped(hessian.astype(np.float64))[np.ix_(order, order)])
+    ).T
     weight = weight.astype(np.float64)[:, order]
     codes = np.zeros_like(weight)
     for j in range(weight.shape[1]):
@@ -173,24 +197,34 @@ def gptq(weight, scale, hessian, top) -> np.ndarray:
 
 def test_feedback_alone_is_gptq():
     hessian, weight = moment(150), gaussian(30, 150)  # several blocks, the last of which overlaps
-    trits, scales = decompose(weight, factor(hessian), hessian, bases=2, group="row", tied=True, sweeps=0)
+    trits, scales = decompose(
+        weight, factor(hessian), hessian, bases=2, group="row", tied=True, sweeps=0
+    )
     expected = gptq(weight, scales[:, 0, 0].astype(np.float64), hessian, 4)
-    assert (trits @ np.array([3, 1]) == expected).mean() > 0.999  # float32 may take the other side of a tie
+    assert (
+        trits @ np.array([3, 1]) == expected
+    ).mean() > 0.999  # float32 may take the other side of a tie
 
 
 @pytest.mark.parametrize("name", ["q_proj", "down_proj"])
 def test_as_good_as_gptq_on_real_moments(linears, name):
     weight, hessian, _ = linears[name]
-    trits, scales = decompose(weight, factor(hessian), hessian, bases=2, group="row", tied=True, sweeps=0)
+    trits, scales = decompose(
+        weight, factor(hessian), hessian, bases=2, group="row", tied=True, sweeps=0
+    )
     scale = scales[:, 0].astype(np.float64)
     expected = relative(weight, gptq(weight, scale[:, 0], hessian, 4) * scale, hessian)
-    assert relative(weight, rebuild(trits, scales, "row", True), hessian) == pytest.approx(expected, rel=0.01)
+    assert relative(weight, rebuild(trits, scales, "row", True), hessian) == pytest.approx(
+        expected, rel=0.01
+    )
 
 
 # --- conventions ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("bases", "group", "tied"), [(1, "row", True), (2, 32, False), (2, 32, True)])
+@pytest.mark.parametrize(
+    ("bases", "group", "tied"), [(1, "row", True), (2, 32, False), (2, 32, True)]
+)
 def test_without_correlations_it_is_als(bases, group, tied):
     weight = gaussian(300, 72)  # two chunks of rows, a ragged group
     hessian = np.eye(72, dtype=np.float32)
@@ -222,7 +256,15 @@ def test_trits_and_scales_rebuild_what_was_judged(monkeypatch, dtype, bases, gro
     weight[4, :32] = 0
     shared = factor(hessian)
     trits, scales = decompose(
-        weight, shared, hessian, bases=bases, group=group, tied=tied, dtype=dtype, sweeps=1, refits=2
+        weight,
+        shared,
+        hessian,
+        bases=bases,
+        group=group,
+        tied=tied,
+        dtype=dtype,
+        sweeps=1,
+        refits=2,
     )
     assert scales.dtype == dtype
     assert (scales >= 0).all()
@@ -235,7 +277,9 @@ def test_rows_do_not_depend_on_each_other_and_runs_repeat():
     weight, hessian = gaussian(error_feedback.ROWS + 40, 72), moment(72)
     options = {"bases": 2, "group": 32, "tied": False, "refits": 1}
     shared = factor(hessian)
-    whole, again, part = (decompose(rows, shared, hessian, **options) for rows in (weight, weight, weight[-60:]))
+    whole, again, part = (
+        decompose(rows, shared, hessian, **options) for rows in (weight, weight, weight[-60:])
+    )
     for one, two, tail in zip(whole, again, part, strict=True):
         np.testing.assert_array_equal(one, two)
         np.testing.assert_array_equal(one[-60:], tail)
@@ -243,7 +287,9 @@ def test_rows_do_not_depend_on_each_other_and_runs_repeat():
 
 def test_inputs_are_visited_by_size_or_as_they_stand():
     hessian = moment(40)
-    np.testing.assert_array_equal(factor(hessian).order, np.argsort(-np.diagonal(hessian), kind="stable"))
+    np.testing.assert_array_equal(
+        factor(hessian).order, np.argsort(-np.diagonal(hessian), kind="stable")
+    )
     np.testing.assert_array_equal(factor(hessian, order=False).order, np.arange(40))
 
 
@@ -259,13 +305,17 @@ def test_asymmetric_target_answers_the_dense_outputs_on_quantized_inputs():
     weight = gaussian(7, 20, seed=2)
     hessian, cross = x_quantized.T @ x_quantized / 500, x.T @ x_quantized / 500
     best = np.linalg.lstsq(x_quantized, x @ weight.T, rcond=None)[0].T
-    np.testing.assert_allclose(asymmetric_target(weight, hessian, cross, damping=0.0), best, atol=1e-4)
+    np.testing.assert_allclose(
+        asymmetric_target(weight, hessian, cross, damping=0.0), best, atol=1e-4
+    )
     np.testing.assert_allclose(asymmetric_target(weight, hessian, hessian), weight, atol=1e-6)
 
     def error(target):
         return np.square(x @ weight.T - x_quantized @ np.asarray(target).T).sum()
 
-    assert error(asymmetric_target(weight, hessian, cross)) < 1.01 * error(best) < 0.9 * error(weight)
+    assert (
+        error(asymmetric_target(weight, hessian, cross)) < 1.01 * error(best) < 0.9 * error(weight)
+    )
 
 
 def test_a_damped_correction_holds_on_inputs_that_were_not_seen():
@@ -279,7 +329,9 @@ def test_a_damped_correction_holds_on_inputs_that_were_not_seen():
 
     x, x_quantized = streams(100)
     hessian, cross = x_quantized.T @ x_quantized / 100, x.T @ x_quantized / 100
-    undamped, damped = (asymmetric_target(weight, hessian, cross, damping) for damping in (0.001, 0.3))
+    undamped, damped = (
+        asymmetric_target(weight, hessian, cross, damping) for damping in (0.001, 0.3)
+    )
     x, x_quantized = streams(4000)
 
     def error(target):
@@ -298,10 +350,16 @@ def test_inputs_that_calibration_never_saw():
     weight = gaussian(50, 72)
     shared = factor(hessian)
     assert shared.damping == error_feedback.DAMPING
-    trits, scales = decompose(weight, shared, hessian, bases=2, group=32, tied=False, dtype=np.float32)
+    trits, scales = decompose(
+        weight, shared, hessian, bases=2, group=32, tied=False, dtype=np.float32
+    )
     found = rebuild(trits, scales, 32, False)
-    nearest = rebuild(*als(weight, 2, 32, False, np.float32, feature_weights=np.diagonal(hessian)), 32, False)
-    np.testing.assert_array_equal(found[:, dead], nearest[:, dead])  # no correlation: as near as the scales allow
+    nearest = rebuild(
+        *als(weight, 2, 32, False, np.float32, feature_weights=np.diagonal(hessian)), 32, False
+    )
+    np.testing.assert_array_equal(
+        found[:, dead], nearest[:, dead]
+    )  # no correlation: as near as the scales allow
 
 
 def test_fewer_tokens_than_inputs():

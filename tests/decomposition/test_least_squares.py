@@ -14,7 +14,13 @@ from hypothesis import strategies as st
 from numpy.typing import DTypeLike
 from safetensors.numpy import load_file
 
-from atd.decomposition.least_squares import START_RATIOS, als, decomposition_rmse, greedy, relative_rmse
+from atd.decomposition.least_squares import (
+    START_RATIOS,
+    als,
+    decomposition_rmse,
+    greedy,
+    relative_rmse,
+)
 from atd.decomposition.levels import round_scales
 from atd.errors import BadInput
 from atd.weights import SHORT, TernaryType, combine, level_weights
@@ -64,11 +70,15 @@ def test_greedy_is_the_historic_method():
         scale = np.abs(residual).mean()
         expected = np.clip(np.round(residual / scale), -1, 1)
         np.testing.assert_allclose(scales[0, 0, i], scale, rtol=1e-5)
-        assert (trits[:, :, i] != expected).mean() < 1e-3  # a residual on the very edge may fall either way
+        assert (
+            trits[:, :, i] != expected
+        ).mean() < 1e-3  # a residual on the very edge may fall either way
         residual -= scale * expected
 
 
-@pytest.mark.parametrize(("bases", "tensor", "group64"), [(1, 0.436, 0.429), (2, 0.175, 0.167), (3, 0.080, 0.066)])
+@pytest.mark.parametrize(
+    ("bases", "tensor", "group64"), [(1, 0.436, 0.429), (2, 0.175, 0.167), (3, 0.080, 0.066)]
+)
 def test_known_errors_on_a_gaussian_matrix(bases, tensor, group64):
     weight = weights("gaussian", (256, 1024))
     assert rmse(weight, "tensor", bases, method=greedy) == pytest.approx(
@@ -87,7 +97,9 @@ def test_als_is_never_behind_greedy_and_falls_with_bases(group, most):
         weight, before = weights(kind), np.inf
         for bases in range(1, most + 1):
             error = als_rmse(weight, bases, group)
-            assert error <= rmse(weight, group, bases, np.float32, group, method=greedy) * (1 + 1e-5)
+            assert error <= rmse(weight, group, bases, np.float32, group, method=greedy) * (
+                1 + 1e-5
+            )
             assert error < before
             before = error
 
@@ -105,17 +117,25 @@ def test_crowded_starts_pay(monkeypatch):
     kinds = "gaussian", "laplace", "student"
     ours = [als_rmse(weights(kind), 2, 64) for kind in kinds]
     monkeypatch.setitem(START_RATIOS, 2, START_RATIOS[2][:1])
-    uniform = [als_rmse(weights(kind), 2, 64, iterations=17) for kind in kinds]  # 17: nobody else's compilation
+    uniform = [
+        als_rmse(weights(kind), 2, 64, iterations=17) for kind in kinds
+    ]  # 17: nobody else's compilation
     assert (np.array(ours) < 0.97 * np.array(uniform)).all()
 
 
-BOUNDS = {1: (0.442, 0.442), 2: (0.16, 0.17), 3: (0.053, 0.06)}  # free and tied, 2 % above what was measured
+BOUNDS = {
+    1: (0.442, 0.442),
+    2: (0.16, 0.17),
+    3: (0.053, 0.06),
+}  # free and tied, 2 % above what was measured
 
 
 @pytest.mark.parametrize("bases", [1, 2, 3])
 def test_real_weights(stories15m, bases):
     tensors = load_file(stories15m / "model.safetensors")
-    linears = [w.astype(np.float32) for name, w in tensors.items() if "layers.2." in name and w.ndim == 2]
+    linears = [
+        w.astype(np.float32) for name, w in tensors.items() if "layers.2." in name and w.ndim == 2
+    ]
     assert len(linears) == 7
     for tied, bound in zip((False, True), BOUNDS[bases], strict=True):
         errors = [als_rmse(w, bases, 96, tied, np.float16) for w in linears]
@@ -140,7 +160,9 @@ def test_no_single_change_lowers_the_error(bases, tied):
     np.testing.assert_allclose(np.abs(weight - approximation), nearest, atol=1e-5)
 
     def error(scales):
-        squares = np.square(weight.astype(np.float64) - dequantize(trits, scales.astype(np.float32), 32, tied))
+        squares = np.square(
+            weight.astype(np.float64) - dequantize(trits, scales.astype(np.float32), 32, tied)
+        )
         return (squares * importance).reshape(6, 3, 32).sum(axis=-1)
 
     least = error(scales)
@@ -157,15 +179,19 @@ def test_scales_are_rounded_before_trits_are_chosen(dtype):
         weight = weights("gaussian", (24, 64)) * np.float32(factor)
         trits, scales = als(weight, 2, 64, False, dtype)
         levels = (
-            scales[:, 0].astype(np.float32) @ np.array(list(product((-1, 0, 1), repeat=2)), np.float32).T
+            scales[:, 0].astype(np.float32)
+            @ np.array(list(product((-1, 0, 1), repeat=2)), np.float32).T
         )  # [24, 9]
         nearest = np.abs(weight[..., None] - levels[:, None]).min(axis=-1)
-        np.testing.assert_allclose(np.abs(weight - dequantize(trits, scales, 64)), nearest, atol=1e-6 * factor)
+        np.testing.assert_allclose(
+            np.abs(weight - dequantize(trits, scales, 64)), nearest, atol=1e-6 * factor
+        )
 
 
 @settings(max_examples=200, deadline=None)
 @given(
-    st.sampled_from([np.float16, BFLOAT16]), st.lists(st.floats(2.0**-120, 2.0**60, width=32), min_size=8, max_size=8)
+    st.sampled_from([np.float16, BFLOAT16]),
+    st.lists(st.floats(2.0**-120, 2.0**60, width=32), min_size=8, max_size=8),
 )
 def test_rounding_is_that_of_the_dtype(dtype, values):
     array = np.array(values, np.float32)
@@ -177,7 +203,9 @@ def test_rounding_is_that_of_the_dtype(dtype, values):
 def brute_force(w: np.ndarray, bases: int) -> float:
     """The least squared error of all assignments, each with its own least-squares scales."""
     codes = np.array(list(product((-1, 0, 1), repeat=bases)), float)
-    t = codes[np.array(list(product(range(len(codes)), repeat=len(w))))]  # [assignments, weights, bases]
+    t = codes[
+        np.array(list(product(range(len(codes)), repeat=len(w))))
+    ]  # [assignments, weights, bases]
     residual = w - (t @ (np.linalg.pinv(t) @ w)[..., None])[..., 0]
     return float(np.square(residual).sum(axis=1).min())
 
@@ -220,7 +248,9 @@ def test_feature_weights_lower_the_weighted_error():
         errors = []
         for d in (None, importance):
             difference = weight - dequantize(*als(weight, 2, 64, tied, np.float16, d), 64, tied)
-            errors.append([np.square(difference).mean(), (np.square(difference) * importance).mean()])
+            errors.append(
+                [np.square(difference).mean(), (np.square(difference) * importance).mean()]
+            )
         (plain, plain_weighted), (other, other_weighted) = errors
         assert other_weighted < 0.8 * plain_weighted
         assert other > plain
@@ -228,7 +258,9 @@ def test_feature_weights_lower_the_weighted_error():
 
 def test_feature_weights_count_relative_to_each_other_alone():
     weight, importance = weights("laplace", (8, 128)), np.linspace(0, 2, 128, dtype=np.float32)
-    few, many = (als(weight, 2, 64, False, np.float16, importance * factor) for factor in (1e-12, 1e12))
+    few, many = (
+        als(weight, 2, 64, False, np.float16, importance * factor) for factor in (1e-12, 1e12)
+    )
     np.testing.assert_array_equal(few[0], many[0])
     for none in (np.zeros(128), np.ones(128)):
         found = als(weight, 2, 64, False, np.float16, none)
@@ -243,7 +275,9 @@ def test_feature_weights_count_relative_to_each_other_alone():
 def test_what_a_decomposition_can_hold_it_holds_exactly(bases, dtype, tied):
     """Weights on a uniform grid come back with the same trits: a matrix that was ternary stays what it was."""
     rng = np.random.default_rng(3)
-    integers = rng.integers(-((3**bases - 1) // 2), (3**bases + 1) // 2, (40, 256)).astype(np.float32)
+    integers = rng.integers(-((3**bases - 1) // 2), (3**bases + 1) // 2, (40, 256)).astype(
+        np.float32
+    )
     unit = np.asarray(rng.uniform(0.01, 0.02, (40, 1)), dtype).astype(np.float32)
     trits, scales = als(integers * unit, bases, "row", tied, dtype)
     np.testing.assert_array_equal(trits @ level_weights(bases).astype(np.int8), integers)
@@ -255,7 +289,11 @@ def test_what_a_decomposition_can_hold_it_holds_exactly(bases, dtype, tied):
 @pytest.mark.parametrize("method", ["greedy", "free", "tied"])
 def test_scales_are_positive_and_descend(method):
     weight = weights("student")
-    _, scales = greedy(weight, 2, np.float16) if method == "greedy" else als(weight, 2, 64, method == "tied")
+    _, scales = (
+        greedy(weight, 2, np.float16)
+        if method == "greedy"
+        else als(weight, 2, 64, method == "tied")
+    )
     assert scales.dtype == np.float16
     assert (scales > 0).all()
     assert (np.diff(scales.astype(np.float32), axis=-1) <= 0).all()
@@ -288,7 +326,9 @@ def test_more_than_one_chunk(monkeypatch):
     pieces = als(weight, 2, 64, False, np.float16, importance)
     for a, b in zip(whole, pieces, strict=True):
         np.testing.assert_array_equal(a, b)
-    assert decomposition_rmse(weight, *pieces, 64) == pytest.approx(relative_rmse(weight, dequantize(*pieces, 64)))
+    assert decomposition_rmse(weight, *pieces, 64) == pytest.approx(
+        relative_rmse(weight, dequantize(*pieces, 64))
+    )
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -313,7 +353,9 @@ def test_extreme_magnitudes(tied):
     weight = weights("gaussian", (4, 64))
     usual = als_rmse(weight, 2, "row", tied)
     for factor in (1e30, 1e-30):  # squares leave float32
-        assert als_rmse(weight * np.float32(factor), 2, "row", tied) == pytest.approx(usual, rel=1e-4)
+        assert als_rmse(weight * np.float32(factor), 2, "row", tied) == pytest.approx(
+            usual, rel=1e-4
+        )
     denormal = als(weight * np.float32(1e-40), 2, "row", tied, np.float32)
     assert np.isfinite(denormal[1]).all()
     tiny, scales = als(
@@ -331,7 +373,11 @@ def test_extreme_magnitudes(tied):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.integers(1, 5), st.integers(65, 200), st.booleans(), st.sampled_from([1.0, 1e-3, 1e3]), st.integers(0, 2**32 - 1)
+    st.integers(1, 5),
+    st.integers(65, 200),
+    st.booleans(),
+    st.sampled_from([1.0, 1e-3, 1e3]),
+    st.integers(0, 2**32 - 1),
 )
 def test_any_shape(out, inputs, tied, factor, seed):
     weight = (weights("student", (out, inputs), seed) * factor).astype(np.float32)

@@ -114,7 +114,9 @@ def randomize(model: torch.nn.Module, generator: torch.Generator) -> None:
 
 
 def logits_of(folder: Path, tokens: np.ndarray) -> np.ndarray:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     with torch.no_grad():
         return model(torch.from_numpy(tokens).long()).logits.numpy()
 
@@ -126,7 +128,9 @@ def make_tiny(name: str, seed: int) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**copy.deepcopy(config)))
     randomize(model, torch.Generator().manual_seed(seed))
-    model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size="30KB" if dtype == "bfloat16" else "1GB")
+    model.to(getattr(torch, dtype)).save_pretrained(
+        folder, max_shard_size="30KB" if dtype == "bfloat16" else "1GB"
+    )
     for file in folder.glob("*.safetensors"):
         file.chmod(0o644)
     (folder / "generation_config.json").unlink(missing_ok=True)
@@ -139,7 +143,9 @@ def make_tiny(name: str, seed: int) -> None:
     tokens = np.random.default_rng(seed).integers(0, config["vocab_size"], (2, 24)).astype(np.int32)
     logits = logits_of(folder, tokens)
     np.savez_compressed(folder / "logits.npz", tokens=tokens, logits=logits)
-    print(f"{name}: largest logit {np.abs(logits).max():.2f}, standard deviation {logits.std():.2f}")
+    print(
+        f"{name}: largest logit {np.abs(logits).max():.2f}, standard deviation {logits.std():.2f}"
+    )
 
 
 def make_real(name: str, shared: Path) -> None:
@@ -149,7 +155,9 @@ def make_real(name: str, shared: Path) -> None:
     tokens = np.array([AutoTokenizer.from_pretrained(folder)(text)["input_ids"][:32]], np.int32)
     logits = logits_of(folder, tokens)
     vocabulary = np.unique(np.linspace(0, logits.shape[-1] - 1, 256).astype(np.int32))
-    np.savez_compressed(HERE / f"{name}.npz", tokens=tokens, logits=logits[..., vocabulary], vocabulary=vocabulary)
+    np.savez_compressed(
+        HERE / f"{name}.npz", tokens=tokens, logits=logits[..., vocabulary], vocabulary=vocabulary
+    )
     print(f"{name}: largest logit {np.abs(logits).max():.2f}")
 
 

@@ -60,11 +60,17 @@ if __name__ == "__main__":
     golden = {
         "file": path.name,
         "smollm": [{"text": text, "ids": ids} for text, ids in zip(TEXTS, divided, strict=True)],
-        "undivided": [{"text": t, "ids": a} for t, a, b in zip(TEXTS, undivided, divided, strict=True) if a != b],
+        "undivided": [
+            {"text": t, "ids": a}
+            for t, a, b in zip(TEXTS, undivided, divided, strict=True)
+            if a != b
+        ],
         "words": {name: words(oracle, name) for name in ("llama-bpe", "qwen2")},
         "chat_messages": CHAT,
         "chat": oracle.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True),
     }
     out = Path(__file__).with_name("tokenizer.json")
     out.write_text(json.dumps(golden, indent=1) + "\n")
-    print(f"{out}: {len(TEXTS)} texts, {len(golden['undivided'])} differ without the split of digits")
+    print(
+        f"{out}: {len(TEXTS)} texts, {len(golden['undivided'])} differ without the split of digits"
+    )

@@ -24,9 +24,11 @@ NAMES = {
 def gguf_name(name: str) -> str:
     module, _, kind = name.rpartition(".")
     if not module.startswith("model.layers."):
-        return {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}[
-            module
-        ] + f".{kind}"
+        return {
+            "model.embed_tokens": "token_embd",
+            "model.norm": "output_norm",
+            "lm_head": "output",
+        }[module] + f".{kind}"
     _, _, layer, module = module.split(".", 3)
     return f"blk.{layer}.{NAMES[module]}.{kind}"
 
@@ -40,7 +42,9 @@ def permuted(weights: np.ndarray, heads: int) -> np.ndarray:
     )
 
 
-def write_gguf(path: Path, golden: str, quantization, metadata: dict | None = None) -> dict[str, np.ndarray]:
+def write_gguf(
+    path: Path, golden: str, quantization, metadata: dict | None = None
+) -> dict[str, np.ndarray]:
     """The golden model as llama.cpp's converter writes it, matrices so quantized; returns the original tensors."""
     config = json.loads((GOLDEN / golden / "config.json").read_text())
     tensors = load_file(GOLDEN / golden / "model.safetensors")
@@ -63,15 +67,23 @@ def write_gguf(path: Path, golden: str, quantization, metadata: dict | None = No
         writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
         writer.add_tensor(
             "rope_freqs.weight",
-            llama3_divisors(scaling, config["rope_theta"], config["hidden_size"] // config["num_attention_heads"]),
+            llama3_divisors(
+                scaling,
+                config["rope_theta"],
+                config["hidden_size"] // config["num_attention_heads"],
+            ),
         )
     for key, value in (metadata or {}).items():
         writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
     for name, array in tensors.items():
         if family == "llama" and ("q_proj" in name or "k_proj" in name):
-            array = permuted(array, config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"])
+            array = permuted(
+                array, config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
+            )
         if array.ndim == 2 and quantization != gguf.GGMLQuantizationType.F32:
-            writer.add_tensor(gguf_name(name), gguf.quants.quantize(array, quantization), raw_dtype=quantization)
+            writer.add_tensor(
+                gguf_name(name), gguf.quants.quantize(array, quantization), raw_dtype=quantization
+            )
         else:
             writer.add_tensor(gguf_name(name), array)
     writer.write_header_to_file()

@@ -6,7 +6,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from atd.ir import OPS, Block, Graph, InvalidGraph, Node, WeightRef, graph_from_json, in_memory, verify
+from atd.ir import (
+    OPS,
+    Block,
+    Graph,
+    InvalidGraph,
+    Node,
+    WeightRef,
+    graph_from_json,
+    in_memory,
+    verify,
+)
 from atd.weights import Dense, DenseType, PackedType, TernaryType, parse_type
 
 ROPE = {"head_dim": 4, "theta": 10000.0, "scaling": ()}
@@ -16,7 +26,14 @@ def ref(tensor: str, *shape: int) -> WeightRef:
     return in_memory(tensor, Dense(np.zeros(shape, np.float16)))
 
 
-def linear(name: str, source: str, out: int, inputs: int, prefix: str = "model.layers.0.", bias: bool = False) -> Node:
+def linear(
+    name: str,
+    source: str,
+    out: int,
+    inputs: int,
+    prefix: str = "model.layers.0.",
+    bias: bool = False,
+) -> Node:
     weights = {"weight": ref(f"{prefix}{name}.weight", out, inputs)}
     if bias:
         weights["bias"] = ref(f"{prefix}{name}.bias", out)
@@ -24,7 +41,13 @@ def linear(name: str, source: str, out: int, inputs: int, prefix: str = "model.l
 
 
 def norm(name: str, source: str, width: int, prefix: str = "model.layers.0.", **attrs) -> Node:
-    return Node(name, "rms_norm", (source,), {"weight": ref(f"{prefix}{name}.weight", width)}, {"eps": 1e-5, **attrs})
+    return Node(
+        name,
+        "rms_norm",
+        (source,),
+        {"weight": ref(f"{prefix}{name}.weight", width)},
+        {"eps": 1e-5, **attrs},
+    )
 
 
 def tiny() -> Graph:
@@ -47,7 +70,9 @@ def tiny() -> Graph:
         linear("mlp.down_proj", "mlp.act", 8, 12),
         Node("output", "add", ("residual", "mlp.down_proj")),
     )  # fmt: skip
-    embed = Node("model.embed_tokens", "embed", ("x",), {"weight": ref("model.embed_tokens.weight", 16, 8)})
+    embed = Node(
+        "model.embed_tokens", "embed", ("x",), {"weight": ref("model.embed_tokens.weight", 16, 8)}
+    )
     head = Node("lm_head", "linear", ("model.norm",), attrs={"tied_to": "model.embed_tokens"})
     return Graph(
         {"model_type": "llama"},
@@ -95,9 +120,7 @@ def test_text_of_other_types_and_attrs():
     packed = PackedType(TernaryType((8, 20), 2, 128, False, "f16"), "interleaved")
     weights = {"weight": WeightRef("a.weight", packed, lambda: pytest.fail("text needs no data"))}
     node = Node("a", "linear", ("x",), weights, {"fused": True, "parts": (1, (2, "b"))})
-    expected = (
-        "%a = linear(%x) fused=true parts=[1,[2,b]] {weight: packed n=2 g=128 free layout=interleaved/1 f16[8,20]}"
-    )
+    expected = "%a = linear(%x) fused=true parts=[1,[2,b]] {weight: packed n=2 g=128 free layout=interleaved/1 f16[8,20]}"
     assert str(node) == expected
 
 
@@ -247,5 +270,8 @@ def test_heads_must_share_key_value_heads_evenly():
         Node("attention", "attention", ("q", "k", "v"), attrs=attrs), linear("o", "attention", 8, 12),
     )  # fmt: skip
     graph = replace(tiny(), blocks=(Block("model.layers.0", nodes),))
-    with pytest.raises(InvalidGraph, match=r"model\.layers\.0\.attention: the remainder of heads by kv_heads is 1, 0"):
+    with pytest.raises(
+        InvalidGraph,
+        match=r"model\.layers\.0\.attention: the remainder of heads by kv_heads is 1, 0",
+    ):
         verify(graph)

@@ -97,7 +97,9 @@ class Compiled:
     registers: int  # a thread
     spill_bytes: int  # stores and loads together
     shared_bytes: int  # asked for at launch; what the PTX itself declares is on top
-    grid: tuple[int, int, int]  # (0, 0, 0) for Mosaic's kernels, which keep it, and what they ask for, to themselves
+    grid: tuple[
+        int, int, int
+    ]  # (0, 0, 0) for Mosaic's kernels, which keep it, and what they ask for, to themselves
 
 
 def missing() -> str | None:
@@ -114,7 +116,9 @@ def missing() -> str | None:
     return None
 
 
-def compile_for(device: str, function: Callable, *shapes: jax.ShapeDtypeStruct, kernel: str | None = None) -> Compiled:
+def compile_for(
+    device: str, function: Callable, *shapes: jax.ShapeDtypeStruct, kernel: str | None = None
+) -> Compiled:
     """Compiles function, of arguments of these shapes and dtypes, for DEVICES[device]. kernel is the name of the one
     looked for: that of the `pallas_call`, or of the function within; Mosaic adds "_mosaic_gpu_kernel". It may be left out
     where XLA makes no other."""
@@ -123,7 +127,11 @@ def compile_for(device: str, function: Callable, *shapes: jax.ShapeDtypeStruct, 
     mesh = _mesh(device)
     whole = NamedSharding(mesh, PartitionSpec())
     arguments = [jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=whole) for shape in shapes]
-    with tempfile.TemporaryDirectory() as folder, jax.sharding.set_mesh(mesh), pytest.MonkeyPatch.context() as patch:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        jax.sharding.set_mesh(mesh),
+        pytest.MonkeyPatch.context() as patch,
+    ):
         patch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
         patch.setenv("MOSAIC_GPU_DUMP_TO", folder)
         lowered = jax.jit(function).trace(*arguments).lower()
@@ -150,10 +158,14 @@ def program_for(device: str, function: Callable, *arguments, **options) -> jax.s
     """All that XLA makes of a function, of trees of shapes, for DEVICES[device]: its text, its memory. options: of jax.jit."""
     mesh = _mesh(device)
     whole = NamedSharding(mesh, PartitionSpec())
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), arguments)
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), arguments
+    )
     with jax.sharding.set_mesh(mesh):
         lowered = jax.jit(function, **options).trace(*shapes).lower()
-        return lowered.compile(compiler_options={"xla_gpu_cuda_data_dir": str(_tool("ptxas").parents[1])})
+        return lowered.compile(
+            compiler_options={"xla_gpu_cuda_data_dir": str(_tool("ptxas").parents[1])}
+        )
 
 
 def emulated_pallas_call(device: str) -> Callable:
@@ -170,8 +182,13 @@ def emulated_pallas_call(device: str) -> Callable:
                 compiled = elsewhere.submit(compile_for, device, call, *shapes).result()
 
             def run(*inputs):
-                results = [np.full(x.shape, POISON, "u1").repeat(x.dtype.itemsize).view(x.dtype) for x in outputs]
-                results = [result.reshape(x.shape) for result, x in zip(results, outputs, strict=True)]
+                results = [
+                    np.full(x.shape, POISON, "u1").repeat(x.dtype.itemsize).view(x.dtype)
+                    for x in outputs
+                ]
+                results = [
+                    result.reshape(x.shape) for result, x in zip(results, outputs, strict=True)
+                ]
                 arrays = [np.ascontiguousarray(x) for x in inputs] + results
                 run_ptx(compiled.ptx, compiled.grid, arrays, shared_bytes=compiled.shared_bytes)
                 return jax.tree.unflatten(jax.tree.structure(out_shape), results)
@@ -192,11 +209,22 @@ def main_loop_instructions(sass: str) -> Counter[str]:
     for line in sass.splitlines():
         if label := re.match(r"\s*(\.L_\w+):", line):
             labels[label[1]] = len(instructions)
-        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line):
+        elif instruction := re.search(
+            r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line
+        ):
             instructions.append(instruction[1])
-            target = re.search(r"`\((\.L_\w+)\)", instruction[2]) if instruction[1].startswith("BRA") else None
-            start, end = labels.get(target[1], len(instructions)) if target else len(instructions), len(instructions)
-            if end - start > max(longest[1] - longest[0], 1):  # a branch to itself is the trap behind the last EXIT
+            target = (
+                re.search(r"`\((\.L_\w+)\)", instruction[2])
+                if instruction[1].startswith("BRA")
+                else None
+            )
+            start, end = (
+                labels.get(target[1], len(instructions)) if target else len(instructions),
+                len(instructions),
+            )
+            if end - start > max(
+                longest[1] - longest[0], 1
+            ):  # a branch to itself is the trap behind the last EXIT
                 longest = start, end
     start, end = longest if longest[1] else (0, len(instructions))
     return Counter(opcode for opcode in instructions[start:end] if opcode != "NOP")
@@ -214,7 +242,9 @@ def _plugin() -> str | None:
 
 @cache
 def _mesh(device: str) -> jax.sharding.Mesh:
-    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # cuDNN and its like are not needed to compile
+    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = (
+        "1"  # cuDNN and its like are not needed to compile
+    )
     options = {"target_config": DEVICES[device].target_config(), "topology": "1x1x1"}
     try:
         topology = topologies.get_topology_desc(device, platform="cuda", **options)
@@ -230,7 +260,11 @@ def _find(tool: str) -> Path | None:
     """In the pip packages, on PATH, in a CUDA toolkit where they usually lie."""
     packages = importlib.util.find_spec("nvidia")
     roots = [Path(root) for root in (packages.submodule_search_locations or [])] if packages else []
-    candidates = [root / folder / "bin" / tool for root in roots for folder in ("cu13", "cuda_nvcc", "cuda_nvdisasm")]
+    candidates = [
+        root / folder / "bin" / tool
+        for root in roots
+        for folder in ("cu13", "cuda_nvcc", "cuda_nvdisasm")
+    ]
     candidates += [Path(found)] if (found := shutil.which(tool)) else []
     candidates += [Path("/usr/local/cuda/bin") / tool]
     return next((path for path in candidates if path.is_file()), None)
@@ -244,7 +278,9 @@ def _tool(name: str) -> Path:
 
 
 def _run(*command: str | Path) -> str:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise GpuCheckError(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
     return done.stdout + done.stderr

@@ -9,13 +9,21 @@ from tests.kernels.ptx_machine import OPCODES, Machine, opcode
 from tests.kernels.ptx_text import FLOATS, PACKED, TYPES, EmulationError, Instruction, constant
 
 
-def elementwise(name: str, integer: Callable | None, floating: Callable | None = None, *, bits: bool = False):
+def elementwise(
+    name: str, integer: Callable | None, floating: Callable | None = None, *, bits: bool = False
+):
     """d = f(a, b, ...), all of one type. bits: of predicates too."""
-    OPCODES[name] = lambda machine, instruction: _apply(machine, instruction, integer, floating, bits)
+    OPCODES[name] = lambda machine, instruction: _apply(
+        machine, instruction, integer, floating, bits
+    )
 
 
 def _apply(
-    machine: Machine, instruction: Instruction, integer: Callable | None, floating: Callable | None, bits: bool = False
+    machine: Machine,
+    instruction: Instruction,
+    integer: Callable | None,
+    floating: Callable | None,
+    bits: bool = False,
 ):
     target, *sources = instruction.operands
     type = instruction.type
@@ -23,7 +31,9 @@ def _apply(
         words = [machine.read(source, "u32") for source in sources]
         low, high = (
             _in_floats(
-                instruction, floating, [(word >> shift).astype(np.uint16).view(TYPES[PACKED[type]]) for word in words]
+                instruction,
+                floating,
+                [(word >> shift).astype(np.uint16).view(TYPES[PACKED[type]]) for word in words],
             ).view(np.uint16)
             for shift in (0, 16)
         )
@@ -38,7 +48,9 @@ def _apply(
         raise EmulationError(f"not of {type}")
 
 
-def _in_floats(instruction: Instruction, function: Callable | None, values: list[np.ndarray]) -> np.ndarray:
+def _in_floats(
+    instruction: Instruction, function: Callable | None, values: list[np.ndarray]
+) -> np.ndarray:
     """In the type of the values; .ftz takes subnormal numbers for zero, .sat cuts to [0, 1]."""
     modes = {*instruction.parts}
     if function is None:
@@ -87,10 +99,14 @@ def _odd_sum(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def _fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     if a.dtype == np.float64:
         raise EmulationError("fma of float64")
-    sum = _odd_sum(*np.broadcast_arrays(a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)))
+    sum = _odd_sum(
+        *np.broadcast_arrays(a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64))
+    )
     if a.dtype in (np.float32, np.float16):
         return sum
-    single = sum.astype(np.float32)  # on the way to bfloat16, which ml_dtypes rounds from there: to odd as well
+    single = sum.astype(
+        np.float32
+    )  # on the way to bfloat16, which ml_dtypes rounds from there: to odd as well
     even = single.view(np.int32) & 1 == 0
     towards = np.where(sum > single, np.float32(np.inf), np.float32(-np.inf))
     return np.where((single != sum) & even, np.nextafter(single, towards), single)
@@ -101,7 +117,9 @@ def _shift(left: bool, value: np.ndarray, amount: np.ndarray) -> np.ndarray:
     beyond = amount >= width
     fill = -(value < 0).astype(value.dtype) if value.dtype.kind == "i" else np.zeros_like(value)
     kept = np.where(beyond, 0, amount).astype(value.dtype)
-    return np.where(beyond, np.zeros_like(value) if left else fill, value << kept if left else value >> kept)
+    return np.where(
+        beyond, np.zeros_like(value) if left else fill, value << kept if left else value >> kept
+    )
 
 
 def _truncated_division(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -147,9 +165,13 @@ def _multiply(machine: Machine, instruction: Instruction):
         product = machine.read(a, type) * machine.read(b, type)
         wide = type
     elif "wide" in parts:
-        product = machine.read(a, type).astype(TYPES[wide]) * machine.read(b, type).astype(TYPES[wide])
+        product = machine.read(a, type).astype(TYPES[wide]) * machine.read(b, type).astype(
+            TYPES[wide]
+        )
     elif "hi" in parts and narrow.itemsize <= 4:
-        product = machine.read(a, type).astype(TYPES[wide]) * machine.read(b, type).astype(TYPES[wide])
+        product = machine.read(a, type).astype(TYPES[wide]) * machine.read(b, type).astype(
+            TYPES[wide]
+        )
         product, wide = (product >> narrow.itemsize * 8).astype(narrow), type
     else:
         raise EmulationError("neither lo, wide nor hi of 32 bits")
@@ -160,7 +182,11 @@ def _multiply(machine: Machine, instruction: Instruction):
 def _shifts(machine: Machine, instruction: Instruction):
     target, value, amount = instruction.operands
     left = instruction.opcode == "shl"
-    machine.write(instruction, target, _shift(left, machine.read(value, instruction.type), machine.read(amount, "u32")))
+    machine.write(
+        instruction,
+        target,
+        _shift(left, machine.read(value, instruction.type), machine.read(amount, "u32")),
+    )
 
 
 @opcode("shf")
@@ -171,7 +197,9 @@ def _funnel_shift(machine: Machine, instruction: Instruction):
     shift = machine.read(amount, "u32")
     shift = (shift & 31 if mode == "wrap" else np.minimum(shift, 32)).astype(np.uint64)
     machine.write(
-        instruction, target, (value >> shift if direction == "r" else value << shift >> np.uint64(32)).astype(np.uint32)
+        instruction,
+        target,
+        (value >> shift if direction == "r" else value << shift >> np.uint64(32)).astype(np.uint32),
     )
 
 
@@ -184,13 +212,17 @@ def _move(machine: Machine, instruction: Instruction):
         part = TYPES[type].itemsize * 8 // len(source)
         value = np.zeros((1, 1), TYPES[type])
         for i, item in enumerate(source):
-            value = value | machine.read(item, f"u{part}").astype(value.dtype) << value.dtype.type(part * i)
+            value = value | machine.read(item, f"u{part}").astype(value.dtype) << value.dtype.type(
+                part * i
+            )
         machine.write(instruction, target, value)
     elif isinstance(target, tuple):
         part = TYPES[type].itemsize * 8 // len(target)
         value = machine.read(source, f"u{TYPES[type].itemsize * 8}")
         for i, item in enumerate(target):
-            machine.write(instruction, item, (value >> value.dtype.type(part * i)).astype(f"u{part // 8}"))
+            machine.write(
+                instruction, item, (value >> value.dtype.type(part * i)).astype(f"u{part // 8}")
+            )
     else:
         machine.write(instruction, target, machine.read(source, type))
 
@@ -199,7 +231,9 @@ def _move(machine: Machine, instruction: Instruction):
 def _convert_address(machine: Machine, instruction: Instruction):
     if "global" not in instruction.parts:
         raise EmulationError("only of global memory, where it changes nothing")
-    machine.write(instruction, instruction.operands[0], machine.read(instruction.operands[1], "u64"))
+    machine.write(
+        instruction, instruction.operands[0], machine.read(instruction.operands[1], "u64")
+    )
 
 
 @opcode("cvt")
@@ -209,7 +243,9 @@ def _convert(machine: Machine, instruction: Instruction):
     if to in PACKED:
         if modes != ["rn"]:
             raise EmulationError("only rounded to nearest")
-        high, low = (machine.read(source, of).astype(TYPES[PACKED[to]]).view(np.uint16) for source in sources)
+        high, low = (
+            machine.read(source, of).astype(TYPES[PACKED[to]]).view(np.uint16) for source in sources
+        )
         machine.write(instruction, target, low.astype(np.uint32) | high.astype(np.uint32) << 16)
         return
     value = machine.read(sources[0], of)
@@ -231,7 +267,9 @@ def _convert(machine: Machine, instruction: Instruction):
         result = np.where(wide >= bounds.max, TYPES[to].type(bounds.max), result)
     elif "sat" in modes:
         of_bounds = np.iinfo(TYPES[of])
-        result = np.clip(value, max(bounds.min, of_bounds.min), min(bounds.max, of_bounds.max)).astype(TYPES[to])
+        result = np.clip(
+            value, max(bounds.min, of_bounds.min), min(bounds.max, of_bounds.max)
+        ).astype(TYPES[to])
     else:
         result = value.astype(TYPES[to])
     machine.write(instruction, target, result)
@@ -273,7 +311,9 @@ def _select(machine: Machine, instruction: Instruction):
     target, a, b, predicate = instruction.operands
     type = instruction.type
     machine.write(
-        instruction, target, np.where(machine.read(predicate, "pred"), machine.read(a, type), machine.read(b, type))
+        instruction,
+        target,
+        np.where(machine.read(predicate, "pred"), machine.read(a, type), machine.read(b, type)),
     )
 
 
@@ -305,7 +345,9 @@ def _any_logic(machine: Machine, instruction: Instruction):
     result = np.zeros((1, 1), np.uint32)
     for row in range(8):
         if constant(table) >> row & 1:
-            result = result | (a if row & 4 else ~a) & (b if row & 2 else ~b) & (c if row & 1 else ~c)
+            result = result | (a if row & 4 else ~a) & (b if row & 2 else ~b) & (
+                c if row & 1 else ~c
+            )
     machine.write(instruction, target, result)
 
 
@@ -314,7 +356,11 @@ def _extract_bits(machine: Machine, instruction: Instruction):
     target, value, start, length = instruction.operands
     type = instruction.type
     width = TYPES[type].itemsize * 8
-    bits, first, count = machine.read(value, type), machine.read(start, "u32") & 255, machine.read(length, "u32") & 255
+    bits, first, count = (
+        machine.read(value, type),
+        machine.read(start, "u32") & 255,
+        machine.read(length, "u32") & 255,
+    )
     if (first + count > width).any():
         raise EmulationError("only within the register")
     rest = width - count
@@ -331,7 +377,8 @@ def _insert_bits(machine: Machine, instruction: Instruction):
     machine.write(
         instruction,
         target,
-        machine.read(value, type) & ~mask | _shift(True, machine.read(inserted, type), first) & mask,
+        machine.read(value, type) & ~mask
+        | _shift(True, machine.read(inserted, type), first) & mask,
     )
 
 
@@ -346,7 +393,7 @@ def _dot_in_a_register(machine: Machine, instruction: Instruction):
     for i in range(4 // size):
         left = machine.read(a, "u32") >> 8 * size * i
         right = machine.read(b, "u32") >> 8 * (i + 2 * (modes == ["hi"]))
-        total = total + left.astype(f"u{size}").view(f"{'i' if type_a[0] == 's' else 'u'}{size}").astype(
-            np.int64
-        ) * right.astype(np.uint8).view("i1" if type_b[0] == "s" else "u1")
+        total = total + left.astype(f"u{size}").view(
+            f"{'i' if type_a[0] == 's' else 'u'}{size}"
+        ).astype(np.int64) * right.astype(np.uint8).view("i1" if type_b[0] == "s" else "u1")
     machine.write(instruction, target, total.astype(np.uint32))

@@ -31,19 +31,26 @@ def run_ptx(
     which are written in place. shared_bytes is what a launch adds to the shared memory that the PTX declares."""
     program = Parser(ptx, kernel).program
     if len(arrays) != len(program.parameters):
-        raise EmulationError(f"{program.name} has {len(program.parameters)} parameters, not {len(arrays)}")
+        raise EmulationError(
+            f"{program.name} has {len(program.parameters)} parameters, not {len(arrays)}"
+        )
     if any(not array.flags.c_contiguous for array in arrays):
         raise EmulationError("arrays must be contiguous")
     memory = [array.reshape(-1).view(np.uint8) for array in arrays]
     sizes = (*grid, 1, 1)[:3]
     indices = np.array(
-        [(x, y, z) for z in range(sizes[2]) for y in range(sizes[1]) for x in range(sizes[0])], np.uint32
+        [(x, y, z) for z in range(sizes[2]) for y in range(sizes[1]) for x in range(sizes[0])],
+        np.uint32,
     )
     at_a_time = max(1, THREADS_AT_A_TIME // program.threads)
     with np.errstate(all="ignore"):
         for first in range(0, len(indices), at_a_time):
             some = indices[first : first + at_a_time]
-            shared = np.full((len(some), program.declared_shared_bytes + -(-shared_bytes // 16) * 16), POISON, np.uint8)
+            shared = np.full(
+                (len(some), program.declared_shared_bytes + -(-shared_bytes // 16) * 16),
+                POISON,
+                np.uint8,
+            )
             waiting = [Blocks(some, 0, {}, shared)]
             while waiting:
                 waiting += Machine(program, memory, sizes, waiting.pop()).run()

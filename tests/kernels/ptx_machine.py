@@ -26,7 +26,17 @@ POISON = 0xA5
 
 # Instructions by opcode: ptx_arithmetic.py and ptx_memory.py enter theirs.
 OPCODES: dict[str, Callable[["Machine", Instruction], None]] = {}
-NOTHING = {"bar", "barrier", "griddepcontrol", "membar", "fence", "prefetch", "applypriority", "discard", "nanosleep"}
+NOTHING = {
+    "bar",
+    "barrier",
+    "griddepcontrol",
+    "membar",
+    "fence",
+    "prefetch",
+    "applypriority",
+    "discard",
+    "nanosleep",
+}
 
 
 def opcode(*names: str):
@@ -47,12 +57,16 @@ class Blocks:
     shared: np.ndarray  # uint8 [blocks, bytes]
 
     def some(self, chosen: np.ndarray, at: int) -> "Blocks":
-        registers = {name: bits[chosen] if len(bits) > 1 else bits for name, bits in self.registers.items()}
+        registers = {
+            name: bits[chosen] if len(bits) > 1 else bits for name, bits in self.registers.items()
+        }
         return Blocks(self.indices[chosen], at, registers, self.shared[chosen])
 
 
 class Machine:
-    def __init__(self, program: Program, memory: list[np.ndarray], grid: Sequence[int], blocks: Blocks):
+    def __init__(
+        self, program: Program, memory: list[np.ndarray], grid: Sequence[int], blocks: Blocks
+    ):
         self.program = program
         self.memory = memory
         self.grid = grid
@@ -81,11 +95,17 @@ class Machine:
         return []
 
     def error(self, instruction: Instruction, reason: str) -> EmulationError:
-        return EmulationError(f"{self.program.name}, line {instruction.line}: {instruction.text}\n{reason}")
+        return EmulationError(
+            f"{self.program.name}, line {instruction.line}: {instruction.text}\n{reason}"
+        )
 
     def branch(self, instruction: Instruction) -> list[Blocks]:
         end = len(self.program.instructions)
-        target = self.program.labels[name_of(instruction.operands[0])] if instruction.opcode == "bra" else end
+        target = (
+            self.program.labels[name_of(instruction.operands[0])]
+            if instruction.opcode == "bra"
+            else end
+        )
         taken = np.broadcast_to(self.active(instruction), self.shape)
         all_take, some_take = taken.all(axis=1), taken.any(axis=1)
         if (all_take != some_take).any():
@@ -149,7 +169,11 @@ class Machine:
             raise EmulationError(f"no register: {operand}")
         width = np.dtype(np.bool_) if operand.bits == 1 else np.dtype(f"u{operand.bits // 8}")
         if value.dtype != width:
-            if width == np.bool_ or value.dtype == np.bool_ or value.dtype.itemsize > width.itemsize:
+            if (
+                width == np.bool_
+                or value.dtype == np.bool_
+                or value.dtype.itemsize > width.itemsize
+            ):
                 raise EmulationError(f"{operand.name} can't hold {value.dtype}")
             if value.dtype.kind not in "iu":
                 value = value.view(f"u{value.dtype.itemsize}")
@@ -178,13 +202,21 @@ class Machine:
         self, space: str, operand: Operand, size: int, active: np.ndarray
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """(memory, threads, offsets): by array of global memory, who of the active threads accesses it, and where."""
-        wide = isinstance(operand, Address) and isinstance(operand.base, Register) and operand.base.bits == 64
+        wide = (
+            isinstance(operand, Address)
+            and isinstance(operand.base, Register)
+            and operand.base.bits == 64
+        )
         address = np.broadcast_to(self.address(operand, "u64" if wide else "u32"), self.shape)
         active = np.broadcast_to(active, self.shape)
         if space == "shared":
             shared = self.blocks.shared
             self.check(address[active], size, shared.shape[1], "shared memory")
-            yield shared.reshape(-1), active, (address + np.arange(len(shared))[:, None] * shared.shape[1])[active]
+            yield (
+                shared.reshape(-1),
+                active,
+                (address + np.arange(len(shared))[:, None] * shared.shape[1])[active],
+            )
         elif space == "global":
             array = address // ARRAY_SPAN - 1
             for index in np.unique(array[active]):
@@ -201,9 +233,13 @@ class Machine:
         """Addresses that wrapped around below an array are far beyond its end."""
         outside = (offsets < 0) | (offsets + size > length)
         if outside.any():
-            raise EmulationError(f"{size} bytes at {offsets[outside][0]} of {what}, which has {length}")
+            raise EmulationError(
+                f"{size} bytes at {offsets[outside][0]} of {what}, which has {length}"
+            )
         if (offsets % size).any():
-            raise EmulationError(f"{size} bytes at {offsets[offsets % size != 0][0]} of {what}: not aligned")
+            raise EmulationError(
+                f"{size} bytes at {offsets[offsets % size != 0][0]} of {what}: not aligned"
+            )
 
     def gather(self, space: str, operand: Operand, size: int, active: np.ndarray) -> np.ndarray:
         """uint8 [blocks, threads, size]; poison where a thread is not active."""

@@ -5,7 +5,16 @@ import re
 import numpy as np
 
 from tests.kernels.ptx_machine import ARRAY_SPAN, WARP, Machine, opcode
-from tests.kernels.ptx_text import TYPES, EmulationError, Instruction, Negated, Register, constant, name_of, vector
+from tests.kernels.ptx_text import (
+    TYPES,
+    EmulationError,
+    Instruction,
+    Negated,
+    Register,
+    constant,
+    name_of,
+    vector,
+)
 
 
 @opcode("createpolicy")
@@ -22,7 +31,9 @@ def _load(machine: Machine, instruction: Instruction):
         machine.write(instruction, target, np.full((1, 1), (index + 1) * ARRAY_SPAN, np.uint64))
         return
     targets = vector(target)
-    loaded = machine.gather(_space(parts), place, type.itemsize * len(targets), machine.active(instruction)).view(type)
+    loaded = machine.gather(
+        _space(parts), place, type.itemsize * len(targets), machine.active(instruction)
+    ).view(type)
     for i, item in enumerate(targets):
         machine.write(instruction, item, loaded[..., i])
 
@@ -30,13 +41,19 @@ def _load(machine: Machine, instruction: Instruction):
 @opcode("st")
 def _store(machine: Machine, instruction: Instruction):
     place, source = instruction.operands[:2]
-    values = [np.broadcast_to(machine.read(item, instruction.type), machine.shape) for item in vector(source)]
+    values = [
+        np.broadcast_to(machine.read(item, instruction.type), machine.shape)
+        for item in vector(source)
+    ]
     bytes = np.ascontiguousarray(np.stack(values, -1)).view(np.uint8)
     machine.scatter(_space(instruction.parts), place, bytes, machine.active(instruction))
 
 
 def _space(parts: tuple[str, ...]) -> str:
-    return next((part for part in parts if part in {"global", "shared", "local", "const", "param"}), "generic")
+    return next(
+        (part for part in parts if part in {"global", "shared", "local", "const", "param"}),
+        "generic",
+    )
 
 
 @opcode("cp")
@@ -78,14 +95,22 @@ def _shuffle(machine: Machine, instruction: Instruction):
     }[mode]()
     inside = source >= last if mode == "up" else source <= last
     source = np.where(inside, source, lane)
-    machine.write(instruction, targets[0], machine.threads(np.take_along_axis(bits, source, axis=1)))
+    machine.write(
+        instruction, targets[0], machine.threads(np.take_along_axis(bits, source, axis=1))
+    )
     if len(targets) > 1:
         machine.write(instruction, targets[1], machine.threads(inside))
 
 
 @opcode("redux")
 def _reduce_over_warp(machine: Machine, instruction: Instruction):
-    reduce = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or}
+    reduce = {
+        "add": np.add,
+        "min": np.minimum,
+        "max": np.maximum,
+        "and": np.bitwise_and,
+        "or": np.bitwise_or,
+    }
     target, source, _ = instruction.operands
     type = instruction.type
     values = machine.lanes(source, type)
@@ -132,18 +157,28 @@ def _multiply_matrices(machine: Machine, instruction: Instruction):
     def elements(operand: tuple, type: str) -> np.ndarray:
         """[warps, g, t, registers, elements]"""
         words = np.stack([machine.lanes(item, "u32") for item in operand], -1)
-        return np.ascontiguousarray(words).view(TYPES[type]).reshape(-1, 8, 4, len(operand), per_register)
+        return (
+            np.ascontiguousarray(words)
+            .view(TYPES[type])
+            .reshape(-1, 8, 4, len(operand), per_register)
+        )
 
     # Sums of k <= 32 products of two bytes are exact in float32.
     exact = np.float32 if integer else np.float64
     left = elements(a, type_a).astype(exact).reshape(-1, 8, 4, len(a) // 2, 2, per_register)
     left = left.transpose(0, 4, 1, 3, 2, 5).reshape(-1, 16, depth)
     right = elements(b, type_b).astype(exact).transpose(0, 3, 2, 4, 1).reshape(-1, depth, 8)
-    sums = np.stack([machine.lanes(item, type_c) for item in c], -1).reshape(-1, 8, 4, 2, 2)  # g, t, row half, column
+    sums = np.stack([machine.lanes(item, type_c) for item in c], -1).reshape(
+        -1, 8, 4, 2, 2
+    )  # g, t, row half, column
     product = (left @ right).reshape(-1, 2, 8, 4, 2).transpose(0, 2, 3, 1, 4)
     if "satfinite" in instruction.parts:
-        result = np.clip(sums + product.astype(np.int64), -(1 << 31), (1 << 31) - 1).astype(np.int32)
+        result = np.clip(sums + product.astype(np.int64), -(1 << 31), (1 << 31) - 1).astype(
+            np.int32
+        )
     else:
-        result = (sums + product.astype(sums.dtype)) if integer else (sums + product).astype(np.float32)
+        result = (
+            (sums + product.astype(sums.dtype)) if integer else (sums + product).astype(np.float32)
+        )
     for r, item in enumerate(d):
         machine.write(instruction, item, machine.threads(result.reshape(-1, WARP, 4)[..., r]))

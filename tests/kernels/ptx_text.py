@@ -8,7 +8,11 @@ import ml_dtypes
 import numpy as np
 
 FLOATS = {"f16": np.float16, "bf16": ml_dtypes.bfloat16, "f32": np.float32, "f64": np.float64}
-INTEGERS = {f"{kind}{bits}": f"{'i' if kind == 's' else 'u'}{bits // 8}" for kind in "bus" for bits in (8, 16, 32, 64)}
+INTEGERS = {
+    f"{kind}{bits}": f"{'i' if kind == 's' else 'u'}{bits // 8}"
+    for kind in "bus"
+    for bits in (8, 16, 32, 64)
+}
 TYPES = {name: np.dtype(type) for name, type in {**FLOATS, **INTEGERS, "pred": np.bool_}.items()}
 PACKED = {"f16x2": "f16", "bf16x2": "bf16"}
 
@@ -49,7 +53,9 @@ class Name:
     text: str  # a label, a parameter
 
 
-type Operand = Register | Negated | Constant | Special | Address | Name | tuple[Operand, ...]  # the last: { a, b }
+type Operand = (
+    Register | Negated | Constant | Special | Address | Name | tuple[Operand, ...]
+)  # the last: { a, b }
 
 
 def vector(operand: Operand) -> tuple[Operand, ...]:
@@ -96,7 +102,9 @@ class Program:
 
 class Parser:
     def __init__(self, ptx: str, kernel: str | None):
-        ptx = re.sub(r"/\*.*?\*/", lambda comment: "\n" * comment[0].count("\n"), ptx, flags=re.DOTALL)
+        ptx = re.sub(
+            r"/\*.*?\*/", lambda comment: "\n" * comment[0].count("\n"), ptx, flags=re.DOTALL
+        )
         ptx = re.sub(r"//[^\n]*", "", ptx)
         ptx = re.sub(r"^\s*\.(loc|file)\b[^\n]*", "", ptx, flags=re.MULTILINE)
         entries = [*re.finditer(r"\.entry\s+([\w$]+)\s*\(([^)]*)\)([^{;]*)\{", ptx)]
@@ -107,13 +115,17 @@ class Parser:
         entry = chosen[0]
         size = re.search(r"\.reqntid\s+(\d+)(?:\s*,\s*(\d+)\s*,\s*(\d+))?", entry[3])
         if size is None or {size[2], size[3]} - {None, "1"}:
-            raise EmulationError(f"{entry[1]}: blocks are taken as one row of threads, of a size that .reqntid says")
+            raise EmulationError(
+                f"{entry[1]}: blocks are taken as one row of threads, of a size that .reqntid says"
+            )
         self.program = Program(entry[1], int(size[1]))
         for index, name in enumerate(re.findall(r"(\w+)\s*(?:,|$)", entry[2].strip())):
             self.program.parameters[name] = index
         self.scopes: list[dict[str, Operand]] = [{}]
         shared = re.findall(r"\.shared\s+(?:\.align\s+\d+\s+)?\.b8\s+([\w$]+)\[(\d*)\]", ptx)
-        for name, length in sorted(shared, key=lambda declared: not declared[1]):  # what the launch adds comes last
+        for name, length in sorted(
+            shared, key=lambda declared: not declared[1]
+        ):  # what the launch adds comes last
             self.scopes[0][name] = Constant(self.program.declared_shared_bytes)
             self.program.declared_shared_bytes += -(-int(length or 0) // 128) * 128
         for line, statement in self.statements(ptx, entry.end()):
@@ -124,7 +136,9 @@ class Parser:
         """Of the body that starts there: (line, text) of each instruction, directive, label, and brace of a scope."""
         depth, end = 1, start
         while depth:
-            piece = re.compile(r"\s*([{}]|[\w$]+:(?!:)|[^;{}]*(?:\{[^{}]*\}[^;{}]*)*;)").match(ptx, end)
+            piece = re.compile(r"\s*([{}]|[\w$]+:(?!:)|[^;{}]*(?:\{[^{}]*\}[^;{}]*)*;)").match(
+                ptx, end
+            )
             if piece is None:
                 raise EmulationError(f"line {ptx.count(chr(10), 0, end) + 1}: no statement")
             depth += {"{": 1, "}": -1}.get(piece[1], 0)
@@ -165,7 +179,13 @@ class Parser:
         name, *parts = re.split(r"\.|::", opcode)
         pieces = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,|\s{[][^,|]*", operands)
         return Instruction(
-            line, " ".join(text.split()), name, tuple(parts), tuple(map(self.operand, pieces)), guard, negation == "!"
+            line,
+            " ".join(text.split()),
+            name,
+            tuple(parts),
+            tuple(map(self.operand, pieces)),
+            guard,
+            negation == "!",
         )
 
     def operand(self, text: str) -> Operand:

@@ -24,7 +24,9 @@ WORDS = 4  # of codes, a lane and step
 X_WORDS = 12  # of activations: 2 a digit, the rest is padding
 WEIGHTS = ROWS * INPUTS // LANES
 
-pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"
+)
 needs_compiler = pytest.mark.skipif(bool(aot.missing()), reason=str(aot.missing()))
 
 
@@ -34,16 +36,22 @@ needs_compiler = pytest.mark.skipif(bool(aot.missing()), reason=str(aot.missing(
 def assembly() -> tuple[str, str]:
     """-> (instructions, constraints) of a step: codes, activations, sums -> sums."""
     sums = [f"${i}" for i in range(4)]
-    codes, x, sums_before = ([f"${start + i}" for i in range(count)] for start, count in ((4, 4), (8, 12), (20, 4)))
+    codes, x, sums_before = (
+        [f"${start + i}" for i in range(count)] for start, count in ((4, 4), (8, 12), (20, 4))
+    )
     lines = ["{ .reg .b32 even<4>, odd<4>, a<4>, p, q;"]
-    lines += [f"mov.b32 {after}, {before};" for after, before in zip(sums, sums_before, strict=True)]
+    lines += [
+        f"mov.b32 {after}, {before};" for after, before in zip(sums, sums_before, strict=True)
+    ]
     for i, code in enumerate(codes):
         lines.append(f"and.b32 even{i}, {code}, 0x00ff00ff; prmt.b32 odd{i}, {code}, 0, 0x4341;")
     for digit in range(DIGITS):
         factor = 3 ** (digit + 1)
         addend = np.int32(np.uint32((128 - 128 * factor) * 0x10001 & 0xFFFFFFFF))
         for i in range(4):
-            lines.append(f"mad.lo.s32 p, even{i}, {factor}, {addend}; mad.lo.s32 q, odd{i}, {factor}, {addend};")
+            lines.append(
+                f"mad.lo.s32 p, even{i}, {factor}, {addend}; mad.lo.s32 q, odd{i}, {factor}, {addend};"
+            )
             lines.append(f"prmt.b32 a{i}, p, q, 0x7351;")
         lines.append(
             f"mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {{{', '.join(sums)}}}, {{a0, a1, a2, a3}}, "
@@ -66,11 +74,17 @@ def multiply(codes: jax.Array, x: jax.Array) -> jax.Array:
             step = i * WARPS + warp
 
             def load(ref, row):
-                return plt.load(ref.at[row * LANES * WORDS + word], mask=step < steps, other=jnp.uint32(0))
+                return plt.load(
+                    ref.at[row * LANES * WORDS + word], mask=step < steps, other=jnp.uint32(0)
+                )
 
             return plt.elementwise_inline_asm(
                 instructions,
-                args=[load(codes_ref, block * steps + step), *(load(x_ref, step * 3 + i) for i in range(3)), sums],
+                args=[
+                    load(codes_ref, block * steps + step),
+                    *(load(x_ref, step * 3 + i) for i in range(3)),
+                    sums,
+                ],
                 constraints=constraints,
                 pack=4,
                 result_shape_dtypes=[jax.ShapeDtypeStruct(index.shape, jnp.int32)],
@@ -96,8 +110,12 @@ def multiply(codes: jax.Array, x: jax.Array) -> jax.Array:
 
 def pack(trits: np.ndarray) -> np.ndarray:
     """int8 [blocks * 16, steps * 160] -> codes."""
-    value = (trits.reshape(len(trits), -1, DIGITS, 32).astype(np.int64) + 1).swapaxes(2, 3) @ 3 ** np.arange(5)[::-1]
-    code = np.maximum((256 * value + 242) // 243, 1).astype(np.uint8)  # 1 for 0: else the lower half borrows
+    value = (trits.reshape(len(trits), -1, DIGITS, 32).astype(np.int64) + 1).swapaxes(
+        2, 3
+    ) @ 3 ** np.arange(5)[::-1]
+    code = np.maximum((256 * value + 242) // 243, 1).astype(
+        np.uint8
+    )  # 1 for 0: else the lower half borrows
     code = code.reshape(-1, 2, 8, code.shape[1], 2, 4, 4)  # block, row half, g, step, k half, t, b
     code = np.ascontiguousarray(code.transpose(0, 3, 2, 5, 4, 1, 6))
     return code.view(np.uint32).reshape(*code.shape[:2], LANES, WORDS)
@@ -154,13 +172,17 @@ def test_one_kernel_of_two_and_its_spills():
 
     def large(x_ref, y_ref):
         parts = [x_ref[pl.ds(i * 4096, 4096)] for i in range(4)]
-        y_ref[...] = lax.fori_loop(0, 9, lambda i, sum: sum * parts[0] + parts[1] * parts[2], parts[3])
+        y_ref[...] = lax.fori_loop(
+            0, 9, lambda i, sum: sum * parts[0] + parts[1] * parts[2], parts[3]
+        )
 
     def function(x):
         shape = jax.ShapeDtypeStruct((4096,), jnp.float32)
         for kernel, warps in ((large, 1), (small, 8)):
             params = plt.CompilerParams(num_warps=warps, num_stages=1)
-            x = pl.pallas_call(kernel, out_shape=shape, compiler_params=params, name=kernel.__name__)(x)
+            x = pl.pallas_call(
+                kernel, out_shape=shape, compiler_params=params, name=kernel.__name__
+            )(x)
         return x
 
     shape = jax.ShapeDtypeStruct((16384,), jnp.float32)
@@ -206,7 +228,12 @@ def test_emulated_kernel_multiplies_exactly(device, steps):
     trits, x = numbers(3, steps)
     compiled = aot.compile_for(device, multiply, *shapes(3, steps))
     sums = np.zeros((3, LANES, WORDS), np.int32)
-    run_ptx(compiled.ptx, compiled.grid, [pack(trits), fragments(x), sums], shared_bytes=compiled.shared_bytes)
+    run_ptx(
+        compiled.ptx,
+        compiled.grid,
+        [pack(trits), fragments(x), sums],
+        shared_bytes=compiled.shared_bytes,
+    )
     np.testing.assert_array_equal(unpack(sums), trits.astype(np.int64) @ x.T)
 
 
@@ -224,7 +251,11 @@ def test_emulated_matrix_product_of_triton(dtype):
     """What Triton itself makes of a product: copies ahead into shared memory, ldmatrix, 16-bit matrix instructions."""
     random = np.random.default_rng(0)
     a, b = (
-        np.asarray(jnp.asarray(random.standard_normal(shape) * (30 if dtype == "int8" else 1)).astype(dtype))
+        np.asarray(
+            jnp.asarray(random.standard_normal(shape) * (30 if dtype == "int8" else 1)).astype(
+                dtype
+            )
+        )
         for shape in ((64, 128), (128, 64))
     )
     sums = jnp.int32 if dtype == "int8" else jnp.float32
@@ -240,13 +271,18 @@ def test_emulated_matrix_product_of_triton(dtype):
         return pl.pallas_call(
             kernel,
             grid=(1, 2),
-            in_specs=[pl.BlockSpec((64, 128), lambda i, j: (i, 0)), pl.BlockSpec((128, 32), lambda i, j: (0, j))],
+            in_specs=[
+                pl.BlockSpec((64, 128), lambda i, j: (i, 0)),
+                pl.BlockSpec((128, 32), lambda i, j: (0, j)),
+            ],
             out_specs=pl.BlockSpec((64, 32), lambda i, j: (i, j)),
             out_shape=jax.ShapeDtypeStruct((64, 64), sums),
             compiler_params=plt.CompilerParams(num_warps=4, num_stages=2),
         )(a, b)
 
-    compiled = aot.compile_for("A10", function, *(jax.ShapeDtypeStruct(x.shape, dtype) for x in (a, b)))
+    compiled = aot.compile_for(
+        "A10", function, *(jax.ShapeDtypeStruct(x.shape, dtype) for x in (a, b))
+    )
     assert all(name in compiled.ptx for name in ("cp.async", "ldmatrix", "mma.sync"))
     c = np.zeros((64, 64), sums)
     run_ptx(compiled.ptx, compiled.grid, [a, b, c], shared_bytes=compiled.shared_bytes)
@@ -287,7 +323,10 @@ LARGE = 16785408  # 4097 * 4097 - 1
     [
         ("prmt.b32 %r9, %r2, %r3, 0x7351", 0x1289_56CD),
         ("prmt.b32 %r9, %r2, 0, 0x4341", 0x0089_00CD),
-        ("prmt.b32 %r9, %r2, %r3, 0xC8FB", 0x00FF_00FF),  # bit 3 of a nibble: the sign of its byte, all over
+        (
+            "prmt.b32 %r9, %r2, %r3, 0xC8FB",
+            0x00FF_00FF,
+        ),  # bit 3 of a nibble: the sign of its byte, all over
         ("mad.lo.s32 %r9, %r2, 243, -2030074112", A * 243 - 2030074112),
         ("mul.hi.u32 %r9, %r2, %r3", A * B >> 32),
         ("mul.hi.s32 %r9, %r2, %r3", (A - 2**32) * B >> 32),
@@ -318,17 +357,29 @@ LARGE = 16785408  # 4097 * 4097 - 1
         ("add.rn.f32 %r9, 0f3F800000, 0f3F800000", 0x40000000),
         # 4097^2 lies halfway between two float32; a little more than that rounds up
         ("fma.rn.f32 %r9, 0f45800800, 0f45800800, 0f00000000", np.float32(LARGE).view(np.uint32)),
-        ("fma.rn.f32 %r9, 0f45800800, 0f45800800, 0f2B800000", np.float32(LARGE + 2).view(np.uint32)),
+        (
+            "fma.rn.f32 %r9, 0f45800800, 0f45800800, 0f2B800000",
+            np.float32(LARGE + 2).view(np.uint32),
+        ),
         ("fma.rz.f32 %r9, 0f45800800, 0f45800800, 0f2B800000", np.float32(LARGE).view(np.uint32)),
         ("fma.rn.f16x2 %r9, 0x3C004000, 0x40004000, 0x3C003C00", 0x42004500),
-        ("fma.rn.bf16x2 %r9, 0x43084302, 0x3F803F80, 0xC304C304", 0x4080C000),  # 136 - 132, 130 - 132
-        ("fma.rn.bf16x2 %r9, 0x3F813F81, 0x3FC03FC0, 0xB0800000", 0x3FC13FC2),  # a little below a tie, and a tie
+        (
+            "fma.rn.bf16x2 %r9, 0x43084302, 0x3F803F80, 0xC304C304",
+            0x4080C000,
+        ),  # 136 - 132, 130 - 132
+        (
+            "fma.rn.bf16x2 %r9, 0x3F813F81, 0x3FC03FC0, 0xB0800000",
+            0x3FC13FC2,
+        ),  # a little below a tie, and a tie
         ("min.NaN.f32 %r9, 0f3F800000, 0f7FC00000", 0x7FC00000),
         ("min.f32 %r9, 0f3F800000, 0f7FC00000", 0x3F800000),
         ("selp.b32 %r9, %r2, %r3, !%p1; setp.eq.s32 %p2, 1, 1", B),
         ("setp.lt.and.s32 %p2, %r2, 0, !%p1; selp.b32 %r9, 1, 0, %p2", 0),
         ("setp.ltu.f32 %p2, 0f7FC00000, 0f00000000; selp.b32 %r9, 1, 0, %p2", 1),
-        ("mov.b64 %rd5, {%r2, %r3}; shr.u64 %rd5, %rd5, 16; mov.b64 {%r9, _}, %rd5", B << 16 | A >> 16),
+        (
+            "mov.b64 %rd5, {%r2, %r3}; shr.u64 %rd5, %rd5, 16; mov.b64 {%r9, _}, %rd5",
+            B << 16 | A >> 16,
+        ),
         ("mov.b32 {%rs1, %rs2}, %r2; mov.b32 %r9, {%rs2, %rs1}", 0xCDEF89AB),
         ("@!%p1 mov.b32 %r9, 7", 5),
         ("@%p1 mov.b32 %r9, 7", 7),
@@ -402,14 +453,23 @@ def test_sum_over_warps_and_blocks_of_different_length():
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("mul.wide.u32 %rd4, %r0, 4; add.s64 %rd4, %rd0, %rd4; ld.global.b32 %r2, [%rd4+8];", "at 128 of parameter 0"),
+        (
+            "mul.wide.u32 %rd4, %r0, 4; add.s64 %rd4, %rd0, %rd4; ld.global.b32 %r2, [%rd4+8];",
+            "at 128 of parameter 0",
+        ),
         ("st.global.b32 [%rd0+-4], %r0;", "no array|parameter"),
         ("ld.global.b32 %r2, [%rd0+2];", "not aligned"),
         ("ld.shared.b32 %r2, [dynamic+49152];", "of shared memory"),
-        ("add.s32 %r2, %r0,\n 1;\n frobnicate.b32 %r2, %r2;", "line 14: frobnicate.b32 %r2, %r2\nnot known"),
+        (
+            "add.s32 %r2, %r0,\n 1;\n frobnicate.b32 %r2, %r2;",
+            "line 14: frobnicate.b32 %r2, %r2\nnot known",
+        ),
         ("add.s32 %r2, %r3, 1;", "%r3 was never written"),
         ("setp.lt.u32 %p1, %r0, 7; @%p1 bra $L_end; $L_end:", "threads of a block part"),
-        ("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%rd4}, {%rd4}, {%rd4}, {%rd4};", "only m16n8"),
+        (
+            "mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%rd4}, {%rd4}, {%rd4}, {%rd4};",
+            "only m16n8",
+        ),
     ],
 )
 def test_emulator_refuses(body, message):
@@ -419,4 +479,6 @@ def test_emulator_refuses(body, message):
 
 def test_emulator_wants_the_parameters_of_the_kernel():
     with pytest.raises(EmulationError, match="1 parameters, not 2"):
-        run_ptx(".entry f(.param .u64 f_param_0) .reqntid 32 { ret; }", (1,), [np.zeros(1), np.zeros(1)])
+        run_ptx(
+            ".entry f(.param .u64 f_param_0) .reqntid 32 { ret; }", (1,), [np.zeros(1), np.zeros(1)]
+        )

@@ -21,11 +21,15 @@ def test_on_a_gpu_it_is_one_product_of_16_bits_summed_in_float32(dtype, monkeypa
     assert "preferred_element_type=float32" in text
     y = xla.matmul(x, weight)
     assert y.dtype == x.dtype
-    np.testing.assert_allclose(y, xla.matmul(x.astype(dtype).astype(jnp.float32), weight), rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(
+        y, xla.matmul(x.astype(dtype).astype(jnp.float32), weight), rtol=1e-4, atol=1e-3
+    )
     assert 0 < jnp.abs(y - in_32_bits).max() < 1
 
 
 def test_a_matrix_of_float32_keeps_all_bits_on_a_gpu(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    text = str(jax.make_jaxpr(xla.matmul)(jnp.zeros((1, 64)), Dense(jnp.zeros((8, 64), jnp.float32))))
+    text = str(
+        jax.make_jaxpr(xla.matmul)(jnp.zeros((1, 64)), Dense(jnp.zeros((8, 64), jnp.float32)))
+    )
     assert "HIGHEST" in text

@@ -26,7 +26,15 @@ EPSILON = float(np.finfo(np.float32).eps)
 
 
 def ternary(
-    out, inputs, bases=2, group: int | str = 128, tied=False, dtype="f16", seed=0, trits=None, scales=None
+    out,
+    inputs,
+    bases=2,
+    group: int | str = 128,
+    tied=False,
+    dtype="f16",
+    seed=0,
+    trits=None,
+    scales=None,
 ) -> Ternary:
     """Random where nothing is given; a random part of the scales is zero."""
     random = np.random.default_rng(seed)
@@ -34,14 +42,18 @@ def ternary(
     if trits is None:
         trits = random.integers(-1, 2, (out, inputs, bases))
     if scales is None:
-        scales = random.uniform(0.01, 1, type.scales_shape) * (random.random(type.scales_shape) > 0.05)
+        scales = random.uniform(0.01, 1, type.scales_shape) * (
+            random.random(type.scales_shape) > 0.05
+        )
     trits = np.broadcast_to(trits, (out, inputs, bases)).astype(np.int8)
     return Ternary(trits, np.broadcast_to(scales, type.scales_shape).astype(DTYPES[dtype]), type)
 
 
 def pack(weight: Ternary, layout: str) -> Packed:
     return Packed(
-        jnp.asarray(LAYOUTS[layout].pack(weight.trits)), jnp.asarray(weight.scales), PackedType(weight.type, layout)
+        jnp.asarray(LAYOUTS[layout].pack(weight.trits)),
+        jnp.asarray(weight.scales),
+        PackedType(weight.type, layout),
     )
 
 
@@ -56,7 +68,11 @@ def rounding_of_x(backend: str, x: np.ndarray, weight) -> np.ndarray:
         return np.zeros_like(x)
     type = weight.type.ternary
     settings = tuning.settings(packed.device_kind(), type, x.shape[0])
-    few = x.shape[0] <= mosaic.MAX_TOKENS if "mosaic" in backend else triton.path(settings, type, x.shape[0]) == "gemv"
+    few = (
+        x.shape[0] <= mosaic.MAX_TOKENS
+        if "mosaic" in backend
+        else triton.path(settings, type, x.shape[0]) == "gemv"
+    )
     if few:
         limit = prefixes.plan(type.bases, type.tied).limit
         return np.maximum(2**-16 * np.abs(x), np.abs(x).max(axis=1, keepdims=True) / limit)
@@ -71,7 +87,9 @@ def skip_what_is_refused(backend: str, x, weight):
 def is_prepared(backend: str, layout: str) -> bool:
     """Whether the kernels of a backend see this layout as another."""
     chosen = kernels.BACKENDS[backend]
-    return isinstance(chosen, packed.Backend) and layout in packed.READABLE and layout != chosen.layout
+    return (
+        isinstance(chosen, packed.Backend) and layout in packed.READABLE and layout != chosen.layout
+    )
 
 
 def compiled(backend: str, function):
@@ -80,7 +98,9 @@ def compiled(backend: str, function):
 
 
 def product(backend: str, x, weight) -> np.ndarray:
-    return np.asarray(compiled(backend, lambda x, w: kernels.matmul(x, w, backend=backend))(x, weight))
+    return np.asarray(
+        compiled(backend, lambda x, w: kernels.matmul(x, w, backend=backend))(x, weight)
+    )
 
 
 def check(backend: str, x: np.ndarray, weight, dense):
@@ -88,7 +108,9 @@ def check(backend: str, x: np.ndarray, weight, dense):
     skip_what_is_refused(backend, x, weight)
     y = product(backend, x, weight)
     wide, table = x.astype(np.float64), np.asarray(dense).astype(np.float64)
-    bound = (16 * EPSILON * np.abs(wide) + rounding_of_x(backend, wide, weight)) @ np.abs(table).T + 1e-37
+    bound = (16 * EPSILON * np.abs(wide) + rounding_of_x(backend, wide, weight)) @ np.abs(
+        table
+    ).T + 1e-37
     worst = (np.abs(y - wide @ table.T) / bound).max()
     assert y.shape == (*x.shape[:-1], table.shape[0])
     assert worst < 1, f"error is {worst:.2g} times the bound"
@@ -105,7 +127,9 @@ class Emulated(triton.Triton):
 
 @pytest.fixture(params=[*BACKENDS, "triton-ptx"])
 def backend(request, monkeypatch) -> str:
-    if request.param in kernels.PACKED and (reason := kernels.PACKED[request.param].device_refuses()):
+    if request.param in kernels.PACKED and (
+        reason := kernels.PACKED[request.param].device_refuses()
+    ):
         pytest.skip(reason)
     if request.param == "triton-ptx":
         if reason := aot.missing():
@@ -139,13 +163,27 @@ def test_every_layout_and_every_kind_of_scales(backend, layout, bases, group, ti
         pytest.skip(reason)
     if is_prepared(backend, layout):
         pytest.skip("becomes another layout before the kernel: test_triton.py, test_mosaic.py")
-    weight = ternary(44, 323, bases, group, tied)  # 323 is no multiple of a cell of any layout, nor of a group
+    weight = ternary(
+        44, 323, bases, group, tied
+    )  # 323 is no multiple of a cell of any layout, nor of a group
     check(backend, activations(2, 323), pack(weight, layout), weight.dequantize())
 
 
 @pytest.mark.parametrize(
     ("out", "inputs"),
-    [(1, 1), (1, 641), (7, 4), (7, 129), (8, 5), (8, 128), (9, 6), (9, 127), (17, 255), (17, 257), (17, 640)],
+    [
+        (1, 1),
+        (1, 641),
+        (7, 4),
+        (7, 129),
+        (8, 5),
+        (8, 128),
+        (9, 6),
+        (9, 127),
+        (17, 255),
+        (17, 257),
+        (17, 640),
+    ],
 )
 @pytest.mark.parametrize("group", [128, "row"])
 def test_sizes_one_off_a_cell_and_a_chunk(backend, out, inputs, group, small_chunks):
@@ -162,7 +200,13 @@ def test_any_number_of_activations(backend, rows, group):
 
 OF_PRODUCTS = pytest.mark.parametrize(
     ("rows", "bases", "group", "tied"),
-    [(1, 2, "row", True), (3, 2, "row", False), (1, 2, 128, True), (4, 3, "row", True), (2, 1, "tensor", True)],
+    [
+        (1, 2, "row", True),
+        (3, 2, "row", False),
+        (1, 2, 128, True),
+        (4, 3, "row", True),
+        (2, 1, "tensor", True),
+    ],
 )
 
 
@@ -175,11 +219,15 @@ def test_a_norm_before_and_a_residual_after_a_product(backend, rows, bases, grou
     x, residual = activations(rows, 323), activations(rows, 49, seed=2)
     norm = triton.Norm(jnp.asarray(random.uniform(0.5, 2, 323), jnp.float32), 1e-5)
     held, wide = pack(weight, "words"), x.astype(np.float64)
-    y = compiled(backend, lambda x, w, r: kernels.fused(x, w, norm, r, backend=backend))(x, held, residual)
+    y = compiled(backend, lambda x, w, r: kernels.fused(x, w, norm, r, backend=backend))(
+        x, held, residual
+    )
     assert y is not None
     made = wide / np.sqrt((wide**2).mean(axis=1, keepdims=True) + 1e-5) * np.asarray(norm.gain)
     table = np.asarray(weight.dequantize()).astype(np.float64)
-    bound = (24 * EPSILON * np.abs(made) + rounding_of_x(backend, made, held)) @ np.abs(table).T + 1e-6
+    bound = (24 * EPSILON * np.abs(made) + rounding_of_x(backend, made, held)) @ np.abs(
+        table
+    ).T + 1e-6
     assert (np.abs(y - (made @ table.T + residual)) / bound).max() < 1
 
 
@@ -199,7 +247,9 @@ def test_swiglu_of_a_product(backend, monkeypatch, row_blocks, rows, bases, grou
     table = np.asarray(weight.dequantize()).astype(np.float64)
     wide = x.astype(np.float64)
     gate, up = np.split(wide @ table.T, 2, axis=1)
-    bound = (24 * EPSILON * np.abs(wide) + rounding_of_x(backend, wide, held)) @ np.abs(table).T + 1e-6
+    bound = (24 * EPSILON * np.abs(wide) + rounding_of_x(backend, wide, held)) @ np.abs(
+        table
+    ).T + 1e-6
     of_gate, of_up = np.split(bound, 2, axis=1)
     sigmoid = 1 / (1 + np.exp(-gate))
     of_silu = 1.1 * of_gate + 4 * EPSILON * np.abs(gate)  # its slope is at most 1.1
@@ -208,7 +258,11 @@ def test_swiglu_of_a_product(backend, monkeypatch, row_blocks, rows, bases, grou
 
 
 def test_gates_that_end_within_a_group_of_rows_are_left_to_others():
-    backend, weight, x = triton.Triton(interpret=True), pack(ternary(48, 64), "words"), jnp.zeros((1, 64))
+    backend, weight, x = (
+        triton.Triton(interpret=True),
+        pack(ternary(48, 64), "words"),
+        jnp.zeros((1, 64)),
+    )
     assert backend.fuses(x, weight)
     assert not backend.fuses(x, weight, gated=True)
 
@@ -224,7 +278,9 @@ def test_gates_that_end_within_a_group_of_rows_are_left_to_others():
 )
 def test_matrices_of_a_model(backend, stories15m, tensor, tokens, bases, group, tied):
     """288 x 288 and 288 x 768 of stories15M, decomposed, against activations as wide as a residual stream's are."""
-    real = safetensors.numpy.load_file(stories15m / "model.safetensors")[f"model.layers.3.{tensor}.weight"]
+    real = safetensors.numpy.load_file(stories15m / "model.safetensors")[
+        f"model.layers.3.{tensor}.weight"
+    ]
     trits, scales = decompose.als(real.astype(np.float32), bases, group, tied)
     out, inputs = real.shape
     weight = ternary(out, inputs, bases, group, tied, trits=trits, scales=scales)
@@ -245,7 +301,10 @@ def test_all_trits_equal(backend, layout, trit, group):
 
 @pytest.mark.parametrize("group", [128, "row"])
 def test_a_weight_of_zero_scales_is_zero(backend, group):
-    weight, x = pack(ternary(16, 261, group=group, scales=0), "interleaved"), jnp.asarray(activations(3, 261))
+    weight, x = (
+        pack(ternary(16, 261, group=group, scales=0), "interleaved"),
+        jnp.asarray(activations(3, 261)),
+    )
     skip_what_is_refused(backend, x, weight)
     np.testing.assert_array_equal(product(backend, x, weight), 0)
 
@@ -254,7 +313,12 @@ def test_a_weight_of_zero_scales_is_zero(backend, group):
 @pytest.mark.parametrize("magnitude", [1e-30, 1e30])
 def test_tiny_and_huge_activations(backend, magnitude, group):
     weight = ternary(16, 300, group=group)
-    check(backend, activations(2, 300) * np.float32(magnitude), pack(weight, "interleaved"), weight.dequantize())
+    check(
+        backend,
+        activations(2, 300) * np.float32(magnitude),
+        pack(weight, "interleaved"),
+        weight.dequantize(),
+    )
 
 
 @pytest.mark.parametrize("group", [128, "row"])
@@ -305,7 +369,8 @@ def test_leading_axes_and_dtype_of_x_are_kept(backend, group, tokens, dtype):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "bases", "tied"), [(17, 1, True), (17, 2, True), (17, 2, False), (17, 3, True), (130, 2, True)]
+    ("tokens", "bases", "tied"),
+    [(17, 1, True), (17, 2, True), (17, 2, False), (17, 3, True), (130, 2, True)],
 )
 def test_many_tokens_in_sixteen_bits(backend, tokens, bases, tied):
     """As exact as a dense product of 16 bits: results rounded, weights too."""
@@ -332,7 +397,9 @@ def test_rows_of_dense_and_ternary_tables():
     weight = ternary(20, 131)
     rows = jnp.array([5, 2])
     np.testing.assert_array_equal(kernels.take_rows(weight, rows), weight.dequantize()[rows])
-    np.testing.assert_array_equal(kernels.take_rows(Dense(weight.dequantize()), rows), weight.dequantize()[rows])
+    np.testing.assert_array_equal(
+        kernels.take_rows(Dense(weight.dequantize()), rows), weight.dequantize()[rows]
+    )
 
 
 def test_packed_weights_are_not_unpacked_whole():
@@ -354,7 +421,9 @@ def test_a_backend_that_cannot_run_says_why(monkeypatch):
     monkeypatch.setattr(kernels, "PREFERENCE", ("picky", "xla"))
     weight = Dense(jnp.ones((3, 4)))
     x = jnp.ones((1, 4))
-    with pytest.raises(ValueError, match=r"'picky' cannot multiply .*\[1, 4\] by dense f32\[3,4\]: it wants a GPU"):
+    with pytest.raises(
+        ValueError, match=r"'picky' cannot multiply .*\[1, 4\] by dense f32\[3,4\]: it wants a GPU"
+    ):
         kernels.matmul(x, weight, backend="picky")
     assert kernels.resolve(x, weight) is xla  # unnamed: the next one
 

@@ -46,9 +46,13 @@ def run(multiply, x, w) -> np.ndarray:
 def test_edges(out, inputs, bases, tied, tokens, dtype):
     w, x = weight(out, inputs, bases, tied=tied), activations(tokens, inputs, dtype)
     wanted = np.asarray(x.astype(jnp.float32) @ w.dequantize().T)
-    precision = {jnp.float32: 2e-5, jnp.float16: 2**-11, jnp.bfloat16: 2**-8}[dtype]  # of the result
+    precision = {jnp.float32: 2e-5, jnp.float16: 2**-11, jnp.bfloat16: 2**-8}[
+        dtype
+    ]  # of the result
     precision = precision if tokens <= mosaic.MAX_TOKENS else 2**-8
-    np.testing.assert_allclose(run(mosaic.multiply, x, w), wanted, atol=precision * np.abs(wanted).max())
+    np.testing.assert_allclose(
+        run(mosaic.multiply, x, w), wanted, atol=precision * np.abs(wanted).max()
+    )
 
 
 def test_sums_are_integers_so_no_order_matters(monkeypatch):
@@ -74,7 +78,10 @@ def test_stored_layouts_are_read(layout):
 
 def test_refusals_name_the_reason_and_the_backend_that_could():
     x, backend = activations(1, 64), "mosaic-interpret"
-    with pytest.raises(ValueError, match=r"'mosaic-interpret' cannot .* one scale a row.* 'triton' multiplies groups"):
+    with pytest.raises(
+        ValueError,
+        match=r"'mosaic-interpret' cannot .* one scale a row.* 'triton' multiplies groups",
+    ):
         matmul(x, weight(4, 64, group=32), backend=backend)
     with pytest.raises(ValueError, match=r"packed in layout tiles, words, .* use backend 'xla'"):
         matmul(x, weight(4, 64, layout="bit-ttt"), backend=backend)
@@ -86,7 +93,10 @@ def test_refusals_name_the_reason_and_the_backend_that_could():
 
 @pytest.mark.skipif(HERE != "cpu", reason="of a machine without a GPU")
 def test_a_cpu_is_refused():
-    with pytest.raises(ValueError, match="needs an NVIDIA GPU and this process runs on cpu; backend 'xla' runs there"):
+    with pytest.raises(
+        ValueError,
+        match="needs an NVIDIA GPU and this process runs on cpu; backend 'xla' runs there",
+    ):
         matmul(activations(1, 64), weight(4, 64), backend="mosaic")
 
 
@@ -97,7 +107,9 @@ def test_gpus_other_than_hopper_are_refused(monkeypatch, capability, runs):
 
     monkeypatch.setattr(jax, "devices", lambda: [Device()])
     reason = mosaic.device_refuses()
-    assert reason is None if runs else f"{capability} and Mosaic's kernels need 9.0" in (reason or "")
+    assert (
+        reason is None if runs else f"{capability} and Mosaic's kernels need 9.0" in (reason or "")
+    )
 
 
 def test_self_test_sees_a_wrong_kernel(monkeypatch):
@@ -108,9 +120,13 @@ def test_self_test_sees_a_wrong_kernel(monkeypatch):
 
 
 def test_self_test_raises(monkeypatch):
-    monkeypatch.setattr(mosaic, "largest_difference", lambda bases, tied: 0.5 if bases == 3 else 0.0)
+    monkeypatch.setattr(
+        mosaic, "largest_difference", lambda bases, tied: 0.5 if bases == 3 else 0.0
+    )
     mosaic.self_test.cache_clear()
-    with pytest.raises(RuntimeError, match=r"'mosaic' computes wrong results .* N = 3, tied, off by 5\.0e-01"):
+    with pytest.raises(
+        RuntimeError, match=r"'mosaic' computes wrong results .* N = 3, tied, off by 5\.0e-01"
+    ):
         mosaic.self_test(3, True)
     mosaic.self_test(2, True)
     mosaic.self_test.cache_clear()
@@ -120,7 +136,9 @@ def test_neither_backend_needs_the_other():
     """Either can be deleted: what both need is in files that import neither."""
     folder = Path(packed.__file__).parent
     for name in ("prefixes", "packed", "mosaic", "mosaic_gemv"):
-        assert not re.search(r"^\s*(from|import) .*triton", (folder / f"{name}.py").read_text(), re.MULTILINE), name
+        assert not re.search(
+            r"^\s*(from|import) .*triton", (folder / f"{name}.py").read_text(), re.MULTILINE
+        ), name
     for path in folder.glob("triton*.py"):
         assert not re.search(r"^\s*(from|import) .*mosaic", path.read_text(), re.MULTILINE), path
 
@@ -128,7 +146,9 @@ def test_neither_backend_needs_the_other():
 # For CUDA --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("bases", "tied"), [(1, True), (2, True), (2, False), (3, True), (3, False), (4, True)])
+@pytest.mark.parametrize(
+    ("bases", "tied"), [(1, True), (2, True), (2, False), (3, True), (3, False), (4, True)]
+)
 def test_lowers_for_cuda(bases, tied):
     sums = 1 if tied else bases
     for tokens, columns in ((1, 8 if sums < 3 else 16), (16, 48)):
@@ -137,7 +157,9 @@ def test_lowers_for_cuda(bases, tied):
         assert "mosaic_gpu" in text
 
 
-@pytest.mark.parametrize(("out", "inputs", "dtype"), [(1, 1, jnp.float32), (333, 5000, jnp.float16)])
+@pytest.mark.parametrize(
+    ("out", "inputs", "dtype"), [(1, 1, jnp.float32), (333, 5000, jnp.float16)]
+)
 def test_edges_and_other_activations_lower_for_cuda(out, inputs, dtype):
     lowered("NVIDIA H200", mosaic.multiply, weight(out, inputs), 3, dtype)
 
@@ -149,7 +171,9 @@ def test_wide_rows_are_handed_over_as_they_lie():
 
 
 @needs_compiler
-@pytest.mark.parametrize(("bases", "tied", "most"), [(1, True, 1.3), (2, True, 1.75), (3, True, 3.8), (3, False, 3.9)])
+@pytest.mark.parametrize(
+    ("bases", "tied", "most"), [(1, True, 1.3), (2, True, 1.75), (3, True, 3.8), (3, False, 3.9)]
+)
 def test_machine_code(bases, tied, most):
     """Instructions a weight; activations of one token. N = 3: see the module."""
     plan, words = prefixes.plan(bases, tied), 8 * mosaic_gemv.WORDS
@@ -166,7 +190,9 @@ def test_machine_code(bases, tied, most):
     assert compiled.spill_bytes == 0
     assert loop.total() / weights < most
     assert loop["LDS.128"] == 8  # codes come as they lie, 16 bytes at a time
-    assert loop["PRMT"] == loop["IMAD"] / 2  # two multiplications and a byte permutation make four prefixes
+    assert (
+        loop["PRMT"] == loop["IMAD"] / 2
+    )  # two multiplications and a byte permutation make four prefixes
 
 
 @needs_compiler
@@ -174,7 +200,10 @@ def test_compiled_registers_become_the_planes_of_the_twin():
     """The one step that the interpreter does not have, in the emulator."""
 
     def kernel(first_ref, second_ref, plane_ref):
-        first, second = (plgpu.load(ref, layout=mosaic_gemv.LAYOUT, optimized=False) for ref in (first_ref, second_ref))
+        first, second = (
+            plgpu.load(ref, layout=mosaic_gemv.LAYOUT, optimized=False)
+            for ref in (first_ref, second_ref)
+        )
         plane_ref[...] = mosaic_gemv._plane(first, second).astype(jnp.int32)
 
     words = jax.ShapeDtypeStruct((mosaic_gemv.ROWS, mosaic_gemv.WORDS), jnp.uint32)
@@ -188,4 +217,6 @@ def test_compiled_registers_become_the_planes_of_the_twin():
     random, found = np.random.default_rng(0), np.zeros(result.shape, np.int32)
     first, second = (random.integers(0, 1 << 32, words.shape, dtype=np.uint32) for _ in range(2))
     run_ptx(ptx, (1, 1, 1), [first, second, found])
-    np.testing.assert_array_equal(found, mosaic_gemv._plane_twin(jnp.asarray(first), jnp.asarray(second)))
+    np.testing.assert_array_equal(
+        found, mosaic_gemv._plane_twin(jnp.asarray(first), jnp.asarray(second))
+    )

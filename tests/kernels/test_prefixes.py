@@ -12,7 +12,9 @@ from atd.weights.layouts import DENSE_CODES, LAYOUTS
 DIGITS = range(1, 6)
 KINDS = [(bases, tied) for bases in range(1, prefixes.MAX_BASES + 1) for tied in (True, False)]
 VALUES = np.arange(243)
-TRITS = np.stack([VALUES // 3 ** (5 - j) % 3 - 1 for j in DIGITS], axis=1)  # [243, 5]: those of each code
+TRITS = np.stack(
+    [VALUES // 3 ** (5 - j) % 3 - 1 for j in DIGITS], axis=1
+)  # [243, 5]: those of each code
 
 
 def signed_bytes(words: np.ndarray, at: int) -> np.ndarray:
@@ -31,7 +33,8 @@ def test_every_pair_of_codes_gives_both_prefixes_at_once(digit):
 
 
 @pytest.mark.parametrize(
-    ("bases", "tied", "needed"), [(1, True, 20), (2, True, 12), (3, True, 28), (4, True, 8), (2, False, 20)]
+    ("bases", "tied", "needed"),
+    [(1, True, 20), (2, True, 12), (3, True, 28), (4, True, 8), (2, False, 20)],
 )
 def test_tied_weights_need_few_prefixes(bases, tied, needed):
     assert prefixes.plan(bases, tied).words == needed
@@ -43,16 +46,23 @@ def products(plan: prefixes.Plan, x: np.ndarray, trits: np.ndarray):
     codes = LAYOUTS["words"].pack(trits)
     steps = plan.steps(codes.shape[1])
     coefficients, largest = prefixes.fold(plan, jnp.asarray(x), steps)
-    words = np.pad(codes, ((0, 0), (0, steps * plan.step_words - codes.shape[1])), constant_values=0x4D4D4D4D)
+    words = np.pad(
+        codes, ((0, 0), (0, steps * plan.step_words - codes.shape[1])), constant_values=0x4D4D4D4D
+    )
     pieces = words.reshape(len(trits), steps, 4, plan.piece_words)
     found = []
     for half in plan.halves:
         factor, addend = prefixes.multiplier(half.digit)
-        low, high = ((pieces[..., byte // 4] >> np.uint32(8 * (byte % 4))) & np.uint32(255) for byte in half.bytes)
+        low, high = (
+            (pieces[..., byte // 4] >> np.uint32(8 * (byte % 4))) & np.uint32(255)
+            for byte in half.bytes
+        )
         product = (low | high << np.uint32(16)) * np.uint32(factor) + np.uint32(addend)
         found += [signed_bytes(product, 8), signed_bytes(product, 24)]
     values = np.stack(found, axis=-1).reshape(*pieces.shape[:3], plan.words, 4)
-    return np.einsum("mfstwb,ostwb->mfo", np.asarray(coefficients).astype(np.int64), values), np.asarray(largest)
+    return np.einsum(
+        "mfstwb,ostwb->mfo", np.asarray(coefficients).astype(np.int64), values
+    ), np.asarray(largest)
 
 
 @pytest.mark.parametrize(("bases", "tied"), KINDS)
@@ -65,7 +75,11 @@ def test_sums_over_prefixes_are_sums_over_trits(bases, tied, inputs, seed):
     integers[:, random.integers(inputs)] = plan.limit  # so that the unit is 1
     found, _ = products(plan, integers.astype(np.float32), trits)
     levels = 3 ** np.arange(bases - 1, -1, -1)
-    wanted = (integers @ (trits @ levels).T)[:, None] if tied else np.einsum("mk,okf->mfo", integers, trits.astype(int))
+    wanted = (
+        (integers @ (trits @ levels).T)[:, None]
+        if tied
+        else np.einsum("mk,okf->mfo", integers, trits.astype(int))
+    )
     np.testing.assert_array_equal(found, wanted)
 
 
@@ -73,12 +87,33 @@ def test_sums_over_prefixes_are_sums_over_trits(bases, tied, inputs, seed):
 def test_three_signed_bytes_hold_every_coefficient_and_give_it_back(bases, tied):
     plan = prefixes.plan(bases, tied)
     worst = plan.limit * plan.factor.sum(axis=0).max()
-    assert prefixes.LARGEST - plan.factor.sum(axis=0).max() < worst <= prefixes.LARGEST  # no bit unused
+    assert (
+        prefixes.LARGEST - plan.factor.sum(axis=0).max() < worst <= prefixes.LARGEST
+    )  # no bit unused
     values = np.array(
-        [-worst, -worst + 1, -65537, -129, -128, -1, 0, 1, 127, 128, 255, 256, 65535, 65536, worst - 1, worst]
+        [
+            -worst,
+            -worst + 1,
+            -65537,
+            -129,
+            -128,
+            -1,
+            0,
+            1,
+            127,
+            128,
+            255,
+            256,
+            65535,
+            65536,
+            worst - 1,
+            worst,
+        ]
     )
     coefficients = np.resize(values, (1, plan.sums, 2, 4, plan.words, 4)).astype(np.int32)
-    words = np.asarray(prefixes.fragments(jnp.asarray(coefficients), 3 * plan.sums))  # [steps, words, columns, threads]
+    words = np.asarray(
+        prefixes.fragments(jnp.asarray(coefficients), 3 * plan.sums)
+    )  # [steps, words, columns, threads]
     parts = np.stack([signed_bytes(words, 8 * b) for b in range(4)], axis=-1)
     parts = parts.reshape(2, plan.words, plan.sums, 3, 4, 4)
     joined = (

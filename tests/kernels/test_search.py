@@ -32,11 +32,18 @@ def clock(problem: Problem, candidates) -> list[float]:
     def seconds(settings: Settings) -> float:
         tiles = settings.tiles
         if way(settings) == "gemv":
-            off = abs(settings.gemv.warps - 4) + abs(settings.gemv.row_warps - 4) + abs(settings.gemv.row_blocks - 2)
+            off = (
+                abs(settings.gemv.warps - 4)
+                + abs(settings.gemv.row_warps - 4)
+                + abs(settings.gemv.row_blocks - 2)
+            )
             return 1e-6 * (3 * problem.tokens + off)
         if way(settings) == "gemm":
             off = (
-                (tiles.rows != 64) + abs(tiles.tokens - problem.tokens) / 64 + (tiles.units != 64) + (tiles.warps != 8)
+                (tiles.rows != 64)
+                + abs(tiles.tokens - problem.tokens) / 64
+                + (tiles.units != 64)
+                + (tiles.warps != 8)
             )
             return np.inf if tiles.stages == 3 else 1e-6 * (60 + problem.tokens + off)
         return 200e-6
@@ -58,21 +65,34 @@ def test_the_fastest_shape_of_each_way_is_found():
         assert entry["settings"].gemv == Shape(4, 4, 2, 1)
         if tokens in tune.TILED:
             width = min(128, max(16, tokens))
-            assert entry["settings"].tiles == Tiles(rows=64, tokens=width, units=64, warps=8, stages=2), tokens
-    assert entries[64]["settings"].tiles.tokens == 64  # the width is tried for every number of tokens
+            assert entry["settings"].tiles == Tiles(
+                rows=64, tokens=width, units=64, warps=8, stages=2
+            ), tokens
+    assert (
+        entries[64]["settings"].tiles.tokens == 64
+    )  # the width is tried for every number of tokens
     assert entries[1]["microseconds"] == {"gemv": 3.0}
     assert entries[32]["microseconds"] == {"gemv": 96.0, "gemm": 92.0}
     assert entries[64]["microseconds"] == {"gemm": 124.0, "decode": 200.0}
-    assert "1/1 ternary n=4 g=row tied f16[4096,4096]: 1 token: gemv 3.0 us (warps 4, row_warps 4, row_blocks 2" in line
+    assert (
+        "1/1 ternary n=4 g=row tied f16[4096,4096]: 1 token: gemv 3.0 us (warps 4, row_warps 4, row_blocks 2"
+        in line
+    )
     assert "/s]" in line
 
 
 def test_each_way_is_taken_while_it_is_the_fastest():
     entries, _ = found()
-    assert {(e["settings"].gemv_tokens, e["settings"].gemm_tokens) for e in entries.values()} == {(16, 64)}
+    assert {(e["settings"].gemv_tokens, e["settings"].gemm_tokens) for e in entries.values()} == {
+        (16, 64)
+    }
     entries, _ = found(GROUPS)  # no gemv for groups
-    assert {(e["settings"].gemv_tokens, e["settings"].gemm_tokens) for e in entries.values()} == {(0, 64)}
-    assert all(entry["grouped"] and "gemv" not in entry["microseconds"] for entry in entries.values())
+    assert {(e["settings"].gemv_tokens, e["settings"].gemm_tokens) for e in entries.values()} == {
+        (0, 64)
+    }
+    assert all(
+        entry["grouped"] and "gemv" not in entry["microseconds"] for entry in entries.values()
+    )
 
 
 def test_few_numbers_of_tokens_leave_the_rest_to_the_rule_of_thumb():
@@ -83,8 +103,13 @@ def test_few_numbers_of_tokens_leave_the_rest_to_the_rule_of_thumb():
 
 
 def test_crossovers():
-    assert tune.crossovers({1: {"gemv": 1.0}, 4: {"gemv": 4.0, "gemm": 3.0}, 8: {"gemv": 5.0, "gemm": 6.0}}) == (1, 4)
-    assert tune.crossovers({1: {"gemv": 1.0}, 16: {"gemv": 9.0, "gemm": 8.0, "decode": 7.0}}) == (1, 1)
+    assert tune.crossovers(
+        {1: {"gemv": 1.0}, 4: {"gemv": 4.0, "gemm": 3.0}, 8: {"gemv": 5.0, "gemm": 6.0}}
+    ) == (1, 4)
+    assert tune.crossovers({1: {"gemv": 1.0}, 16: {"gemv": 9.0, "gemm": 8.0, "decode": 7.0}}) == (
+        1,
+        1,
+    )
     assert tune.crossovers({1: {"gemm": 1.0}, 16: {"gemm": 2.0, "decode": np.inf}}) == (0, 16)
 
 
@@ -100,7 +125,9 @@ def test_what_the_time_does_not_allow_is_named():
 
 def test_it_refuses_where_the_kernels_do_not_run():
     if reason := triton.device_refuses():
-        with pytest.raises(RuntimeError, match="nothing to tune here: it needs an NVIDIA GPU") as error:
+        with pytest.raises(
+            RuntimeError, match="nothing to tune here: it needs an NVIDIA GPU"
+        ) as error:
             tune.tune()
         assert reason in str(error.value)
 
@@ -153,10 +180,15 @@ def test_random_matrices_are_what_kernels_read(layout):
 
 def test_a_small_matrix_has_something_else_read_between_its_turns():
     effort = timing.Effort(cold_bytes=1 << 16, most_copies=2)
-    assert timing.stack(TernaryType((16, 64), 1, "row", True, "f16"), effort).between.nbytes == 1 << 16
+    assert (
+        timing.stack(TernaryType((16, 64), 1, "row", True, "f16"), effort).between.nbytes == 1 << 16
+    )
     large = timing.stack(TernaryType((1024, 1024), 2, "row", True, "f16"), effort)
     assert (len(large.weights), large.between.size) == (2, 0)
 
 
 def test_columns():
-    assert timing.columns(["a", "bb"], [["xyz", "1"], ["x", "22"]]) == "a    bb\n---  --\nxyz   1\nx    22"
+    assert (
+        timing.columns(["a", "bb"], [["xyz", "1"], ["x", "22"]])
+        == "a    bb\n---  --\nxyz   1\nx    22"
+    )

@@ -31,9 +31,13 @@ def entry(tokens, out, inputs, bases=2, tied=True, group: int | str = "row", **s
 def test_tuned_settings_go_before_the_rule_of_thumb(folder):
     type = matrix(4096, 4096)
     assert tuning.settings("NVIDIA H200", type, 1) == tuning.heuristic(type, 1)
-    path = tuning.write("NVIDIA H200", "0.11.2", [entry(1, 4096, 4096, gemv=Shape(warps=2), tiles=Tiles(rows=16))])
+    path = tuning.write(
+        "NVIDIA H200", "0.11.2", [entry(1, 4096, 4096, gemv=Shape(warps=2), tiles=Tiles(rows=16))]
+    )
     assert path.name == "nvidia-h200.json"
-    assert tuning.settings("NVIDIA H200", type, 1) == Settings(gemv=Shape(warps=2), tiles=Tiles(rows=16))
+    assert tuning.settings("NVIDIA H200", type, 1) == Settings(
+        gemv=Shape(warps=2), tiles=Tiles(rows=16)
+    )
     assert tuning.settings("NVIDIA L4", type, 1) == tuning.heuristic(type, 1)
 
 
@@ -73,10 +77,16 @@ def test_an_entry_of_another_kind_is_farther_than_one_of_other_tokens(folder):
 
 
 def test_entries_of_the_same_version_are_kept_and_others_are_not(folder):
-    tuning.write("gpu", "0.11.2", [entry(1, 64, 64, gemv=Shape(warps=1)), entry(2, 64, 64, gemv=Shape(warps=2))])
+    tuning.write(
+        "gpu",
+        "0.11.2",
+        [entry(1, 64, 64, gemv=Shape(warps=1)), entry(2, 64, 64, gemv=Shape(warps=2))],
+    )
     path = tuning.write("gpu", "0.11.2", [entry(2, 64, 64, gemv=Shape(warps=8))])
     assert [e["settings"].gemv.warps for e in tuning.tuned("gpu")] == [1, 8]
-    assert len([line for line in path.read_text().splitlines() if "microseconds" in line]) == 2  # one a line
+    assert (
+        len([line for line in path.read_text().splitlines() if "microseconds" in line]) == 2
+    )  # one a line
     tuning.write("gpu", "0.12.0", [entry(4, 64, 64, gemv=Shape(warps=16))])
     assert [e["settings"].gemv.warps for e in tuning.tuned("gpu")] == [16]
     path.write_text("{")
@@ -85,15 +95,22 @@ def test_entries_of_the_same_version_are_kept_and_others_are_not(folder):
     assert [e["settings"].gemv.warps for e in tuning.tuned("gpu")] == [4]
 
 
-@pytest.mark.parametrize("text", ["{", '{"entries": [{"settings": {"warp": 3, "tiles": {}}}]}', '{"rows": []}'])
+@pytest.mark.parametrize(
+    "text", ["{", '{"entries": [{"settings": {"warp": 3, "tiles": {}}}]}', '{"rows": []}']
+)
 def test_a_broken_file_is_named(folder, text):
     (folder / "gpu.json").write_text(text)
-    with pytest.raises(ValueError, match=r"gpu\.json: not a file of tuned settings .* atd bench --tune"):
+    with pytest.raises(
+        ValueError, match=r"gpu\.json: not a file of tuned settings .* atd bench --tune"
+    ):
         tuning.settings("gpu", matrix(64, 64), 1)
 
 
 def test_few_rows_are_shared_by_more_warps():
-    assert tuning.heuristic(matrix(1024, 4096), 1).gemv.warps > tuning.heuristic(matrix(14336, 4096), 1).gemv.warps
+    assert (
+        tuning.heuristic(matrix(1024, 4096), 1).gemv.warps
+        > tuning.heuristic(matrix(14336, 4096), 1).gemv.warps
+    )
 
 
 @pytest.mark.parametrize("bases", [1, 2, 3, 4])
@@ -109,8 +126,12 @@ def test_tuned_tiles_fit_another_kind_of_matrix(folder):
     tiles = Tiles(64, 128, 32, 4, 2)  # 176 KB for N = 2
     tuning.write("gpu", "0.11.2", [entry(64, 4096, 4096, tiles=tiles)])
     assert tuning.settings("gpu", matrix(4096, 4096), 64).tiles == tiles
-    assert tuning.settings("gpu", matrix(4096, 4096, bases=1), 64).tiles == replace(tiles, tokens=64)
-    assert tuning.settings("gpu", matrix(4096, 4096, bases=3), 64).tiles == replace(tiles, tokens=32)
+    assert tuning.settings("gpu", matrix(4096, 4096, bases=1), 64).tiles == replace(
+        tiles, tokens=64
+    )
+    assert tuning.settings("gpu", matrix(4096, 4096, bases=3), 64).tiles == replace(
+        tiles, tokens=32
+    )
     assert tuning.settings("gpu", matrix(4096, 4096, bases=4), 64).tiles == tiles
 
 

@@ -53,16 +53,25 @@ def test_ways(tokens, group, way):
 
 
 @pytest.mark.parametrize("way", ["gemv", "gemm", "decode"])
-@pytest.mark.parametrize(("bases", "group", "tied"), [(2, "row", True), (2, 128, False), (3, 160, True)])
+@pytest.mark.parametrize(
+    ("bases", "group", "tied"), [(2, "row", True), (2, 128, False), (3, 160, True)]
+)
 def test_all_ways_agree(way, bases, group, tied):
-    weight, x = packed(40, 700, bases, group, tied), activations(3, 700).astype(jnp.bfloat16).astype(jnp.float32)
-    settings = {"gemv": Settings(), "gemm": Settings(gemv_tokens=0), "decode": Settings(gemv_tokens=0, gemm_tokens=0)}[
-        way
-    ]
+    weight, x = (
+        packed(40, 700, bases, group, tied),
+        activations(3, 700).astype(jnp.bfloat16).astype(jnp.float32),
+    )
+    settings = {
+        "gemv": Settings(),
+        "gemm": Settings(gemv_tokens=0),
+        "decode": Settings(gemv_tokens=0, gemm_tokens=0),
+    }[way]
     found = interpreted(x, weight, settings)
     wanted = x @ weight.dequantize().T
     exact = way == "gemv" or group == "row"  # elsewhere weights are rounded to 16 bits
-    np.testing.assert_allclose(found, wanted, atol=(2e-5 if exact else 2e-3) * np.abs(np.asarray(wanted)).max())
+    np.testing.assert_allclose(
+        found, wanted, atol=(2e-5 if exact else 2e-3) * np.abs(np.asarray(wanted)).max()
+    )
 
 
 def test_decoding_goes_chunk_by_chunk(monkeypatch):
@@ -89,7 +98,9 @@ def test_decoding_goes_chunk_by_chunk(monkeypatch):
 def test_shapes_of_tiles_change_nothing(settings):
     weight, x = (
         packed(75, 700),
-        activations(5 if settings.gemv_tokens == 0 else 3, 700).astype(jnp.bfloat16).astype(jnp.float32),
+        activations(5 if settings.gemv_tokens == 0 else 3, 700)
+        .astype(jnp.bfloat16)
+        .astype(jnp.float32),
     )
     found = interpreted(x, weight, settings)
     wanted = x @ weight.dequantize().T
@@ -98,11 +109,19 @@ def test_shapes_of_tiles_change_nothing(settings):
 
 @pytest.mark.parametrize(
     ("layout", "inputs"),
-    [("aligned", 288), ("words", 300), ("interleaved", 576), ("aligned", 4096), ("interleaved", 4096)],
+    [
+        ("aligned", 288),
+        ("words", 300),
+        ("interleaved", 576),
+        ("aligned", 4096),
+        ("interleaved", 4096),
+    ],
 )
 def test_stored_layouts_are_read(layout, inputs):
     weight, x = packed(20, inputs, layout=layout), activations(1, inputs)
-    np.testing.assert_array_equal(interpreted(x, weight), interpreted(x, packed(20, inputs, layout=triton.LAYOUT)))
+    np.testing.assert_array_equal(
+        interpreted(x, weight), interpreted(x, packed(20, inputs, layout=triton.LAYOUT))
+    )
 
 
 def test_a_row_too_short_for_all_the_groups_that_a_step_can_touch():
@@ -116,7 +135,10 @@ def test_a_row_too_short_for_all_the_groups_that_a_step_can_touch():
 
 @pytest.mark.parametrize("layout", ["words", "aligned", "interleaved"])
 def test_prepare_makes_tiles_and_leaves_alone_what_it_does_not_read(layout):
-    weight, tiles = packed(20, 333, bases=3, layout=layout), packed(20, 333, bases=3, layout="tiles")
+    weight, tiles = (
+        packed(20, 333, bases=3, layout=layout),
+        packed(20, 333, bases=3, layout="tiles"),
+    )
     for form in (np.asarray, jnp.asarray):
         held = triton.Triton().prepare(jax.tree.map(form, weight))
         assert isinstance(held, Packed)
@@ -136,7 +158,9 @@ def test_prepare_of_words_keeps_the_bytes_of_wide_rows():
 
 @pytest.mark.parametrize("bases", [1, 2, 3, 4])
 def test_kernels_find_words_where_tiles_have_them(bases):
-    words, tiles = (np.asarray(packed(40, 1300, bases, layout=layout).codes) for layout in ("words", "tiles"))
+    words, tiles = (
+        np.asarray(packed(40, 1300, bases, layout=layout).codes) for layout in ("words", "tiles")
+    )
     row, word = (jnp.asarray(i, jnp.int32) for i in np.indices(words.shape))
     at = triton_gemv.word_at(row, word, bases, tiles.shape[1])
     np.testing.assert_array_equal(tiles.reshape(-1)[np.asarray(at)], words)
@@ -158,13 +182,16 @@ def test_sixteen_tokens_are_fixed_point_and_exact(bases, tied):
     assert triton.path(settings, type.ternary, 16) == "gemv"
     for tokens in (2, 16):
         found = interpreted(jnp.asarray(x[:tokens], jnp.float32), weight, settings)
-        np.testing.assert_allclose(found, wanted[:tokens], rtol=1e-6, atol=0.1)  # of 2^22: of float32 alone
+        np.testing.assert_allclose(
+            found, wanted[:tokens], rtol=1e-6, atol=0.1
+        )  # of 2^22: of float32 alone
 
 
 def test_refusals_name_the_reason_and_the_backend_that_could():
     x = activations(1, 64)
     with pytest.raises(
-        ValueError, match=r"'triton-interpret' cannot multiply .* it multiplies weights packed in layout"
+        ValueError,
+        match=r"'triton-interpret' cannot multiply .* it multiplies weights packed in layout",
     ):
         matmul(x, packed(4, 64, layout="bit-ttt"), backend="triton-interpret")
     with pytest.raises(ValueError, match="up to 4 bases, not 5; backend 'xla' multiplies any"):
@@ -173,7 +200,8 @@ def test_refusals_name_the_reason_and_the_backend_that_could():
         matmul(x.astype(jnp.int32), packed(4, 64), backend="triton-interpret")
     if jax.default_backend() == "cpu":
         with pytest.raises(
-            ValueError, match="needs an NVIDIA GPU and this process runs on cpu; backend 'xla' runs there"
+            ValueError,
+            match="needs an NVIDIA GPU and this process runs on cpu; backend 'xla' runs there",
         ):
             matmul(x, packed(4, 64), backend="triton")
 
@@ -183,22 +211,29 @@ def test_an_old_gpu_is_refused(monkeypatch):
         platform, device_kind, compute_capability = "gpu", "Tesla T4", "7.5"
 
     monkeypatch.setattr(jax, "devices", lambda: [Device()])
-    assert "Tesla T4 has compute capability 7.5 and Triton needs 8.0" in (triton.device_refuses() or "")
+    assert "Tesla T4 has compute capability 7.5 and Triton needs 8.0" in (
+        triton.device_refuses() or ""
+    )
     Device.compute_capability = "12.0"  # not less than "8.0", though the text is
     assert triton.device_refuses() is None
 
 
 @pytest.mark.parametrize(
-    ("bases", "tied"), [(1, True), *(pytest.param(*kind, marks=pytest.mark.slow) for kind in ((2, False), (3, True)))]
+    ("bases", "tied"),
+    [(1, True), *(pytest.param(*kind, marks=pytest.mark.slow) for kind in ((2, False), (3, True)))],
 )
 def test_self_test_sees_a_wrong_kernel(bases, tied, monkeypatch):
     assert triton.largest_difference(bases, tied, interpret=True) < 1e-4
     twin = triton_ptx.multiply_twin
-    monkeypatch.setattr(triton_ptx, "multiply_twin", lambda words, x, sums: twin(words[::-1], x, sums))
+    monkeypatch.setattr(
+        triton_ptx, "multiply_twin", lambda words, x, sums: twin(words[::-1], x, sums)
+    )
     assert triton.largest_difference(bases, tied, interpret=True) > 0.1
     monkeypatch.setattr(triton_ptx, "multiply_twin", twin)
     of_tiles = triton_weights._twin
-    monkeypatch.setattr(triton_weights, "_twin", lambda digits, number: of_tiles(digits, number) + 1)
+    monkeypatch.setattr(
+        triton_weights, "_twin", lambda digits, number: of_tiles(digits, number) + 1
+    )
     assert triton.largest_difference(bases, tied, interpret=True) > 0.1
 
 
@@ -220,10 +255,13 @@ def test_self_test_runs_while_a_program_is_traced(monkeypatch):
 
 
 def test_self_test_raises(monkeypatch):
-    monkeypatch.setattr(triton, "largest_difference", lambda bases, tied: 0.5 if bases == 3 else 0.0)
+    monkeypatch.setattr(
+        triton, "largest_difference", lambda bases, tied: 0.5 if bases == 3 else 0.0
+    )
     triton.self_test.cache_clear()
     with pytest.raises(
-        RuntimeError, match=r"computes wrong results .* N = 3, tied, off by 5\.0e-01 .* use backend 'xla'"
+        RuntimeError,
+        match=r"computes wrong results .* N = 3, tied, off by 5\.0e-01 .* use backend 'xla'",
     ):
         triton.self_test(3, True)
     triton.self_test(2, True)
@@ -234,7 +272,8 @@ KINDS = [(1, True), (2, True), (2, False), (3, True), (3, False), (4, True)]
 
 
 @pytest.mark.parametrize(
-    ("device", "bases", "tied"), [*((DEVICES[0], *kind) for kind in KINDS), *((d, 2, True) for d in DEVICES[1:])]
+    ("device", "bases", "tied"),
+    [*((DEVICES[0], *kind) for kind in KINDS), *((d, 2, True) for d in DEVICES[1:])],
 )
 def test_lowers_for_cuda(device, bases, tied):
     for tokens, group, name in (
@@ -244,14 +283,19 @@ def test_lowers_for_cuda(device, bases, tied):
         (32, 128, "gemm"),
         (257, "row", "decode"),
     ):
-        text = lowered(device, triton.multiply, packed(64, 640, bases, group, tied, layout="tiles"), tokens)
+        text = lowered(
+            device, triton.multiply, packed(64, 640, bases, group, tied, layout="tiles"), tokens
+        )
         assert f"ternary_{name}_n{bases}" in text
         assert "triton" in text
 
 
 def test_the_fold_alone_lets_the_next_kernel_begin_and_on_hopper_alone():
     weight = packed(64, 640, layout="tiles")
-    text = {device: lowered(device, triton.multiply, weight, 1) for device in ("NVIDIA H200", "NVIDIA A10")}
+    text = {
+        device: lowered(device, triton.multiply, weight, 1)
+        for device in ("NVIDIA H200", "NVIDIA A10")
+    }
     assert text["NVIDIA H200"].count("griddepcontrol.launch_dependents") == 1
     assert "griddepcontrol" not in text["NVIDIA A10"]
 
@@ -259,7 +303,9 @@ def test_the_fold_alone_lets_the_next_kernel_begin_and_on_hopper_alone():
 @pytest.mark.parametrize("tokens", [1, 32, 300])
 def test_kernels_write_the_dtype_that_is_asked_for(tokens):
     """No kernel of XLA's for it."""
-    text = lowered("NVIDIA H200", triton.multiply, packed(64, 640, layout="tiles"), tokens, jnp.bfloat16)
+    text = lowered(
+        "NVIDIA H200", triton.multiply, packed(64, 640, layout="tiles"), tokens, jnp.bfloat16
+    )
     assert not re.search(r"stablehlo.convert .*f32>\) -> tensor<.*bf16>", text)
 
 

@@ -17,7 +17,15 @@ from tests.kernels.matrices import lowered_for, unoptimized
 THETA = 10000.0
 NAMES = ("heads", "kv_heads", "head_dim", "length", "positions", "dtype", "options")
 CASES = [
-    (4, 1, 64, 300, (0, 150, 299), "bfloat16", {}),  # nothing in the cache, something, the last place
+    (
+        4,
+        1,
+        64,
+        300,
+        (0, 150, 299),
+        "bfloat16",
+        {},
+    ),  # nothing in the cache, something, the last place
     (2, 2, 128, 140, (64, 63, 65), "bfloat16", {}),  # a turn's tiles end at 64
     (3, 1, 48, 140, (129, 1), "float16", {}),
     (6, 2, 128, 70, (69,), "float32", {}),
@@ -78,16 +86,25 @@ def test_it_attends(heads, kv_heads, head_dim, length, positions, dtype, options
     qkv, at, cache = operands(heads, kv_heads, head_dim, length, positions, dtype)
     mixed, new = interpreted(qkv, at, cache, heads=heads, **options)
     assert mixed.shape == (len(positions), 1, heads * head_dim)
-    q, k, v = np.split(np.asarray(qkv).reshape(len(positions), -1, head_dim), [heads, heads + kv_heads], axis=1)
+    q, k, v = np.split(
+        np.asarray(qkv).reshape(len(positions), -1, head_dim), [heads, heads + kv_heads], axis=1
+    )
     for sequence, position in enumerate(positions):
-        for before, after, value in zip(cache, new, (rotated(k[sequence], position), v[sequence]), strict=True):
-            before, after = np.array(before[sequence], np.float32), np.asarray(after[sequence], np.float32)
+        for before, after, value in zip(
+            cache, new, (rotated(k[sequence], position), v[sequence]), strict=True
+        ):
+            before, after = (
+                np.array(before[sequence], np.float32),
+                np.asarray(after[sequence], np.float32),
+            )
             epsilon = float(jnp.finfo(dtype).eps)
             np.testing.assert_allclose(after[:, position], value, atol=1e-5, rtol=epsilon)
             before[:, position] = after[:, position]
             np.testing.assert_array_equal(after, before)  # nothing else was written
         keys, values = (np.asarray(x[sequence]) for x in new)
-        expected = wanted(rotated(q[sequence], position), keys, values, position, options.get("window", 0))
+        expected = wanted(
+            rotated(q[sequence], position), keys, values, position, options.get("window", 0)
+        )
         found = np.asarray(mixed[sequence]).reshape(heads, head_dim)
         np.testing.assert_allclose(found, expected, atol=3e-6 * np.abs(expected).max())
 
@@ -101,19 +118,35 @@ def test_a_gpu_finds_the_same(heads, kv_heads, head_dim, length, positions, dtyp
     np.testing.assert_allclose(mixed, expected, atol=2e-5 * np.abs(np.asarray(expected)).max())
     for found, wanted in zip(new, expected_new, strict=True):
         epsilon = float(jnp.finfo(dtype).eps)
-        np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (found, wanted)), atol=1e-5, rtol=2 * epsilon)
+        np.testing.assert_allclose(
+            *(np.asarray(x, np.float32) for x in (found, wanted)), atol=1e-5, rtol=2 * epsilon
+        )
 
 
 @pytest.mark.parametrize(
     ("heads", "group", "splits", "queries"),
-    [(32, 4, 1, 1), (256, 4, 1, 2), (4096, 4, 1, 4), (32, 4, 8, 4), (9, 3, 1, 1), (32, 16, 4, 4), (14, 7, 4, 1)],
+    [
+        (32, 4, 1, 1),
+        (256, 4, 1, 2),
+        (4096, 4, 1, 4),
+        (32, 4, 8, 4),
+        (9, 3, 1, 1),
+        (32, 16, 4, 4),
+        (14, 7, 4, 1),
+    ],
 )
 def test_query_heads_of_a_block_divide_the_group(heads, group, splits, queries):
     assert triton_attention.queries_of(heads, group, splits) == queries
 
 
 def test_blocks_share_long_caches_alone():
-    assert [triton_attention.splits_of(8, n) for n in (1, 1024, 2048, 8192, 131072)] == [1, 1, 4, 16, 16]
+    assert [triton_attention.splits_of(8, n) for n in (1, 1024, 2048, 8192, 131072)] == [
+        1,
+        1,
+        4,
+        16,
+        16,
+    ]
     assert triton_attention.splits_of(256, 8192) == 1
 
 

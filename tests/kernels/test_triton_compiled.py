@@ -35,7 +35,12 @@ CODES = {bases: LAYOUTS[triton.LAYOUT].codes_shape(OUT, INPUTS, bases) for bases
 
 
 def compiled_gemv(
-    device: str, bases: int, tied: bool, tokens: int = 1, settings: Settings = ONE_TOKEN, gated: bool = False
+    device: str,
+    bases: int,
+    tied: bool,
+    tokens: int = 1,
+    settings: Settings = ONE_TOKEN,
+    gated: bool = False,
 ) -> tuple[aot.Compiled, float]:
     """(machine code, instructions in the loop for each weight)."""
     type = TernaryType((OUT, INPUTS), bases, "row", tied, "f16")
@@ -54,7 +59,11 @@ def compiled_gemv(
 
 def loads(compiled: aot.Compiled) -> set[str]:
     """The kinds that the loop has, of constants apart."""
-    return {name for name in aot.main_loop_instructions(compiled.sass) if name.startswith(("LDG", "LDS", "LDL"))}
+    return {
+        name
+        for name in aot.main_loop_instructions(compiled.sass)
+        if name.startswith(("LDG", "LDS", "LDL"))
+    }
 
 
 WIDE = {"LDG.E.128", "LDG.E.EF.128"}  # activations, codes: 16 bytes at a time, nothing narrower
@@ -62,7 +71,14 @@ WIDE = {"LDG.E.128", "LDG.E.EF.128"}  # activations, codes: 16 bytes at a time, 
 
 @pytest.mark.parametrize(
     ("bases", "tied", "most"),
-    [(1, True, 1.2), (2, True, 1.65), (3, True, 2.0), (4, True, 2.8), (2, False, 2.35), (3, False, 3.9)],
+    [
+        (1, True, 1.2),
+        (2, True, 1.65),
+        (3, True, 2.0),
+        (4, True, 2.8),
+        (2, False, 2.35),
+        (3, False, 3.9),
+    ],
 )
 @pytest.mark.parametrize("device", ["H200", "A10", "L4"])
 def test_instructions_a_weight_of_one_token(device, bases, tied, most):
@@ -112,21 +128,34 @@ def test_swiglu_costs_the_loop_nothing(device, bases, tokens, settings, most):
 
 @pytest.mark.parametrize("device", ["A10", "L4"])
 def test_sixteen_tokens_do_not_spill(device):
-    compiled, _ = compiled_gemv(device, 2, True, 16, Settings(Shape(warps=4, row_warps=4, row_blocks=2)))
+    compiled, _ = compiled_gemv(
+        device, 2, True, 16, Settings(Shape(warps=4, row_warps=4, row_blocks=2))
+    )
     assert compiled.spill_bytes == 0
     assert loads(compiled) == WIDE
 
 
 @pytest.mark.parametrize(
     ("bases", "group", "tied"),
-    [(1, "row", True), (2, "row", True), (2, "row", False), (2, 128, True), (3, "row", True), (4, "row", True)],
+    [
+        (1, "row", True),
+        (2, "row", True),
+        (2, "row", False),
+        (2, 128, True),
+        (3, "row", True),
+        (4, "row", True),
+    ],
 )
 @pytest.mark.parametrize(("device", "exact"), [("H200", True), ("A10", False)])
-def test_decoding_does_not_spill_and_writes_sixteen_bytes_at_a_time(device, exact, bases, group, tied):
+def test_decoding_does_not_spill_and_writes_sixteen_bytes_at_a_time(
+    device, exact, bases, group, tied
+):
     type = TernaryType((OUT, INPUTS), bases, group, tied, "f16")
     compiled = aot.compile_for(
         device,
-        lambda codes, scales: triton_decode.decoded(codes, scales, type, jnp.bfloat16, 0, OUT, exact),
+        lambda codes, scales: triton_decode.decoded(
+            codes, scales, type, jnp.bfloat16, 0, OUT, exact
+        ),
         jax.ShapeDtypeStruct(CODES[bases], jnp.uint32),
         jax.ShapeDtypeStruct(type.scales_shape, jnp.float16),
         kernel=f"ternary_decode_n{bases}",
@@ -137,7 +166,9 @@ def test_decoding_does_not_spill_and_writes_sixteen_bytes_at_a_time(device, exac
         assert "LDG.E.EF.128" in compiled.sass
 
 
-@pytest.mark.parametrize(("group", "tied", "most"), [("row", True, 5.0), ("row", False, 7.5), (128, True, 14.0)])
+@pytest.mark.parametrize(
+    ("group", "tied", "most"), [("row", True, 5.0), ("row", False, 7.5), (128, True, 14.0)]
+)
 @pytest.mark.parametrize("device", ["H200", "A10"])
 def test_tiles_do_not_spill_and_take_few_instructions_a_weight(device, group, tied, most):
     tiles = Tiles(tokens=16)
@@ -151,12 +182,16 @@ def test_tiles_do_not_spill_and_take_few_instructions_a_weight(device, group, ti
         kernel="ternary_gemm_n2",
     )
     assert compiled.spill_bytes == 0
-    weights = tiles.rows * tiles.units * triton_gemm.unit(2)[1] / (32 * tiles.warps)  # of a thread, in a step
+    weights = (
+        tiles.rows * tiles.units * triton_gemm.unit(2)[1] / (32 * tiles.warps)
+    )  # of a thread, in a step
     assert aot.main_loop_instructions(compiled.sass).total() / weights < most
 
 
 @pytest.mark.parametrize("normed", [False, True])
-@pytest.mark.parametrize(("bases", "tied", "group"), [(2, True, None), (3, False, None), (2, False, 128)])
+@pytest.mark.parametrize(
+    ("bases", "tied", "group"), [(2, True, None), (3, False, None), (2, False, 128)]
+)
 def test_folding_does_not_spill(bases, tied, group, normed):
     plan = prefixes.plan(bases, tied)
     columns = triton_gemv.columns(plan, 1, 32, group)
@@ -167,7 +202,9 @@ def test_folding_does_not_spill(bases, tied, group, normed):
         norm = triton_fold.Norm(*gains, eps=1e-5) if gains else None
         return triton_fold.fold(plan, x, 32, columns, group, norm)
 
-    compiled = aot.compile_for("H200", fold, x, *gains, kernel=f"ternary_fold_n{bases}{'tied' if tied else 'free'}")
+    compiled = aot.compile_for(
+        "H200", fold, x, *gains, kernel=f"ternary_fold_n{bases}{'tied' if tied else 'free'}"
+    )
     assert compiled.spill_bytes == 0
 
 
@@ -181,7 +218,9 @@ def test_folding_does_not_spill(bases, tied, group, normed):
         ("A10", 1, 32, 8, 80, 256, "float32"),
     ],
 )
-def test_attention_reads_sixteen_bytes_at_a_time(device, batch, heads, kv_heads, head_dim, length, dtype):
+def test_attention_reads_sixteen_bytes_at_a_time(
+    device, batch, heads, kv_heads, head_dim, length, dtype
+):
     shape = jax.ShapeDtypeStruct
     compiled = aot.compile_for(
         device,

@@ -11,10 +11,14 @@ from atd.kernels.triton import gemv as triton_gemv
 from atd.kernels.triton.gemv import Columns
 
 
-def in_order(plan: prefixes.Plan, x: jax.Array, steps: int, columns: Columns, group_size: int | None) -> np.ndarray:
+def in_order(
+    plan: prefixes.Plan, x: jax.Array, steps: int, columns: Columns, group_size: int | None
+) -> np.ndarray:
     """What `triton_fold.fold` makes, by XLA."""
     coefficients, _ = prefixes.fold(plan, x, steps, group_size)
-    words = prefixes.fragments(coefficients, 3 * columns.coefficients)  # [steps, words, columns, 4 threads]
+    words = prefixes.fragments(
+        coefficients, 3 * columns.coefficients
+    )  # [steps, words, columns, 4 threads]
     words = np.asarray(words).reshape(steps, plan.words // 4, 4, -1, 3, 4)  # coefficients, bytes
     placed = np.zeros((steps, plan.words // 4, columns.sets, columns.kept, 4, 4), np.uint32)
     for coefficient in range(columns.coefficients):
@@ -51,7 +55,9 @@ def test_it_folds_as_xla_does(bases, tied, tokens, group_size, dtype):
     np.testing.assert_array_equal(largest, np.abs(np.asarray(x, np.float32)).max(axis=1))
     parts = [v.view(np.uint8).astype(int) for v in (np.asarray(folded), wanted)]
     off = np.abs(parts[0] - parts[1])
-    assert (np.minimum(off, 256 - off) <= 2 * plan.factor.max() + 1).all()  # halves are rounded another way
+    assert (
+        np.minimum(off, 256 - off) <= 2 * plan.factor.max() + 1
+    ).all()  # halves are rounded another way
     assert (off > 0).mean() < 0.01
 
 
@@ -59,12 +65,16 @@ def test_it_folds_as_xla_does(bases, tied, tokens, group_size, dtype):
 def test_a_token_that_is_not_finite_is_known_by_its_largest(bad):
     x = np.ones((2, 5000), np.float32)
     x[1, 4500] = bad
-    _, largest = triton_fold.fold(prefixes.plan(2, True), jnp.asarray(x), 32, Columns(2, 1), interpret=True)
+    _, largest = triton_fold.fold(
+        prefixes.plan(2, True), jnp.asarray(x), 32, Columns(2, 1), interpret=True
+    )
     np.testing.assert_array_equal(largest, [1.0, np.nan])
 
 
 def test_tokens_of_zeros_are_zeros():
-    folded, largest = triton_fold.fold(prefixes.plan(2, True), jnp.zeros((1, 320)), 2, Columns(1, 1), interpret=True)
+    folded, largest = triton_fold.fold(
+        prefixes.plan(2, True), jnp.zeros((1, 320)), 2, Columns(1, 1), interpret=True
+    )
     assert not np.asarray(folded).any()
     assert largest.tolist() == [0.0]
 
@@ -77,9 +87,17 @@ def test_a_norm_is_folded_as_what_it_makes(inputs):
     norm = triton_fold.Norm(jnp.asarray(random.uniform(0.5, 2, inputs), jnp.float32), 1e-5)
     x = (random.standard_normal((2, inputs)) * [[0.01], [30]]).astype(np.float32)
     wide = x.astype(np.float64)
-    made = wide / np.sqrt((wide**2).mean(axis=1, keepdims=True) + norm.eps) * np.asarray(norm.gain, np.float64)
-    found, largest = triton_fold.fold(plan, jnp.asarray(x), steps, Columns(2, 1), norm=norm, interpret=True)
-    wanted, _ = triton_fold.fold(plan, jnp.asarray(made, jnp.float32), steps, Columns(2, 1), interpret=True)
+    made = (
+        wide
+        / np.sqrt((wide**2).mean(axis=1, keepdims=True) + norm.eps)
+        * np.asarray(norm.gain, np.float64)
+    )
+    found, largest = triton_fold.fold(
+        plan, jnp.asarray(x), steps, Columns(2, 1), norm=norm, interpret=True
+    )
+    wanted, _ = triton_fold.fold(
+        plan, jnp.asarray(made, jnp.float32), steps, Columns(2, 1), interpret=True
+    )
     np.testing.assert_allclose(largest, np.abs(made).max(axis=1), rtol=1e-6)
 
     def coefficients(words) -> np.ndarray:

@@ -18,12 +18,16 @@ KINDS = [(bases, tied) for bases in (1, 2, 3, 4) for tied in (True, False) if ti
 def test_every_code_of_every_byte(bases, tied, dtype):
     words, params = unit(bases)
     random = np.random.default_rng(0)
-    codes = np.stack([random.permutation(DENSE_CODES) for _ in range(4 * words)], axis=-1)  # [243 units, bytes]
+    codes = np.stack(
+        [random.permutation(DENSE_CODES) for _ in range(4 * words)], axis=-1
+    )  # [243 units, bytes]
     packed = np.ascontiguousarray(codes).view(np.uint32).reshape(243, words)
     trits = LAYOUTS["words"].unpack(jnp.asarray(packed), params, bases)  # [units, params, bases]
     wanted = np.asarray(trits) @ level_weights(bases)[:, None] if tied else np.asarray(trits)
     type = TernaryType((243, params), bases, "row", tied, "f16")
-    integers = triton_weights.integers_of([jnp.asarray(packed[:, w]) for w in range(words)], type, dtype, True)
+    integers = triton_weights.integers_of(
+        [jnp.asarray(packed[:, w]) for w in range(words)], type, dtype, True
+    )
     found = jnp.stack([jnp.stack(integers(p), axis=-1) for p in range(params)], axis=1)
     assert found.dtype == dtype
     np.testing.assert_array_equal(found.astype(jnp.float32), wanted)
@@ -38,6 +42,9 @@ def test_assembly_takes_off_what_zero_became(bases, tied, dtype):
     above, zero, _, name = triton_weights.FORMATS[jnp.dtype(dtype)]
     assert jax.lax.bitcast_convert_type(jnp.uint16(above << 8), dtype) == zero
     off = int(text.split("mov.b32 v, 0x")[1][:4], 16)
-    assert zero + float(jax.lax.bitcast_convert_type(jnp.uint16(off), dtype)) == -level_weights(count).sum()
+    assert (
+        zero + float(jax.lax.bitcast_convert_type(jnp.uint16(off), dtype))
+        == -level_weights(count).sum()
+    )
     assert f"fma.rn.{name}" in text
     assert constraints.count("r") == 1 + 2 * len(read)

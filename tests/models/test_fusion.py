@@ -19,7 +19,9 @@ ROWS = ["decompose{bases = 2, group = 'row', scales = 'tied'}", "pack"]
 
 
 def weights_of(block: Block) -> ops.Weights:
-    return {node.name: {slot: ref.load() for slot, ref in node.weights.items()} for node in block.nodes}
+    return {
+        node.name: {slot: ref.load() for slot, ref in node.weights.items()} for node in block.nodes
+    }
 
 
 def read(block: Block) -> list[str]:
@@ -28,7 +30,10 @@ def read(block: Block) -> list[str]:
 
 
 def names(steps: list) -> list[str]:
-    return [step.name if isinstance(step, Node) else " ".join(n.name for n in step.nodes) for step in steps]
+    return [
+        step.name if isinstance(step, Node) else " ".join(n.name for n in step.nodes)
+        for step in steps
+    ]
 
 
 def test_a_block_with_its_linears_joined():
@@ -64,9 +69,26 @@ NORM = Node("norm", "rms_norm", ("x",), attrs={"eps": 1e-5})
     [
         ((NORM, Node("l", "linear", ("norm",)), Node("a", "add", ("l", "norm"))), ["norm", "l a"]),
         ((Node("l", "linear", ("x",)), Node("a", "add", ("l", "l"))), ["l", "a"]),
-        ((Node("l", "linear", ("x",)), Node("m", "linear", ("x",)), Node("a", "add", ("l", "m"))), ["m", "l a"]),
-        ((Node("l", "linear", ("x",)), Node("a", "add", ("x", "l")), Node("b", "add", ("l", "a"))), ["l", "a", "b"]),
-        ((replace(NORM, attrs={"eps": 1e-5, "head_dim": 8}), Node("l", "linear", ("norm",))), ["norm", "l"]),
+        (
+            (
+                Node("l", "linear", ("x",)),
+                Node("m", "linear", ("x",)),
+                Node("a", "add", ("l", "m")),
+            ),
+            ["m", "l a"],
+        ),
+        (
+            (
+                Node("l", "linear", ("x",)),
+                Node("a", "add", ("x", "l")),
+                Node("b", "add", ("l", "a")),
+            ),
+            ["l", "a", "b"],
+        ),
+        (
+            (replace(NORM, attrs={"eps": 1e-5, "head_dim": 8}), Node("l", "linear", ("norm",))),
+            ["norm", "l"],
+        ),
     ],
 )
 def test_what_others_read_stays(nodes, wanted):
@@ -74,9 +96,14 @@ def test_what_others_read_stays(nodes, wanted):
 
 
 ATTRS = {"head_dim": 8, "theta": 10000.0, "scaling": ()}
-PARTS = tuple(Node(name, "slice", ("x",), attrs={"start": 8 * i, "stop": 8 * i + 8}) for i, name in enumerate("qkv"))
+PARTS = tuple(
+    Node(name, "slice", ("x",), attrs={"start": 8 * i, "stop": 8 * i + 8})
+    for i, name in enumerate("qkv")
+)
 Q_ROPE, K_ROPE = (Node(f"{name}_rope", "rope", (name,), attrs=ATTRS) for name in "qk")
-ATTENTION = Node("a", "attention", ("q_rope", "k_rope", "v"), attrs={"heads": 1, "head_dim": 8, "window": 0})
+ATTENTION = Node(
+    "a", "attention", ("q_rope", "k_rope", "v"), attrs={"heads": 1, "head_dim": 8, "window": 0}
+)
 
 
 def test_an_attention_takes_its_parts_where_they_lie():
@@ -84,7 +111,9 @@ def test_an_attention_takes_its_parts_where_they_lie():
     assert isinstance(step, fusion.Attention)
     assert step.parts == (("x", 0), ("x", 8), ("x", 16))
     norm = replace(NORM, inputs=("q",), attrs={"eps": 1e-5, "head_dim": 8})  # Qwen3's
-    *before, step = fusion.plan(block(*PARTS, norm, replace(Q_ROPE, inputs=("norm",)), K_ROPE, ATTENTION), {})
+    *before, step = fusion.plan(
+        block(*PARTS, norm, replace(Q_ROPE, inputs=("norm",)), K_ROPE, ATTENTION), {}
+    )
     assert isinstance(step, fusion.Attention)
     assert names([*before, step]) == ["q", "norm", "k v q_rope k_rope a"]
     assert step.parts == (("norm", 0), ("x", 8), ("x", 16))
@@ -93,11 +122,17 @@ def test_an_attention_takes_its_parts_where_they_lie():
 @pytest.mark.parametrize(
     ("nodes", "wanted"),
     [
-        ((*PARTS, Q_ROPE, K_ROPE, ATTENTION, Node("s", "add", ("v", "a"))), "q k q_rope k_rope a"),  # v is read again
+        (
+            (*PARTS, Q_ROPE, K_ROPE, ATTENTION, Node("s", "add", ("v", "a"))),
+            "q k q_rope k_rope a",
+        ),  # v is read again
         ((*PARTS, Q_ROPE, K_ROPE, ATTENTION, Node("s", "add", ("k_rope", "a"))), "a"),
         ((*PARTS, Q_ROPE, replace(K_ROPE, attrs=ATTRS | {"theta": 1.0}), ATTENTION), "a"),
         ((*PARTS, Q_ROPE, replace(ATTENTION, inputs=("q_rope", "k", "v"))), "a"),
-        ((*PARTS, Q_ROPE, K_ROPE, replace(ATTENTION, attrs=ATTENTION.attrs | {"head_dim": 4})), "a"),
+        (
+            (*PARTS, Q_ROPE, K_ROPE, replace(ATTENTION, attrs=ATTENTION.attrs | {"head_dim": 4})),
+            "a",
+        ),
     ],
 )
 def test_an_attention_leaves_what_others_read_and_what_is_no_rope_of_its_own(nodes, wanted):
@@ -115,7 +150,11 @@ def test_a_bias_comes_before_the_residual_stream():
 def with_bias(unit: Block, name: str) -> Block:
     bias = in_memory("bias", Dense(np.linspace(-1, 1, 32).astype(np.float32)))
     return replace(
-        unit, nodes=tuple(replace(n, weights=n.weights | {"bias": bias}) if n.name == name else n for n in unit.nodes)
+        unit,
+        nodes=tuple(
+            replace(n, weights=n.weights | {"bias": bias}) if n.name == name else n
+            for n in unit.nodes
+        ),
     )
 
 
@@ -123,7 +162,9 @@ def with_bias(unit: Block, name: str) -> Block:
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 def test_values_are_those_of_the_nodes(monkeypatch, joined, bias):
     graph = Pipeline([*ROWS, *(["fuse"] if joined else [])])(tiny_graph(layers=1))
-    monkeypatch.setitem(kernels.BACKENDS, "fusing", kernels.Triton(interpret=True, settings=Settings(gemv_tokens=2)))
+    monkeypatch.setitem(
+        kernels.BACKENDS, "fusing", kernels.Triton(interpret=True, settings=Settings(gemv_tokens=2))
+    )
     calls = []
     fused = kernels.fused
 
@@ -134,7 +175,10 @@ def test_values_are_those_of_the_nodes(monkeypatch, joined, bias):
 
     monkeypatch.setattr(kernels, "fused", counted)
     unit = with_bias(graph.blocks[0], "self_attn.o_proj") if bias else graph.blocks[0]
-    weights, x = weights_of(unit), np.random.default_rng(0).standard_normal((1, 2, 32)).astype(np.float32)
+    weights, x = (
+        weights_of(unit),
+        np.random.default_rng(0).standard_normal((1, 2, 32)).astype(np.float32),
+    )
 
     def run(weights, x):
         return ops.run_block(unit, weights, x, ops.from_start(x), backend="fusing")[0]

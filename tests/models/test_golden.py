@@ -39,9 +39,14 @@ def test_logits_of_real_models(shared_data, name):
 def test_logits_of_gguf(tmp_path, name):
     write_gguf(tmp_path / "m.gguf", name, gguf.GGMLQuantizationType.F32)
     golden = np.load(GOLDEN / name / "logits.npz")
-    if name == "qwen2":  # GGUF has no window for this one: compare with the folder's model without it
+    if (
+        name == "qwen2"
+    ):  # GGUF has no window for this one: compare with the folder's model without it
         graph = with_attrs(frontend.open(GOLDEN / name), "attention", window=0)
-        golden = {"tokens": golden["tokens"], "logits": np.asarray(load(graph, dtype="float32")(golden["tokens"]))}
+        golden = {
+            "tokens": golden["tokens"],
+            "logits": np.asarray(load(graph, dtype="float32")(golden["tokens"])),
+        }
     assert distance(tmp_path / "m.gguf", golden) < TOLERANCE
 
 
@@ -50,7 +55,10 @@ def with_attrs(graph: Graph, op: str, **attrs) -> Graph:
 
     def changed(block):
         return replace(
-            block, nodes=tuple(replace(n, attrs={**n.attrs, **attrs}) if n.op == op else n for n in block.nodes)
+            block,
+            nodes=tuple(
+                replace(n, attrs={**n.attrs, **attrs}) if n.op == op else n for n in block.nodes
+            ),
         )
 
     return graph.with_units(tuple(changed(block) for block in graph.units))

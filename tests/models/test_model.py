@@ -26,16 +26,26 @@ VOCABULARY = 40
 def mapped(graph: Graph, change) -> Graph:
     """The graph with `change(node)` in place of each node."""
     return graph.with_units(
-        tuple(replace(unit, nodes=tuple(change(node) for node in unit.nodes)) for unit in graph.units)
+        tuple(
+            replace(unit, nodes=tuple(change(node) for node in unit.nodes)) for unit in graph.units
+        )
     )
 
 
 def with_window(graph: Graph, window: int) -> Graph:
-    return mapped(graph, lambda n: replace(n, attrs=n.attrs | {"window": window}) if n.op == "attention" else n)
+    return mapped(
+        graph,
+        lambda n: replace(n, attrs=n.attrs | {"window": window}) if n.op == "attention" else n,
+    )
 
 
 def ternary(
-    graph: Graph, *, packed: bool, layout: str = "interleaved", group: int | str = 16, tied: bool = False
+    graph: Graph,
+    *,
+    packed: bool,
+    layout: str = "interleaved",
+    group: int | str = 16,
+    tied: bool = False,
 ) -> Graph:
     """Every matrix, table and head included, as random trits of two bases."""
     random = np.random.default_rng(5)
@@ -95,7 +105,9 @@ def test_prefill_and_decode_are_the_forward_pass(name, backend):
     np.testing.assert_allclose(last, logits[rows, lengths - 1], atol=tolerance)
     for step in range(8):
         last, cache = model.decode(tokens[rows, lengths + step], cache)
-        np.testing.assert_allclose(last, logits[rows, lengths + step], atol=tolerance, err_msg=f"decode step {step}")
+        np.testing.assert_allclose(
+            last, logits[rows, lengths + step], atol=tolerance, err_msg=f"decode step {step}"
+        )
 
 
 @pytest.mark.parametrize("name", ["one key head", "packed"])  # the first has a tied embedding
@@ -119,7 +131,9 @@ def test_what_stands_in_the_padding_does_not_matter():
     last, cache = model.prefill(tokens, model.new_cache(2, 16), [5, 5])
     same, other_cache = model.prefill(other, model.new_cache(2, 16), [5, 5])
     np.testing.assert_array_equal(last, same)
-    np.testing.assert_array_equal(model.decode([1, 2], cache)[0], model.decode([1, 2], other_cache)[0])
+    np.testing.assert_array_equal(
+        model.decode([1, 2], cache)[0], model.decode([1, 2], other_cache)[0]
+    )
 
 
 def test_a_window_hides_what_lies_before_it():
@@ -128,8 +142,12 @@ def test_a_window_hides_what_lies_before_it():
     one_layer = tiny_graph(layers=1)
     plain, windowed = load(one_layer), load(with_window(one_layer, 4))
     assert np.abs(plain(tokens)[0, 4:] - plain(other)[0, 4:]).max(axis=1).min() > 1e-4
-    np.testing.assert_array_equal(windowed(tokens)[0, 4:], windowed(other)[0, 4:])  # position 4 sees 1 to 4
-    assert np.abs(windowed(tokens)[0, 3] - windowed(other)[0, 3]).max() > 1e-4  # position 3 still sees 0
+    np.testing.assert_array_equal(
+        windowed(tokens)[0, 4:], windowed(other)[0, 4:]
+    )  # position 4 sees 1 to 4
+    assert (
+        np.abs(windowed(tokens)[0, 3] - windowed(other)[0, 3]).max() > 1e-4
+    )  # position 3 still sees 0
 
 
 @pytest.mark.parametrize("layout", ["interleaved", "tq2_0"])
@@ -141,7 +159,9 @@ def test_packed_and_unpacked_agree(layout):
     np.testing.assert_allclose(packed(tokens), expected, atol=1e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize(("backend", "group"), [("triton-interpret", "row"), ("mosaic-interpret", "row")])
+@pytest.mark.parametrize(
+    ("backend", "group"), [("triton-interpret", "row"), ("mosaic-interpret", "row")]
+)
 @pytest.mark.slow
 def test_kernels_of_gpus_write_the_same_tokens(backend, group):
     """Prefill and decode, with the embedding and the tied head in the layout that kernels read too."""
@@ -167,7 +187,9 @@ def test_kernels_of_gpus_write_the_same_tokens(backend, group):
 def test_the_attention_kernel_writes_the_same_tokens(graph, length, monkeypatch):
     """Sequences of different lengths, step by step; everything but attention is XLA's."""
     calls, attend = [], kernels.triton_attention.attend
-    monkeypatch.setattr(kernels.triton_attention, "attend", lambda *a, **b: (calls.append(a), attend(*a, **b))[1])
+    monkeypatch.setattr(
+        kernels.triton_attention, "attend", lambda *a, **b: (calls.append(a), attend(*a, **b))[1]
+    )
     results = []
     for backend in ("triton-interpret", "xla"):
         model = load(graph(), backend=backend)
@@ -185,7 +207,8 @@ def test_the_attention_kernel_writes_the_same_tokens(graph, length, monkeypatch)
 def test_a_backend_that_cannot_take_the_model_names_every_reason():
     graph = ternary(tiny_graph(layers=1), packed=True, layout="tq2_0")
     with pytest.raises(
-        BadInput, match=r"backend triton-interpret: model.embed_tokens: it multiplies weights packed in(.|\n)*lm_head"
+        BadInput,
+        match=r"backend triton-interpret: model.embed_tokens: it multiplies weights packed in(.|\n)*lm_head",
     ):
         load(graph, backend="triton-interpret")
     if jax.default_backend() == "cpu":
@@ -200,12 +223,17 @@ def test_xla_holds_the_bytes_that_are_stored_and_unpacked_the_weights():
     assert load(graph, backend="xla").weights_nbytes == stored
     assert load(graph, backend="xla-unpacked").weights_nbytes == 4 * weights
     gains = 5 * 64
-    assert load(graph, backend="xla-unpacked", dtype="bfloat16").weights_nbytes == 2 * (weights - gains) + 4 * gains
+    assert (
+        load(graph, backend="xla-unpacked", dtype="bfloat16").weights_nbytes
+        == 2 * (weights - gains) + 4 * gains
+    )
 
 
 def test_bfloat16_weights_are_close():
     tokens = tokens_of(1, 8)
-    exact, rounded = (np.asarray(load(tiny_graph(), dtype=dtype)(tokens)) for dtype in ("float32", "bfloat16"))
+    exact, rounded = (
+        np.asarray(load(tiny_graph(), dtype=dtype)(tokens)) for dtype in ("float32", "bfloat16")
+    )
     error = np.abs(rounded - exact).max() / np.abs(exact).max()
     assert 0 < error < 0.03
 
@@ -278,7 +306,9 @@ def test_it_is_an_nnx_module():
     logits = np.asarray(model(tokens))
     definition, state = nnx.split(model)
     np.testing.assert_array_equal(nnx.merge(definition, state)(tokens), logits)
-    np.testing.assert_allclose(jax.jit(lambda m, t: m(t))(model, tokens), logits, atol=1e-5 * np.abs(logits).max())
+    np.testing.assert_allclose(
+        jax.jit(lambda m, t: m(t))(model, tokens), logits, atol=1e-5 * np.abs(logits).max()
+    )
     nnx.update(model, jax.tree.map(jnp.zeros_like, state))
     np.testing.assert_array_equal(model(tokens), 0)
 
@@ -324,8 +354,14 @@ def test_weights_are_read_one_at_a_time():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"backend": "xla_unpacked"}, "unknown backend 'xla_unpacked'; did you mean 'xla-unpacked'"),
-        ({"backend": "?"}, "unknown backend '[?]'; known: auto, mosaic, .*, triton, .*, xla, xla-unpacked"),
+        (
+            {"backend": "xla_unpacked"},
+            "unknown backend 'xla_unpacked'; did you mean 'xla-unpacked'",
+        ),
+        (
+            {"backend": "?"},
+            "unknown backend '[?]'; known: auto, mosaic, .*, triton, .*, xla, xla-unpacked",
+        ),
         ({"dtype": "int8"}, "unknown dtype 'int8'"),
     ],
 )
@@ -366,8 +402,12 @@ def test_rope_rotates_pairs_half_a_head_apart():
     for t, position in enumerate((0, 1, 7)):
         for head in (0, 4):
             for i, frequency in enumerate((1.0, 0.1)):
-                rotated = complex(x[0, t, head + i], x[0, t, head + i + 2]) * np.exp(1j * position * frequency)
-                np.testing.assert_allclose(y[0, t, [head + i, head + i + 2]], [rotated.real, rotated.imag], atol=1e-5)
+                rotated = complex(x[0, t, head + i], x[0, t, head + i + 2]) * np.exp(
+                    1j * position * frequency
+                )
+                np.testing.assert_allclose(
+                    y[0, t, [head + i, head + i + 2]], [rotated.real, rotated.imag], atol=1e-5
+                )
 
 
 def test_rope_scalings():
@@ -387,7 +427,9 @@ def test_rope_scalings():
 def test_rms_norm_over_heads():
     x, gain = jnp.arange(1.0, 9).reshape(1, 1, 8), jnp.array([1.0, 2, 1, 1])
     y = ops.rms_norm(x, gain, 0.0, head_dim=4)
-    expected = np.concatenate([np.arange(1.0, 5) / np.sqrt(7.5), np.arange(5.0, 9) / np.sqrt(43.5)]) * np.tile(gain, 2)
+    expected = np.concatenate(
+        [np.arange(1.0, 5) / np.sqrt(7.5), np.arange(5.0, 9) / np.sqrt(43.5)]
+    ) * np.tile(gain, 2)
     np.testing.assert_allclose(y[0, 0], expected, rtol=1e-6)
 
 
@@ -402,4 +444,6 @@ def test_sequences_run_by_run_attend_as_if_all_at_once(monkeypatch, queries, win
     k, v = (jnp.asarray(rng.standard_normal((2, 3, queries, 8)), jnp.float32) for _ in range(2))
     positions = ops.from_start(q)
     expected = ops.attention(q, k, v, positions, window)
-    np.testing.assert_allclose(ops.sequence_attention(q, k, v, positions, window), expected, atol=1e-6)
+    np.testing.assert_allclose(
+        ops.sequence_attention(q, k, v, positions, window), expected, atol=1e-6
+    )

@@ -25,16 +25,32 @@ def tiny_graph(
     head_dim = hidden // heads
 
     def linear(name: str, source: str, out: int, inputs: int, block: str) -> Node:
-        return Node(name, "linear", (source,), {"weight": in_memory(f"{block}.{name}.weight", dense(rng, out, inputs))})
+        return Node(
+            name,
+            "linear",
+            (source,),
+            {"weight": in_memory(f"{block}.{name}.weight", dense(rng, out, inputs))},
+        )
 
     def norm(name: str, source: str, prefix: str) -> Node:
         gain = Dense(1 + dense(rng, hidden, scale=0.1).array)
-        return Node(name, "rms_norm", (source,), {"weight": in_memory(f"{prefix}{name}.weight", gain)}, {"eps": 1e-5})
+        return Node(
+            name,
+            "rms_norm",
+            (source,),
+            {"weight": in_memory(f"{prefix}{name}.weight", gain)},
+            {"eps": 1e-5},
+        )
 
     def block(i: int) -> Block:
         b = f"model.layers.{i}"
         rope: dict[str, Attr] = {"head_dim": head_dim, "theta": 10000.0, "scaling": ()}
-        attention: dict[str, Attr] = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "window": 0}
+        attention: dict[str, Attr] = {
+            "heads": heads,
+            "kv_heads": kv_heads,
+            "head_dim": head_dim,
+            "window": 0,
+        }
         return Block(
             b,
             (
@@ -75,7 +91,12 @@ def tiny_graph(
             ("model.norm",),
             {"weight": in_memory("lm_head.weight", dense(rng, vocabulary, hidden))},
         )
-    config = {"model_type": "llama", "vocab_size": vocabulary, "hidden_size": hidden, "max_position_embeddings": 128}
+    config = {
+        "model_type": "llama",
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "max_position_embeddings": 128,
+    }
     return Graph(
         config,
         Block("model", (embed,)),

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from atd.checkpoint.tokenizer import open_tokenizer, read_text
+from atd.checkpoint.files import read_text
+from atd.checkpoint.reader import open_tokenizer
 from atd.errors import BadInput
 from atd.ir import WeightRef
 from atd.models import frontend
@@ -77,10 +78,16 @@ def test_shares_of_an_input_are_shared_choices(windows):
     """So that fuse joins them: q, k and v, gate and up; unless they are told apart."""
     graph = tiny_graph(layers=3)
     together = packed(graph, windows, Allocate(bits=3.4))
-    names = {name.rpartition(".")[2] for name, ref in together.weights() if isinstance(ref.type, PackedType)}
+    names = {
+        name.rpartition(".")[2]
+        for name, ref in together.weights()
+        if isinstance(ref.type, PackedType)
+    }
     assert names == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
     apart = decisions(Allocate(bits=4.2, fused=False)(graph, context_of(windows)))
-    assert any(len({apart[f"model.layers.{i}.self_attn.{n}_proj"] for n in "qkv"}) > 1 for i in range(3))
+    assert any(
+        len({apart[f"model.layers.{i}.self_attn.{n}_proj"] for n in "qkv"}) > 1 for i in range(3)
+    )
 
 
 def test_decompose_follows_and_takes_the_attr_away(windows):
@@ -88,7 +95,11 @@ def test_decompose_follows_and_takes_the_attr_away(windows):
     decided = Allocate(bits=3.4)(graph, context_of(windows))
     after = Decompose(bases=4, group=32, nodes=r".*q_proj")(decided)
     wanted = {name: text for name, text in decisions(decided).items() if text != "dense"}
-    types = {name: str(ref.type) for name, ref in after.weights() if not str(ref.type).startswith("dense")}
+    types = {
+        name: str(ref.type)
+        for name, ref in after.weights()
+        if not str(ref.type).startswith("dense")
+    }
     assert types.keys() == wanted.keys()
     assert all(types[name].startswith(f"ternary {text}[") for name, text in wanted.items())
     assert decisions(decided)["lm_head"] == "dense"
@@ -101,18 +112,29 @@ def test_nodes_that_are_no_choice_stay_dense(windows):
     graph = tiny_graph(layers=2)
     decided = Allocate(bits=20.0, nodes=r"model\.layers\.1\..*")(graph, context_of(windows))
     assert {text for name, text in decisions(decided).items() if ".0." in name} == {"dense"}
-    assert {text for name, text in decisions(decided).items() if ".1." in name} == {"n=3 g=row tied f16"}
+    assert {text for name, text in decisions(decided).items() if ".1." in name} == {
+        "n=3 g=row tied f16"
+    }
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({}, r"Set allocate.bits=3.4 or allocate.budget=3.9GB"),
-        ({"bits": 1.0}, r"bits = 1.0 is below what is possible: the minimum is [\d.]+ bits with N = 1"),
+        (
+            {"bits": 1.0},
+            r"bits = 1.0 is below what is possible: the minimum is [\d.]+ bits with N = 1",
+        ),
         ({"bits": 40.0}, r"bits = 40.0 is above dense: 32.000 bits is what the dense model takes"),
-        ({"budget": "5kB"}, r"budget 5kB \(5,000 bytes\) is below what is possible: .* embedding and head N = 2"),
+        (
+            {"budget": "5kB"},
+            r"budget 5kB \(5,000 bytes\) is below what is possible: .* embedding and head N = 2",
+        ),
         ({"budget": "1GB"}, r"budget 1GB \(1,000,000,000 bytes\) is above dense: [\d,]+ bytes"),
-        ({"bits": 3.0, "nodes": "nothing"}, r"matches no dense linear of the blocks; names are like 'model.layers.0"),
+        (
+            {"bits": 3.0, "nodes": "nothing"},
+            r"matches no dense linear of the blocks; names are like 'model.layers.0",
+        ),
     ],
 )
 def test_refused_on_shapes_alone(options, message):
@@ -121,7 +143,9 @@ def test_refused_on_shapes_alone(options, message):
 
     graph = tiny_graph()
     graph = graph.with_units(
-        tuple(u.map_weights(lambda ref: WeightRef(ref.tensor, ref.type, unread)) for u in graph.units)
+        tuple(
+            u.map_weights(lambda ref: WeightRef(ref.tensor, ref.type, unread)) for u in graph.units
+        )
     )
     with pytest.raises(BadInput, match=message):
         Pipeline([Allocate(**options)]).preflight(graph)
@@ -167,7 +191,8 @@ def test_what_it_says_and_records(windows):
     Allocate(bits=3.4)(tiny_graph(), context)
     (line,) = lines
     assert re.fullmatch(
-        r"allocate: 3\.\d+ bits a weight, [\d,]+ of [\d,]+ bytes \(\d+\.\d+%\), predicted KL \d\.\d+", line
+        r"allocate: 3\.\d+ bits a weight, [\d,]+ of [\d,]+ bytes \(\d+\.\d+%\), predicted KL \d\.\d+",
+        line,
     )
     total = sum(figures["predicted_kl"] for figures in context.figures.values())
     assert total == pytest.approx(float(line.rpartition(" ")[2]), abs=1e-4)
@@ -186,7 +211,9 @@ def test_sensitivities_are_kept_and_used_again(windows, tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "fisher_losses", again)
     assert decisions(Allocate(bits=3.4)(graph, context_of(windows, cache=tmp_path))) == first
-    Allocate(bits=4.0)(graph, context_of(windows, cache=tmp_path))  # the budget is none of their business
+    Allocate(bits=4.0)(
+        graph, context_of(windows, cache=tmp_path)
+    )  # the budget is none of their business
     with pytest.raises(AssertionError, match="measured again"):
         Allocate(bits=3.4, moment_tokens=16)(graph, context_of(windows, cache=tmp_path))
     file.write_text("[{")
@@ -209,13 +236,19 @@ def test_an_embeddings_moments_are_left_for_decompose_and_kept(windows, tmp_path
 
 
 def test_measured(windows):
-    decided = decisions(Allocate(bits=3.4, sensitivity="measured")(tiny_graph(), context_of(windows)))
-    assert {text for name, text in decided.items() if "layers" in name} <= {f"n={n} g=row tied f16" for n in (1, 2, 3)}
+    decided = decisions(
+        Allocate(bits=3.4, sensitivity="measured")(tiny_graph(), context_of(windows))
+    )
+    assert {text for name, text in decided.items() if "layers" in name} <= {
+        f"n={n} g=row tied f16" for n in (1, 2, 3)
+    }
 
 
 def test_better_than_chance_on_a_real_model(stories260k, shared_data):
     """At equal bytes, the predicted KL of the optimum is below that of the stand-in's choice, which knows nothing."""
-    tokens = open_tokenizer(stories260k).encode(read_text(shared_data / "text" / "tinystories_197k.txt"))
+    tokens = open_tokenizer(stories260k).encode(
+        read_text(shared_data / "text" / "tinystories_197k.txt")
+    )
     windows = np.asarray(tokens[: 16 * 128], np.int32).reshape(16, 128)
     graph = Pipeline(["fold_norms", "rotate"])(frontend.open(stories260k))
     step, context = Allocate(bits=3.6), context_of(windows)
@@ -225,7 +258,8 @@ def test_better_than_chance_on_a_real_model(stories260k, shared_data):
     seen = step.decide(graph, context)
     options = [module.decision(type) for type in problem.candidates[problem.choices[0][0]]]
     blind_kl = sum(
-        loss.sum(axis=0)[options.index(blind[names[0]])] for names, loss in zip(problem.choices, losses, strict=True)
+        loss.sum(axis=0)[options.index(blind[names[0]])]
+        for names, loss in zip(problem.choices, losses, strict=True)
     )
     assert seen.used <= seen.budget
     assert seen.predicted_kl < blind_kl
@@ -233,7 +267,9 @@ def test_better_than_chance_on_a_real_model(stories260k, shared_data):
 
 def test_table_and_picture(windows, tmp_path):
     context = context_of(windows)
-    graph = Pipeline([Allocate(budget="30kB", groups=(32, "row")), "decompose"])(tiny_graph(), context)
+    graph = Pipeline([Allocate(budget="30kB", groups=(32, "row")), "decompose"])(
+        tiny_graph(), context
+    )
     rows = allocation_rows(graph, context.figures)
     console = Console(file=io.StringIO(), width=120)
     console.print(allocation_table(rows))

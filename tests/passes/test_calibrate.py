@@ -10,8 +10,9 @@ import pytest
 
 from atd.calibration.streams import Calibration
 from atd.calibration.text import calibration_windows
+from atd.checkpoint.files import read_text
 from atd.checkpoint.folder import partial_folder, read_manifest
-from atd.checkpoint.tokenizer import open_tokenizer, read_text
+from atd.checkpoint.reader import open_tokenizer
 from atd.checkpoint.writer import write_shard
 from atd.errors import BadInput
 from atd.models import frontend
@@ -41,7 +42,9 @@ def said() -> list[str]:
 
 @pytest.fixture(scope="module")
 def calibrated(stories260k, recipe, said, tmp_path_factory) -> Path:
-    return convert(stories260k, tmp_path_factory.mktemp("calibrate") / "out", recipe, say=said.append)
+    return convert(
+        stories260k, tmp_path_factory.mktemp("calibrate") / "out", recipe, say=said.append
+    )
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +68,9 @@ def test_the_divergence_falls(stories260k, calibrated, said, shared_data):
     words = open_tokenizer(stories260k)
     tokens = words.encode(read_text(shared_data / "text" / "tinystories_valid_30k.txt"))[:4096]
     dense, plain = load(stories260k), load(Pipeline(BEFORE)(frontend.open(stories260k)))
-    before, after = (evaluate(model, tokens, context=128, against=dense) for model in (plain, load(calibrated)))
+    before, after = (
+        evaluate(model, tokens, context=128, against=dense) for model in (plain, load(calibrated))
+    )
     assert before.kl_mean is not None
     assert after.kl_mean is not None
     assert after.kl_mean < 0.97 * before.kl_mean
@@ -109,10 +114,14 @@ def test_what_cannot_improve_changes_nothing(context):
     lines: list[str] = []
     step = Calibrate(steps=1, learning_rate=1e-12, codes_learning_rate=1e-12)
     assert step(graph, made(lines)) is graph
-    assert re.fullmatch(r"calibrate improved nothing: KL.* on held-out windows stays \d\.\d+(;.*)?", lines[0])
+    assert re.fullmatch(
+        r"calibrate improved nothing: KL.* on held-out windows stays \d\.\d+(;.*)?", lines[0]
+    )
 
 
-@pytest.mark.parametrize("rates", [{"codes_learning_rate": 8.0}, {"learning_rate": 1e4}], ids=["codes", "scales"])
+@pytest.mark.parametrize(
+    "rates", [{"codes_learning_rate": 8.0}, {"learning_rate": 1e4}], ids=["codes", "scales"]
+)
 def test_rates_that_diverge_are_halved_and_the_best_state_kept(context, rates):
     """The second makes infinities and NaN."""
     made, graph = context
@@ -149,11 +158,19 @@ def test_block_by_block(context):
 
 def test_too_few_windows(stories260k, recipe, tmp_path):
     with pytest.raises(BadInput, match=rf"(too few|at least).* {HELD_OUT * 128:,}"):
-        convert(stories260k, tmp_path / "out", replace(recipe, calibration_tokens=512), say=lambda line: None)
+        convert(
+            stories260k,
+            tmp_path / "out",
+            replace(recipe, calibration_tokens=512),
+            say=lambda line: None,
+        )
     windows = np.zeros((HELD_OUT - 1, 16), np.int32)
     graph = tiny_graph()
     context = Context(calibration=Calibration(windows), dense=graph)
-    with pytest.raises(BadInput, match=rf"7 windows of 16 tokens are too few; give at least {HELD_OUT * 16:,} tokens"):
+    with pytest.raises(
+        BadInput,
+        match=rf"7 windows of 16 tokens are too few; give at least {HELD_OUT * 16:,} tokens",
+    ):
         Calibrate().rewrite(graph, context)
     with pytest.raises(BadInput, match="needs calibration text and the dense model"):
         Calibrate().rewrite(graph, Context())

@@ -27,7 +27,9 @@ def test_errors_on_real_weights(stories15m, options, bound):
     graph, context = frontend.open(stories15m), Context()
     step = Decompose(**options, nodes=r"model\.layers\.[03]\..*")
     errors = []
-    for (name, before), (_, after) in zip(graph.weights(), step(graph, context).weights(), strict=True):
+    for (name, before), (_, after) in zip(
+        graph.weights(), step(graph, context).weights(), strict=True
+    ):
         if after.type != before.type:
             dense, approximation = before.load().dequantize(), np.asarray(after.load().dequantize())
             errors.append(np.linalg.norm(dense - approximation) / np.linalg.norm(dense))
@@ -37,7 +39,10 @@ def test_errors_on_real_weights(stories15m, options, bound):
 
 
 def test_embedding_and_head_when_asked_for():
-    types = {name: str(ref.type) for name, ref in Decompose(group="row", nodes=".*")(tiny_graph()).weights()}
+    types = {
+        name: str(ref.type)
+        for name, ref in Decompose(group="row", nodes=".*")(tiny_graph()).weights()
+    }
     assert types["model.embed_tokens"] == "ternary n=2 g=row free f16[40,32]"
     assert types["lm_head"] == "ternary n=2 g=row free f16[40,32]"
     assert types["model.norm"] == "dense f32[32]"
@@ -57,7 +62,9 @@ def test_an_embedding_is_rounded_under_the_moments_left_for_it():
     weight, losses = graph.prologue.nodes[0].weights["weight"].load().dequantize(), []
     for moments in ({}, {"model.embed_tokens": hessian}):
         context = Context(calibration=Calibration(np.zeros((1, 8), np.int32)), moments=moments)
-        after = Decompose(method="hessian", group="row", nodes="model.embed_tokens", refits=1)(graph, context)
+        after = Decompose(method="hessian", group="row", nodes="model.embed_tokens", refits=1)(
+            graph, context
+        )
         error = np.asarray(after.prologue.nodes[0].weights["weight"].load().dequantize()) - weight
         losses.append(float(proxy_loss(error, hessian).sum()))
     assert losses[1] < 0.7 * losses[0]
@@ -74,7 +81,13 @@ def test_damping_holds_for_the_correction_as_well():
     name = "model.layers.0.self_attn.q_proj"
 
     def found(damping: float, asymmetric: float) -> np.ndarray:
-        options = {"bases": 3, "group": "row", "nodes": name, "damping": damping, "asymmetric": asymmetric}
+        options = {
+            "bases": 3,
+            "group": "row",
+            "nodes": name,
+            "damping": damping,
+            "asymmetric": asymmetric,
+        }
         after = Decompose(method="hessian", **options)(tiny_graph(), context)
         return np.asarray(dict(after.weights())[name].load().dequantize())
 

@@ -77,8 +77,14 @@ def test_the_function_stays_behind_rotate():
 def outputs(graph, tokens: np.ndarray) -> np.ndarray:
     """What the first block's q, k and v make of tokens, [tokens, out], in numpy."""
     block, x = graph.blocks[0], array(graph.prologue.nodes[0])[tokens]
-    x = x / np.sqrt(np.mean(x * x, axis=1, keepdims=True) + 1e-5) * array(block.node("input_layernorm"))
-    return np.concatenate([x @ array(block.node(f"self_attn.{part}_proj")).T for part in "qkv"], axis=1)
+    x = (
+        x
+        / np.sqrt(np.mean(x * x, axis=1, keepdims=True) + 1e-5)
+        * array(block.node("input_layernorm"))
+    )
+    return np.concatenate(
+        [x @ array(block.node(f"self_attn.{part}_proj")).T for part in "qkv"], axis=1
+    )
 
 
 def test_outlying_inputs_are_found_and_their_outputs_come_closer():
@@ -88,10 +94,13 @@ def test_outlying_inputs_are_found_and_their_outputs_come_closer():
     after = Equalize(group=32, grid=(0.0, 0.5))(graph, context)
     assert context.figures["model.layers.0.self_attn.q_proj"] == {"exponent": 0.5}
     decompose, tokens = Decompose(group=32), np.arange(40)
-    dense, plain, equalized = (outputs(g, tokens) for g in (graph, decompose(graph), decompose(after)))
+    dense, plain, equalized = (
+        outputs(g, tokens) for g in (graph, decompose(graph), decompose(after))
+    )
     assert np.square(equalized - dense).sum() < 0.8 * np.square(plain - dense).sum()
     assert re.fullmatch(
-        r"equalize: exponent .*0\.5 at \d sites; output error of a plain decomposition -\d+\.\d%", *lines
+        r"equalize: exponent .*0\.5 at \d sites; output error of a plain decomposition -\d+\.\d%",
+        *lines,
     )
 
 
@@ -126,13 +135,20 @@ def test_preflight_reads_nothing():
     graph = unreadable(tiny_graph())
     after = Pipeline([Equalize(), Decompose(group=32)]).preflight(graph)
     assert "ternary" in str(after)
-    types = {ref.type.dtype for _, ref in Equalize()(graph, Context()).weights() if isinstance(ref.type, DenseType)}
+    types = {
+        ref.type.dtype
+        for _, ref in Equalize()(graph, Context()).weights()
+        if isinstance(ref.type, DenseType)
+    }
     assert types == {"f32"}
 
 
 def test_behind_fuse_norms_alone_are_left():
     graph = Fuse()(tiny_graph())
-    assert [site.writer for site in sites(graph.blocks[0])] == ["input_layernorm", "post_attention_layernorm"]
+    assert [site.writer for site in sites(graph.blocks[0])] == [
+        "input_layernorm",
+        "post_attention_layernorm",
+    ]
 
 
 def test_text_form():

@@ -32,7 +32,9 @@ def logits(graph) -> np.ndarray:
 
 def assert_same_function(graph, reference) -> None:
     expected = logits(reference)
-    np.testing.assert_allclose(logits(graph), expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
+    np.testing.assert_allclose(
+        logits(graph), expected, rtol=0, atol=TOLERANCE * np.abs(expected).max()
+    )
 
 
 def array(node, slot: str = "weight") -> np.ndarray:
@@ -46,9 +48,13 @@ def unreadable(graph):
         raise AssertionError("a weight was read")
 
     def node(node):
-        return replace(node, weights={slot: replace(ref, load=load) for slot, ref in node.weights.items()})
+        return replace(
+            node, weights={slot: replace(ref, load=load) for slot, ref in node.weights.items()}
+        )
 
-    return graph.with_units(tuple(replace(unit, nodes=tuple(map(node, unit.nodes))) for unit in graph.units))
+    return graph.with_units(
+        tuple(replace(unit, nodes=tuple(map(node, unit.nodes))) for unit in graph.units)
+    )
 
 
 @pytest.mark.parametrize("name", FOLDERS)
@@ -77,7 +83,10 @@ def test_untie_folds_the_final_norm_too(name):
 
 
 def test_a_real_model_keeps_its_function(stories15m):
-    assert distance(FoldNorms()(frontend.open(stories15m)), np.load(GOLDEN / "stories15M.npz")) < TOLERANCE
+    assert (
+        distance(FoldNorms()(frontend.open(stories15m)), np.load(GOLDEN / "stories15M.npz"))
+        < TOLERANCE
+    )
 
 
 def test_joined_linears_take_the_gain_once():
@@ -86,7 +95,10 @@ def test_joined_linears_take_the_gain_once():
 
 
 def test_types_change_at_once_and_nothing_is_read():
-    types = {name: str(ref.type) for name, ref in FoldNorms(dtype="bf16")(unreadable(tiny_graph())).weights()}
+    types = {
+        name: str(ref.type)
+        for name, ref in FoldNorms(dtype="bf16")(unreadable(tiny_graph())).weights()
+    }
     assert types["model.layers.0.self_attn.q_proj"] == "dense bf16[32,32]"
     assert types["lm_head"] == "dense bf16[40,32]"
     assert types["model.layers.0.self_attn.o_proj"] == "dense f32[32,32]"
@@ -104,6 +116,8 @@ def test_what_cannot_work_is_refused():
     with pytest.raises(BadInput, match="no norm whose gain can be folded"):
         Pipeline([FoldNorms(), FoldNorms()])(tiny_graph())
     with pytest.raises(BadInput, match=r"lm_head is ternary"):
-        Pipeline([Decompose(nodes=r"model\.embed_tokens", group=32), FoldNorms(untie=True)])(tiny_graph(tied=True))
+        Pipeline([Decompose(nodes=r"model\.embed_tokens", group=32), FoldNorms(untie=True)])(
+            tiny_graph(tied=True)
+        )
     with pytest.raises(BadInput, match="dtype 'f23'"):
         FoldNorms(dtype="f23")

@@ -22,12 +22,19 @@ def logits(graph, tokens=24):
     return np.asarray(load(graph, backend="xla")(np.arange(tokens, dtype=np.int32).reshape(2, -1)))
 
 
-@pytest.mark.parametrize("order", [[Decompose(group=32), Fuse(), Pack()], [Decompose(group=32), Pack(), Fuse()]])
+@pytest.mark.parametrize(
+    "order", [[Decompose(group=32), Fuse(), Pack()], [Decompose(group=32), Pack(), Fuse()]]
+)
 def test_outputs_are_identical_to_the_bit(order):
     graph = tiny_graph(hidden=64, mlp=96)
     apart = Pipeline([step for step in order if not isinstance(step, Fuse)])(graph)
     joined = Pipeline(order)(graph)
-    assert set(linears(joined)) == {"self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"}
+    assert set(linears(joined)) == {
+        "self_attn.qkv_proj",
+        "self_attn.o_proj",
+        "mlp.gate_up_proj",
+        "mlp.down_proj",
+    }
     np.testing.assert_array_equal(logits(joined), logits(apart))
 
 
@@ -76,6 +83,10 @@ def test_only_equal_types_are_joined():
 
 
 def test_one_scale_a_tensor_and_strided_rows_are_left_alone():
-    assert "self_attn.q_proj" in linears(Pipeline([Decompose(group="tensor"), Fuse()])(tiny_graph()))
-    strided = Pipeline([Decompose(group="row", bases=1), Pack(layout="hf-bitnet"), Fuse()])(tiny_graph())
+    assert "self_attn.q_proj" in linears(
+        Pipeline([Decompose(group="tensor"), Fuse()])(tiny_graph())
+    )
+    strided = Pipeline([Decompose(group="row", bases=1), Pack(layout="hf-bitnet"), Fuse()])(
+        tiny_graph()
+    )
     assert "self_attn.q_proj" in linears(strided)

@@ -14,7 +14,9 @@ def unreadable(tied: bool = False) -> Graph:
         raise AssertionError("a weight was read")
 
     graph = tiny_graph(hidden=64, mlp=96, tied=tied)
-    units = (unit.map_weights(lambda ref: WeightRef(ref.tensor, ref.type, load)) for unit in graph.units)
+    units = (
+        unit.map_weights(lambda ref: WeightRef(ref.tensor, ref.type, load)) for unit in graph.units
+    )
     return graph.with_units(tuple(units))
 
 
@@ -25,20 +27,44 @@ ALLOCATE = "allocate{bits = 3.6}"
 @pytest.mark.parametrize(
     ("passes", "reason"),
     [
-        (["calibrate", "decompose"], "calibrate: there is no ternary weight to calibrate; put decompose before it"),
-        (["decompose", ALLOCATE], "allocate: .*q_proj is ternary .* already; put allocate before decompose"),
-        (["decompose", "pack", "fuse", ALLOCATE], "allocate: .* is packed .* already; put allocate before decompose"),
-        (["fold_norms", "decompose", "rotate"], "rotate: .* is ternary .*; put rotate before decompose"),
+        (
+            ["calibrate", "decompose"],
+            "calibrate: there is no ternary weight to calibrate; put decompose before it",
+        ),
+        (
+            ["decompose", ALLOCATE],
+            "allocate: .*q_proj is ternary .* already; put allocate before decompose",
+        ),
+        (
+            ["decompose", "pack", "fuse", ALLOCATE],
+            "allocate: .* is packed .* already; put allocate before decompose",
+        ),
+        (
+            ["fold_norms", "decompose", "rotate"],
+            "rotate: .* is ternary .*; put rotate before decompose",
+        ),
         (["decompose", "rotate"], "rotate: .*put fold_norms before rotate"),
         (["fold_norms", "fuse", "rotate"], "rotate: .*put rotate before fuse"),
-        (["rotate", "fold_norms"], "rotate: the norm .* has a gain, .*; put fold_norms before rotate"),
-        (["fold_norms", "rotate", "fold_norms"], r"fold_norms: there is no norm .* \(is it done already\?\)"),
+        (
+            ["rotate", "fold_norms"],
+            "rotate: the norm .* has a gain, .*; put fold_norms before rotate",
+        ),
+        (
+            ["fold_norms", "rotate", "fold_norms"],
+            r"fold_norms: there is no norm .* \(is it done already\?\)",
+        ),
         (["decompose", "fold_norms"], "fold_norms: .* is ternary .*; put fold_norms first"),
         (["decompose", "equalize"], "equalize: .* is ternary .*; put equalize before decompose"),
         (["equalize", "rotate"], "rotate: .*put fold_norms before rotate"),
         ([ALLOCATE, ALLOCATE, "decompose"], "allocate: another allocate has decided already"),
-        (["fold_norms", ALLOCATE], "allocate: no pass carries out what it decides; put decompose behind it"),
-        ([ALLOCATE, "fuse"], "allocate: no pass carries out what it decides; put decompose behind it"),
+        (
+            ["fold_norms", ALLOCATE],
+            "allocate: no pass carries out what it decides; put decompose behind it",
+        ),
+        (
+            [ALLOCATE, "fuse"],
+            "allocate: no pass carries out what it decides; put decompose behind it",
+        ),
         ([ALLOCATE, "calibrate", "decompose"], "calibrate: there is no ternary weight"),
         ([ALLOCATE, "pack"], "pack: there is no ternary weight .*; put decompose before it"),
         (
@@ -57,7 +83,9 @@ def test_refused_in_preflight(passes, reason, tied):
 
 def test_calibrate_before_decompose_behind_rotate():
     with pytest.raises(BadInput, match=r"^pass calibrate: there is no ternary weight"):
-        Pipeline(["fold_norms", "rotate", "calibrate", "decompose"]).preflight(unreadable(tied=True))
+        Pipeline(["fold_norms", "rotate", "calibrate", "decompose"]).preflight(
+            unreadable(tied=True)
+        )
 
 
 def test_a_rotated_tied_model_is_not_rotated_again():

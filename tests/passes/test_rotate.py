@@ -5,7 +5,6 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from atd.pipeline.export import absorb
 
 from atd.decomposition.rotations import hadamard, random_rotation
 from atd.errors import BadInput
@@ -16,13 +15,20 @@ from atd.passes.fuse import Fuse
 from atd.passes.rotate import Rotate
 from atd.pipeline import Context, Pipeline
 from atd.pipeline.convert import convert
-from atd.pipeline.export import export_hf
+from atd.pipeline.export import absorb, export_hf
 from atd.pipeline.recipe import Recipe
 from atd.weights import Dense
 from tests.golden.write_gguf import GOLDEN
 from tests.models.test_golden import FOLDERS, TOLERANCE, distance
 from tests.models.tiny import tiny_graph
-from tests.passes.test_fold_norms import TIED, array, assert_same_function, golden, logits, unreadable
+from tests.passes.test_fold_norms import (
+    TIED,
+    array,
+    assert_same_function,
+    golden,
+    logits,
+    unreadable,
+)
 
 
 def quiet(line: str) -> None:
@@ -64,7 +70,11 @@ def test_other_widths_get_an_orthogonal_matrix_that_mixes_all_features(width):
 
 
 def test_copies_rotate_each_run_by_itself_with_signs_of_its_own():
-    matrix = random_rotation(np.random.default_rng(1), 12, copies=3).apply(np.eye(36)).reshape(3, 12, 3, 12)
+    matrix = (
+        random_rotation(np.random.default_rng(1), 12, copies=3)
+        .apply(np.eye(36))
+        .reshape(3, 12, 3, 12)
+    )
     runs = [matrix[i, :, i] for i in range(3)]
     for run in runs:
         np.testing.assert_allclose(run @ run.T, np.eye(12), atol=1e-12)
@@ -85,7 +95,10 @@ def test_every_family_keeps_its_function(name):
             assert np.abs(array(block.node(node.name)) - array(node)).max() > 0.05
         for node in (node for node in before.nodes if "bias" in node.weights):
             moved = node.name.split(".")[1] in ("v_proj", "o_proj", "down_proj")
-            assert np.array_equal(array(block.node(node.name), "bias"), array(node, "bias")) is not moved
+            assert (
+                np.array_equal(array(block.node(node.name), "bias"), array(node, "bias"))
+                is not moved
+            )
     assert distance(after, golden(name)) < TOLERANCE
 
 
@@ -105,7 +118,12 @@ def test_a_rotated_tied_embedding_keeps_the_function(name):
     graph = frontend.open(GOLDEN / name)
     after = rotated(graph, embedding=True)
     assert [node.name for node in after.prologue.nodes] == ["embed_tokens"]
-    assert [node.name for node in after.epilogue.nodes] == ["rotate_out", "model.norm", "rotate_head", "lm_head"]
+    assert [node.name for node in after.epilogue.nodes] == [
+        "rotate_out",
+        "model.norm",
+        "rotate_head",
+        "lm_head",
+    ]
     assert np.abs(array(after.prologue.nodes[0]) - array(graph.prologue.nodes[0])).max() > 0.05
     assert distance(after, golden(name)) < TOLERANCE
     alone = absorb(after)
@@ -148,7 +166,12 @@ def test_a_real_model_keeps_its_function_and_loses_its_outliers(stories15m):
     before, now = kurtosis(folded), kurtosis(after)
     assert np.mean(list(before.values())) > 0.18
     assert np.mean(list(now.values())) < 0.05
-    assert now["model.layers.0.self_attn.k_proj"] < 0.05 < 1 < before["model.layers.0.self_attn.k_proj"]
+    assert (
+        now["model.layers.0.self_attn.k_proj"]
+        < 0.05
+        < 1
+        < before["model.layers.0.self_attn.k_proj"]
+    )
     name = "self_attn.o_proj"  # whose inputs and outputs are both rotated: no column stands out any more either
     assert largest(folded.blocks[0].node(name)) > 20
     assert largest(after.blocks[0].node(name)) < 6
@@ -182,7 +205,13 @@ def test_converted_checkpoints_load_from_disk(stories260k, tmp_path):
 
 
 def test_converted_checkpoints_export(stories260k, tmp_path):
-    passes = ["fold_norms{untie = true}", "rotate", "decompose{bases = 1, group = 64}", "fuse", "pack"]
+    passes = [
+        "fold_norms{untie = true}",
+        "rotate",
+        "decompose{bases = 1, group = 64}",
+        "fuse",
+        "pack",
+    ]
     folder = convert(stories260k, tmp_path / "out", Pipeline(passes), say=quiet)
     exported = frontend.open(export_hf(folder, tmp_path / "dense", say=quiet))
     assert "tied_to" not in str(exported)
@@ -195,7 +224,11 @@ def test_converted_checkpoints_export(stories260k, tmp_path):
 def test_equal_seeds_give_equal_bytes_and_others_do_not():
     def weights(recipe_seed: int, seed: int) -> list[bytes]:
         graph = rotated(tiny_graph(tied=True), recipe_seed=recipe_seed, seed=seed)
-        return [np.asarray(leaf).tobytes() for _, ref in graph.weights() for leaf in jax.tree.leaves(ref.load())]
+        return [
+            np.asarray(leaf).tobytes()
+            for _, ref in graph.weights()
+            for leaf in jax.tree.leaves(ref.load())
+        ]
 
     assert weights(3, 4) == weights(3, 4)
     for other in (weights(4, 4), weights(3, 5)):
@@ -214,20 +247,31 @@ def test_blocks_and_heads_have_rotations_of_their_own():
         return block.replace_node(replace(node, weights={"weight": ones}))
 
     graph = tiny_graph()  # two blocks of two key-value heads of 8 features
-    graph = Rotate(r1=False)(graph.with_units((graph.prologue, *map(equal, graph.blocks), graph.epilogue)))
-    heads = [head for block in graph.blocks for head in array(block.node("self_attn.v_proj")).reshape(2, 8, 32)]
+    graph = Rotate(r1=False)(
+        graph.with_units((graph.prologue, *map(equal, graph.blocks), graph.epilogue))
+    )
+    heads = [
+        head
+        for block in graph.blocks
+        for head in array(block.node("self_attn.v_proj")).reshape(2, 8, 32)
+    ]
     assert len({head.tobytes() for head in heads}) == 4
 
 
 def test_types_change_at_once_and_nothing_is_read():
-    types = {name: str(ref.type) for name, ref in rotated(unreadable(tiny_graph()), dtype="bf16").weights()}
+    types = {
+        name: str(ref.type)
+        for name, ref in rotated(unreadable(tiny_graph()), dtype="bf16").weights()
+    }
     assert types["model.embed_tokens"] == "dense bf16[40,32]"
     assert types["model.layers.0.self_attn.o_proj"] == "dense bf16[32,32]"
     assert types["model.norm"] == "dense f32[32]"
 
 
 def test_what_cannot_work_is_refused():
-    with pytest.raises(BadInput, match=r"model\.layers\.0\.input_layernorm has a gain.*put fold_norms before"):
+    with pytest.raises(
+        BadInput, match=r"model\.layers\.0\.input_layernorm has a gain.*put fold_norms before"
+    ):
         Rotate()(tiny_graph())
     with pytest.raises(BadInput, match=r"o_proj is ternary .*put rotate before decompose"):
         Pipeline([FoldNorms(), Decompose(group=32, nodes=".*o_proj"), Rotate()])(tiny_graph())

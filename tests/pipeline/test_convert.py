@@ -36,7 +36,9 @@ def quiet(line: str) -> None:
 
 @pytest.fixture(scope="module")
 def converted(stories260k, tmp_path_factory) -> Path:
-    return convert(stories260k, tmp_path_factory.mktemp("converted") / "out", "datafree2", say=quiet)
+    return convert(
+        stories260k, tmp_path_factory.mktemp("converted") / "out", "datafree2", say=quiet
+    )
 
 
 def test_the_folder_says_how_it_was_made(converted, stories260k):
@@ -50,12 +52,20 @@ def test_the_folder_says_how_it_was_made(converted, stories260k):
     # 13 cells of 2 bytes, 2 fp16 scales a row of 64
     assert rows["model.layers.0.self_attn.v_proj"]["bits"] == pytest.approx(8 * (13 * 2 + 4) / 64)
     assert rows["model.embed_tokens"]["error"] is None
-    assert (converted / "tokenizer.json").read_bytes() == (stories260k / "tokenizer.json").read_bytes()
+    assert (converted / "tokenizer.json").read_bytes() == (
+        stories260k / "tokenizer.json"
+    ).read_bytes()
     assert not {JOURNAL, LOCK} & {path.name for path in converted.iterdir()}
-    assert {path.name for path in converted.iterdir()} == {*read_manifest(converted), MANIFEST, REPORT}
+    assert {path.name for path in converted.iterdir()} == {
+        *read_manifest(converted),
+        MANIFEST,
+        REPORT,
+    }
 
 
-def test_the_same_input_gives_the_same_bytes_and_so_does_its_own_recipe(converted, stories260k, tmp_path):
+def test_the_same_input_gives_the_same_bytes_and_so_does_its_own_recipe(
+    converted, stories260k, tmp_path
+):
     again = convert(stories260k, tmp_path / "again", converted / "recipe.toml", say=quiet)
     assert read_manifest(again) == read_manifest(converted)
 
@@ -74,17 +84,30 @@ def test_a_converted_model_is_no_input_for_another_decomposition(converted, tmp_
 
 
 def test_a_converted_model_can_be_laid_anew(converted, tmp_path):
-    other = convert(converted, tmp_path / "other", Pipeline([Pack(layout="bit-ttt"), Verify()]), say=quiet)
-    for (_, a), (_, b) in zip(frontend.open(converted).weights(), frontend.open(other).weights(), strict=True):
+    other = convert(
+        converted, tmp_path / "other", Pipeline([Pack(layout="bit-ttt"), Verify()]), say=quiet
+    )
+    for (_, a), (_, b) in zip(
+        frontend.open(converted).weights(), frontend.open(other).weights(), strict=True
+    ):
         np.testing.assert_array_equal(a.load().dequantize(), b.load().dequantize())
     assert "layout=bit-ttt/1" in (other / "atd_graph.json").read_text()
 
 
 def test_a_pipeline_with_two_sweeps(stories260k, converted, tmp_path):
     """verify in the middle makes the driver write, re-read and go on from what was written."""
-    out = convert(stories260k, tmp_path / "out", Pipeline([Decompose(), Verify(), "fuse", Pack(), Verify()]), say=quiet)
-    shards = {name: sha for name, sha in read_manifest(out).items() if name.endswith(".safetensors")}
-    assert shards == {name: sha for name, sha in read_manifest(converted).items() if name.endswith(".safetensors")}
+    out = convert(
+        stories260k,
+        tmp_path / "out",
+        Pipeline([Decompose(), Verify(), "fuse", Pack(), Verify()]),
+        say=quiet,
+    )
+    shards = {
+        name: sha for name, sha in read_manifest(out).items() if name.endswith(".safetensors")
+    }
+    assert shards == {
+        name: sha for name, sha in read_manifest(converted).items() if name.endswith(".safetensors")
+    }
 
 
 def test_verify_finds_a_flipped_bit(converted, tmp_path):
@@ -95,9 +118,13 @@ def test_verify_finds_a_flipped_bit(converted, tmp_path):
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)
-    with pytest.raises(RunFailed, match=r"model-00003-of-00007\.safetensors is not what was written"):
+    with pytest.raises(
+        RunFailed, match=r"model-00003-of-00007\.safetensors is not what was written"
+    ):
         verify_checkpoint(damaged)
-    data[-1] = 0  # no code of the layout; with a manifest that agrees, the values alone give it away
+    data[-1] = (
+        0  # no code of the layout; with a manifest that agrees, the values alone give it away
+    )
     shard.write_bytes(data)
     manifest = json.loads((damaged / MANIFEST).read_text())
     manifest["files"][shard.name] = file_digest(shard)
@@ -132,7 +159,9 @@ def with_nan(stories260k, tmp_path) -> Path:
     shutil.copytree(stories260k, folder)
     os.chmod(folder, 0o755)
     tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.2.mlp.up_proj.weight"] = tensors["model.layers.2.mlp.up_proj.weight"].copy()
+    tensors["model.layers.2.mlp.up_proj.weight"] = tensors[
+        "model.layers.2.mlp.up_proj.weight"
+    ].copy()
     tensors["model.layers.2.mlp.up_proj.weight"][3, 5] = np.nan
     os.remove(folder / "model.safetensors")
     save_file(tensors, folder / "model.safetensors")
@@ -141,7 +170,8 @@ def with_nan(stories260k, tmp_path) -> Path:
 
 def test_nan_is_refused_by_name_or_becomes_zero(with_nan, tmp_path):
     with pytest.raises(
-        BadInput, match=r"model\.layers\.2\.mlp\.up_proj\.weight holds 1 NaN or Inf values, the first at \[3, 5\]"
+        BadInput,
+        match=r"model\.layers\.2\.mlp\.up_proj\.weight holds 1 NaN or Inf values, the first at \[3, 5\]",
     ):
         convert(with_nan, tmp_path / "out", "datafree2", say=quiet)
     assert not (tmp_path / "out").exists()
@@ -150,7 +180,12 @@ def test_nan_is_refused_by_name_or_becomes_zero(with_nan, tmp_path):
 
     from atd.pipeline.recipe import read_recipe
 
-    out = convert(with_nan, tmp_path / "out", replace(read_recipe("datafree2"), nonfinite="zero"), say=said.append)
+    out = convert(
+        with_nan,
+        tmp_path / "out",
+        replace(read_recipe("datafree2"), nonfinite="zero"),
+        say=said.append,
+    )
     assert any("replaced by 0" in line for line in said)
     assert np.isfinite(
         frontend.open(out).blocks[2].node("mlp.gate_up_proj").weights["weight"].load().dequantize()
@@ -161,13 +196,26 @@ def test_nan_is_refused_by_name_or_becomes_zero(with_nan, tmp_path):
 
 
 def run_convert(model: Path, out: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "atd.convert_adaptive", str(model), str(out), "--recipe", "datafree3"]
+    command = [
+        sys.executable,
+        "-m",
+        "atd.convert_adaptive",
+        str(model),
+        str(out),
+        "--recipe",
+        "datafree3",
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     # A shell starts what it runs in the background with SIGINT ignored, and children inherit that. A handler they don't.
     inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=ROOT,
         )
     finally:
         signal.signal(signal.SIGINT, inherited)
@@ -220,7 +268,8 @@ def test_ctrl_c_leaves_one_line_and_a_run_that_goes_on(stories15m, tmp_path):
     assert not (tmp_path / "out").exists()
     finished = read_journal(partial_folder(tmp_path / "out"))
     times = {
-        entry.shard: (partial_folder(tmp_path / "out") / entry.shard).stat().st_mtime_ns for entry in finished.values()
+        entry.shard: (partial_folder(tmp_path / "out") / entry.shard).stat().st_mtime_ns
+        for entry in finished.values()
     }
     assert times
     convert(stories15m, tmp_path / "out", "datafree3", say=quiet)
@@ -229,7 +278,9 @@ def test_ctrl_c_leaves_one_line_and_a_run_that_goes_on(stories15m, tmp_path):
     )
 
 
-def test_another_recipe_does_not_take_up_what_the_first_left(stories260k, converted, tmp_path, monkeypatch):
+def test_another_recipe_does_not_take_up_what_the_first_left(
+    stories260k, converted, tmp_path, monkeypatch
+):
     write, calls = write_shard, []
 
     def stop_after_three(path, refs):
@@ -242,7 +293,9 @@ def test_another_recipe_does_not_take_up_what_the_first_left(stories260k, conver
     with pytest.raises(KeyboardInterrupt):
         convert(stories260k, tmp_path / "out", "datafree3", say=quiet)
     monkeypatch.setattr(driver, "write_shard", write)
-    assert read_manifest(convert(stories260k, tmp_path / "out", "datafree2", say=quiet)) == read_manifest(converted)
+    assert read_manifest(
+        convert(stories260k, tmp_path / "out", "datafree2", say=quiet)
+    ) == read_manifest(converted)
 
 
 def test_a_source_that_changed_is_converted_again(stories260k, tmp_path):
@@ -253,10 +306,14 @@ def test_a_source_that_changed_is_converted_again(stories260k, tmp_path):
     first = convert(source, tmp_path / "out", "datafree2", say=quiet)
     before = read_manifest(first)
     os.remove(source / "model.safetensors")
-    tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"] * np.float16(2)
+    tensors["model.layers.0.mlp.up_proj.weight"] = tensors[
+        "model.layers.0.mlp.up_proj.weight"
+    ] * np.float16(2)
     save_file(tensors, source / "model.safetensors")
     after = read_manifest(convert(source, tmp_path / "out", "datafree2", overwrite=True, say=quiet))
-    assert {name for name in before if before[name] != after[name]} == {"model-00002-of-00007.safetensors"}
+    assert {name for name in before if before[name] != after[name]} == {
+        "model-00002-of-00007.safetensors"
+    }
 
 
 # --- refusals ---
@@ -265,7 +322,9 @@ def test_a_source_that_changed_is_converted_again(stories260k, tmp_path):
 def test_an_existing_output_is_not_touched(stories260k, converted, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(converted, out)
-    with pytest.raises(BadInput, match="exists; choose another name, or replace it with --overwrite"):
+    with pytest.raises(
+        BadInput, match="exists; choose another name, or replace it with --overwrite"
+    ):
         convert(stories260k, out, "datafree2", say=quiet)
     assert read_manifest(out) == read_manifest(converted)
     convert(stories260k, out, "datafree3", overwrite=True, say=quiet)

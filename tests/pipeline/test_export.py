@@ -18,7 +18,11 @@ def quiet(line: str) -> None:
 
 
 def tensors(folder) -> dict:
-    return {name: array for file in sorted(folder.glob("*.safetensors")) for name, array in load_file(file).items()}
+    return {
+        name: array
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, array in load_file(file).items()
+    }
 
 
 @pytest.mark.parametrize("recipe", ["datafree2", "greedy3"])
@@ -26,10 +30,13 @@ def test_export_is_the_converted_model(stories260k, tmp_path, recipe):
     converted = convert(stories260k, tmp_path / "converted", recipe, say=quiet)
     exported = export_hf(converted, tmp_path / "dense", say=quiet)
     original, dense = tensors(stories260k), tensors(exported)
-    assert {name: a.shape for name, a in dense.items()} == {name: a.shape for name, a in original.items()}
+    assert {name: a.shape for name, a in dense.items()} == {
+        name: a.shape for name, a in original.items()
+    }
     assert all(array.dtype == np.float32 for array in dense.values())
     assert not np.array_equal(
-        dense["model.layers.0.self_attn.k_proj.weight"], original["model.layers.0.self_attn.k_proj.weight"]
+        dense["model.layers.0.self_attn.k_proj.weight"],
+        original["model.layers.0.self_attn.k_proj.weight"],
     )
     config = json.loads((exported / "config.json").read_text())
     assert "quantization_config" not in config
@@ -41,7 +48,9 @@ def test_export_is_the_converted_model(stories260k, tmp_path, recipe):
 
 def test_narrow_dtypes(stories260k, tmp_path):
     exported = export_hf(stories260k, tmp_path / "bf16", dtype="bfloat16", say=quiet)
-    assert {str(ref.type).split("[")[0] for _, ref in frontend.open(exported).weights()} == {"dense bf16"}
+    assert {str(ref.type).split("[")[0] for _, ref in frontend.open(exported).weights()} == {
+        "dense bf16"
+    }
     with pytest.raises(BadInput, match="exists"):
         export_hf(stories260k, tmp_path / "bf16", say=quiet)
 

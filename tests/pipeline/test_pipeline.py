@@ -34,7 +34,9 @@ ROOT = Path(__file__).parents[2]
     scales=st.sampled_from(["free", "tied"]),
     dtype=st.sampled_from(["f16", "bf16", "f32"]),
     nodes=st.sampled_from([r"model\.layers\..*", ".*", 'a"b\\d+', "[{,}]"]),
-    rules=st.lists(st.tuples(st.sampled_from([r".*\.3\..*", "x{1,2}"]), st.integers(1, 4)), max_size=2),
+    rules=st.lists(
+        st.tuples(st.sampled_from([r".*\.3\..*", "x{1,2}"]), st.integers(1, 4)), max_size=2
+    ),
 )
 def test_passes_round_trip_to_text(bases, group, scales, dtype, nodes, rules):
     made = Decompose(
@@ -91,12 +93,19 @@ def test_pipeline_changes_types_before_any_weight_is_read():
     graph = tiny_graph()
 
     def unread_node(node):
-        return replace(node, weights={slot: replace(ref, load=never) for slot, ref in node.weights.items()})
+        return replace(
+            node, weights={slot: replace(ref, load=never) for slot, ref in node.weights.items()}
+        )
 
-    unread = graph.with_units(tuple(replace(u, nodes=tuple(map(unread_node, u.nodes))) for u in graph.units))
+    unread = graph.with_units(
+        tuple(replace(u, nodes=tuple(map(unread_node, u.nodes))) for u in graph.units)
+    )
     after = Pipeline([Decompose(group="row"), Fuse(), Pack()])(unread)
     types = {name: str(ref.type) for name, ref in after.weights()}
-    assert types["model.layers.1.self_attn.qkv_proj"] == "packed n=2 g=row free layout=aligned/1 f16[64,32]"
+    assert (
+        types["model.layers.1.self_attn.qkv_proj"]
+        == "packed n=2 g=row free layout=aligned/1 f16[64,32]"
+    )
     assert types["model.embed_tokens"] == "dense f32[40,32]"
     with pytest.raises(AssertionError, match="was read"):
         after.blocks[0].nodes[1].weights["weight"].load()
@@ -108,7 +117,10 @@ def test_rules_first_match_wins_and_skip_leaves_alone():
         Rule(r".*\.mlp\.down_proj", options=(("bases", 1),)),
         Rule(r".*\.down_proj", options=(("bases", 4),)),
     )
-    types = {name: ref.type for name, ref in Decompose(group="row", bases=3, rules=rules)(tiny_graph()).weights()}
+    types = {
+        name: ref.type
+        for name, ref in Decompose(group="row", bases=3, rules=rules)(tiny_graph()).weights()
+    }
     assert str(types["model.layers.0.mlp.down_proj"]).startswith("dense")
     assert str(types["model.layers.1.mlp.down_proj"]).startswith("ternary n=1")
     assert str(types["model.layers.1.mlp.up_proj"]).startswith("ternary n=3")
@@ -143,7 +155,9 @@ class Break(Pass):
 
 
 def test_a_pass_that_breaks_the_graph_is_named():
-    with pytest.raises(InvalidGraph, match=r"after pass break: model\.extra: input %nowhere is not defined"):
+    with pytest.raises(
+        InvalidGraph, match=r"after pass break: model\.extra: input %nowhere is not defined"
+    ):
         Break()(tiny_graph())
 
 
@@ -170,7 +184,10 @@ def test_sweeps_are_cut_where_a_pass_reads_what_was_written():
     assert Pipeline([a, c, b, c]).sweeps() == [((a,), (c,)), ((b,), (c,))]
     tune = make_pass("calibrate", {})
     assert Pipeline([a, tune, b, c]).sweeps() == [((a,), (tune,)), ((b,), (c,))]
-    assert Pipeline([a, tune]).sweeps() == [((a,), (tune,)), ((), ())]  # what it makes is written last
+    assert Pipeline([a, tune]).sweeps() == [
+        ((a,), (tune,)),
+        ((), ()),
+    ]  # what it makes is written last
 
 
 def test_feature_weights_reach_the_decomposition():
@@ -237,8 +254,13 @@ def third_party(tmp_path_factory) -> Path:
 
 
 def run_python(code: str, *path: Path) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (*path, ROOT))), "JAX_PLATFORMS": "cpu"}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(map(str, (*path, ROOT))),
+        "JAX_PLATFORMS": "cpu",
+    }
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT
+    )
 
 
 def test_a_third_party_pass_works_in_a_recipe(third_party, tmp_path):
@@ -271,7 +293,9 @@ def test_a_pass_name_given_twice_is_an_error(third_party, tmp_path):
     other.mkdir()
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1.0\n")
     (other / "entry_points.txt").write_text("[atd.passes]\nhalve = other:Halve\n")
-    done = run_python("from atd.pipeline import make_pass; make_pass('halve', {})", third_party, tmp_path)
+    done = run_python(
+        "from atd.pipeline import make_pass; make_pass('halve', {})", third_party, tmp_path
+    )
     assert "pass 'halve' is registered twice" in done.stderr
     assert "atd-halve" in done.stderr
     assert "other" in done.stderr
@@ -279,20 +303,24 @@ def test_a_pass_name_given_twice_is_an_error(third_party, tmp_path):
 
 def test_an_unknown_pass_lists_the_known_ones(third_party):
     done = run_python("from atd.pipeline import make_pass; make_pass('distil', {})", third_party)
-    known = "allocate, calibrate, decompose, equalize, fold_norms, fuse, halve, pack, rotate, verify"
+    known = (
+        "allocate, calibrate, decompose, equalize, fold_norms, fuse, halve, pack, rotate, verify"
+    )
     assert f"unknown pass 'distil'; known: {known}" in done.stderr
 
 
 def test_options_reach_the_pass():
-    assert make_pass("decompose", {"bases": 3, "rules": [{"match": ".*q_proj", "group": 64}]}) == Decompose(
-        bases=3, rules=(Rule(".*q_proj", False, (("group", 64),)),)
-    )
+    assert make_pass(
+        "decompose", {"bases": 3, "rules": [{"match": ".*q_proj", "group": 64}]}
+    ) == Decompose(bases=3, rules=(Rule(".*q_proj", False, (("group", 64),)),))
 
 
 def test_packing_keeps_values_bit_for_bit():
     graph = Decompose(group="row", bases=3)(tiny_graph())
     for layout in ("interleaved", "bit-ttt", "tq2_0"):
-        for (_, ternary), (_, packed) in zip(graph.weights(), Pack(layout=layout)(graph).weights(), strict=True):
+        for (_, ternary), (_, packed) in zip(
+            graph.weights(), Pack(layout=layout)(graph).weights(), strict=True
+        ):
             if isinstance(packed.type, PackedType):
                 weight = packed.load()
                 assert isinstance(weight, Packed)

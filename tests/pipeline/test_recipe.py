@@ -31,7 +31,12 @@ def test_the_recipes_that_come_with_atd():
 
 def test_toml_round_trip(tmp_path):
     rules = (Rule(r".*\.0\..*", True), Rule('a"b', False, (("bases", 1), ("group", "row"))))
-    recipe = Recipe(Pipeline([Decompose(bases=3, rules=rules), Pack()]), 'says "hello"', seed=7, nonfinite="zero")
+    recipe = Recipe(
+        Pipeline([Decompose(bases=3, rules=rules), Pack()]),
+        'says "hello"',
+        seed=7,
+        nonfinite="zero",
+    )
     path = tmp_path / "recipe.toml"
     path.write_text(recipe.to_toml())
     assert read_recipe(path) == recipe
@@ -39,7 +44,13 @@ def test_toml_round_trip(tmp_path):
 
 def test_overrides():
     recipe = read_recipe(
-        "datafree2", ["decompose.bases=3", "decompose.group=row", "decompose.scales = 'tied'", "pack.layout=bit-ttt"]
+        "datafree2",
+        [
+            "decompose.bases=3",
+            "decompose.group=row",
+            "decompose.scales = 'tied'",
+            "pack.layout=bit-ttt",
+        ],
     )
     assert recipe.pipeline.passes[0] == Decompose(bases=3, group="row", scales="tied")
     assert recipe.pipeline.passes[2] == Pack(layout="bit-ttt")

@@ -9,26 +9,42 @@ from atd.reports import pareto
 
 
 def test_front():
-    points = [(3, 0.5), (2.0, 1.0), (2.0, 2.0), (4.0, 0.5), (1.0, float("nan")), (5.0, 0.1), (3.0, 0.5)]
+    points = [
+        (3, 0.5),
+        (2.0, 1.0),
+        (2.0, 2.0),
+        (4.0, 0.5),
+        (1.0, float("nan")),
+        (5.0, 0.1),
+        (3.0, 0.5),
+    ]
     assert pareto.front(points) == [1, 0, 6, 5]
     assert pareto.front([]) == []
 
 
 def test_labels_of_the_picture_do_not_overlap():
     marks = [
-        pareto.Mark(1.6 * n + g / 10, 2.0 / 8**n * (1 + g / 20) * k, f"{n}, {32 << g}", f"recipe{k}")
+        pareto.Mark(
+            1.6 * n + g / 10, 2.0 / 8**n * (1 + g / 20) * k, f"{n}, {32 << g}", f"recipe{k}"
+        )
         for n in (1, 2, 3)
         for g in (0, 1, 2)
         for k in (1, 2)
     ]
-    figure = pareto.figure({"a": [*marks, pareto.Mark(1.0, float("inf"), "lost", "recipe1")], "b": marks[:1]})
+    figure = pareto.figure(
+        {"a": [*marks, pareto.Mark(1.0, float("inf"), "lost", "recipe1")], "b": marks[:1]}
+    )
     from matplotlib.text import Text
 
     figure.canvas.draw()
     for axis, count in zip(figure.axes, (len(marks), 1), strict=True):
-        boxes = [Text.get_window_extent(label, figure.canvas.get_renderer()) for label in axis.texts]
+        boxes = [
+            Text.get_window_extent(label, figure.canvas.get_renderer()) for label in axis.texts
+        ]
         assert len(boxes) == count  # each has found a place
-        assert not [(i, j) for i, a in enumerate(boxes) for j, b in enumerate(boxes[:i]) if a.overlaps(b)]
+        assert not [
+            (i, j) for i, a in enumerate(boxes) for j, b in enumerate(boxes[:i]) if a.overlaps(b)
+        ]
         at = axis.transData.transform([(mark.bits, mark.kl) for mark in marks[:count]])
         assert not [1 for box in boxes for x, y in at if box.contains(x, y)]
 

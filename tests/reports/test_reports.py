@@ -18,7 +18,9 @@ from atd.reports.tables import evaluation_table, graph_size, graph_table, sizes
 from atd.runtime.evaluate import Evaluation
 from atd.weights import Dense, Packed, PackedType, TernaryType
 
-DENSE = Evaluation(30.358, None, None, None, None, None, 8, 4088, 512, False, "standard", 4096, 10.0, 400.0)
+DENSE = Evaluation(
+    30.358, None, None, None, None, None, 8, 4088, 512, False, "standard", 4096, 10.0, 400.0
+)
 CONVERTED = replace(
     DENSE,
     perplexity=31.5,
@@ -60,18 +62,39 @@ def test_sizes(n, text):
 
 
 def test_evaluation_table_has_every_figure_and_dashes_for_those_that_are_not():
-    rows = [("dense", 16.0, 269_000_000, DENSE, 41.25), ("ternary3", 5.175, 98_362_432, CONVERTED, None)]
+    rows = [
+        ("dense", 16.0, 269_000_000, DENSE, 41.25),
+        ("ternary3", 5.175, 98_362_432, CONVERTED, None),
+    ]
     lines = [line.strip() for line in text_of(evaluation_table(rows), width=80).splitlines()]
-    dense, converted = (next(line.split() for line in lines if line.startswith(name)) for name in ("dense", "ternary3"))
+    dense, converted = (
+        next(line.split() for line in lines if line.startswith(name))
+        for name in ("dense", "ternary3")
+    )
     assert dense == ["dense", "16.00", "269", "MB", "30.358", "–", "–", "–", "–", "41.2"]
-    assert converted == ["ternary3", "5.17", "98.4", "MB", "31.500", "0.0357", "0.0123", "0.4567", "91.2%", "–"]
+    assert converted == [
+        "ternary3",
+        "5.17",
+        "98.4",
+        "MB",
+        "31.500",
+        "0.0357",
+        "0.0123",
+        "0.4567",
+        "91.2%",
+        "–",
+    ]
     assert lines[-1].strip() == "8 windows of 512 tokens, no BOS, 4,088 positions scored"
 
 
 def test_conditions_that_differ_are_under_no_common_caption():
     other = replace(CONVERTED, bos=True, convention="llama.cpp")
-    assert "windows" not in text_of(evaluation_table([("a", 1, 1, DENSE, None), ("b", 1, 1, other, None)]))
-    assert other.conditions().endswith("BOS in front, 4,088 positions scored, llama.cpp's convention")
+    assert "windows" not in text_of(
+        evaluation_table([("a", 1, 1, DENSE, None), ("b", 1, 1, other, None)])
+    )
+    assert other.conditions().endswith(
+        "BOS in front, 4,088 positions scored, llama.cpp's convention"
+    )
 
 
 def linear(name: str, weight) -> Node:
@@ -84,9 +107,29 @@ def graph() -> Graph:
     dense = Dense(np.zeros((10, 8), np.float16))
     return Graph(
         {},
-        Block("", (Node("embed", "embed", ("x",), {"weight": in_memory("e", Dense(np.zeros((20, 10), np.float16)))}),)),
+        Block(
+            "",
+            (
+                Node(
+                    "embed",
+                    "embed",
+                    ("x",),
+                    {"weight": in_memory("e", Dense(np.zeros((20, 10), np.float16)))},
+                ),
+            ),
+        ),
         (Block("model.layers.0", (linear("q_proj", packed), linear("down_proj", dense))),),
-        Block("", (Node("norm", "rms_norm", ("x",), {"weight": in_memory("n", Dense(np.zeros(10, np.float32)))}),)),
+        Block(
+            "",
+            (
+                Node(
+                    "norm",
+                    "rms_norm",
+                    ("x",),
+                    {"weight": in_memory("n", Dense(np.zeros(10, np.float32)))},
+                ),
+            ),
+        ),
     )
 
 
@@ -108,11 +151,21 @@ def test_graph_table_by_layer_and_by_node():
 
 
 def report(blocks: int, error: float | None = 0.1) -> list[dict]:
-    rows = [{"node": "model.embed_tokens", "type": "dense f16[4,4]", "bits": 16.0, "weights": 16, "error": None}]
+    rows = [
+        {
+            "node": "model.embed_tokens",
+            "type": "dense f16[4,4]",
+            "bits": 16.0,
+            "weights": 16,
+            "error": None,
+        }
+    ]
     for block in range(blocks):
         for kind in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"):
             name = f"model.layers.{block}.{kind}"
-            rows.append({"node": name, "type": "packed ...", "bits": 3.45, "weights": 100, "error": error})
+            rows.append(
+                {"node": name, "type": "packed ...", "bits": 3.45, "weights": 100, "error": error}
+            )
     return rows
 
 
@@ -121,12 +174,22 @@ def test_the_picture_shows_every_linear_and_notes_what_is_outside_the_blocks(tmp
 
     drawn = []
     save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, path: (drawn.append(self), save(self, path)))
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, path: (drawn.append(self), save(self, path))
+    )
     layers_picture(report(4), tmp_path / "a.png")
     bits, error = drawn[0].axes
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    assert bits.get_title(loc="left") == "12 linears, 1.20k weights, 3.45 bits a weight; embed_tokens 16.00 bits"
-    assert [entry.get_text() for entry in bits.get_legend().get_texts()] == ["q", "v", "down", "mean 3.45"]
+    assert (
+        bits.get_title(loc="left")
+        == "12 linears, 1.20k weights, 3.45 bits a weight; embed_tokens 16.00 bits"
+    )
+    assert [entry.get_text() for entry in bits.get_legend().get_texts()] == [
+        "q",
+        "v",
+        "down",
+        "mean 3.45",
+    ]
     for axis, value in ((bits, 3.45), (error, 0.1)):
         for line in axis.lines[:3]:
             np.testing.assert_array_equal(line.get_ydata(), [value] * 4)
@@ -181,7 +244,9 @@ def test_in_a_log_there_is_a_line_now_and_then_and_one_at_the_end(monkeypatch):
             clock[0] += 8
             bar.update(task, completed=done)
         bar.update(task, completed=100)
-    percentages = [line.split(":")[1].split(",")[0].strip() for line in written(console).splitlines()]
+    percentages = [
+        line.split(":")[1].split(",")[0].strip() for line in written(console).splitlines()
+    ]
     assert percentages == ["40 %", "80 %", "100 %"]
 
 

@@ -34,7 +34,9 @@ def test_one_jit_decodes_what_steps_decode(model):
 
 def test_a_model_is_measured(model):
     lines = []
-    (row,) = bench.measure({"m": lambda: model}, prompt=4, steps=3, repeats=2, one_jit=False, say=lines.append)
+    (row,) = bench.measure(
+        {"m": lambda: model}, prompt=4, steps=3, repeats=2, one_jit=False, say=lines.append
+    )
     assert row.weights_bytes == model.weights_nbytes
     assert row.decode_tokens_per_second == pytest.approx(1 / row.decode_seconds)
     assert row.prefill_tokens_per_second == pytest.approx(4 / row.first_token_seconds)
@@ -55,7 +57,9 @@ def test_peaks_are_what_each_model_adds(model, monkeypatch):
     assert [row.peak_bytes for row in rows] == [40, 80, None]
 
 
-@pytest.mark.parametrize(("prompt", "steps", "says"), [(0, 3, "must be at least 1"), (120, 60, "takes 128 tokens")])
+@pytest.mark.parametrize(
+    ("prompt", "steps", "says"), [(0, 3, "must be at least 1"), (120, 60, "takes 128 tokens")]
+)
 def test_what_cannot_be_measured(model, prompt, steps, says):
     with pytest.raises(BadInput, match=says):
         bench.measure({"m": lambda: model}, prompt=prompt, steps=steps, repeats=1, one_jit=False)
@@ -93,7 +97,10 @@ def test_the_command_compares_and_writes(atd, stories260k, tmp_path):
     assert code == 0, err
     assert f"prompt 4, 2 tokens, float32, cpu, jax {jax.__version__}" in out
     assert "stories260K (dense)" in out
-    assert [row["model"] for row in json.loads(file.read_text())] == ["stories260K", "stories260K (dense)"]
+    assert [row["model"] for row in json.loads(file.read_text())] == [
+        "stories260K",
+        "stories260K (dense)",
+    ]
 
 
 def test_the_command_refuses(atd):

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atd.checkpoint.tokenizer import open_tokenizer, read_text
+from atd.checkpoint.files import read_text
+from atd.checkpoint.reader import open_tokenizer
 from atd.errors import BadInput
 from atd.models.model import load
 from atd.runtime.evaluate import _score, cut, evaluate
@@ -45,7 +46,10 @@ class Toy:
 def toy(seed: int, vocabulary: int = VOCABULARY, near: Toy | None = None) -> Toy:
     """A random model, or one a little off `near`."""
     random = np.random.default_rng(seed)
-    table, head = random.normal(size=(vocabulary, WIDTH)), 3 * random.normal(size=(WIDTH, vocabulary))
+    table, head = (
+        random.normal(size=(vocabulary, WIDTH)),
+        3 * random.normal(size=(WIDTH, vocabulary)),
+    )
     if near is not None:
         table, head = near.table + 0.2 * table, near.head + 0.1 * head
     return Toy(jnp.asarray(table, jnp.float32), jnp.asarray(head, jnp.float32))
@@ -87,7 +91,12 @@ TOKENS = np.random.default_rng(5).integers(0, VOCABULARY, 150)
 @pytest.mark.parametrize(
     ("batch", "positions"),
     [(8, 256), (2, 7), (3, 1), (1, 15)],
-    ids=["one batch", "padded last batch and chunk", "one position at a time", "one window at a time"],
+    ids=[
+        "one batch",
+        "padded last batch and chunk",
+        "one position at a time",
+        "one window at a time",
+    ],
 )
 def test_figures_equal_float64(batch, positions):
     dense = toy(0)
@@ -96,7 +105,13 @@ def test_figures_equal_float64(batch, positions):
     windows = [TOKENS[i * 16 : i * 16 + 16] for i in range(9)]  # 6 tokens are left over
     for name, value in reference(model, dense, windows).items():
         np.testing.assert_allclose(getattr(result, name), value, rtol=2e-5, err_msg=name)
-    assert (result.windows, result.positions, result.context, result.bos, result.tokens) == (9, 135, 16, False, 150)
+    assert (result.windows, result.positions, result.context, result.bos, result.tokens) == (
+        9,
+        135,
+        16,
+        False,
+        150,
+    )
     assert result.top1_agreement not in (0, 1)
 
 
@@ -130,7 +145,14 @@ def test_a_model_agrees_with_itself_and_alone_has_no_distance():
     assert both.top1_agreement == 1
     alone = evaluate(model, TOKENS, context=16)
     assert alone.perplexity == both.perplexity
-    assert alone.kl_mean is alone.kl_median is alone.kl_99 is alone.top1_agreement is alone.against_perplexity is None
+    assert (
+        alone.kl_mean
+        is alone.kl_median
+        is alone.kl_99
+        is alone.top1_agreement
+        is alone.against_perplexity
+        is None
+    )
     assert alone.to_json()["perplexity"] == alone.perplexity
 
 
@@ -150,14 +172,24 @@ def test_the_last_batch_compiles_nothing_anew_and_progress_reaches_the_end():
 
     model = toy(0)
     counting = Counting(model.table, model.head)
-    evaluate(counting, TOKENS, context=16, batch=4, progress=lambda done, total: seen.append((done, total)))
+    evaluate(
+        counting,
+        TOKENS,
+        context=16,
+        batch=4,
+        progress=lambda done, total: seen.append((done, total)),
+    )
     assert shapes == [(4, 16)] * 3
     assert len(traces) == 1
     assert seen == [(64, 144), (128, 144), (144, 144)]
 
 
 def test_logits_of_more_than_the_given_positions_never_exist():
-    model, hidden, targets = toy(0), np.zeros((8, 15, WIDTH), np.float32), np.zeros((8, 15), np.int32)
+    model, hidden, targets = (
+        toy(0),
+        np.zeros((8, 15, WIDTH), np.float32),
+        np.zeros((8, 15), np.int32),
+    )
     text = str(jax.make_jaxpr(partial(_score, positions=12))(model, model, hidden, hidden, targets))
     assert f"f32[12,{VOCABULARY}]" in text
     assert f"f32[120,{VOCABULARY}]" not in text
@@ -167,10 +199,19 @@ def test_logits_of_more_than_the_given_positions_never_exist():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tokens": TOKENS[:15]}, "15 tokens are too few for one window of 16: at least 16 are needed"),
-        ({"tokens": TOKENS[:14], "bos_id": 1}, "14 tokens are too few for one window of 16: at least 15 are needed"),
+        (
+            {"tokens": TOKENS[:15]},
+            "15 tokens are too few for one window of 16: at least 16 are needed",
+        ),
+        (
+            {"tokens": TOKENS[:14], "bos_id": 1},
+            "14 tokens are too few for one window of 16: at least 15 are needed",
+        ),
         ({"tokens": TOKENS[:0]}, "0 tokens are too few"),
-        ({"tokens": np.append(TOKENS[:31], VOCABULARY)}, f"token id {VOCABULARY} lies outside the model's vocabulary"),
+        (
+            {"tokens": np.append(TOKENS[:31], VOCABULARY)},
+            f"token id {VOCABULARY} lies outside the model's vocabulary",
+        ),
         ({"tokens": np.append(TOKENS[:31], -1)}, "token id -1 lies outside"),
         ({"bos_id": 99}, "token id 99 lies outside"),
         ({"context": 1}, "at least 2"),
@@ -198,7 +239,9 @@ def test_cut_leaves_the_text_it_was_given_alone():
 
 def test_stories15m_has_its_known_perplexity(shared_data, stories15m):
     """Protocol P1 of ../shared/QUANTIZATION.md, measured there with PyTorch."""
-    tokens = open_tokenizer(stories15m).encode(read_text(shared_data / "text" / "tinystories_valid_30k.txt"))
+    tokens = open_tokenizer(stories15m).encode(
+        read_text(shared_data / "text" / "tinystories_valid_30k.txt")
+    )
     result = evaluate(load(stories15m), tokens, context=256)
     assert (result.windows, result.positions, result.bos) == (30, 7650, False)
     assert result.perplexity == pytest.approx(6.390, abs=0.002)
@@ -213,7 +256,8 @@ def test_stories15m_with_bos_has_its_known_perplexity(shared_data, stories15m):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("tokens", "context", "perplexity", "positions"), [(4096, 512, 30.36, 4088), (20480, 1024, 23.23, 20460)]
+    ("tokens", "context", "perplexity", "positions"),
+    [(4096, 512, 30.36, 4088), (20480, 1024, 23.23, 20460)],
 )
 def test_smollm2_has_its_known_perplexity(shared_data, tokens, context, perplexity, positions):
     """Protocol P2 of ../shared/QUANTIZATION.md, and the figure of ../shared/data/README.md."""

@@ -69,14 +69,25 @@ PROBABILITIES = np.array([0.05, 0.4, 0.1, 0.25, 0.2])
         (1.0, 99, 1.0, PROBABILITIES),
         (1.0, 0, 0.6, PROBABILITIES * [0, 1, 0, 1, 0]),  # 0.4 + 0.25 reach 0.6
         (1.0, 0, 0.7, PROBABILITIES * [0, 1, 0, 1, 1]),
-        (1.0, 3, 0.5, PROBABILITIES * [0, 1, 0, 1, 0]),  # of the three, 0.4 / 0.85 = 0.47 falls short of 0.5
+        (
+            1.0,
+            3,
+            0.5,
+            PROBABILITIES * [0, 1, 0, 1, 0],
+        ),  # of the three, 0.4 / 0.85 = 0.47 falls short of 0.5
     ],
 )
 def test_what_is_sampled(temperature, top_k, top_p, expected):
     draws = 20_000
     logits = jnp.broadcast_to(jnp.log(PROBABILITIES) + 3.0, (draws, 5))
     tokens = _pick(
-        logits, jax.random.key(0), temperature=temperature, top_p=top_p, top_k=top_k, greedy=False, nucleus=top_p < 1
+        logits,
+        jax.random.key(0),
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        greedy=False,
+        nucleus=top_p < 1,
     )
     frequencies = np.bincount(np.asarray(tokens), minlength=5) / draws
     expected = expected / expected.sum()
@@ -90,7 +101,11 @@ def test_what_is_sampled(temperature, top_k, top_p, expected):
         ([], {}, "the prompt is empty"),
         ([1, 40], {}, "token id 40 lies outside the model's vocabulary of 40"),
         ([-1], {}, "token id -1 lies outside"),
-        ([1] * 128, {}, "the prompt has 128 tokens and leaves no room in the model's context of 128"),
+        (
+            [1] * 128,
+            {},
+            "the prompt has 128 tokens and leaves no room in the model's context of 128",
+        ),
         ([1], {"max_new_tokens": 0}, "max_new_tokens is 0; expected at least 1"),
         ([1], {"temperature": -0.1}, "temperature is -0.1"),
         ([1], {"temperature": float("nan")}, "temperature is nan"),
@@ -109,4 +124,13 @@ def test_a_real_model_tells_a_story(stories15m):
     """Greedy text of the real weights, as transformers 5.23 in fp32 continues "Once upon a time" (BOS first)."""
     model = load(stories15m)
     tokens = generate(model, [1, 9038, 2501, 263, 931], max_new_tokens=8)
-    assert tokens == [29892, 727, 471, 263, 2217, 7826, 4257, 365]  # ", there was a little girl named L"
+    assert tokens == [
+        29892,
+        727,
+        471,
+        263,
+        2217,
+        7826,
+        4257,
+        365,
+    ]  # ", there was a little girl named L"

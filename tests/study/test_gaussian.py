@@ -17,7 +17,9 @@ def rows():
 
 
 def test_rows(rows):
-    assert [(row.method, row.group, row.bases) for row in rows] == [(method, group, 2) for method, group, _ in METHODS]
+    assert [(row.method, row.group, row.bases) for row in rows] == [
+        (method, group, 2) for method, group, _ in METHODS
+    ]
     found = {(row.method, row.group, row.bases): row for row in rows}
     for (method, group, bases), known in {
         ("greedy", "tensor", 2): 0.337,

@@ -20,9 +20,7 @@ from atd.study import run as study
 from atd.study.points import points
 from atd.study.run import raise_failed, run
 
-FAST = (
-    '[[passes]]\nname = "decompose"\nmethod = "greedy"\nbases = {bases}\ngroup = "tensor"\n[[passes]]\nname = "pack"\n'
-)
+FAST = '[[passes]]\nname = "decompose"\nmethod = "greedy"\nbases = {bases}\ngroup = "tensor"\n[[passes]]\nname = "pack"\n'
 FIGURES = Evaluation(9.5, 5.9, 0.5, 0.25, 3.0, 0.7, 4, 252, 64, False, "standard", 256, 1.0, 100.0)
 
 
@@ -81,15 +79,24 @@ def read_rows(out: Path) -> list[dict]:
 
 def test_points_are_the_product_and_equal_ones_are_merged():
     said = []
-    found = points(["datafree2", "datafree3"], ["decompose.bases=2,3", "decompose.group= 64 ,row"], said.append)
+    found = points(
+        ["datafree2", "datafree3"], ["decompose.bases=2,3", "decompose.group= 64 ,row"], said.append
+    )
     assert [point.label for point in found] == [
         f"datafree2 bases={bases} group={group}" for bases in (2, 3) for group in (64, "row")
     ]  # datafree3 differs from datafree2 in its bases alone
     assert said[0] == "datafree3 bases=2 group=64 is datafree2 bases=2 group=64: done once"
     assert len(said) == 4
     assert len({point.digest for point in found}) == 4
-    assert all(step.options()["bases"] == 3 for step in found[3].recipe.pipeline.passes if step.name == "decompose")
-    assert [point.label for point in points(["datafree2", "greedy3", "datafree2"])] == ["datafree2", "greedy3"]
+    assert all(
+        step.options()["bases"] == 3
+        for step in found[3].recipe.pipeline.passes
+        if step.name == "decompose"
+    )
+    assert [point.label for point in points(["datafree2", "greedy3", "datafree2"])] == [
+        "datafree2",
+        "greedy3",
+    ]
 
 
 def test_commas_in_quotes_belong_to_the_value():
@@ -143,8 +150,14 @@ def test_rows_hold_figures_and_conditions(swept):
     assert (one["recipe"], one["decompose.bases"], two["decompose.bases"]) == ("fast", "1", "2")
     assert results.number(two, "bits_per_weight") > 1.5 * results.number(one, "bits_per_weight") > 2
     for text in ("start", "end"):
-        assert results.number(one, f"kl_mean:{text}") > results.number(two, f"kl_mean:{text}") > 0.01
-        assert results.number(one, f"dense_perplexity:{text}") == results.number(two, f"dense_perplexity:{text}") < 20
+        assert (
+            results.number(one, f"kl_mean:{text}") > results.number(two, f"kl_mean:{text}") > 0.01
+        )
+        assert (
+            results.number(one, f"dense_perplexity:{text}")
+            == results.number(two, f"dense_perplexity:{text}")
+            < 20
+        )
         assert (one[f"windows:{text}"], one[f"positions:{text}"]) == ("4", "252")
     assert one["sha256:start"] != one["sha256:end"]
     assert one["kl_mean:start"] != one["kl_mean:end"]
@@ -156,7 +169,12 @@ def test_weights_go_and_what_repeats_them_stays(swept, stories260k, tmp_path):
     out, rows = swept
     folder = out / rows[1]["folder"]
     assert folder.name.startswith("fast-bases=2-")
-    assert sorted(os.listdir(folder)) == ["config.json", "manifest.json", "recipe.toml", "report.json"]
+    assert sorted(os.listdir(folder)) == [
+        "config.json",
+        "manifest.json",
+        "recipe.toml",
+        "report.json",
+    ]
     again = convert(stories260k, tmp_path / "again", folder / "recipe.toml", say=lambda line: None)
     files = [json.loads((f / "manifest.json").read_text())["files"] for f in (folder, again)]
     assert files[0] == files[1]
@@ -175,7 +193,9 @@ def test_a_finished_sweep_does_nothing_again(swept, stories260k, fast, texts, mo
 # --- resuming ---
 
 
-def test_a_sweep_goes_on_where_it_was_cut_off(stories260k, fast, texts, tmp_path, stubbed, monkeypatch):
+def test_a_sweep_goes_on_where_it_was_cut_off(
+    stories260k, fast, texts, tmp_path, stubbed, monkeypatch
+):
     out, evaluated = tmp_path / "out", []
 
     def cut_off(model, tokens, **options):
@@ -191,7 +211,11 @@ def test_a_sweep_goes_on_where_it_was_cut_off(stories260k, fast, texts, tmp_path
     rows, failed = sweep(stories260k, out, fast, texts, ["decompose.bases=1,2,3"])
     assert not failed
     assert [row["decompose.bases"] for row in rows] == ["1", "2", "3"]
-    assert stubbed == ["fast-bases=1", "fast-bases=2", "fast-bases=3"]  # the second stood there whole
+    assert stubbed == [
+        "fast-bases=1",
+        "fast-bases=2",
+        "fast-bases=3",
+    ]  # the second stood there whole
     assert len(evaluated) == 3 + 4
     assert not list(out.glob("*/*.safetensors"))
 
@@ -207,7 +231,9 @@ def test_cut_off_before_the_first_row(stories260k, fast, texts, tmp_path, stubbe
     assert len(sweep(stories260k, tmp_path / "out", fast, texts, ["decompose.bases=1"])[0]) == 1
 
 
-def test_a_point_that_fails_is_told_and_tried_again(stories260k, fast, texts, tmp_path, stubbed, monkeypatch):
+def test_a_point_that_fails_is_told_and_tried_again(
+    stories260k, fast, texts, tmp_path, stubbed, monkeypatch
+):
     out, counted = tmp_path / "out", study.convert
 
     def failing(model, folder, recipe, **options):
@@ -234,7 +260,9 @@ def test_keep_and_other_settings(stories260k, fast, texts, tmp_path, stubbed):
     one = ["decompose.bases=1"]
     (row,), _ = sweep(stories260k, out, fast, texts, one, keep=True)
     assert list((out / row["folder"]).glob("*.safetensors"))
-    (other,), _ = sweep(stories260k, out, fast, texts, one, tokens=128, keep=True)  # another row, the same weights
+    (other,), _ = sweep(
+        stories260k, out, fast, texts, one, tokens=128, keep=True
+    )  # another row, the same weights
     assert len(read_rows(out)) == 2
     assert other["setting"] != row["setting"]
     assert (other["folder"], stubbed) == (row["folder"], ["fast-bases=1"])
@@ -250,7 +278,10 @@ def test_a_grid_that_grows_fills_in_its_new_options(stories260k, fast, texts, tm
     out = tmp_path / "out"
     sweep(stories260k, out, fast, texts[:1], ["decompose.bases=1"])
     rows, _ = sweep(stories260k, out, fast, texts[:1], ["decompose.group=tensor,row"])
-    assert [(row["decompose.bases"], row["decompose.group"]) for row in rows] == [("1", "tensor"), ("1", "row")]
+    assert [(row["decompose.bases"], row["decompose.group"]) for row in rows] == [
+        ("1", "tensor"),
+        ("1", "row"),
+    ]
     assert stubbed == ["fast-bases=1", "fast-group=row"]
 
 
@@ -293,7 +324,11 @@ def test_run_refuses(stories260k, fast, texts, tmp_path):
         ("new", {"texts": []}, "needs a text"),
         ("new", {"texts": [tmp_path / "none.txt"]}, "none.txt: no such file"),
         ("new", {"texts": [tmp_path / "x" / "start.txt"]}, "too few"),
-        ("new", {"texts": [texts[0], tmp_path / "x" / "start.txt"], "context": 4}, "two texts are called start"),
+        (
+            "new",
+            {"texts": [texts[0], tmp_path / "x" / "start.txt"], "context": 4},
+            "two texts are called start",
+        ),
         ("new", {"tokens": 0}, "--tokens must be at least 1"),
         ("new", {"context": 100000}, "beyond the 512 positions"),
         ("new", {"calib": tmp_path / "none.txt"}, "none.txt: no such file"),
@@ -323,18 +358,29 @@ def test_two_sweeps_do_not_share_a_folder(swept, stories260k, fast, texts):
 
 
 def test_the_table_is_sorted_and_marks_the_front(swept):
-    beaten = swept[1][1] | {"recipe": "worse", "folder": "z", "kl_mean:start": "99", "kl_mean:end": "0.0001"}
+    beaten = swept[1][1] | {
+        "recipe": "worse",
+        "folder": "z",
+        "kl_mean:start": "99",
+        "kl_mean:end": "0.0001",
+    }
     text = io.StringIO()
     Console(width=160, file=text).print(results.table([beaten, swept[1][1], swept[1][0]]))
-    one, two, worse = (line for line in text.getvalue().splitlines() if re.match("fast|worse", line))
+    one, two, worse = (
+        line for line in text.getvalue().splitlines() if re.match("fast|worse", line)
+    )
     assert one.split()[:2] == ["fast", "1"]
     assert two.split()[:2] == ["fast", "2"]
     assert (one.count("●"), two.count("●"), worse.count("●")) == (2, 1, 1)
-    assert "4 windows of 64 tokens, no BOS, 252 positions scored" in " ".join(text.getvalue().split())
+    assert "4 windows of 64 tokens, no BOS, 252 positions scored" in " ".join(
+        text.getvalue().split()
+    )
 
 
 def test_a_table_of_one_text_fits_80_columns(swept):
-    row = {c: v for c, v in swept[1][1].items() if not c.endswith(":end")} | {"decompose.group": "tensor"}
+    row = {c: v for c, v in swept[1][1].items() if not c.endswith(":end")} | {
+        "decompose.group": "tensor"
+    }
     text = io.StringIO()
     Console(width=80, file=text).print(results.table([row]))
     assert f"{results.number(row, 'top1:start'):.1%}" in text.getvalue()
@@ -345,7 +391,13 @@ def test_the_command(atd, swept, stories260k, fast, texts, tmp_path, monkeypatch
     out = tmp_path / "out"
     shutil.copytree(swept[0], out)
 
-    shared = ["--context", 64, "--tokens", 256, *(part for text in texts for part in ("--data", text))]
+    shared = [
+        "--context",
+        64,
+        "--tokens",
+        256,
+        *(part for text in texts for part in ("--data", text)),
+    ]
     wanted = ["sweep", stories260k, out, "--recipe", fast, *shared, "--vary"]
     code, printed, err = atd(*wanted, "decompose.bases=1,2")
     assert code == 0, err

@@ -10,7 +10,15 @@ from gguf.quants import dequantize, quantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atd.weights.layouts import DEFAULT_LAYOUT, DENSE_CODES, LAYOUTS, TILE_ROWS, repack, tiles_of, words_of_tiles
+from atd.weights.layouts import (
+    DEFAULT_LAYOUT,
+    DENSE_CODES,
+    LAYOUTS,
+    TILE_ROWS,
+    repack,
+    tiles_of,
+    words_of_tiles,
+)
 
 CELL = {
     "interleaved": 5,
@@ -94,15 +102,21 @@ def test_every_2_bit_cell(bases):
 # --- every byte ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("words", "tiles")])  # bytes of aligned
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if name not in ("words", "tiles")]
+)  # bytes of aligned
 def test_every_byte(name):
     """pack writes exactly the valid bytes, unpack makes trits of all 256, and a valid byte comes back as it was."""
     layout = LAYOUTS[name]
     inputs = CELL[name]
     shape = layout.codes_shape(1024 if name == "hf-bitnet" else 256, inputs, 1)  # 256 rows of codes
-    codes = np.broadcast_to(np.arange(256, dtype=np.uint8).reshape(-1, *[1] * (len(shape) - 1)), shape)
+    codes = np.broadcast_to(
+        np.arange(256, dtype=np.uint8).reshape(-1, *[1] * (len(shape) - 1)), shape
+    )
     packed = layout.pack(np.clip(layout.unpack(codes, inputs, 1), -1, 1))
-    np.testing.assert_array_equal((packed == codes).reshape(256, -1).all(axis=1), layout.valid_bytes)
+    np.testing.assert_array_equal(
+        (packed == codes).reshape(256, -1).all(axis=1), layout.valid_bytes
+    )
     assert layout.valid_bytes.sum() == (243 if name in ("interleaved", "aligned") else 81)
     assert layout.invalid_bytes(np.arange(256, dtype=np.uint8)) == 256 - layout.valid_bytes.sum()
 
@@ -140,9 +154,9 @@ def test_bit_ttt_by_hand():
     trits = np.array([1, -1, 0, 1], np.int8).reshape(1, 4, 1)
     assert LAYOUTS["bit-ttt"].pack(trits).item() == 0b01_00_10_01
     # the bases lie side by side: [out, in / 4, N]
-    trits = np.stack([np.array([1, 0, 0, 0]), np.array([0, -1, 0, 0]), np.array([0, 0, 0, 1])], axis=-1)[None].astype(
-        np.int8
-    )
+    trits = np.stack(
+        [np.array([1, 0, 0, 0]), np.array([0, -1, 0, 0]), np.array([0, 0, 0, 1])], axis=-1
+    )[None].astype(np.int8)
     assert LAYOUTS["bit-ttt"].pack(trits).tolist() == [[[0b1, 0b10_00, 0b01_00_00_00]]]
     assert LAYOUTS["bit-ttt"].unpack(np.full((1, 1, 1), 0xFF, np.uint8), 4, 1).tolist() == [
         [[0]] * 4
@@ -173,7 +187,9 @@ def test_tq2_0_is_ggufs():
     """Rows of d * trits, coded by the gguf package, hold our bytes; and it reads ours back."""
     trits = random_trits(6, 768, 1)
     trits[:, ::256] = 1  # a block of zeros has no scale
-    blocks = quantize(trits[..., 0] * np.float32(0.25), GGMLQuantizationType.TQ2_0).reshape(6, 3, 66)
+    blocks = quantize(trits[..., 0] * np.float32(0.25), GGMLQuantizationType.TQ2_0).reshape(
+        6, 3, 66
+    )
     codes = LAYOUTS["tq2_0"].pack(trits)
     np.testing.assert_array_equal(codes[:, :, 0], blocks[..., :64])
     scales = np.full((6, 3, 1), 0.5, np.float16).view(np.uint8)
@@ -185,7 +201,13 @@ def test_tq2_0_is_ggufs():
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.sampled_from(NAMES), st.integers(1, 9), st.integers(1, 600), st.integers(1, 4), st.integers(0, 2**32 - 1))
+@given(
+    st.sampled_from(NAMES),
+    st.integers(1, 9),
+    st.integers(1, 600),
+    st.integers(1, 4),
+    st.integers(0, 2**32 - 1),
+)
 def test_round_trip(name, out, inputs, bases, seed):
     layout = LAYOUTS[name]
     if name == "hf-bitnet":
@@ -221,12 +243,17 @@ def test_numpy_and_jax_agree(name, shape):
     np.testing.assert_array_equal(unpacked[: shape[0]], trits)
     every = np.arange(256, dtype=layout.dtype)[:, None]  # invalid bytes too are read alike
     every = every * 0x01010101 if layout.dtype == np.uint32 else every
-    codes = np.broadcast_to(every.reshape(-1, *[1] * (codes.ndim - 1)), (256, *codes.shape[1:])).copy()
-    np.testing.assert_array_equal(layout.unpack(jnp.asarray(codes), *shape[1:]), layout.unpack(codes, *shape[1:]))
+    codes = np.broadcast_to(
+        every.reshape(-1, *[1] * (codes.ndim - 1)), (256, *codes.shape[1:])
+    ).copy()
+    np.testing.assert_array_equal(
+        layout.unpack(jnp.asarray(codes), *shape[1:]), layout.unpack(codes, *shape[1:])
+    )
 
 
 @pytest.mark.parametrize(
-    ("inputs", "bases", "most"), [(4096, 1, 1.6), (4096, 2, 0.6), (4096, 3, 1.6), (14336, 2, 0.5), (8192, 1, 1.6)]
+    ("inputs", "bases", "most"),
+    [(4096, 1, 1.6), (4096, 2, 0.6), (4096, 3, 1.6), (14336, 2, 0.5), (8192, 1, 1.6)],
 )
 def test_wide_rows_end_on_16_bytes(inputs, bases, most):
     trits = random_trits(3, inputs, bases)
@@ -239,7 +266,9 @@ def test_wide_rows_end_on_16_bytes(inputs, bases, most):
     np.testing.assert_array_equal(words.view(np.uint8), codes.reshape(3, -1))  # the same bytes
 
 
-@pytest.mark.parametrize(("inputs", "bases", "most"), [(288, 1, 3), (288, 2, 3), (576, 1, 3), (576, 2, 3), (576, 3, 3)])
+@pytest.mark.parametrize(
+    ("inputs", "bases", "most"), [(288, 1, 3), (288, 2, 3), (576, 1, 3), (576, 2, 3), (576, 3, 3)]
+)
 def test_narrow_rows_waste_four_parameters_at_most(inputs, bases, most):
     trits = random_trits(3, inputs, bases)
     codes = LAYOUTS["aligned"].pack(trits)
@@ -272,7 +301,9 @@ def test_where_tiles_have_the_words_of_rows(out, inputs, bases):
         assert found.shape == (padded_rows("tiles", out), words.shape[1])
         np.testing.assert_array_equal(found[:out], words)
         some = np.array([out - 1, 0, out // 2, 0])
-        np.testing.assert_array_equal(words_of_tiles(form(tiles), inputs, bases, form(some)), words[some])
+        np.testing.assert_array_equal(
+            words_of_tiles(form(tiles), inputs, bases, form(some)), words[some]
+        )
 
 
 @pytest.mark.parametrize("bases", [1, 2, 3])
@@ -315,7 +346,9 @@ def test_repack(source, target):
             np.testing.assert_array_equal(back, LAYOUTS[source].pack(trits))
 
 
-@pytest.mark.parametrize(("out", "bases", "reason"), [(8, 2, "holds one base, not 2"), (6, 1, "multiple of 4, not 6")])
+@pytest.mark.parametrize(
+    ("out", "bases", "reason"), [(8, 2, "holds one base, not 2"), (6, 1, "multiple of 4, not 6")]
+)
 def test_what_hf_bitnet_refuses(out, bases, reason):
     assert reason in str(LAYOUTS["hf-bitnet"].refuses(out, 5, bases))
     with pytest.raises(ValueError, match=reason):
@@ -324,4 +357,7 @@ def test_what_hf_bitnet_refuses(out, bases, reason):
 
 def test_the_default_takes_1_6_bits_a_trit():
     for bases in (1, 2, 3, 4):
-        assert np.prod(LAYOUTS[DEFAULT_LAYOUT].codes_shape(64, 4000, bases)) * 8 == 64 * 4000 // 10 * 16 * bases
+        assert (
+            np.prod(LAYOUTS[DEFAULT_LAYOUT].codes_shape(64, 4000, bases)) * 8
+            == 64 * 4000 // 10 * 16 * bases
+        )

@@ -27,9 +27,16 @@ from atd.weights.layouts import LAYOUTS
 GROUPS = st.one_of(st.integers(1, 300), st.sampled_from(["row", "tensor"]))
 SIDES = st.integers(1, 90)
 TERNARY_TYPES = st.builds(
-    TernaryType, st.tuples(SIDES, SIDES), st.integers(1, 4), GROUPS, st.booleans(), st.sampled_from(list(DTYPES))
+    TernaryType,
+    st.tuples(SIDES, SIDES),
+    st.integers(1, 4),
+    GROUPS,
+    st.booleans(),
+    st.sampled_from(list(DTYPES)),
 )
-DENSE_TYPES = st.builds(DenseType, st.lists(SIDES, max_size=3).map(tuple), st.sampled_from(list(DTYPES)))
+DENSE_TYPES = st.builds(
+    DenseType, st.lists(SIDES, max_size=3).map(tuple), st.sampled_from(list(DTYPES))
+)
 
 
 def packed_type(ternary: TernaryType, layout: str) -> PackedType:
@@ -152,11 +159,19 @@ def test_bits_per_weight(type, bits):
 def test_stored_names():
     ternary = TernaryType((8, 20), 2, 16, True, "bf16")
     name = "model.layers.0.self_attn.q_proj.weight"
-    assert stored(name, DenseType((8, 20), "f16")) == {"array": (name, (8, 20), np.dtype(np.float16))}
+    assert stored(name, DenseType((8, 20), "f16")) == {
+        "array": (name, (8, 20), np.dtype(np.float16))
+    }
     scales = ("model.layers.0.self_attn.q_proj.scales", (8, 2, 1), DTYPES["bf16"])
-    assert stored(name, ternary) == {"trits": (f"{name}_trits", (8, 20, 2), np.dtype(np.int8)), "scales": scales}
+    assert stored(name, ternary) == {
+        "trits": (f"{name}_trits", (8, 20, 2), np.dtype(np.int8)),
+        "scales": scales,
+    }
     packed = PackedType(ternary, "interleaved")
-    assert stored(name, packed) == {"codes": (f"{name}_packed", (8, 4, 2), np.dtype(np.uint8)), "scales": scales}
+    assert stored(name, packed) == {
+        "codes": (f"{name}_packed", (8, 4, 2), np.dtype(np.uint8)),
+        "scales": scales,
+    }
 
 
 @pytest.mark.parametrize(
@@ -213,21 +228,27 @@ def test_numpy_and_jit_agree_bit_for_bit(group, tied):
     found = jax.jit(lambda weight: weight.dequantize())(on_device)
     if tied:  # one rounding: exact
         np.testing.assert_array_equal(found, ternary.dequantize())
-    np.testing.assert_allclose(found, ternary.dequantize(), rtol=1e-6)  # free: XLA may fuse multiply and add
+    np.testing.assert_allclose(
+        found, ternary.dequantize(), rtol=1e-6
+    )  # free: XLA may fuse multiply and add
 
 
 @pytest.mark.parametrize("bases", [1, 2, 3, 4])
 def test_tied_levels_are_a_uniform_grid(bases):
     """All 3^N codes: u times each integer from -(3^N - 1) / 2 to (3^N - 1) / 2, once."""
     count = 3**bases
-    trits = np.stack([np.arange(count) // 3 ** (bases - 1 - i) % 3 - 1 for i in range(bases)], axis=-1).astype(np.int8)
+    trits = np.stack(
+        [np.arange(count) // 3 ** (bases - 1 - i) % 3 - 1 for i in range(bases)], axis=-1
+    ).astype(np.int8)
     scale = np.float16(0.123)
     type = TernaryType((1, count), bases, "row", True, "f16")
     weight = Ternary(trits[None], np.full((1, 1, 1), scale), type).dequantize()
     np.testing.assert_array_equal(
         weight[0], np.float32(scale) * np.arange(-(count // 2), count // 2 + 1, dtype=np.float32)
     )
-    np.testing.assert_array_equal(trits @ level_weights(bases), np.arange(-(count // 2), count // 2 + 1))
+    np.testing.assert_array_equal(
+        trits @ level_weights(bases), np.arange(-(count // 2), count // 2 + 1)
+    )
 
 
 def test_dense():
