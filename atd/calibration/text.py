@@ -38,7 +38,7 @@ def calibration_text(
     count = tokens // len(texts)
 
     def drawn(done: int, total: int) -> None:
-        progress(Progress(done, total, "writing calibration text", "tokens"))
+        progress(Progress("writing calibration text", done, total, "tokens"))
 
     words, parts = open_tokenizer(source), []
     for text in texts:

@@ -113,7 +113,7 @@ def convert(
         def advance(weights: int, unit: str) -> None:
             nonlocal done
             done += weights
-            progress(Progress(done, total, unit))
+            progress(Progress("converting", done, total, "weights", unit))
 
         for i, (passes, after) in enumerate(sweeps):
             folder = partial if i == len(sweeps) - 1 else partial / f"sweep-{i}"
@@ -128,7 +128,7 @@ def convert(
                 dense=dense,
                 cache=cache,
                 say=say,
-                advance=lambda what, done, total: progress(Progress(done, total, what)),
+                advance=lambda what, done, total: progress(Progress(what, done, total, "steps")),
             )
             rewritten, entries = sweep(graph, passes, context, recipe, folder, advance)
             dense, figures = context.dense, figures_of(entries)

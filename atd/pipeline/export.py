@@ -61,7 +61,7 @@ def export_hf(
             shard = f"model-{i + 1:05d}-of-{len(units):05d}.safetensors"
             weight_map |= dict.fromkeys(write_shard(partial / shard, refs), shard)
             done += sum(ref.type.nbytes for ref in refs)
-            progress(Progress(done, total, graph.units[i].name or "epilogue"))
+            progress(Progress("exporting", done, total, "bytes", graph.units[i].name or "epilogue"))
         files = {
             "config.json": json.dumps(config, indent=2) + "\n",
             INDEX: json.dumps(

@@ -1,14 +1,23 @@
 """Progress bars, on stderr, so that a command's output can be piped."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
+from atd.progress import Progress as Now
+from atd.progress import Report, Say
 from atd.reports.tables import three_digits
 
 _QUIET_SECONDS = 30  # between two lines where there is no terminal
@@ -83,17 +92,18 @@ def progress_bar(console: Console | None = None) -> Iterator[Progress]:
 @contextmanager
 def conversion_progress(
     console: Console | None = None,
-) -> Iterator[tuple[Callable[[str], None], Callable[[Any], None]]]:
-    """(say, progress) for `atd.convert`: lines above a bar that counts weights and names the unit done last."""
+) -> Iterator[tuple[Say, Report]]:
+    """Shows progress as bars, one for each task, and lines above them: yields (say, progress)."""
     with progress_bar(console) as bar:
-        task = bar.add_task("reading headers", total=None, unit="weights")
+        tasks: dict[str, TaskID] = {}
 
         def say(line: str) -> None:
             bar.console.print(line, markup=False, highlight=False)
 
-        def progress(at) -> None:
-            bar.update(
-                task, completed=at.done, total=at.total, description=at.unit, unit=at.counted
-            )
+        def progress(now: Now) -> None:
+            if now.task not in tasks:
+                tasks[now.task] = bar.add_task(now.task, total=now.total, unit=now.unit)
+            title = f"{now.task} {now.at}".rstrip()
+            bar.update(tasks[now.task], completed=now.done, total=now.total, description=title)
 
         yield say, progress

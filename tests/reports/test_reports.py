@@ -12,6 +12,7 @@ from rich.console import Console
 
 from atd.errors import BadInput
 from atd.ir import Block, Graph, Node, in_memory
+from atd.progress import Progress as At
 from atd.reports.plots import layers_picture
 from atd.reports.progress import conversion_progress, progress_bar
 from atd.reports.tables import evaluation_table, graph_size, graph_table, sizes
@@ -251,13 +252,10 @@ def test_in_a_log_there_is_a_line_now_and_then_and_one_at_the_end(monkeypatch):
 
 
 def test_conversion_progress_says_and_counts():
-    class At:
-        done, total, unit, counted = 3, 3, "model.layers.0", "weights"
-
     console = Console(file=io.StringIO(), width=100)
     with conversion_progress(console) as (say, progress):
         say("warning: [bold] stays as it is")
-        progress(At())
+        progress(At("converting", 3, 3, "weights", "model.layers.0"))
     lines = written(console).splitlines()
     assert lines[0] == "warning: [bold] stays as it is"
-    assert lines[1].startswith("model.layers.0: 100 %")
+    assert lines[1].startswith("converting model.layers.0: 100 %")
