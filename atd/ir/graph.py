@@ -77,6 +77,10 @@ class Block:
     def node(self, name: str) -> Node:
         return next(node for node in self.nodes if node.name == name)
 
+    def readers(self, value: str) -> list[Node]:
+        """The nodes that have this value among their inputs, in order."""
+        return [node for node in self.nodes if value in node.inputs]
+
     def replace_node(self, new: Node) -> "Block":
         return replace(
             self, nodes=tuple(new if node.name == new.name else node for node in self.nodes)

@@ -42,16 +42,12 @@ def plan(block: Block, weights: Mapping[str, Mapping]) -> list[Node | Product | 
     """The nodes in order, linears as products, attentions with their ropes. weights: by node and slot, of which only what
     slots there are counts."""
     nodes = {node.name: node for node in block.nodes}
-    readers: dict[str, list[Node]] = {name: [] for name in ("x", *nodes)}
-    for node in block.nodes:
-        for value in node.inputs:
-            readers[value].append(node)
-
     products: dict[str, Product | Attention] = {}
     absorbed: set[str] = set()
 
     def feeds_linears(name: str) -> bool:
-        return bool(readers[name]) and all(node.op == "linear" for node in readers[name])
+        readers = block.readers(name)
+        return bool(readers) and all(node.op == "linear" for node in readers)
 
     def before(linear: Node) -> tuple[Node, ...]:
         """What makes the linear's input and is read by linears alone."""
@@ -61,15 +57,19 @@ def plan(block: Block, weights: Mapping[str, Mapping]) -> list[Node | Product | 
 
     def after(linear: Node) -> tuple[Node, ...]:
         """The sum that alone reads the linear, where no other product has it; or what makes SwiGLU of its halves."""
-        reads, mine = readers[linear.name], weights.get(linear.name, {})
+        reads, mine = block.readers(linear.name), weights.get(linear.name, {})
         if "bias" in mine:
             return ()
         match [node.op for node in reads]:
             case ["add"] if len(set(reads[0].inputs)) == 2 and reads[0].name not in products:
                 return (reads[0],)
             case ["slice", "slice"]:
-                made = readers[reads[0].name]
-                if len(made) == 1 and made[0].op == "silu_mul" and readers[reads[1].name] == made:
+                made = block.readers(reads[0].name)
+                if (
+                    len(made) == 1
+                    and made[0].op == "silu_mul"
+                    and block.readers(reads[1].name) == made
+                ):
                     gate, up = (nodes[value] for value in made[0].inputs)
                     width = gate.attrs["stop"]
                     halved = [gate.attrs["start"], up.attrs["start"], up.attrs["stop"]] == [
@@ -87,7 +87,7 @@ def plan(block: Block, weights: Mapping[str, Mapping]) -> list[Node | Product | 
         ropes = [
             node
             for node in made
-            if node and node.op == "rope" and readers[node.name] == [attention]
+            if node and node.op == "rope" and block.readers(node.name) == [attention]
         ]
         alike = len(ropes) == 2 and ropes[0].attrs == ropes[1].attrs
         if not alike or ropes[0].attrs["head_dim"] != attention.attrs["head_dim"]:
@@ -98,7 +98,7 @@ def plan(block: Block, weights: Mapping[str, Mapping]) -> list[Node | Product | 
             (attention, attention.inputs[2]),
         ]:
             made = nodes.get(value)
-            if made and made.op == "slice" and readers[value] == [reader]:
+            if made and made.op == "slice" and block.readers(value) == [reader]:
                 together.append(made)
                 parts.append((made.inputs[0], made.attrs["start"]))
             else:
