@@ -26,6 +26,7 @@ import numpy as np
 from jax import lax
 
 from atd.weights import Dense, Packed, Ternary, TernaryType, Weight, combine, level_weights
+from atd.weights.groups import spread_scales
 from atd.weights.layouts import LAYOUTS, TRITS_PER_BYTE, words_of_tiles
 
 CHUNK_BYTES = {"cpu": 2 << 20}  # of float32 weights at a time: what stays in a core's cache
@@ -232,18 +233,10 @@ def _packed(x: jax.Array, weight: Packed) -> jax.Array:
         )
         # Widened while they are few: without the barrier XLA converts each scale again for each weight.
         wide = lax.optimization_barrier(scales.astype(jnp.float32))
-        spread = [_spread(wide[:, :, i], type, width) for i in range(wide.shape[2])]
+        spread = [spread_scales(wide[..., i], type.group_size, width) for i in range(wide.shape[2])]
         return [_combine_plane(trits, spread, planes, plane, type) for plane in range(planes.count)]
 
     return _by_rows([planes.of(x, plane) for plane in range(planes.count)], out, planes_of_w)
-
-
-def _spread(scale: jax.Array, type: TernaryType, width: int) -> jax.Array:
-    """[rows, groups] -> [rows, width], or [rows, 1] as it is. The padding's scales multiply activations of zero."""
-    if scale.shape[1] == 1:
-        return scale
-    short = -(-width // type.group_size) - scale.shape[1]
-    return jnp.repeat(jnp.pad(scale, ((0, 0), (0, short))), type.group_size, axis=1)[:, :width]
 
 
 def _combine_plane(

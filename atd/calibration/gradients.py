@@ -45,6 +45,7 @@ from atd.weights import (
     level_weights,
     ternary_of,
 )
+from atd.weights.groups import group_inputs, spread_scales
 from atd.weights.layouts import LAYOUTS
 
 Parameters = dict[
@@ -194,9 +195,7 @@ def nearest(latent, scales, grid: Grid) -> tuple[jax.Array, jax.Array]:
     scales = jnp.moveaxis(
         _descending(jnp.broadcast_to(scales, (out, *scales.shape[1:]))), -1, 0
     )  # [N, out, groups]
-    grouped = jnp.pad(latent, ((0, 0), (0, -inputs % grid.size))).reshape(
-        -1, grid.size
-    )  # [out * groups, size]
+    grouped = group_inputs(latent, grid.size).reshape(-1, grid.size)  # [out * groups, size]
     codes = nearest_codes(jnp.abs(grouped), scales.reshape(len(scales), -1))
     limit = scales.sum(0).reshape(-1, 1) + scales[-1].reshape(-1, 1) / 2
     codes, inside = jnp.where(grouped < 0, -codes, codes), jnp.abs(grouped) <= limit
@@ -215,13 +214,9 @@ def _combine(signed: list[jax.Array], scales, grid: Grid) -> jax.Array:
     return sum(part * _spread(scales[..., i], grid) for i, part in enumerate(signed))  # type: ignore[return-value]
 
 
-def _spread(scale, grid: Grid) -> jax.Array:
-    """[rows, groups] -> [rows, in], or [rows, 1] where a row has one group."""
-    if scale.shape[1] == 1:
-        return scale
-    return jnp.repeat(scale, grid.size, axis=1, total_repeat_length=grid.size * scale.shape[1])[
-        :, : grid.codes.shape[1]
-    ]
+def _spread(scales, grid: Grid) -> jax.Array:
+    """The scale of each weight, [rows, groups] -> [rows, in] or [rows, 1]."""
+    return spread_scales(scales, grid.size, grid.codes.shape[1])
 
 
 # --- units as functions ------------------------------------------------------------------------------------------------

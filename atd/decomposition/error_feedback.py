@@ -47,6 +47,7 @@ from atd.decomposition.levels import (
 )
 from atd.errors import BadInput
 from atd.weights import Group
+from atd.weights.groups import group_inputs
 
 DAMPING = 0.01  # of the mean diagonal, added to the diagonal: second moments are estimates, and often singular
 MOST_DAMPING = 10.0  # what needs more is no second moment
@@ -254,11 +255,6 @@ def _natural(quantized, order):
     return jnp.zeros_like(quantized).at[order].set(quantized, unique_indices=True).T
 
 
-def _grouped(rows, size: int):
-    """[rows, in] -> [rows, groups, size], zeros behind a ragged last group."""
-    return jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % size))).reshape(len(rows), -1, size)
-
-
 # --- one visit to all columns -------------------------------------------------------------------------------------------
 
 
@@ -336,7 +332,7 @@ def _refit(weight, quantized, scales, hessian, order, *, bases, size, tied, dtyp
     rows, groups, _, count = codes.shape
     short = groups * size - len(hessian)
     tiles = jnp.pad(hessian, ((0, short), (0, short))).reshape(groups, size, groups, size)
-    projected = _grouped(_matmul(weight, hessian), size)
+    projected = group_inputs(_matmul(weight, hessian), size)
 
     def solve(row):
         codes, projected, current = row
@@ -371,7 +367,7 @@ def _refit(weight, quantized, scales, hessian, order, *, bases, size, tied, dtyp
 
 def _codes(quantized, scales, *, bases, size, tied):
     """quantized [rows, in], each on a level of its group -> int8 [rows, groups, size], the integers sum_i t_i 3^(N-1-i)."""
-    groups = _grouped(quantized, size)
+    groups = group_inputs(quantized, size)
     if tied:
         return jnp.clip(
             jnp.round(groups / nonzero(scales)), -top_level(bases), top_level(bases)

@@ -35,6 +35,7 @@ from atd.decomposition.levels import (
 )
 from atd.errors import BadInput
 from atd.weights import Group, level_weights
+from atd.weights.groups import group_inputs
 
 MOST_BASES = 4
 CHUNK = (
@@ -212,11 +213,7 @@ def _group_size(weight, group: Group) -> int:
 
 def _grouped(array, size: int) -> np.ndarray:
     """[out, in, ...] -> [out * groups, size, ...], zeros behind a ragged last group."""
-    array = np.asarray(array)
-    short = -array.shape[1] % size
-    if short:
-        array = np.pad(array, [(0, 0), (0, short)] + [(0, 0)] * (array.ndim - 2))
-    return array.reshape(-1, size, *array.shape[2:])
+    return group_inputs(np.asarray(array), size).reshape(-1, size, *array.shape[2:])
 
 
 def _step(size: int) -> int:

@@ -34,6 +34,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from atd.weights.groups import namespace, pad_inputs
+
 TRITS_PER_BYTE = 5
 ALIGNMENT = 16  # bytes, of rows of `aligned`
 ALIGNED_FROM = 4096  # inputs: below, 16 bytes are a few per cent of a row
@@ -44,16 +46,6 @@ DENSE_CODES = np.maximum((256 * np.arange(243) + 242) // 243, 1).astype(
 )  # q of every value v
 
 
-def _namespace(array):
-    return jnp if isinstance(array, jax.Array) else np
-
-
-def _pad_inputs(trits, cell: int):
-    """[out, in, N] -> [out, in rounded up to cell, N], zero trits at the end."""
-    short = -trits.shape[1] % cell
-    return _namespace(trits).pad(trits, ((0, 0), (0, short), (0, 0))) if short else trits
-
-
 def _byte_of_fields(fields):
     """uint8 [..., 4] of 2-bit codes -> uint8 [...], field j in bits 2j and 2j+1."""
     return fields[..., 0] | (fields[..., 1] << 2) | (fields[..., 2] << 4) | (fields[..., 3] << 6)
@@ -61,7 +53,7 @@ def _byte_of_fields(fields):
 
 def _fields_of_byte(codes):
     """uint8 [...] -> uint8 [..., 4], field j from bits 2j and 2j+1."""
-    return _namespace(codes).stack([(codes >> (2 * j)) & 3 for j in range(4)], axis=-1)
+    return namespace(codes).stack([(codes >> (2 * j)) & 3 for j in range(4)], axis=-1)
 
 
 # --- interleaved: dense base 3 ----------------------------------------------------------------------------------------
@@ -73,7 +65,7 @@ def _interleaved_shape(out: int, inputs: int, bases: int) -> tuple[int, ...]:
 
 def _interleaved_pack(trits):
     out, _, bases = trits.shape
-    cells = _pad_inputs(trits, TRITS_PER_BYTE).reshape(
+    cells = pad_inputs(trits, TRITS_PER_BYTE).reshape(
         out, -1, TRITS_PER_BYTE * bases
     )  # t(p0,b0) t(p0,b1) ... t(p4,bN)
     digits = (
@@ -85,11 +77,11 @@ def _interleaved_pack(trits):
             value * 3 + digits[..., j]
         )  # at most 242: narrow numbers, because packing is bound by memory
     code = (value.astype(np.uint16) * 256 + 242) // 243  # at most 62,194
-    return _namespace(trits).maximum(code, 1).astype(np.uint8)
+    return namespace(trits).maximum(code, 1).astype(np.uint8)
 
 
 def _interleaved_unpack(codes, inputs: int, bases: int):
-    xp = _namespace(codes)
+    xp = namespace(codes)
     rest = codes.astype(np.uint16)
     digits = []
     for _ in range(TRITS_PER_BYTE):
@@ -113,7 +105,7 @@ def align(codes, inputs: int, bases: int):
     """codes uint8 [out, cells, N] of `interleaved` or `aligned` -> rows of whole 16 bytes, zero trits at the end."""
     short = aligned_cells(inputs, bases) - codes.shape[1]
     zero = DENSE_CODES[121]  # five trits of 0
-    pad = _namespace(codes).pad
+    pad = namespace(codes).pad
     return pad(codes, ((0, 0), (0, short), (0, 0)), constant_values=zero) if short else codes
 
 
@@ -183,7 +175,7 @@ def tiles_of(words, bases: int):
     width = steps * THREADS_A_ROW * loads * LOAD_WORDS
     zero = int.from_bytes(bytes([DENSE_CODES[121]] * 4), "little")  # trits of 0
     pad = ((0, groups * TILE_ROWS - out), (0, width - count))
-    padded = _namespace(words).pad(words, pad, constant_values=np.uint32(zero))
+    padded = namespace(words).pad(words, pad, constant_values=np.uint32(zero))
     pieces = padded.reshape(
         groups, HALVES, -1, steps, THREADS_A_ROW, loads, LOAD_WORDS
     )  # [.., half, g, step, t, load, e]
@@ -224,7 +216,7 @@ def _bit_ttt_pack(trits):
     out, _, bases = trits.shape
     code = (trits * trits + (trits < 0)).astype(np.uint8)  # 0 -> 0, +1 -> 1, -1 -> 2
     return _byte_of_fields(
-        _pad_inputs(code, 4).reshape(out, -1, 4, bases).swapaxes(2, 3)
+        pad_inputs(code, 4).reshape(out, -1, 4, bases).swapaxes(2, 3)
     )  # fields: [out, in/4, N, 4]
 
 
@@ -264,7 +256,7 @@ def _tq2_0_shape(out: int, inputs: int, bases: int) -> tuple[int, ...]:
 def _tq2_0_pack(trits):
     out, _, bases = trits.shape
     fields = (
-        (_pad_inputs(trits, 256) + 1).astype(np.uint8).reshape(out, -1, 2, 4, 32, bases)
+        (pad_inputs(trits, 256) + 1).astype(np.uint8).reshape(out, -1, 2, 4, 32, bases)
     )  # element h*128 + l*32 + m
     return _byte_of_fields(fields.transpose(0, 1, 5, 2, 4, 3)).reshape(
         out, -1, bases, 64

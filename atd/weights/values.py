@@ -5,9 +5,9 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from atd.weights.groups import spread_scales
 from atd.weights.layouts import LAYOUTS
 from atd.weights.types import SHORT, DenseType, PackedType, TernaryType
 
@@ -47,22 +47,18 @@ class Ternary:
 
 def combine(trits, scales, type: TernaryType):
     """trits [rows, in, N], scales [rows or 1, groups, N or 1] -> weights float32 [rows, in]; rows may be any part of the matrix."""
-    xp = jnp if isinstance(trits, jax.Array) else np
     scales = scales.astype(np.float32)
+
+    def spread(i: int):
+        return spread_scales(scales[..., i], type.group_size, type.shape[1])
+
     if type.tied:  # exact: the integer is below 2^24, and one rounding remains
         integers = sum(trits[:, :, i] * level_weights(type.bases)[i] for i in range(type.bases))
-        return integers * _spread(scales[..., 0], type, xp)
-    total = trits[:, :, 0] * _spread(scales[..., 0], type, xp)
+        return integers * spread(0)
+    total = trits[:, :, 0] * spread(0)
     for i in range(1, type.bases):
-        total = total + trits[:, :, i] * _spread(scales[..., i], type, xp)
+        total = total + trits[:, :, i] * spread(i)
     return total
-
-
-def _spread(scale, type: TernaryType, xp):
-    """[rows, groups] -> [rows, in] (or [rows, 1], which broadcasts, where a row has one group)."""
-    if scale.shape[1] == 1:
-        return scale
-    return xp.repeat(scale, type.group_size, axis=1)[:, : type.shape[1]]
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["codes", "scales"], meta_fields=["type"])
