@@ -368,7 +368,7 @@ class Allocate(Pass):
         for name, ref in graph.weights():
             digest.update(f"{name} {ref.source}\n".encode())
             if not ref.source or name.startswith(graph.blocks[0].name + "."):
-                digest.update(np.ascontiguousarray(ref.load().dequantize()).tobytes())
+                digest.update(ref.dense().tobytes())
         options = {
             name: [decision(type) for type in types] for name, types in problem.candidates.items()
         }

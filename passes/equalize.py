@@ -29,7 +29,6 @@ from atd.decomposition import least_squares
 from atd.decomposition.error_feedback import proxy_loss
 from atd.errors import BadInput
 from atd.ir import Block, Graph, Node, WeightRef
-from atd.ir.rewrite import dense_array
 from atd.pipeline import Context, Pass
 from atd.weights import Dense, DenseType, Group, TernaryType, combine
 
@@ -146,7 +145,7 @@ class Equalize(Pass):
         if len(self.grid) == 1:
             (a,) = self.grid
             return a, None if a == 0 else scales_of(np.diagonal(hessian), a, site.heads), (0.0, 0.0)
-        weights = [dense_array(node.weights["weight"]) for node in nodes]
+        weights = [node.weights["weight"].dense() for node in nodes]
 
         def loss(a: float) -> float:
             scale = scales_of(np.diagonal(hessian), a, site.heads)
@@ -256,7 +255,7 @@ def _mapped(
 
     def load() -> Dense:
         assert scale is not None, f"{ref.tensor} is read before its scales are known"
-        return Dense(function(dense_array(ref), scale))
+        return Dense(function(ref.dense(), scale))
 
     return WeightRef(
         ref.tensor, DenseType(ref.type.shape, "f32"), load, f"{ref.source} equalized {digest}"

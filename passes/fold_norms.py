@@ -12,8 +12,6 @@
 
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from atd.errors import BadInput, nearest
 from atd.ir import Block, Graph, Node, WeightRef
 from atd.ir.rewrite import unit_gain
@@ -89,8 +87,7 @@ def _scaled(ref: WeightRef, gain: WeightRef, dtype: str) -> WeightRef:
     """W diag(g)."""
 
     def load() -> Dense:
-        weight, g = ref.load().dequantize(np.float32), gain.load().dequantize(np.float32)
-        return Dense((np.asarray(weight) * np.asarray(g)).astype(DTYPES[dtype]))
+        return Dense((ref.dense() * gain.dense()).astype(DTYPES[dtype]))
 
     return WeightRef(
         ref.tensor, DenseType(ref.type.shape, dtype), load, f"{ref.source} * {gain.source}"

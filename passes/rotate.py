@@ -36,7 +36,6 @@ import numpy as np
 from atd.decomposition.rotations import Rotation, by_rows, random_rotation
 from atd.errors import BadInput, nearest
 from atd.ir import ROTATIONS, Block, Graph, Node, WeightRef
-from atd.ir.rewrite import dense_array
 from atd.pipeline import Context, Pass
 from atd.weights import DTYPES, Dense, DenseType, Ternary, TernaryType
 
@@ -211,7 +210,7 @@ def _rotated(
     """R_outputs^T W R_inputs; a bias [out] is a row, b R."""
 
     def load() -> Dense:
-        array = dense_array(ref)
+        array = ref.dense()
         if inputs is not None:
             array = by_rows(inputs.apply, array, np.dtype(np.float64) if outputs else DTYPES[dtype])
         if outputs is not None:

@@ -95,11 +95,7 @@ def tunable(block: Block, *, scales: bool = True, gains: bool = True, codes: boo
     parameters: Parameters = {}
     for node in block.nodes:
         for slot, ref in node.weights.items():
-            value = (
-                grid_of(ref.load())
-                if ternary_of(ref.type)
-                else jnp.asarray(ref.load().dequantize())
-            )
+            value = grid_of(ref.load()) if ternary_of(ref.type) else jnp.asarray(ref.dense())
             fixed.setdefault(node.name, {})[slot] = value
             moves = parameters.setdefault(node.name, {})
             if (

@@ -28,7 +28,7 @@ import numpy as np
 
 from atd.calibration.streams import dense_weights
 from atd.decomposition import error_feedback, least_squares
-from atd.ir import Block, Graph, Node
+from atd.ir import Block, Graph
 from atd.models import ops
 from atd.models.ops import Structure, structure_of
 from atd.weights import DTYPES, Dense, DenseType, Ternary, TernaryType
@@ -79,7 +79,7 @@ def fisher_losses(
     if head in heads:
         moments += squares[head].sum() * heads[head]
     moments, pivots = moments.astype(np.float32), feedback_pivots(moments)
-    share, table = squares[head] / squares[head].sum(), _array(embed)
+    share, table = squares[head] / squares[head].sum(), embed.weights["weight"].dense()
     rows = [feedback_loss(table, type, moments, pivots) for type in candidates[name]]
     return losses | {name: 0.5 * np.stack(rows) @ share}, {name: moments}
 
@@ -371,12 +371,10 @@ def _windows_of(windows: np.ndarray, tokens: int) -> int:
     return max(1, -(-tokens // windows.shape[1]))
 
 
-def _array(node: Node) -> np.ndarray:
-    return np.asarray(node.weights["weight"].load().dequantize())
-
-
 def _tied_embedding(graph: Graph) -> Dense | None:
-    return Dense(jnp.asarray(_array(graph.prologue.nodes[0]))) if graph.is_tied else None
+    if not graph.is_tied:
+        return None
+    return Dense(jnp.asarray(graph.prologue.nodes[0].weights["weight"].dense()))
 
 
 def weights_of(block: Block) -> ops.Weights:

@@ -148,7 +148,7 @@ def _program(node: Node) -> Callable:
 
 def dense_weights(node: Node) -> dict[str, Weight]:
     """All weights of a node, dense float32, by slot."""
-    return {slot: Dense(jnp.asarray(ref.load().dequantize())) for slot, ref in node.weights.items()}
+    return {slot: Dense(jnp.asarray(ref.dense())) for slot, ref in node.weights.items()}
 
 
 @cache

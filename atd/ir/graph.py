@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from atd.weights import DenseType, Weight, WeightType, parse_type
 
 Attr = Any  # a JSON value: str, int, float, bool or a tuple of such
@@ -25,6 +27,10 @@ class WeightRef:
     type: WeightType
     load: Callable[[], Weight] = field(compare=False, repr=False)
     source: str = field(default="", compare=False, repr=False)
+
+    def dense(self) -> np.ndarray:
+        """Loads the weight and returns it dequantized: float32, in the shape of its type."""
+        return np.asarray(self.load().dequantize(np.float32))
 
 
 def in_memory(tensor: str, weight: Weight) -> WeightRef:

@@ -4,13 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from atd.ir.graph import Node, WeightRef
+from atd.ir.graph import Node
 from atd.weights import DTYPES, Dense
-
-
-def dense_array(ref: WeightRef) -> np.ndarray:
-    """The data of a reference, loaded now and dequantized: float32, in the shape of its type."""
-    return np.asarray(ref.load().dequantize(np.float32))
 
 
 def unit_gain(norm: Node) -> Node:

@@ -13,7 +13,7 @@ from atd.checkpoint.writer import file_digest, write_file, write_shard
 from atd.decomposition.rotations import by_rows
 from atd.errors import RunFailed
 from atd.ir import ROTATIONS, Block, Graph, Node, WeightRef
-from atd.ir.rewrite import dense_array, unit_gain
+from atd.ir.rewrite import unit_gain
 from atd.models import frontend
 from atd.pipeline.convert import tokenizer_files
 from atd.progress import Progress
@@ -108,7 +108,7 @@ def _dense_rows(ref: WeightRef, tensor: str, start, stop, dtype: str) -> WeightR
     type = DenseType((stop - start, *ref.type.shape[1:]), dtype)
 
     def load() -> Dense:
-        array = np.asarray(ref.load().dequantize(np.float32))[start:stop]
+        array = ref.dense()[start:stop]
         with np.errstate(over="ignore"):
             narrow = array.astype(DTYPES[dtype])
         if not np.isfinite(narrow).all():
@@ -133,15 +133,15 @@ def absorb(graph: Graph) -> Graph:
 
     def load_embedding() -> Dense:
         if rotated:
-            return Dense(dense_array(embedding))
-        matrix = dense_array(into.weights["weight"]).T
-        return Dense(by_rows(lambda rows: rows @ matrix, dense_array(embedding), DTYPES["f32"]))
+            return Dense(embedding.dense())
+        matrix = into.weights["weight"].dense().T
+        return Dense(by_rows(lambda rows: rows @ matrix, embedding.dense(), DTYPES["f32"]))
 
     def load_head() -> Dense:
-        rotation = dense_array(out.weights["weight"])  # R: x W^T = x R^T
-        matrix = dense_array(gain)[:, None] * rotation
+        rotation = out.weights["weight"].dense()  # R: x W^T = x R^T
+        matrix = gain.dense()[:, None] * rotation
         matrix = rotation.T @ matrix if rotated else matrix
-        return Dense(by_rows(lambda rows: rows @ matrix, dense_array(embedding), DTYPES["f32"]))
+        return Dense(by_rows(lambda rows: rows @ matrix, embedding.dense(), DTYPES["f32"]))
 
     tensor = f"{epilogue.full_name(head)}.weight"
     attrs = {key: value for key, value in head.attrs.items() if key != "tied_to"}
