@@ -26,7 +26,7 @@ from atd.checkpoint.reader import open_tokenizer
 from atd.kernels import matmul, prefixes, xla
 from atd.models.frontend import open as open_model
 from atd.models.model import Model, load
-from atd.reports.progress import progress_bar
+from atd.reports.progress import shown
 from atd.runtime.evaluate import evaluate
 from atd.weights import Packed, Weight, ternary_of
 
@@ -82,13 +82,12 @@ def main() -> None:
     ids = open_tokenizer(arguments.converted).encode(read_text(arguments.data))[: arguments.tokens]
     matmul.BACKENDS.update(ROUNDINGS)
     rows = []
-    with progress_bar(console) as bar:
+    with shown(console) as (_, progress):
         for name in ROUNDINGS:
-            task = bar.add_task(name, total=len(ids), unit="tokens")
+            model = Model(graph, "xla", name, "float32")
             result = evaluate(
-                Model(graph, "xla", name, "float32"), ids, context=arguments.context, against=dense,
-                progress=lambda done, total, task=task: bar.update(task, completed=done, total=total),
-            )  # fmt: skip
+                model, ids, context=arguments.context, against=dense, progress=progress
+            )
             rows.append(
                 {
                     "activations": name,

@@ -24,6 +24,7 @@ import jax
 from atd.errors import AtdError
 from atd.models.model import Model, load
 from atd.models.random_model import SHAPES, random_graph
+from atd.progress import Progress
 from atd.runtime import bench
 
 DENSE = "dense"
@@ -92,12 +93,15 @@ def parse() -> argparse.Namespace:
     return options
 
 
+def told(now: Progress) -> None:
+    print(f"{now.task} {now.at}: {now.done} of {now.total} {now.unit}", file=sys.stderr, flush=True)
+
+
 def run(options: argparse.Namespace) -> list[bench.Speed]:
     def measured(source, packed) -> list[bench.Speed]:
         models = variants(source, packed, options.dtype, options.backend, not options.no_dense)
-        say = partial(print, file=sys.stderr, flush=True)
         sizes = {"prompt": options.prompt, "steps": options.steps, "repeats": options.repeats}
-        return bench.measure(models, **sizes, one_jit=options.one_jit, say=say)
+        return bench.measure(models, **sizes, one_jit=options.one_jit, progress=told)
 
     if options.random:
         shape = SHAPES[options.random]
@@ -122,7 +126,7 @@ def main() -> None:
     device, name = jax.devices()[0].device_kind, options.random or options.model.name
     sizes = f"prompt {options.prompt}, {options.steps} tokens, median of {options.repeats}"
     print(f"{name}, {sizes}, {options.dtype}, {device}, jax {jax.__version__}")
-    print(bench.table(rows, DENSE))
+    print(bench.speed_table(rows, DENSE))
     if options.json:
         options.json.write_text(
             json.dumps(

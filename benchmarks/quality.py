@@ -29,16 +29,13 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from atd.checkpoint.files import read_text
 from atd.checkpoint.reader import open_tokenizer
 from atd.cli.demo import demo_model
-from atd.models import frontend
-from atd.models.model import load
 from atd.pipeline.convert import convert
 from atd.pipeline.recipe import Recipe, read_recipe, recipe_names, under_budget
-from atd.reports.progress import progress_bar
-from atd.reports.tables import graph_size, sizes
-from atd.runtime.evaluate import evaluate
+from atd.reports.progress import shown
+from atd.reports.tables import sizes
+from atd.runtime.compare import compare, load_checkpoint, read_tokens
 
 SHARED = Path(os.environ.get("ATD_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 TINYSTORIES, WIKITEXT = (
@@ -111,9 +108,9 @@ def main() -> None:
     if not asked:
         parser.error("give --recipes, --bits or --budgets")
     words = open_tokenizer(model)
-    ids = {text: words.encode(read_text(text))[:tokens] for text in texts}
-    dense, rows = load(model), []
-    with progress_bar() as bar, tempfile.TemporaryDirectory() as folder:
+    ids = {text.stem: read_tokens(text, words, tokens) for text in texts}
+    dense, rows = load_checkpoint(model), []
+    with shown() as (say, progress), tempfile.TemporaryDirectory() as folder:
         for name, recipe in asked:
             for seed in range(arguments.slices):
                 rows.append(
@@ -126,10 +123,11 @@ def main() -> None:
                         context,
                         arguments.calib,
                         Path(folder),
-                        bar,
+                        say,
+                        progress,
                     )
                 )
-                bar.console.print(json.dumps(rows[-1]), highlight=False, soft_wrap=True)
+                say(json.dumps(rows[-1]))
                 if arguments.json:
                     arguments.json.write_text(
                         json.dumps(
@@ -140,9 +138,8 @@ def main() -> None:
     Console(width=120).print(table(rows, [text.stem for text in texts]))
 
 
-def measured(name, recipe, model, dense, ids, context, calib, folder, bar) -> dict:
-    """Converts, evaluates on every text, drops the checkpoint -> a row of figures."""
-    task = bar.add_task(f"{name}: converting", total=None, unit="weights")
+def measured(name, recipe, model, dense, ids, context, calib, folder, say, progress) -> dict:
+    """Converts and evaluates on every text; returns a row of figures."""
     started = time.perf_counter()
     out = convert(
         model,
@@ -150,23 +147,20 @@ def measured(name, recipe, model, dense, ids, context, calib, folder, bar) -> di
         recipe,
         calib=calib if recipe.pipeline.calibrated else (),
         overwrite=True,
-        say=lambda line: bar.console.print(line, highlight=False, soft_wrap=True),
-        progress=lambda at: bar.update(task, completed=at.done, total=at.total),
+        say=say,
+        progress=progress,
     )
     seconds = time.perf_counter() - started
-    bits, size = graph_size(frontend.open(out))
+    converted = load_checkpoint(out, progress=progress)
     row = {
         "recipe": name,
         "seed": recipe.seed,
-        "bits": bits,
-        "bytes": size,
+        "bits": converted.bits_per_weight,
+        "bytes": converted.nbytes,
         "seconds": round(seconds, 1),
     }
-    converted = load(out)
-    for text, tokens in ids.items():
-        result = evaluate(converted, tokens, context=context, against=dense)
-        row[text.stem] = result.to_json()
-    return row
+    results = compare(converted, ids, context=context, against=dense, progress=progress)
+    return row | {text: result.to_json() for text, result in results.items()}
 
 
 def table(rows: list[dict], texts: list[str]) -> Table:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import ml_dtypes  # noqa: F401  safetensors finds bfloat16 in numpy once this is imported
 import numpy as np
 
 from atd.errors import BadInput

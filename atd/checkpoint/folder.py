@@ -10,15 +10,14 @@ and digest agree.
 """
 
 import fcntl
-import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-import ml_dtypes  # noqa: F401  safetensors finds bfloat16 in numpy once this is imported
-
+from atd.checkpoint.files import path_exists, read_json
 from atd.checkpoint.writer import disk_errors, sync_folder
 from atd.errors import BadInput
 
@@ -26,6 +25,7 @@ MANIFEST = "manifest.json"
 GRAPH = "atd_graph.json"
 REPORT = "report.json"
 LOCK = "lock"
+NodeReport = Mapping[str, Any]  # a row of report.json: node, type, weights, bits, bytes, error, ...
 
 
 def partial_folder(target: Path) -> Path:
@@ -106,10 +106,20 @@ def finish(target: Path, partial: Path, keep: Iterable[str]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, str]:
-    """File name -> sha256 of a folder that atd made."""
-    try:
-        return json.loads((folder / MANIFEST).read_text())["files"]
-    except FileNotFoundError:
-        raise BadInput(f"{folder}: no {MANIFEST}: not a checkpoint that atd made") from None
-    except (ValueError, KeyError) as error:
-        raise BadInput(f"{folder / MANIFEST}: damaged: {error}") from None
+    """Reads file name -> sha256 of a folder that atd made. Raises BadInput where it is none."""
+    return _read_entry(folder, MANIFEST, "files", dict)
+
+
+def read_report(folder: Path) -> list[NodeReport]:
+    """Reads the rows of report.json of a converted folder. Raises BadInput where it is none."""
+    return _read_entry(folder, REPORT, "nodes", list)
+
+
+def _read_entry[T](folder: Path, name: str, key: str, kind: type[T]) -> T:
+    """The entry `key` of a JSON file that every folder of atd's has."""
+    if not path_exists(folder / name):
+        raise BadInput(f"{folder}: not a checkpoint that atd made: it has no {name}")
+    value = read_json(folder / name).get(key)
+    if not isinstance(value, kind):
+        raise BadInput(f"{folder / name}: damaged: it has no {key!r}; convert the model again")
+    return value

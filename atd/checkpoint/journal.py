@@ -5,8 +5,6 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import ml_dtypes  # noqa: F401  safetensors finds bfloat16 in numpy once this is imported
-
 from atd.checkpoint.writer import disk_errors, sync_file
 
 JOURNAL = "journal.jsonl"

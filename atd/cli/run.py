@@ -1,4 +1,4 @@
-"""The commands that run models: eval, generate, bench. See cli.py.
+"""The commands that run models: eval, generate, bench.
 
 Heavy imports stay inside the commands, so that `atd --help` answers at once.
 """
@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
-from atd.cli.options import Backend, Model, app
+from atd.cli.options import Backend, Context, Json, Model, Tokenizer, Tokens, app, check_writable
 from atd.errors import BadInput, RunFailed
 
 
@@ -18,94 +18,64 @@ from atd.errors import BadInput, RunFailed
 def evaluate(
     model: Model,
     *,
-    data: Path,
-    against: Path | None = None,
-    context: int = 512,
-    tokens: int | None = None,
+    data: Annotated[Path, tyro.conf.arg(metavar="TEXT")],
+    against: Annotated[Path | None, tyro.conf.arg(metavar="MODEL")] = None,
+    context: Context = 512,
+    tokens: Tokens = None,
     bos: bool = False,
     convention: Literal["standard", "llama.cpp"] = "standard",
     backend: Backend = "auto",
     batch: int = 8,
-    tokenizer: Path | None = None,
-    json: Path | None = None,
+    tokenizer: Tokenizer = None,
+    json: Json = None,
 ) -> None:
-    """Perplexity, and against a dense model KL divergence and top-1 agreement.
+    """Measure perplexity, and KL divergence and top-1 agreement against a dense model.
 
-    Non-overlapping windows, all shifted tokens scored, perplexity = exp(mean negative log-likelihood); KL(dense ||
-    model) in nats on the same positions.
+    The text is cut into windows that do not overlap, and all tokens after the first of each are
+    scored. Perplexity is exp(mean negative log-likelihood); KL(dense || model) is in nats, on the
+    same positions.
 
     Args:
-        model: the model to evaluate.
-        data: UTF-8 text.
-        against: the dense model to compare with.
-        context: window length in tokens.
-        tokens: use the first so many tokens of the text alone.
-        bos: put the begin-of-sequence token in front of each window (counted in its length).
-        convention: "llama.cpp" scores the second half of each window alone, BOS in front, as its perplexity tool does.
-        batch: windows a step.
-        tokenizer: folder or .gguf file to take the tokenizer from, where MODEL has none.
-        json: also write the figures to this file.
+        data: A UTF-8 text.
+        against: The dense model to compare with.
+        bos: Put the begin-of-sequence token in front of each window, as one of its tokens.
+        convention: standard scores whole windows; llama.cpp scores only the second half of each, BOS
+            in front, as llama-perplexity does.
+        batch: The number of windows that run together.
     """
-    import json as json_module
+    from functools import partial
 
-    from atd.checkpoint.files import read_text
     from atd.checkpoint.reader import open_tokenizer
+    from atd.checkpoint.writer import write_json
     from atd.models import frontend
-    from atd.models.model import load
-    from atd.reports.progress import progress_bar
-    from atd.reports.tables import console, evaluation_table, graph_size
-    from atd.runtime.evaluate import evaluate as run
+    from atd.reports.progress import shown
+    from atd.reports.tables import EvaluatedModel, console, evaluation_table
+    from atd.runtime.compare import compare, load_checkpoint, read_tokens
 
-    _check_folder_of(json)
-    if tokens is not None and tokens < 1:
-        raise BadInput(f"--tokens must be at least 1, not {tokens}")
-    graph = frontend.open(model)
+    check_writable("--json", json)
+    for path in filter(None, (model, against)):
+        frontend.open(path)  # refused now rather than after the other one is loaded
     words = open_tokenizer(tokenizer or model)
-    ids = words.encode(read_text(data), bos=bos)
-    ids, bos_id = (
-        (ids[1:], words.bos_id)
-        if bos
-        else (ids, words.bos_id if convention == "llama.cpp" else None)
-    )
-    with progress_bar() as bar:
-        models = []
-        for path in filter(None, (model, against)):
-            task = bar.add_task(f"loading {path.name}", total=None, unit="tensors")
-            models.append(
-                load(
-                    path,
-                    backend=backend,
-                    progress=lambda done, total, task=task: bar.update(
-                        task, completed=done, total=total
-                    ),
-                )
-            )
-        task = bar.add_task("evaluating", total=len(ids[:tokens]), unit="tokens")
-        result = run(
-            models[0],
-            ids[:tokens],
-            context=context,
-            against=models[1] if against else None,
-            bos_id=bos_id,
-            batch=batch,
-            convention=convention,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
-    bits, size = graph_size(graph)
-    console.print(evaluation_table([(model.name, bits, size, result, None)]))
-    if result.against_perplexity is not None and against:
+    if bos and words.bos_id is None:
+        raise BadInput(f"{words.name}: its tokenizer has no BOS token; leave out --bos")
+    texts = {data.name: read_tokens(data, words, tokens)}
+    bos_id = words.bos_id if bos or convention == "llama.cpp" else None
+    options = {"context": context, "batch": batch, "bos_id": bos_id, "convention": convention}
+    with shown() as (_, progress):
+        load = partial(load_checkpoint, backend=backend, progress=progress)
+        loaded, dense = load(model), load(against) if against else None
+        (result,) = compare(loaded, texts, against=dense, **options, progress=progress).values()
+    bits, size = loaded.bits_per_weight, loaded.nbytes
+    console.print(evaluation_table([EvaluatedModel(loaded.name, bits, size, result)]))
+    if result.against_perplexity is not None and dense:
         console.print(
-            f"{against.name}: perplexity {result.against_perplexity:.3f}; KL is KL({against.name} || {model.name})"
+            f"{dense.name}: perplexity {result.against_perplexity:.3f}; "
+            f"KL is KL({dense.name} || {loaded.name})"
         )
     if json:
-        row = {
-            "model": str(model),
-            "against": str(against) if against else None,
-            "data": str(data),
-            "bits_per_weight": bits,
-            "bytes": size,
-        }
-        json.write_text(json_module.dumps(row | result.to_json(), indent=1) + "\n")
+        made_of = {"model": str(model), "against": str(against) if against else None}
+        sizes = {"bits_per_weight": bits, "bytes": size}
+        write_json(json, made_of | {"data": str(data)} | sizes | result.to_json())
 
 
 @app.command
@@ -120,20 +90,19 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     backend: Backend = "auto",
-    tokenizer: Path | None = None,
+    tokenizer: Tokenizer = None,
 ) -> None:
     """Let a model write.
 
     Args:
-        model: the model that writes.
-        prompt: text to go on from, or what the user says with --chat.
-        chat: put the prompt into the tokenizer's chat template.
-        max_new_tokens: stop after so many tokens, or at the end-of-sequence token.
+        prompt: The text to go on from; with --chat, what the user says.
+        chat: Put the prompt into the chat template of the tokenizer.
+        max_new_tokens: The number of tokens to stop after; the text ends earlier at an
+            end-of-sequence token.
         temperature: 0 takes the likeliest token each time; higher is more varied.
-        top_k: sample among the k likeliest tokens (0: all).
-        top_p: sample among the likeliest tokens that hold this much probability.
-        seed: same seed, same text.
-        tokenizer: folder or .gguf file to take the tokenizer from, where MODEL has none.
+        top_k: Sample among this number of likeliest tokens; 0 is all.
+        top_p: Sample among the likeliest tokens that together have this probability.
+        seed: The seed of the sampling; the same seed gives the same text.
     """
     import time
 
@@ -142,10 +111,8 @@ def generate(
     from atd.runtime.generate import generate as run
 
     words = open_tokenizer(tokenizer or model)
-    ids = words.encode(
-        words.apply_chat([{"role": "user", "content": prompt}]) if chat else prompt,
-        bos=words.adds_bos and not chat,
-    )
+    text = words.apply_chat([{"role": "user", "content": prompt}]) if chat else prompt
+    ids = words.encode(text, bos=words.adds_bos and not chat)
     loaded = load(model, backend=backend)
     new: list[int] = []
     times = [time.perf_counter()]
@@ -171,12 +138,10 @@ def generate(
         stop_tokens=words.eos_ids,
         on_token=show,
     )
-    first, rate = (
-        times[1] - times[0],
-        (len(new) - 2) / max(times[-1] - times[2], 1e-9) if len(new) > 2 else 0.0,
-    )
+    rate = (len(new) - 2) / max(times[-1] - times[2], 1e-9) if len(new) > 2 else 0.0
     print(
-        f"\n[{len(new)} tokens; the first after {first:.1f} s, compilation included, then {rate:.1f} tokens/s]",
+        f"\n[{len(new)} tokens; the first after {times[1] - times[0]:.1f} s, compilation included, "
+        f"then {rate:.1f} tokens/s]",
         file=sys.stderr,
     )
 
@@ -185,81 +150,82 @@ def generate(
 def bench(
     model: Annotated[Positional[Path | None], tyro.conf.arg(metavar="MODEL")] = None,
     *,
-    against: Path | None = None,
+    against: Annotated[Path | None, tyro.conf.arg(metavar="MODEL")] = None,
     backend: Backend = "auto",
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        tyro.conf.arg(metavar="{float32,bfloat16,float16}"),
+    ] = None,
     prompt: int = 128,
     steps: int = 64,
     repeats: int = 5,
     one_jit: bool = False,
-    json: Path | None = None,
+    json: Json = None,
     tune: bool = False,
     minutes: float = 8,
 ) -> None:
-    """Speed and memory of a model: time to first token, tokens/s, peak memory. Or tune the kernels for this GPU.
+    """Measure the speed and memory of a model, or tune the kernels for this GPU.
 
-    `atd bench OUT --against SOURCE` puts a converted model beside the one it was made from. Figures are medians; models
-    take turns. `atd bench --tune` measures kernel shapes on this machine's GPU and keeps the fastest for all later runs.
+    `atd bench OUT --against MODEL` compares a converted model with the one it was made from: time to
+    first token, tokens per second, peak memory. Figures are medians, and the models take turns.
+    `atd bench --tune` measures kernel settings on the GPU of this machine and keeps the fastest for
+    all later runs.
 
     Args:
-        model: model to measure; not needed with --tune.
-        against: dense model to compare with.
-        dtype: of dense matrices and the cache; by default bfloat16 on a GPU, float32 on a CPU.
-        prompt: tokens of the prompt.
-        steps: tokens decoded after it, one sequence, greedy.
-        repeats: rounds over the models.
-        one_jit: decode in one compiled loop as well, to see what the calls from the host cost; compiles for a while.
-        json: also write the figures to this file.
-        tune: search for this GPU's fastest kernel settings and write them into the installed package.
-        minutes: with --tune, begin nothing after so long, and say what was left out; run it again with more for the rest.
+        model: The model to measure; not needed with --tune.
+        against: The dense model to compare with.
+        dtype: The dtype of dense matrices and of the cache; by default bfloat16 on a GPU and float32
+            on a CPU.
+        prompt: The number of tokens of the prompt.
+        steps: The number of tokens to decode after it, one sequence, greedy.
+        repeats: How many times each model is measured.
+        one_jit: Also decode in one compiled loop, to see what the calls from the host cost. It takes
+            a while to compile.
+        tune: Search for the fastest kernel settings of this GPU and keep them.
+        minutes: The time limit of --tune in minutes. What was left out is listed, and a run with
+            more minutes does it.
     """
-    import json as json_module
     from dataclasses import asdict
     from functools import partial
 
     import jax
 
+    from atd.checkpoint.writer import write_json
     from atd.models.model import load
-    from atd.reports.tables import console
-    from atd.runtime import bench as speed
+    from atd.reports.progress import shown
+    from atd.runtime.bench import measure, speed_table
 
     if tune:
         _tune(minutes)
         return
     if model is None:
         raise BadInput("give a MODEL to measure, or --tune")
-    _check_folder_of(json)
+    check_writable("--json", json)
     chosen = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     loaders = {model.name: partial(load, model, backend=backend, dtype=chosen)}
     if against:
         name = f"{against.name} (dense)" if against.name in loaders else against.name
         loaders[name] = partial(load, against, dtype=chosen)
-    with console.status("loading") as status:
-        sizes = {"prompt": prompt, "steps": steps, "repeats": repeats}
-        rows = speed.measure(loaders, **sizes, one_jit=one_jit, say=status.update)
-    print(
-        f"prompt {prompt}, {steps} tokens, {chosen}, {jax.devices()[0].device_kind}, jax {jax.__version__}"
-    )
-    print(speed.table(rows, rows[1].model if against else None))
+    sizes = {"prompt": prompt, "steps": steps, "repeats": repeats}
+    with shown() as (_, progress):
+        rows = measure(loaders, **sizes, one_jit=one_jit, progress=progress)
+    device = jax.devices()[0].device_kind
+    print(f"prompt {prompt}, {steps} tokens, {chosen}, {device}, jax {jax.__version__}")
+    print(speed_table(rows, rows[1].model if against else None))
     if json:
-        json.write_text(json_module.dumps([asdict(row) for row in rows], indent=1) + "\n")
-
-
-def _check_folder_of(json: Path | None) -> None:
-    if json and not json.absolute().parent.is_dir():
-        raise BadInput(f"--json {json}: the folder {json.absolute().parent} does not exist")
+        write_json(json, [asdict(row) for row in rows])
 
 
 def _tune(minutes: float) -> None:
     from functools import partial
 
     from atd.kernels.triton import backend as triton
-    from atd.kernels.tuning import search as tune
+    from atd.kernels.tuning import search
 
     if reason := triton.device_refuses():
         raise BadInput(f"--tune: {reason}")
     try:
-        path, left_out = tune.tune(minutes, partial(print, flush=True))
+        path, left_out = search.tune(minutes, partial(print, flush=True))
     except OSError as error:
         raise RunFailed(f"the settings cannot be written: {error}") from None
     rest = f"; left out for want of time (--minutes): {', '.join(left_out)}" if left_out else ""

@@ -10,7 +10,7 @@ on the host and runs ahead of the device.
     logits, cache = model.decode(token, cache)          # int32 [B] -> logits float32 [B, V]
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from atd.ir import Block, Graph, WeightRef
 from atd.kernels.matmul import PACKED
 from atd.kernels.triton import backend as triton
 from atd.models import ops
+from atd.progress import Progress, Report, unheard
 from atd.weights import Dense, DenseType, Weight
 
 BACKENDS = ("auto", "xla", "xla-unpacked", *PACKED)
@@ -37,7 +38,7 @@ def load(
     *,
     backend: str = "auto",
     dtype: str = "float32",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Report = unheard,
 ) -> "Model":
     """The model of a checkpoint (a folder or a GGUF file) or of a graph. Peak memory is the model and one tensor.
 
@@ -50,7 +51,7 @@ def load(
         that it takes, xla elsewhere; the model's `backend` says which, the logger `atd.kernels` why.
       dtype: float32, bfloat16 or float16, of the dense matrices and the cache. Activations, gains and biases are
         float32.
-      progress: called with (tensors read, tensors in all) after each.
+      progress: hears of each tensor that was read.
 
     Raises BadInput for an unknown backend or dtype, for a weight or a device that the backend does not take, and whatever
     opening and reading the checkpoint raises.
@@ -171,7 +172,7 @@ class Model(nnx.Module):
         backend: str,
         kernel: str | None,
         dtype: str,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Report = unheard,
     ):
         """backend: how weights are held; kernel: of `atd.kernels.matmul`, None for what suits each."""
         total = sum(len(node.weights) for _, node in graph.nodes())
@@ -364,9 +365,7 @@ _take_positions = jax.jit(
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 
-def _fill(
-    graph: Graph, backend: str, dtype, total: int, progress: Callable[[int, int], None] | None
-) -> Iterator[ops.Weights]:
+def _fill(graph: Graph, backend: str, dtype, total: int, progress: Report) -> Iterator[ops.Weights]:
     """The weights of each unit on the device, read one at a time."""
     done = 0
     for block in graph.units:
@@ -376,8 +375,7 @@ def _fill(
             for slot, ref in sorted(node.weights.items()):
                 slots[slot] = _place(ref, backend, dtype)
                 done += 1
-                if progress:
-                    progress(done, total)
+                progress(Progress("loading", done, total, "tensors"))
         yield weights
 
 

@@ -1,44 +1,33 @@
-"""Who got what: an allocation as a table and as a picture, of the rows of report.json."""
+"""Shows how bits were allocated over the matrices of a model: as a table and as a picture."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from atd.checkpoint.folder import REPORT
+from atd.checkpoint.folder import NodeReport
 from atd.errors import BadInput
 from atd.ir import Graph
-from atd.reports.plots import need_matplotlib, save_figure
+from atd.reports.plots import new_figure, save_figure
 from atd.reports.tables import sizes
 from atd.weights import PackedType, TernaryType, bits_per_weight, parse_type, ternary_of
 from atd.weights.layouts import DEFAULT_LAYOUT, LAYOUTS
 
-Row = Mapping[
-    str, Any
-]  # of report.json: node, type, weights, bits, bytes and, where it was decided on, predicted_kl
 _BLOCK = re.compile(r"(.*\.\d+)\..*?([^.]+)")
 _ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def read_rows(folder: Path) -> list[dict]:
-    """The rows of a converted model's report.json."""
-    try:
-        return json.loads((folder / REPORT).read_text())["nodes"]
-    except FileNotFoundError:
-        raise BadInput(f"{folder}: no {REPORT}: not a folder that atd made") from None
-    except (OSError, ValueError, KeyError) as error:
-        raise BadInput(f"{folder / REPORT}: damaged: {error}") from None
 
 
 def allocation_rows(
     graph: Graph, figures: Mapping[str, Mapping], layout: str = DEFAULT_LAYOUT
 ) -> list[dict]:
-    """The rows of a graph that was decomposed but not written yet: its types, as packed in `layout`, and the predicted
-    KL that `allocate` left in `Context.figures`."""
+    """Returns the rows of a graph that was decomposed, but not packed and written yet.
+
+    Args:
+      figures: node -> figures, of which `predicted_kl` is taken.
+      layout: what the weights will be packed in; it decides on their bytes.
+    """
     rows = []
     for unit in graph.units:
         for node in unit.nodes:
@@ -63,9 +52,14 @@ def allocation_rows(
     return rows
 
 
-def allocation_table(rows: Sequence[Row]) -> Table:
-    """A line a block, a column a kind of linear, in it N (and kind and group of scales where they differ); then bits a
-    weight, size and predicted KL. Embedding and head follow; the last line is all of it.
+def allocation_table(rows: Sequence[NodeReport]) -> Table:
+    """Shows N of each matrix, blocks by kinds of linears, and bits, size and predicted KL per block.
+
+    Where the matrices differ in their scales, kind and group size of these stand behind N. Embedding
+    and head follow, and the whole model last.
+
+    Args:
+      rows: of report.json; those without a predicted KL were not decided on and are left out.
 
     Raises BadInput where no row has a predicted KL: nothing was allocated.
     """
@@ -75,7 +69,7 @@ def allocation_table(rows: Sequence[Row]) -> Table:
     caption = (
         None
         if plain
-        else "N bases; f: free scales, else tied; /64: group size, else one group a row"
+        else "N bases; f: free scales, else tied; /64: group size, else one group per row"
     )
     table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), caption=caption)
     table.add_column("block", overflow="fold")
@@ -91,24 +85,19 @@ def allocation_table(rows: Sequence[Row]) -> Table:
     return table
 
 
-def allocation_picture(rows: Sequence[Row], path: str | Path) -> None:
-    """Draws who got what: block by kind of linear, darker with more bits, N written in; beside it each block's share of
-    the predicted KL.
+def allocation_picture(rows: Sequence[NodeReport], path: str | Path) -> None:
+    """Draws N of each matrix, blocks by kinds of linears, darker with more bits.
 
-    Raises BadInput where matplotlib is missing, nothing was allocated or the picture cannot be written.
+    Beside it stands the predicted KL of each block. `rows` are as in `allocation_table`. Raises
+    BadInput where matplotlib is missing, nothing was allocated or the picture cannot be written.
     """
-    need_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows, blocks, others, kinds = _sorted(rows)
     bits = [
         [nodes[kind]["bits"] if kind in nodes else float("nan") for kind in kinds]
         for nodes in blocks.values()
     ]
     known = [value for line in bits for value in line if value == value]
-    figure = Figure(figsize=(8, 1.6 + 0.26 * max(4, len(blocks))), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 1.6 + 0.26 * max(4, len(blocks)))
     cells, bars = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
     image = cells.imshow(bits, aspect="auto", cmap="Blues", vmin=0, vmax=1.15 * max(known))
     for y, nodes in enumerate(blocks.values()):
@@ -120,27 +109,26 @@ def allocation_picture(rows: Sequence[Row], path: str | Path) -> None:
     cells.set_xticks(range(len(kinds)), [kind.removesuffix("_proj") for kind in kinds])
     cells.set_yticks(range(len(blocks)), [block.rpartition(".")[2] for block in blocks], fontsize=8)
     cells.set_ylabel("block")
-    figure.colorbar(image, ax=bars, label="bits a weight")
+    figure.colorbar(image, ax=bars, label="bits per weight")
     bars.barh(
         range(len(blocks)), [_kl(nodes.values()) for nodes in blocks.values()], color="#E69F00"
     )
     bars.set_xlabel("predicted KL")
     bars.spines[["top", "right"]].set_visible(False)
     total, weights = sum(row["bytes"] for row in rows), sum(row["weights"] for row in rows)
-    notes = [
-        f"N by matrix; {sizes(total)}, {8 * total / weights:.2f} bits a weight, predicted KL {_kl(rows):.4f}"
-    ]
+    bits_text = f"{8 * total / weights:.2f} bits per weight"
+    notes = [f"N by matrix; {sizes(total)}, {bits_text}, predicted KL {_kl(rows):.4f}"]
     notes += [f"{row['node'].split('.')[-1]} N = {_option(row, plain=True)}" for row in others]
     cells.set_title("; ".join(notes), loc="left", fontsize=9)
     save_figure(figure, path)
 
 
 def _sorted(
-    rows: Sequence[Row],
-) -> tuple[list[Row], dict[str, dict[str, Row]], list[Row], list[str]]:
-    """(rows that were decided on, block -> kind -> row, rows outside blocks, kinds)."""
+    rows: Sequence[NodeReport],
+) -> tuple[list[NodeReport], dict[str, dict[str, NodeReport]], list[NodeReport], list[str]]:
+    """Sorts rows: (those decided on, block -> kind -> row, those outside blocks, kinds)."""
     rows = [row for row in rows if row.get("predicted_kl") is not None]
-    blocks: dict[str, dict[str, Row]] = {}
+    blocks: dict[str, dict[str, NodeReport]] = {}
     others = []
     for row in rows:
         if match := _BLOCK.fullmatch(row["node"]):
@@ -149,7 +137,8 @@ def _sorted(
             others.append(row)
     if not blocks:
         raise BadInput(
-            "nothing was allocated here: no row has a predicted KL; convert with a recipe that has allocate"
+            "nothing was allocated here: no row has a predicted KL; "
+            "convert with a recipe that has the pass allocate"
         )
     kinds = sorted({kind for nodes in blocks.values() for kind in nodes}, key=_place)
     return rows, blocks, others, kinds
@@ -159,8 +148,8 @@ def _place(kind: str) -> tuple[int, str]:
     return (_ORDER.index(kind) if kind in _ORDER else len(_ORDER), kind)
 
 
-def _option(row: Row, plain: bool) -> str:
-    """N, or "dense"; where matrices differ in their scales with "f" for free ones and the group's size: "2", "2f", "2f/64"."""
+def _option(row: NodeReport, plain: bool) -> str:
+    """N or "dense"; unless `plain`, N with "f" for free scales and the group size: "2f/64"."""
     type = ternary_of(parse_type(row["type"]))
     if type is None:
         return "dense"
@@ -171,7 +160,7 @@ def _option(row: Row, plain: bool) -> str:
     )
 
 
-def _figures(rows: Sequence[Row]) -> tuple[str, str, str]:
+def _figures(rows: Sequence[NodeReport]) -> tuple[str, str, str]:
     total, weights = sum(row["bytes"] for row in rows), sum(row["weights"] for row in rows)
     return f"{8 * total / weights:.2f}", sizes(total), f"{_kl(rows):.4f}"
 

@@ -1,4 +1,4 @@
-"""Bits against divergence: which models no other beats, and a picture of all of them."""
+"""Compares models by bits and KL divergence: which of them no other beats, and a picture."""
 
 import itertools
 import math
@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from atd.errors import BadInput
-from atd.reports.plots import need_matplotlib, save_figure
+from atd.reports.plots import new_figure, save_figure
 
-# Okabe and Ito's colours, which stay apart for every kind of colour vision, and a marker each besides.
+# Okabe and Ito's colours, which differ for every kind of colour vision, each with a marker.
 _LOOKS = (
     ("#0072B2", "o"),
     ("#D55E00", "s"),
@@ -27,18 +27,19 @@ _DISTANCES = (5, 8, 13, 20, 30, 42, 58)  # of a label from its point, in typogra
 
 @dataclass(frozen=True)
 class Mark:
-    """A model in the picture: bits a weight, KL(dense || model) in nats, what stands beside it, and what its colour says."""
+    """A model in the picture."""
 
-    bits: float
-    kl: float
-    label: str
-    kind: str = ""
+    bits: float  # per weight
+    kl: float  # KL(dense || model) in nats
+    label: str  # stands beside the mark
+    kind: str = ""  # decides on the colour
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices, by rising bits, of the (bits, KL) that no other beats: none is as good in both and better in one.
+    """Returns the indices of the (bits, KL) on the Pareto front, by rising bits.
 
-    Points that are equal stand or fall together; a KL that is no finite number is never on the front.
+    A point is on it if no other is as good in both figures and better in one. Equal points are on it
+    together; a KL that is no finite number never is.
     """
     finite = [i for i, (bits, kl) in enumerate(points) if math.isfinite(bits) and math.isfinite(kl)]
 
@@ -50,21 +51,26 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
     return sorted((i for i in finite if not beaten(i)), key=lambda i: points[i])
 
 
-def picture(panels: Mapping[str, Sequence[Mark]], path: str | Path, note: str = "") -> None:
-    """Writes `figure(panels, note)` to a file. Raises BadInput as that does, and where the file cannot be written."""
-    save_figure(figure(panels, note), path)
+def pareto_picture(panels: Mapping[str, Sequence[Mark]], path: str | Path, note: str = "") -> None:
+    """Writes `pareto_figure` to a file.
 
-
-def figure(panels: Mapping[str, Sequence[Mark]], note: str = "") -> Any:
-    """KL (log) over bits a weight, a panel for each title: the front as a stair and a label at each point -> Figure.
-
-    `note` stands below and says what the labels mean. A label that finds no free place is left out, those of the front
-    last. Raises BadInput where matplotlib is missing or a panel has no finite KL.
+    Raises BadInput as that does, and where the file cannot be written.
     """
-    need_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    save_figure(pareto_figure(panels, note), path)
 
+
+def pareto_figure(panels: Mapping[str, Sequence[Mark]], note: str = "") -> Any:
+    """Draws KL (logarithmic) over bits per weight, the front as stairs, a label at each point.
+
+    A label that finds no free place is left out; those of the front find theirs first.
+
+    Args:
+      panels: title -> marks.
+      note: stands below, to say what the labels mean.
+
+    Returns a matplotlib Figure. Raises BadInput where matplotlib is missing or a panel has no finite
+    KL.
+    """
     shown = {
         title: [mark for mark in marks if math.isfinite(mark.kl)] for title, marks in panels.items()
     }
@@ -73,8 +79,7 @@ def figure(panels: Mapping[str, Sequence[Mark]], note: str = "") -> Any:
     most = max(map(len, shown.values()))
     kinds = list(dict.fromkeys(mark.kind for marks in shown.values() for mark in marks))
     width, height = min(11, 6.5 + 0.08 * most), min(8, 4.5 + 0.06 * most)
-    drawn = Figure(figsize=(width * len(shown), height), dpi=150, layout="constrained")
-    canvas = FigureCanvasAgg(drawn)
+    drawn = new_figure(width * len(shown), height)
     axes = drawn.subplots(1, len(shown), squeeze=False)[0]
     lines = []
     for axis, (title, marks) in zip(axes, shown.items(), strict=True):
@@ -84,15 +89,15 @@ def figure(panels: Mapping[str, Sequence[Mark]], note: str = "") -> Any:
         axes[-1].legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
     if note:
         drawn.supxlabel(note, fontsize=9, color="#555555", x=0.01, ha="left")
-    canvas.draw()  # places are final from here on, so that labels can be put between them
+    drawn.canvas.draw()  # places are final from here on, so that labels can be put between them
     drawn.set_layout_engine("none")
     for axis, marks, line in zip(axes, shown.values(), lines, strict=True):
-        _label(axis, canvas.get_renderer(), marks, line, kinds)
+        _label(axis, drawn.canvas.get_renderer(), marks, line, kinds)
     return drawn
 
 
 def _draw(axis: Any, marks: Sequence[Mark], kinds: Sequence[str]) -> list[int]:
-    """Points and the line of the front; returns the front."""
+    """Draws points and the line of the front; returns the front."""
     from matplotlib.ticker import LogFormatter
 
     class Plain(LogFormatter):
@@ -103,10 +108,7 @@ def _draw(axis: Any, marks: Sequence[Mark], kinds: Sequence[str]) -> list[int]:
 
     kl = [max(mark.kl, _LEAST) for mark in marks]
     line = front([(mark.bits, mark.kl) for mark in marks])
-    steps = (
-        [marks[i].bits for i in line],
-        [kl[i] for i in line],
-    )  # what can be had for so many bits: a stair
+    steps = [marks[i].bits for i in line], [kl[i] for i in line]
     axis.plot(*steps, color="#333333", linewidth=1, drawstyle="steps-post", label="front")
     for n, kind in enumerate(kinds):
         colour, marker = _LOOKS[n % len(_LOOKS)]
@@ -126,7 +128,7 @@ def _draw(axis: Any, marks: Sequence[Mark], kinds: Sequence[str]) -> list[int]:
     for set_formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
         set_formatter(Plain())
     axis.margins(0.12)  # room for labels
-    axis.set_xlabel("bits a weight")
+    axis.set_xlabel("bits per weight")
     axis.set_ylabel("KL(dense || converted), nats")
     axis.grid(which="major", color="#DDDDDD", linewidth=0.6)
     axis.set_axisbelow(True)
@@ -137,7 +139,7 @@ def _draw(axis: Any, marks: Sequence[Mark], kinds: Sequence[str]) -> list[int]:
 def _label(
     axis: Any, renderer: Any, marks: Sequence[Mark], line: Sequence[int], kinds: Sequence[str]
 ) -> None:
-    """Puts each label where it covers no point and no other label, near its own point, off the front where it can be."""
+    """Puts each label near its point, where it covers no point, no other label and no line."""
     from matplotlib.path import Path as Outline
     from matplotlib.transforms import Bbox
 
@@ -206,7 +208,7 @@ def _label(
 
 
 def _ink(kind: str, kinds: Sequence[str]) -> Any:
-    """The kind's colour, darkened until it can be read as text; black where there is but one."""
+    """The kind's colour, dark enough to be read as text; black where there is only one kind."""
     from matplotlib.colors import to_rgb
 
     colour = to_rgb(_LOOKS[kinds.index(kind) % len(_LOOKS)][0])

@@ -1,4 +1,4 @@
-"""The picture of a conversion by layer, and what all pictures need of matplotlib."""
+"""Draws a conversion by layer, and holds what all pictures share."""
 
 import math
 import re
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from atd.checkpoint.folder import NodeReport
 from atd.errors import BadInput
 from atd.reports.tables import three_digits
 
@@ -24,12 +25,26 @@ _BLOCK = re.compile(r".*\.(\d+)\..*?([^.]+)")
 
 
 def need_matplotlib() -> None:
-    """Raises BadInput where matplotlib is missing: to be called before the work whose picture is wanted."""
+    """Raises BadInput where matplotlib is missing. To be called before the work whose picture is wanted."""
     try:
         import matplotlib.backends.backend_agg
         import matplotlib.figure  # noqa: F401
     except ImportError:
         raise BadInput("drawing needs matplotlib: pip install 'atd-jax[report]'") from None
+
+
+def new_figure(width: float, height: float) -> Any:
+    """Makes an empty matplotlib Figure of `width` x `height` inches; it needs no display.
+
+    Raises BadInput where matplotlib is missing.
+    """
+    need_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def save_figure(figure: Any, path: str | Path) -> None:
@@ -40,19 +55,22 @@ def save_figure(figure: Any, path: str | Path) -> None:
         raise BadInput(f"{path}: the picture cannot be written: {error}") from None
 
 
-def layers_picture(report: Sequence[dict[str, Any]], path: str | Path) -> None:
-    """Draws bits a weight and relative error (|W' - W| / |W|, Frobenius) by block, apart for each kind of linear.
+def layers_picture(report: Sequence[NodeReport], path: str | Path) -> None:
+    """Draws bits per weight and relative error over the blocks, a line for each kind of linear.
 
-    `report`: rows of report.json, {"node", "type", "bits", "weights", "error"}; an error may be None. What lies outside
-    the blocks (embedding, head) is noted in the title. Raises BadInput where matplotlib is missing, no row belongs to a
-    block or the picture cannot be written.
+    What lies outside the blocks (embedding, head) is noted in the title.
+
+    Args:
+      report: rows of report.json with node, bits, weights, and error = |W' - W| / |W| (Frobenius)
+        or None.
+
+    Raises BadInput where matplotlib is missing, no row belongs to a block or the picture cannot be
+    written.
     """
     need_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    lines: dict[str, list[tuple[int, dict]]] = {}
+    lines: dict[str, list[tuple[int, NodeReport]]] = {}
     outside = []
     for row in report:
         if match := _BLOCK.fullmatch(row["node"]):
@@ -64,15 +82,12 @@ def layers_picture(report: Sequence[dict[str, Any]], path: str | Path) -> None:
             "the report has no rows of blocks (nodes named like model.layers.0.self_attn.q_proj): nothing to draw"
         )
     rows = [row for points in lines.values() for _, row in points]
-    panels = [("bits", "bits a weight")]
+    panels = [("bits", "bits per weight")]
     if any(row["error"] is not None for row in rows):
         panels.append(("error", "relative error"))
 
     blocks = 1 + max(block for points in lines.values() for block, _ in points)
-    figure = Figure(
-        figsize=(min(16, 6 + 0.22 * blocks), 1.2 + 3 * len(panels)), dpi=150, layout="constrained"
-    )
-    FigureCanvasAgg(figure)
+    figure = new_figure(min(16, 6 + 0.22 * blocks), 1.2 + 3 * len(panels))
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     kinds = sorted(
         lines, key=lambda kind: (list(_KINDS).index(kind) if kind in _KINDS else len(_KINDS), kind)
@@ -83,7 +98,8 @@ def layers_picture(report: Sequence[dict[str, Any]], path: str | Path) -> None:
             points = sorted(
                 (block, math.nan if row[key] is None else row[key]) for block, row in lines[kind]
             )
-            # Kinds of equal bits are the rule: they stand side by side. Errors differ, and their course is what counts.
+            # Most kinds have equal bits, so their points stand side by side. Errors differ, and
+            # how they go on from block to block is what counts.
             shift, linestyle = (
                 (0.13 * (i - (len(kinds) - 1) / 2), "none") if key == "bits" else (0, "-")
             )
@@ -113,7 +129,7 @@ def layers_picture(report: Sequence[dict[str, Any]], path: str | Path) -> None:
     axes[-1].set_xlabel("block")
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
-    notes = [f"{len(rows)} linears, {three_digits(weights)} weights, {mean:.2f} bits a weight"]
+    notes = [f"{len(rows)} linears, {three_digits(weights)} weights, {mean:.2f} bits per weight"]
     notes += [f"{row['node'].split('.')[-1]} {row['bits']:.2f} bits" for row in outside]
     axes[0].set_title("; ".join(notes), loc="left", fontsize=10)
     save_figure(figure, path)

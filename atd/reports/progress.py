@@ -1,109 +1,105 @@
-"""Progress bars, on stderr, so that a command's output can be piped."""
+"""Shows progress and messages on stderr, so that the output of a command can be piped.
+
+with shown() as (say, progress):
+    convert(model, out, say=say, progress=progress)
+"""
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.text import Text
 
-from atd.progress import Progress as Now
-from atd.progress import Report, Say
+from atd.progress import Progress, Report, Say
 from atd.reports.tables import three_digits
 
 _QUIET_SECONDS = 30  # between two lines where there is no terminal
 
 
-class _Rate(ProgressColumn):
-    """Units a second, over the last moments: "850 tokens/s" for a task with the field unit="tokens"."""
-
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        unit = task.fields.get("unit", "")
-        return Text(
-            "" if speed is None else f"{three_digits(speed)} {unit}/s".replace(" /", "/"),
-            style="progress.data.speed",
-        )
-
-
-class _Lines(Progress):
-    """Progress where there is no terminal: no bar, but a line every half minute and one at each end, for logs."""
-
-    def __init__(self, console: Console):
-        super().__init__(console=console, disable=True)
-        self._printed = time.monotonic()
-
-    def update(self, task_id, **fields) -> None:
-        super().update(task_id, **fields)
-        self._line(task_id)
-
-    def advance(self, task_id, advance: float = 1) -> None:
-        super().advance(task_id, advance)
-        self._line(task_id)
-
-    def _line(self, task_id) -> None:
-        task = self._tasks[task_id]
-        now = time.monotonic()
-        if task.total is None or (not task.finished and now - self._printed < _QUIET_SECONDS):
-            return
-        if task.finished and task.fields.get("ended"):
-            return
-        task.fields["ended"] = task.finished
-        self._printed = now
-        self.console.print(
-            f"{task.description}: {task.percentage:.0f} %, {task.elapsed or 0:.0f} s",
-            markup=False,
-            highlight=False,
-        )
-
-
 @contextmanager
-def progress_bar(console: Console | None = None) -> Iterator[Progress]:
-    """The one look of progress in all commands: description, bar, percentage, rate, time left; on stderr by default.
+def shown(console: Console | None = None) -> Iterator[tuple[Say, Report]]:
+    """Yields `(say, progress)`: one prints a line, the other shows how far each task is.
 
-    `bar.add_task("evaluating", total=n, unit="tokens")`, then `bar.update(task, completed=k)`. The bar vanishes at the
-    end. Where there is no terminal there is no bar, but a line every 30 seconds, and one at the end of a task.
+    On a terminal every running task has a bar with its percentage, rate and time left; a task that
+    is done disappears. Elsewhere, as in a log, a line is printed every 30 seconds and at the end of
+    each task.
+
+    Args:
+      console: where to print; stderr by default.
     """
     console = console or Console(stderr=True)
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
     if not console.is_terminal:
-        with _Lines(console) as bar:
-            yield bar
+        yield say, _Lines(say)
         return
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f} %"),
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.TextColumn("{task.percentage:>3.0f} %"),
         _Rate(),
-        TimeRemainingColumn(compact=True),
+        bars.TimeRemainingColumn(compact=True),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
-        yield bar
+    with bars.Progress(*columns, console=console, transient=True) as display:
+        yield say, _Bars(display)
 
 
-@contextmanager
-def conversion_progress(
-    console: Console | None = None,
-) -> Iterator[tuple[Say, Report]]:
-    """Shows progress as bars, one for each task, and lines above them: yields (say, progress)."""
-    with progress_bar(console) as bar:
-        tasks: dict[str, TaskID] = {}
+class _Rate(bars.ProgressColumn):
+    """Units per second over the last moments: "850 tokens/s"."""
 
-        def say(line: str) -> None:
-            bar.console.print(line, markup=False, highlight=False)
+    def render(self, task: bars.Task) -> Text:
+        speed, unit = task.finished_speed or task.speed, task.fields["unit"]
+        text = "" if speed is None else f"{three_digits(speed)} {unit}/s"
+        return Text(text, style="progress.data.speed")
 
-        def progress(now: Now) -> None:
-            if now.task not in tasks:
-                tasks[now.task] = bar.add_task(now.task, total=now.total, unit=now.unit)
+
+class _Bars:
+    """One bar for each task that runs."""
+
+    def __init__(self, display: bars.Progress):
+        self._display = display
+        self._running: dict[str, bars.Task] = {}
+
+    def __call__(self, now: Progress) -> None:
+        if now.ended:
+            if task := self._running.pop(now.task, None):
+                self._display.remove_task(task.id)
+            return
+        if now.task not in self._running:
+            self._display.add_task(now.task, total=now.total, unit=now.unit)
+            self._running[now.task] = self._display.tasks[-1]
+        task = self._running[now.task]
+        if now.done < task.completed:  # it was cut off, and begins again
+            self._display.reset(task.id)
+        title = f"{now.task} {now.at}".rstrip()
+        self._display.update(task.id, completed=now.done, total=now.total, description=title)
+
+
+class _Lines:
+    """A line every half minute, and one at the end of each task."""
+
+    def __init__(self, say: Say):
+        self._say = say
+        self._printed = time.monotonic()
+        self._began: dict[str, float] = {}  # the running tasks
+        self._ended: set[str] = set()
+
+    def __call__(self, now: Progress) -> None:
+        clock = time.monotonic()
+        if now.ended and now.task in self._ended:
+            return
+        began = self._began.setdefault(now.task, clock)
+        if now.total is not None and (now.ended or clock - self._printed >= _QUIET_SECONDS):
+            self._printed = clock
             title = f"{now.task} {now.at}".rstrip()
-            bar.update(tasks[now.task], completed=now.done, total=now.total, description=title)
-
-        yield say, progress
+            percentage = 100 * now.done / now.total if now.total else 100
+            self._say(f"{title}: {percentage:.0f} %, {clock - began:.0f} s")
+        if now.ended:
+            self._ended.add(now.task)
+            del self._began[now.task]
+        else:
+            self._ended.discard(now.task)

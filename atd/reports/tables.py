@@ -1,10 +1,8 @@
-"""Tables for people: models side by side, a graph by layer.
-
-Tables go to `console` (stdout); progress goes to stderr, so that a command's output can be piped.
-"""
+"""Tables for people: models side by side, a graph by layer. They are printed on `console`, stdout."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -19,12 +17,12 @@ console = Console()
 
 
 def sizes(n: float) -> str:
-    """Bytes for people, three digits, decimal units: 98_362_432 -> "98.4 MB"."""
+    """Writes bytes with three digits and decimal units: 98_362_432 -> "98.4 MB"."""
     return f"{three_digits(n, ' ')}B"
 
 
 def three_digits(n: float, space: str = "") -> str:
-    """98_362_432 -> "98.4M", with `space` in front of the prefix."""
+    """Writes a number with three digits and `space` before its prefix: 98_362_432 -> "98.4M"."""
     prefixes = ["", "k", "M", "G", "T"]
     while n >= 999.5 and len(prefixes) > 1:
         n /= 1000
@@ -33,19 +31,24 @@ def three_digits(n: float, space: str = "") -> str:
     return f"{n:.{digits}f}{space}{prefixes[0]}"
 
 
-Row = tuple[
-    str, float, int, Evaluation, float | None
-]  # name, bits a weight, bytes, figures, tokens/s of generation
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """A line of `evaluation_table`."""
+
+    name: str
+    bits_per_weight: float
+    nbytes: int
+    evaluation: Evaluation
+    tokens_per_second: float | None = None  # of generation; None: not measured
 
 
-def evaluation_table(rows: Iterable[Row]) -> Table:
-    """Models side by side: bits a weight (over all bytes of the linears), size, perplexity, distance from dense, speed.
+def evaluation_table(models: Sequence[EvaluatedModel]) -> Table:
+    """Shows models side by side: bits per weight, size, perplexity, distance from dense, speed.
 
-    Figures that a model has none of (its distance from itself, a speed that nobody measured) are a dash.
+    A figure that a model does not have, such as its distance from itself, is a dash. The table fits
+    80 columns; long names are folded.
     """
-    rows = list(rows)
-    conditions = {row[3].conditions() for row in rows}
-    # Fits 80 columns, long model names folded.
+    conditions = {model.evaluation.conditions() for model in models}
     table = Table(
         box=SIMPLE_HEAD,
         show_edge=False,
@@ -53,9 +56,9 @@ def evaluation_table(rows: Iterable[Row]) -> Table:
         caption=conditions.pop() if len(conditions) == 1 else None,
     )
     table.add_column("model", overflow="fold")
-    timed = any(rate is not None for *_, rate in rows)
+    timed = any(model.tokens_per_second is not None for model in models)
     titles = (
-        "bits a\nweight",
+        "bits/\nweight",
         "size",
         "perplexity",
         "KL\nmean",
@@ -66,14 +69,16 @@ def evaluation_table(rows: Iterable[Row]) -> Table:
     )
     for title in titles if timed else titles[:-1]:
         table.add_column(title, justify="right", no_wrap=True)
-    for name, bits, size, result, rate in rows:
-        kl = (_or_dash(value, ".4f") for value in (result.kl_mean, result.kl_median, result.kl_99))
-        top1, speed = (
-            _or_dash(result.top1_agreement, ".1%"),
-            [_or_dash(rate, ".1f")] if timed else [],
-        )
+    for model in models:
+        result = model.evaluation
         table.add_row(
-            str(name), f"{bits:.2f}", sizes(size), f"{result.perplexity:.3f}", *kl, top1, *speed
+            model.name,
+            f"{model.bits_per_weight:.2f}",
+            sizes(model.nbytes),
+            f"{result.perplexity:.3f}",
+            *(_or_dash(kl, ".4f") for kl in (result.kl_mean, result.kl_median, result.kl_99)),
+            _or_dash(result.top1_agreement, ".1%"),
+            *([_or_dash(model.tokens_per_second, ".1f")] if timed else []),
         )
     return table
 
@@ -83,7 +88,10 @@ def _or_dash(value: float | None, form: str) -> str:
 
 
 def graph_table(graph: Graph, nodes: bool = False) -> Table:
-    """Type, bits and size by unit (`nodes`: by weight), from types alone; the last row is the whole model."""
+    """Shows type, bits and size of each unit (`nodes`: of each weight), and of the whole model last.
+
+    It needs the types alone and reads no weight.
+    """
     table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for title in ("layer", "type"):
         table.add_column(title, overflow="fold")
@@ -121,7 +129,7 @@ def _unit_name(graph: Graph, unit: Block) -> str:
 
 
 def _summary(types: Sequence[WeightType]) -> str:
-    """The matrices' types without shapes, most frequent first: "6 x packed n=2 g=128 ... f16, 1 x dense bf16"."""
+    """The types of the matrices without shapes, frequent ones first: "6 x packed n=2, 1 x dense"."""
     kinds: dict[str, int] = {}
     for type in types:
         if len(type.shape) > 1 or all(len(t.shape) == 1 for t in types):
@@ -130,15 +138,3 @@ def _summary(types: Sequence[WeightType]) -> str:
     return ", ".join(
         f"{count} x {text}" for text, count in sorted(kinds.items(), key=lambda item: -item[1])
     )
-
-
-def graph_size(graph: Graph) -> tuple[float, int]:
-    """(bits a weight over the linears of the blocks, bytes of the whole model)."""
-    linears = [
-        node.weights["weight"].type
-        for block in graph.blocks
-        for node in block.nodes
-        if node.op == "linear" and "weight" in node.weights
-    ]
-    bits = 8 * sum(t.nbytes for t in linears) / sum(math.prod(t.shape) for t in linears)
-    return bits, sum(ref.type.nbytes for _, ref in graph.weights())

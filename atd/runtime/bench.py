@@ -1,4 +1,4 @@
-"""How fast whole models are: time to first token, tokens/s, memory. `measure` does it, `table` shows it.
+"""Measures how fast whole models are: time to first token, tokens/s, memory.
 
     first token   reading a prompt and taking the likeliest token after it, compiled before
     decode        one sequence, greedy, as `atd.generate` does it: the host takes a token while the device makes the next.
@@ -23,6 +23,7 @@ import numpy as np
 from atd.errors import BadInput
 from atd.kernels.tuning.timing import columns
 from atd.models.model import Cache, Model
+from atd.progress import Progress, Report, unheard
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def measure(
     steps: int,
     repeats: int,
     one_jit: bool,
-    say: Callable[[str], None] = lambda line: None,
+    progress: Report = unheard,
 ) -> list[Speed]:
     """In the order of the loaders. Give the smallest model first: each one's peak is seen only above the peaks before it.
 
@@ -62,7 +63,7 @@ def measure(
     first: dict[str, float] = {}
     tokens = np.zeros((1, prompt), np.int32)
     for name, load in loaders.items():
-        say(f"loading {name}")
+        progress(Progress("compiling", len(models), len(loaders), "models", name))
         before = _memory()
         models[name] = load()
         _check_context(name, models[name], prompt + (2 if one_jit else 1) * steps)
@@ -70,23 +71,23 @@ def measure(
         _samples(models[name], tokens, steps, one_jit)
         first[name] = time.perf_counter() - started
         peaks[name] = _peak_since(before)
-        say(f"{name}: compiled and run in {first[name]:.0f} s")
+    progress(Progress("compiling", len(loaders), len(loaders), "models"))
     random = np.random.default_rng(0)
     samples: dict[str, list[tuple]] = {name: [] for name in models}
     for repeat in range(repeats):
-        say(f"repeat {repeat + 1} of {repeats}")
         tokens = random.integers(
             0, min(model.vocabulary for model in models.values()), (1, prompt)
         ).astype(np.int32)
         for name, model in models.items():
             samples[name].append(_samples(model, tokens, steps, one_jit))
+        progress(Progress("measuring", repeat + 1, repeats, "repeats"))
     return [
         _speed(name, models[name], peaks[name], first[name], samples[name], prompt, steps)
         for name in models
     ]
 
 
-def table(rows: Sequence[Speed], against: str | None = None) -> str:
+def speed_table(rows: Sequence[Speed], against: str | None = None) -> str:
     """Side by side; `against` names the row to which the others are compared."""
     base = next((row for row in rows if row.model == against), None)
 

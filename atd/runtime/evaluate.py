@@ -22,7 +22,6 @@ the head and the log-softmax run over chunks of `positions` of them, for both mo
 
 import dataclasses
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -32,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from atd.errors import BadInput
+from atd.progress import Progress, Report, unheard
 
 CONVENTIONS = ("standard", "llama.cpp")
 
@@ -91,7 +91,7 @@ def evaluate(
     batch: int = 8,
     positions: int = 256,
     convention: str = "standard",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Report = unheard,
 ) -> Evaluation:
     """Evaluates `model` on the ids of one text, and with `against` (the dense model) the distance between the two.
 
@@ -101,7 +101,7 @@ def evaluate(
       bos_id: puts BOS in front of each window; None: no BOS.
       batch: windows that run together. The last batch is padded, so that nothing compiles twice.
       positions: positions whose logits exist at a time.
-      progress: called with (tokens done, tokens in all) after each batch.
+      progress: hears of the tokens done after each batch.
 
     Raises BadInput for a text that is shorter than a window, ids outside the vocabulary, models of different
     vocabularies, and a context under 2 or beyond the positions that the model was made for: past them the figures would
@@ -126,8 +126,8 @@ def evaluate(
         )
         batches.append([np.asarray(score)[: len(part)].ravel() for score in scores])
         laps.append(time.perf_counter())
-        if progress:
-            progress((start + len(part)) * context, windows.size)
+        done = (start + len(part)) * context
+        progress(Progress("evaluating", done, windows.size, "tokens"))
 
     nll, *compared = (
         np.concatenate(column).astype(np.float64) for column in zip(*batches, strict=True)

@@ -10,6 +10,7 @@ import numpy as np
 
 from atd.errors import BadInput
 from atd.models.model import Model, bucket
+from atd.progress import Progress, Report, unheard
 
 
 def generate(
@@ -23,6 +24,7 @@ def generate(
     seed: int = 0,
     stop_tokens: Collection[int] = (),
     on_token: Callable[[int], None] | None = None,
+    progress: Report = unheard,
 ) -> list[int]:
     """The tokens that the model puts after a prompt, a stop token included when one ends it.
 
@@ -33,6 +35,7 @@ def generate(
 
     Args:
       on_token: called with each token as it is made.
+      progress: hears of the tokens made.
 
     Raises BadInput: an empty prompt, one that fills the model's context or holds ids outside its vocabulary,
     options out of range.
@@ -59,6 +62,7 @@ def generate(
         tokens.append(int(token[0]))
         if on_token:
             on_token(tokens[-1])
+        progress(Progress("generating", len(tokens), length - len(prompt_tokens), "tokens"))
         if tokens[-1] in stop_tokens:
             break
     return tokens

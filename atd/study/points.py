@@ -1,34 +1,37 @@
-"""The points of a study: the Cartesian product of recipes and values of options."""
+"""Builds the grid of a study: the Cartesian product of recipes and values of options."""
 
 import hashlib
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from atd.errors import BadInput, nearest
 from atd.pipeline.recipe import Recipe, read_recipe, with_overrides
+from atd.progress import Say
 from atd.study.results import short_options
 
-_VALUE = r"""(?:'[^']*'|"[^"]*"|\[[^]]*\]|[^,'"\[])+"""  # commas within quotes and brackets are the value's own
+# Commas within quotes and brackets belong to the value.
+_VALUE = r"""(?:'[^']*'|"[^"]*"|\[[^]]*\]|[^,'"\[])+"""
 
 
 @dataclass(frozen=True)
 class Point:
-    """A recipe with values put in. `values`: the varied pass.option -> value as text; `recipe` holds them."""
+    """A point of the grid: a recipe with values put in."""
 
-    name: str
-    values: dict[str, str]
-    recipe: Recipe
+    name: str  # of the recipe
+    values: dict[str, str]  # the varied pass.option -> its value
+    recipe: Recipe  # with these values
 
     @property
     def digest(self) -> str:
-        """sha256 of the resolved recipe without its description: equal digests, equal weights."""
+        """sha256 of the resolved recipe without its description: equal digests mean equal weights."""
         return digest_of(replace(self.recipe, description="").to_toml())
 
     @property
     def label(self) -> str:
+        """What people call it: "datafree2 bases=3 group=64"."""
         return " ".join(
             [
                 self.name,
@@ -38,19 +41,24 @@ class Point:
 
     @property
     def calibrated(self) -> bool:
+        """Whether one of its passes reads calibration text."""
         return self.recipe.pipeline.calibrated
 
 
-def points(
-    recipes: Sequence[str], vary: Sequence[str] = (), say: Callable[[str], None] = print
-) -> list[Point]:
-    """Every recipe with every combination of values; `vary`: "pass.option=value,value,...".
+def grid(recipes: Sequence[str], vary: Sequence[str] = (), say: Say = print) -> list[Point]:
+    """Combines every recipe with every combination of values.
 
-    Points that resolve to one recipe are merged into the first, which `say` hears of. Raises BadInput for no recipe, a
-    `vary` of another form or given twice, a pass that a recipe does not have, and options and values that do not exist.
+    Points that resolve to the same recipe are merged into the first, which `say` hears of.
+
+    Args:
+      recipes: names, or paths of .toml files.
+      vary: the values of options, each "pass.option=value,value,...".
+
+    Raises BadInput for no recipe, a `vary` of another form or given twice, a pass that a recipe does
+    not have, and options and values that do not exist.
     """
     if not recipes:
-        raise BadInput("a sweep needs at least one recipe: --recipe adaptive --recipe datafree2")
+        raise BadInput("a study needs at least one recipe: --recipe adaptive --recipe datafree2")
     axes = dict(map(_axis, vary))
     if len(axes) < len(vary):
         raise BadInput(
@@ -67,7 +75,8 @@ def points(
         for option in axes:
             if (wanted := option.partition(".")[0]) not in passes:
                 raise BadInput(
-                    f"--vary {option}: recipe {name} has no pass {wanted!r}{nearest(wanted, passes)}"
+                    f"--vary {option}: recipe {name} has no pass {wanted!r}"
+                    f"{nearest(wanted, passes)}"
                 )
         for values in itertools.product(*axes.values()):
             chosen = dict(zip(axes, values, strict=True))
@@ -84,6 +93,7 @@ def points(
 
 
 def _axis(text: str) -> tuple[str, list[str]]:
+    """Splits "pass.option=value,value" into the option and its values."""
     option, equals, values = text.partition("=")
     option = option.strip()
     if not (
@@ -92,7 +102,8 @@ def _axis(text: str) -> tuple[str, list[str]]:
         and re.fullmatch(f"{_VALUE}(?:,{_VALUE})*", values)
     ):
         raise BadInput(
-            f"--vary {text!r} is not of the form pass.option=value,value, e.g. decompose.bases=1,2,3"
+            f"--vary {text!r} is not of the form pass.option=value,value, "
+            "e.g. decompose.bases=1,2,3"
         )
     found = [value.strip() for value in re.findall(_VALUE, values)]
     if not all(found):
@@ -101,7 +112,7 @@ def _axis(text: str) -> tuple[str, list[str]]:
 
 
 def value_in(recipe: Recipe, option: str) -> str:
-    """What pass.option is in a recipe, as text; "" where the recipe has no such pass."""
+    """Returns what pass.option is in a recipe, as text; "" where the recipe has no such pass."""
     name, _, key = option.partition(".")
     found = [step.options().get(key) for step in recipe.pipeline.passes if step.name == name]
     if not found or found[0] is None:
@@ -114,4 +125,5 @@ def _assignments(values: dict[str, str]) -> str:
 
 
 def digest_of(*parts: str) -> str:
+    """Returns a sha256 of texts; where one ends and the next begins counts."""
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()

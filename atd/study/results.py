@@ -1,7 +1,8 @@
-"""The rows of a sweep (`atd.study`): their file results.csv, their table, their picture.
+"""Keeps what a study found: the file results.csv, a table, a picture.
 
-A row maps columns to texts. Columns of an evaluation text are "figure:text" (kl_mean:wikitext2_raw_test), those of a
-varied option "pass.option" (decompose.bases), all others single words.
+A row maps columns to texts. The columns of an evaluation text are called "figure:text", such as
+kl_mean:wikitext2_raw_test, those of a varied option "pass.option", such as decompose.bases, and all
+others are single words.
 """
 
 import csv
@@ -21,11 +22,11 @@ from atd.reports.tables import sizes
 RESULTS = "results.csv"
 PICTURE = "pareto.png"
 
-Row = dict[str, str]
+StudyRow = dict[str, str]
 
 
-def read_results(path: Path) -> list[Row]:
-    """The rows of a sweep's results.csv. Raises BadInput where it is none."""
+def read_results(path: Path) -> list[StudyRow]:
+    """Reads the rows of a study's results.csv. Raises BadInput where it is none."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
@@ -37,19 +38,20 @@ def read_results(path: Path) -> list[Row]:
         raise BadInput(f"{path}: cannot be read: {error}") from None
     if missing := {"key", "setting", "recipe", "error", "folder"} - columns:
         raise BadInput(
-            f"{path}: not a table of atd sweep: it has no column {min(missing)}; choose another folder"
+            f"{path}: not the results of a study: it has no column {min(missing)}; "
+            "choose another folder"
         )
     return rows
 
 
-def write_results(path: Path, rows: Sequence[Row]) -> None:
-    """Writes all rows anew, whole or not at all and fsynced: a new column finds its place, a row is never half there."""
+def write_results(path: Path, rows: Sequence[StudyRow]) -> None:
+    """Writes all rows, whole or not at all, with their columns in a fixed order."""
     given = dict.fromkeys(
         ["recipe", "error", "folder", *(column for row in rows for column in row)]
     )
     groups = {"recipe": 0, "error": 5, "folder": 6, "key": 8, "setting": 8}
 
-    def group(column: str) -> int:  # what was done, what came out, what it was done with
+    def place(column: str) -> int:  # what was done, what came out, what it was done with
         results = (
             column in ("bits_per_weight", "bytes", "convert_seconds", "evaluate_seconds")
             or ":" in column
@@ -57,15 +59,15 @@ def write_results(path: Path, rows: Sequence[Row]) -> None:
         return groups.get(column, 1 if is_option(column) else 3 if results else 7)
 
     text = io.StringIO(newline="")
-    columns = sorted([*given, *({"key", "setting"} - set(given))], key=lambda column: group(column))
+    columns = sorted([*given, *({"key", "setting"} - set(given))], key=place)
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_file(path, text.getvalue())
 
 
-def number(row: Row, column: str) -> float:
-    """A figure of a row; NaN where it has none."""
+def number(row: StudyRow, column: str) -> float:
+    """Returns a figure of a row; NaN where it has none."""
     try:
         return float(row.get(column, ""))
     except ValueError:
@@ -73,7 +75,7 @@ def number(row: Row, column: str) -> float:
 
 
 def short_options(options: Iterable[str]) -> dict[str, str]:
-    """Each pass.option -> its option alone, or whole where two passes have one of that name."""
+    """Maps pass.option to a short name: the option alone, unless two passes have one so called."""
     options = list(options)
     last = [option.partition(".")[2] for option in options]
     return {
@@ -82,18 +84,19 @@ def short_options(options: Iterable[str]) -> dict[str, str]:
 
 
 def is_option(column: str) -> bool:
-    """The column is a varied pass.option."""
+    """Whether the column is a varied pass.option."""
     return "." in column and ":" not in column
 
 
-def _options(rows: Sequence[Row]) -> list[str]:
-    """The options that any of the rows varies."""
+def _options(rows: Sequence[StudyRow]) -> list[str]:
+    """The options that are varied."""
     return list(
         dict.fromkeys(c for row in rows for c, value in row.items() if is_option(c) and value)
     )
 
 
-def _texts(rows: Sequence[Row]) -> list[str]:
+def _texts(rows: Sequence[StudyRow]) -> list[str]:
+    """The names of the evaluation texts."""
     names = (
         c.partition(":")[2]
         for row in rows
@@ -103,8 +106,8 @@ def _texts(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _front(rows: Sequence[Row], text: str) -> set[int]:
-    """Of the rows that no other beats in bits and mean KL on this text: their indices."""
+def _front(rows: Sequence[StudyRow], text: str) -> set[int]:
+    """The indices of the rows that no other beats in bits and mean KL on this text."""
     return set(
         pareto.front(
             [(number(row, "bits_per_weight"), number(row, f"kl_mean:{text}")) for row in rows]
@@ -112,13 +115,14 @@ def _front(rows: Sequence[Row], text: str) -> set[int]:
     )
 
 
-def table(rows: Sequence[Row]) -> Table:
-    """Finished rows of one setting by bits, for people; "●" stands behind the mean KL of those that no other beats.
+def study_table(rows: Sequence[StudyRow]) -> Table:
+    """Shows finished rows of one setting by rising bits, with a "●" for those on the Pareto front.
 
-    With several texts it holds perplexity and mean KL on each; results.csv has the rest.
+    With one text it has all figures, with several perplexity and mean KL on each; results.csv has the
+    rest. With two short options it fits 80 columns.
     """
     rows = sorted(rows, key=lambda row: (number(row, "bits_per_weight"), row["folder"]))
-    options, texts = _options(rows), _texts(rows)  # (widths: 80 columns hold two short options)
+    options, texts = _options(rows), _texts(rows)
     lines = [_conditions(row, text) for text in texts for row in rows[:1]]
     lines = [f"({n}) {line}" if len(lines) > 1 else line for n, line in enumerate(lines, 1)]
     result = Table(
@@ -135,7 +139,7 @@ def table(rows: Sequence[Row]) -> Table:
     if calibrated:
         result.add_column("calib", justify="right", overflow="fold")
     single = len(texts) == 1
-    titles = ["bits a\nweight", *(["size"] if single else [])]
+    titles = ["bits/\nweight", *(["size"] if single else [])]
     for n in range(1, len(texts) + 1):
         on = "" if single else f"\n({n})"
         titles += [
@@ -167,26 +171,29 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 def _room(cells: Iterable[str]) -> int:
-    """A width that keeps short words whole and lets long ones fold."""
+    """The width that keeps short words whole and lets long ones fold."""
     return min(12, max(map(len, cells), default=0))
 
 
-def _conditions(row: Row, text: str) -> str:
-    """What must be said beside the figures on a text."""
+def _conditions(row: StudyRow, text: str) -> str:
+    """The conditions under which the figures on a text hold."""
     windows, positions = number(row, f"windows:{text}"), number(row, f"positions:{text}")
     dense = number(row, f"dense_perplexity:{text}")
     return (
-        f"{row['model']} on {text}: dense perplexity {dense:.3f}; {windows:.0f} windows of {row['context']} tokens, "
-        f"no BOS, {positions:,.0f} positions scored"
+        f"{row['model']} on {text}: dense perplexity {dense:.3f}; {windows:.0f} windows of "
+        f"{row['context']} tokens, no BOS, {positions:,.0f} positions scored"
     )
 
 
-def picture(rows: Sequence[Row], path: Path) -> None:
-    """Draws mean KL over bits a weight, a panel for each text. Raises BadInput as `atd.reports.pareto.picture` does."""
+def study_picture(rows: Sequence[StudyRow], path: Path) -> None:
+    """Draws mean KL over bits per weight, a panel for each text.
+
+    Raises BadInput as `atd.reports.pareto.pareto_picture` does.
+    """
     options = _options(rows)
     calibrations = {row["calib_sha256"] for row in rows if row.get("calib_sha256")}
 
-    def name(row: Row) -> str:
+    def name(row: StudyRow) -> str:
         calib = Path(row.get("calib", "")).stem
         return f"{row['recipe']} on {calib}" if calib and len(calibrations) > 1 else row["recipe"]
 
@@ -203,4 +210,4 @@ def picture(rows: Sequence[Row], path: Path) -> None:
             for row in rows
         ]
     note = f"labels: {', '.join(short_options(options).values())}" if options else ""
-    pareto.picture(panels, path, note)
+    pareto.pareto_picture(panels, path, note)

@@ -11,7 +11,7 @@ from typing import get_type_hints
 
 import pytest
 
-from atd.cli import convert, run
+from atd.cli import convert, run, study
 from atd.reports.tables import console
 
 ROOT = Path(__file__).parents[2]
@@ -19,7 +19,7 @@ COMMANDS = [
     "demo",
     "convert",
     "eval",
-    "sweep",
+    "study",
     "generate",
     "bench",
     "inspect",
@@ -71,7 +71,7 @@ def test_every_option_has_a_help_text(atd, command):
     assert code == 0
     assert "usage: atd" in out
     name = "evaluate" if command == "eval" else command
-    function = getattr(convert, name, None) or getattr(run, name)
+    function = next(getattr(m, name) for m in (convert, run, study) if hasattr(m, name))
     for option, hint in get_type_hints(function, include_extras=True).items():
         own = any(getattr(mark, "help", None) for mark in getattr(hint, "__metadata__", ()))
         documented = own or re.search(rf"^ +{option}: \S", function.__doc__, re.MULTILINE)
@@ -213,11 +213,12 @@ def test_an_allocation_is_shown_and_drawn(atd, stories260k, text, tmp_path, monk
     assert code == 0, err
     assert (tmp_path / "who.png").read_bytes().startswith(b"\x89PNG")
     refused(
-        atd("inspect", stories260k, "--plot", tmp_path / "who.png"), "not a folder that atd made"
+        atd("inspect", stories260k, "--plot", tmp_path / "who.png"),
+        "not a checkpoint that atd made",
     )
 
 
-def test_the_historic_name_is_the_converter(stories260k, tmp_path):
+def test_convert_adaptive_is_the_converter(stories260k, tmp_path):
     command = [
         sys.executable,
         "-m",

@@ -343,7 +343,7 @@ def test_weights_are_read_one_at_a_time():
 
         return replace(node, weights={slot: reader(ref) for slot, ref in node.weights.items()})
 
-    load(mapped(tiny_graph(), reading), progress=lambda done, total: counts.append((done, total)))
+    load(mapped(tiny_graph(), reading), progress=lambda now: counts.append((now.done, now.total)))
     assert len(alive) == 21
     assert counts == [(i + 1, 21) for i in range(21)]
 

@@ -18,7 +18,7 @@ from atd.passes.allocate import Allocate
 from atd.passes.decompose import Decompose
 from atd.pipeline import Context, Pipeline, Rule, make_pass, parse_pass
 from atd.reports.allocation import allocation_picture, allocation_rows, allocation_table
-from atd.reports.tables import graph_size
+from atd.runtime.compare import graph_size
 from atd.weights import PackedType
 from tests.models.tiny import tiny_graph
 

@@ -31,7 +31,7 @@ def test_labels_of_the_picture_do_not_overlap():
         for g in (0, 1, 2)
         for k in (1, 2)
     ]
-    figure = pareto.figure(
+    figure = pareto.pareto_figure(
         {"a": [*marks, pareto.Mark(1.0, float("inf"), "lost", "recipe1")], "b": marks[:1]}
     )
     from matplotlib.text import Text
@@ -51,12 +51,12 @@ def test_labels_of_the_picture_do_not_overlap():
 
 def test_pictures_that_cannot_be(tmp_path, monkeypatch):
     mark = pareto.Mark(3.0, 0.0, "exact")  # a KL of 0 has a place on the log axis
-    pareto.picture({"a": [mark]}, tmp_path / "p.png")
+    pareto.pareto_picture({"a": [mark]}, tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(BadInput, match="cannot be written"):
-        pareto.picture({"a": [mark]}, tmp_path / "p.nonsense")
+        pareto.pareto_picture({"a": [mark]}, tmp_path / "p.nonsense")
     with pytest.raises(BadInput, match="nothing to draw"):
-        pareto.picture({"a": [pareto.Mark(3.0, float("nan"), "lost")]}, tmp_path / "q.png")
+        pareto.pareto_picture({"a": [pareto.Mark(3.0, float("nan"), "lost")]}, tmp_path / "q.png")
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
     with pytest.raises(BadInput, match=r"pip install 'atd-jax\[report\]'"):
-        pareto.need_matplotlib()
+        pareto.pareto_picture({"a": [mark]}, tmp_path / "q.png")

@@ -12,6 +12,7 @@ from atd.errors import BadInput
 from atd.kernels.triton import backend as triton
 from atd.models.model import load
 from atd.models.random_model import SHAPES, random_graph
+from atd.progress import Progress
 from atd.runtime import bench
 from tests.models.tiny import tiny_graph
 
@@ -33,18 +34,19 @@ def test_one_jit_decodes_what_steps_decode(model):
 
 
 def test_a_model_is_measured(model):
-    lines = []
+    heard = []
     (row,) = bench.measure(
-        {"m": lambda: model}, prompt=4, steps=3, repeats=2, one_jit=False, say=lines.append
+        {"m": lambda: model}, prompt=4, steps=3, repeats=2, one_jit=False, progress=heard.append
     )
     assert row.weights_bytes == model.weights_nbytes
     assert row.decode_tokens_per_second == pytest.approx(1 / row.decode_seconds)
     assert row.prefill_tokens_per_second == pytest.approx(4 / row.first_token_seconds)
     assert row.host_seconds <= row.decode_seconds
     assert row.one_jit_tokens_per_second is None
-    assert lines[0] == "loading m"
+    assert heard[0] == Progress("compiling", 0, 1, "models", "m")
+    assert [now.done for now in heard if now.task == "measuring"] == [1, 2]
     twice = replace(row, model="twice", decode_tokens_per_second=2 * row.decode_tokens_per_second)
-    table = bench.table([row, twice], "m")
+    table = bench.speed_table([row, twice], "m")
     assert table.splitlines()[-1].startswith("twice")
     assert " 2.00 " in table.splitlines()[-1]
 

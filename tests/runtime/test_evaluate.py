@@ -177,7 +177,7 @@ def test_the_last_batch_compiles_nothing_anew_and_progress_reaches_the_end():
         TOKENS,
         context=16,
         batch=4,
-        progress=lambda done, total: seen.append((done, total)),
+        progress=lambda now: seen.append((now.done, now.total)),
     )
     assert shapes == [(4, 16)] * 3
     assert len(traces) == 1

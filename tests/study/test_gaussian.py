@@ -5,10 +5,9 @@ import sys
 
 import pytest
 from rich.console import Console
-from rich.progress import Progress
 
 from atd.errors import BadInput
-from atd.study.gaussian import METHODS, bar_progress, gaussian, plot, table
+from atd.study.gaussian import METHODS, gaussian, gaussian_picture, gaussian_table
 
 
 @pytest.fixture(scope="module")
@@ -40,16 +39,13 @@ def test_the_seed_decides(rows):
 
 def test_progress():
     heard = []
-    gaussian(size=320, bases=(2,), progress=lambda done, total: heard.append((done, total)))
+    gaussian(size=320, bases=(2,), progress=lambda now: heard.append((now.done, now.total)))
     assert heard == [(i, len(METHODS)) for i in range(len(METHODS) + 1)]
-    with Progress(console=Console(quiet=True)) as bar:
-        bar_progress(bar)(3, 4)
-        assert (bar.tasks[0].completed, bar.tasks[0].total) == (3, 4)
 
 
 def test_table(rows):
     text = io.StringIO()
-    Console(width=100, file=text).print(table(rows))
+    Console(width=100, file=text).print(gaussian_table(rows))
     for row in rows:
         line = next(line for line in text.getvalue().splitlines() if f"{row.rmse:.4f}" in line)
         assert row.method in line
@@ -57,20 +53,20 @@ def test_table(rows):
 
 
 def test_picture(rows, tmp_path):
-    plot(rows, tmp_path / "picture.png")
+    gaussian_picture(rows, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_picture_that_cannot_be_written(rows, tmp_path):
     for path in (tmp_path / "absent" / "picture.png", tmp_path / "picture.nonsense"):
-        with pytest.raises(BadInput, match=f"cannot write the picture {path}"):
-            plot(rows, path)
+        with pytest.raises(BadInput, match=f"{path}: the picture cannot be written"):
+            gaussian_picture(rows, path)
 
 
 def test_without_matplotlib(rows, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(BadInput, match=r"pip install 'atd-jax\[report\]'"):
-        plot(rows, tmp_path / "picture.png")
+        gaussian_picture(rows, tmp_path / "picture.png")
 
 
 def test_no_matrix():
