@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 # BLAS's threads spin while they wait, and take the cores from XLA's (see atd/cli.py).
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow check gpu-check test-newest clean
+.PHONY: demo test test-slow check docs examples gpu-check test-newest clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and "atd needs Python 3.12 or newer, this is " + sys.version.split()[0] + "; run e.g. make PYTHON=python3.12")'
@@ -36,6 +36,17 @@ test: $(VENV)/.test
 # What takes minutes: conversions that are killed, benchmarks in their --tiny forms, whole models on interpreted kernels.
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 -m slow -k "$(SLOW)"
+
+# The documentation as a site, in site/. Broken links and missing pages are errors.
+docs: $(VENV)/.docs
+	$(BIN)/zensical build --clean --strict
+
+$(VENV)/.docs: $(VENV)/.base
+	$(PIP) -c constraints.txt -e '.[docs]'
+	@touch $@
+
+examples: $(VENV)/.base
+	set -e; for example in examples/*.py; do echo "$$example"; $(BIN)/python $$example; done
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .

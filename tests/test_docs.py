@@ -1,0 +1,149 @@
+"""The documentation says what the code does: options, commands, the stored format, and links between pages."""
+
+import re
+import tomllib
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from atd.models import frontend
+from atd.pipeline import pass_class, registered, toml_value
+from atd.pipeline.convert import convert
+from atd.pipeline.recipe import Recipe, recipe_names
+from atd.weights.layouts import LAYOUTS
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [*sorted(DOCS.rglob("*.md")), *sorted(ROOT.glob("*.md"))]
+
+
+def sections(page: Path) -> dict[str, str]:
+    """Title -> text of the sections "## title" of a page."""
+    _, *parts = re.split(r"^## ", page.read_text(), flags=re.MULTILINE)
+    return {part.split("\n")[0]: part for part in parts}
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """First cell -> other cells, without backquotes, of the rows of tables that begin with code."""
+    found = re.findall(r"^\| `([^`]+)`[^|]*\|(.*)\|$", text, flags=re.MULTILINE)
+    return {name: [cell.strip().strip("`") for cell in rest.split(" | ")] for name, rest in found}
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+# --- the stored format ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reader() -> SimpleNamespace:
+    """The Python of docs/reference/format.md, which asserts its own example."""
+    code = re.findall(r"```python\n(.*?)```", (DOCS / "reference/format.md").read_text(), re.DOTALL)
+    names = {}
+    exec("\n".join(code), names)
+    return SimpleNamespace(**names)
+
+
+def test_bytes_of_the_example_are_those_that_pack_writes(reader):
+    integers = np.array([[4, -1, 0, 2, -3, 1], [0, 0, 0, 0, 0, -4]])
+    first = np.round(integers / 3)
+    trits = np.stack([first, integers - 3 * first], axis=-1).astype(np.int8)
+    for layout in ("interleaved", "aligned"):
+        assert np.array_equal(LAYOUTS[layout].pack(trits), reader.packed)
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["bases=2", "bases=3 group=32", "bases=1 scales=tied group=row", "bases=4 group=tensor"],
+)
+def test_reader_of_the_page_reads_what_convert_writes(reader, options, tmp_path):
+    overrides = [f"decompose.{option}" for option in options.split()]
+    source = ROOT / "tests/golden/llama_gqa"
+    out = convert(source, tmp_path / "out", "datafree2", overrides=overrides, say=lambda line: None)
+    for _, ref in frontend.open(out).weights():
+        found = reader.read(out, ref.tensor, str(ref.type))
+        np.testing.assert_array_equal(found, np.asarray(ref.load().dequantize(np.float32)))
+
+
+def test_every_layout_has_a_row():
+    named = rows(sections(DOCS / "reference/format.md")["The layouts"])
+    assert named.keys() == {str(layout) for layout in LAYOUTS.values()}
+
+
+# --- options and commands ---------------------------------------------------------------------------------------------
+
+
+def test_every_pass_has_a_section_with_its_options_and_defaults():
+    pages = sections(DOCS / "reference/passes.md")
+    built_in = {name for name, place in registered().items() if place.startswith("atd.")}
+    assert pages.keys() == built_in
+    for name in built_in:
+        options = {f.name: toml_value(f.default) for f in fields(pass_class(name))}
+        options.pop("rules")
+        assert {option: cells[0] for option, cells in rows(pages[name]).items()} == options, name
+        assert f"Scope: {pass_class(name).scope}" in pages[name]
+
+
+def test_every_recipe_and_key_has_a_row():
+    page = DOCS / "reference/recipes.md"
+    names = set(
+        re.findall(r"`([\w-]+)`", "".join(re.findall(r"^\| `[^|]*\|", page.read_text(), re.M)))
+    )
+    keys = {f.name: toml_value(f.default) for f in fields(Recipe) if f.name != "pipeline"}
+    assert set(recipe_names()) <= names
+    assert {key: cells[0] for key, cells in rows(sections(page)["Keys"]).items()} == keys
+
+
+def test_every_command_has_a_section_with_its_options(atd):
+    pages = {
+        title.removeprefix("atd "): text
+        for title, text in sections(DOCS / "reference/cli.md").items()
+    }
+    _, out, _ = atd("--help")
+    commands = set(re.findall(r"\{([\w,]+)\}", out)[0].split(","))
+    if "sweep" in commands:
+        pages["sweep"] = pages.pop("study")
+    assert pages.keys() == commands
+    for command, text in pages.items():
+        _, out, _ = atd(command, "--help")
+        found = set(re.findall(r"^(?:│ |  )(--[a-z-]+)", out, flags=re.MULTILINE))
+        assert rows(text).keys() == found, command
+
+
+def test_citation_and_package_agree():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert f"license: {project['license']}" in (ROOT / "CITATION.cff").read_text()
+
+
+# --- pages ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for link in re.findall(
+        r"\]\((?!https?:)([^)#\s]*)(?:#[^)]*)?\)", without_code(page.read_text())
+    ):
+        assert not link or (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_lines_are_short_and_numbers_have_their_leading_zero(page):
+    text = page.read_text()
+    assert [line for line in text.splitlines() if len(line) > 100] == []
+    assert re.findall(r"(?:^|[\s(|])-?\.\d+", without_code(text)) == []
+
+
+def test_files_that_pages_name_exist():
+    folders = "atd|passes|kernels|configs|benchmarks|examples|tests|docs"
+    for page in PAGES:
+        for name in re.findall(rf"`((?:{folders})/[\w./-]+)`", page.read_text()):
+            assert (ROOT / name).exists(), f"{page}: {name}"
+
+
+def test_navigation_has_every_page():
+    named = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text()))
+    assert named == {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")}
