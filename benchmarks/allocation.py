@@ -11,13 +11,20 @@ import argparse
 import json
 import time
 
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
 
-from atd.calibration import sensitivity
+from atd.calibration.measured import (
+    kl_divergence,
+    logits,
+    measured_losses,
+    quantized_candidates,
+    with_matrices,
+)
+from atd.calibration.sensitivity import fisher_losses
+from atd.calibration.windows import cut_windows, windows_holding
 from atd.checkpoint.files import read_text
 from atd.checkpoint.reader import open_tokenizer
 from atd.decomposition.allocation import (
@@ -29,29 +36,11 @@ from atd.decomposition.allocation import (
     total_loss,
 )
 from atd.models import frontend
+from atd.models.execute import dense_weights
 from atd.pipeline import Pipeline
-from atd.weights import Dense
 from atd.weights.layouts import DEFAULT_LAYOUT
 
 BUDGETS = np.linspace(2.25, 4.5, 10)  # bits a weight
-
-
-def kl_of(graph, weights, quantized, windows, taken) -> float:
-    """KL from the dense model, nats a position, of the model whose linears stand at these options."""
-    changed = [dict(unit) for unit in weights]
-    for i, unit in enumerate(graph.units):
-        for node in unit.nodes:
-            if (name := unit.full_name(node)) in taken:
-                array = jnp.asarray(quantized[name][taken[name]].dequantize())
-                changed[i][node.name] = changed[i][node.name] | {"weight": Dense(array)}
-    total = 0.0
-    for window in windows:
-        pair = [
-            sensitivity._logits(graph, w, sensitivity._run(graph, w, window[None])[-1])
-            for w in (weights, changed)
-        ]
-        total += sum(float(sensitivity._kl(p, q)) for p, q in zip(*pair, strict=True))
-    return total / windows.size
 
 
 def main() -> None:
@@ -73,9 +62,7 @@ def main() -> None:
         tokens, few, budgets = 1024, 256, BUDGETS[4:6]
     graph = Pipeline(["fold_norms", "rotate"])(frontend.open(options.model))
     ids = open_tokenizer(options.model).encode(read_text(options.data))
-    windows = np.asarray(ids[: tokens // options.context * options.context], np.int32).reshape(
-        -1, options.context
-    )
+    windows = cut_windows(np.asarray(ids, np.int32), tokens, options.context, options.data)
     linears = {
         b.full_name(n): n.weights["weight"].type
         for b in graph.blocks
@@ -87,12 +74,10 @@ def main() -> None:
     }
 
     clock = time.perf_counter()
-    predicted, _ = sensitivity.fisher_losses(graph, windows, candidates, few)
+    predicted, _ = fisher_losses(graph, windows, candidates, few)
     seconds = {"predicted": time.perf_counter() - clock}
     clock = time.perf_counter()
-    measured = sensitivity.measured_losses(
-        graph, windows, [[name] for name in candidates], candidates, few
-    )
+    measured = measured_losses(graph, windows, [[name] for name in candidates], candidates, few)
     seconds["measured"] = time.perf_counter() - clock
     proxy, truth = (
         np.array([predicted[name] for name in candidates]),
@@ -118,8 +103,10 @@ def main() -> None:
         table.add_row(title, f"{value:.3f}")
     console.print(table)
 
-    quantized = sensitivity._decomposed(graph, windows, candidates)
-    weights = [sensitivity.weights_of(unit) for unit in graph.units]
+    quantized = quantized_candidates(graph, windows, candidates)
+    weights = [dense_weights(unit.nodes) for unit in graph.units]
+    part = windows[: windows_holding(few, options.context)]
+    exact = [np.asarray(found) for found in logits(graph, weights, part)]
     count, rows = sum(t.shape[0] * t.shape[1] for t in linears.values()), []
     for bits in budgets:
         row = {"bits": float(bits)}
@@ -133,12 +120,12 @@ def main() -> None:
                 for (name, types), loss in zip(candidates.items(), losses, strict=True)
             ]
             taken = allocate(choices, int(bits * count / 8))
-            names = dict(zip(candidates, taken, strict=True))
+            chosen = zip(candidates, taken, strict=True)
+            matrices = {name: quantized[name][option] for name, option in chosen}
+            found = logits(graph, with_matrices(graph, weights, matrices), part)
             row[f"used, by {title}"] = 8 * total_bytes(choices, taken) / count
             row[f"sum, by {title}"] = total_loss(choices, taken)
-            row[f"KL, by {title}"] = kl_of(
-                graph, weights, quantized, windows[: max(1, few // options.context)], names
-            )
+            row[f"KL, by {title}"] = kl_divergence(exact, found) / part.size
         rows.append(row)
     table = Table(title="KL over budgets: allocated by predicted losses, and by measured ones")
     for title in rows[0]:

@@ -30,8 +30,9 @@ from pathlib import Path
 
 import numpy as np
 
-from atd.calibration.sensitivity import Candidate, fisher_losses, measured_losses
-from atd.calibration.streams import tokens_digest
+from atd.calibration.measured import measured_losses
+from atd.calibration.sensitivity import Candidate, fisher_losses
+from atd.calibration.windows import tokens_digest
 from atd.checkpoint.cache import make_cache
 from atd.checkpoint.writer import write_file
 from atd.decomposition.allocation import (

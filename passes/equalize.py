@@ -24,7 +24,7 @@ from itertools import islice
 
 import numpy as np
 
-from atd.calibration.sensitivity import dense_moments
+from atd.calibration.moments import dense_moments
 from atd.decomposition import least_squares
 from atd.decomposition.error_feedback import proxy_loss
 from atd.errors import BadInput

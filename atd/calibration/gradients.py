@@ -14,9 +14,8 @@ Both are compiled once for all units of one structure, whatever their bases, so 
 and the gradient of one unit at a time exists.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import jax
@@ -32,8 +31,9 @@ from atd.decomposition.levels import (
     trits_of,
 )
 from atd.ir import ROTATIONS, Block, Node
-from atd.models import ops
-from atd.models.ops import Structure, structure_of
+from atd.models import execute
+from atd.models.execute import Structure, structure_of
+from atd.models.ops import Weights
 from atd.weights import (
     DTYPES,
     Dense,
@@ -135,7 +135,7 @@ def grid_of(weight: Weight) -> Grid:
 # --- weights as functions of parameters ---------------------------------------------------------------------------------
 
 
-def weights(fixed: dict[str, dict[str, Any]], parameters: Parameters) -> ops.Weights:
+def weights(fixed: dict[str, dict[str, Any]], parameters: Parameters) -> Weights:
     """Every weight of a unit as a dense float32 one."""
     return {
         name: {
@@ -220,7 +220,7 @@ def _spread(scales, grid: Grid) -> jax.Array:
 
 def forward(unit: Unit, parameters: Parameters, x):
     """x [B, T, D] (token ids [B, T] in the prologue) -> the unit's output."""
-    return _programs(unit.structure)[0](weights(unit.fixed, parameters), x)
+    return execute.forward(unit.structure, weights(unit.fixed, parameters), x)
 
 
 def backward(unit: Unit, parameters: Parameters, x, gradient):
@@ -230,7 +230,7 @@ def backward(unit: Unit, parameters: Parameters, x, gradient):
     """
     made = weights(unit.fixed, parameters)
     moving = {name: made[name]["weight"] for name in parameters}
-    slopes, at_input = _programs(unit.structure)[1](moving, made, x, gradient)
+    slopes, at_input = _backward(unit.structure, moving, made, x, gradient)
     moves = {
         name: _value_backward(unit.fixed[name]["weight"], parameters[name], slope.array)
         for name, slope in slopes.items()
@@ -238,25 +238,18 @@ def backward(unit: Unit, parameters: Parameters, x, gradient):
     return moves, at_input
 
 
-@cache
-def _programs(structure: Structure) -> tuple[Callable, Callable]:
-    """Compiled forward and backward of all units that read the same, in dense weights: each kind of ternary weight has
-    a small program of its own, or every combination of them in a block would be compiled."""
+@partial(jax.jit, static_argnames="structure")
+def _backward(structure: Structure, moving, made, x, gradient):
+    """Compiled for all units that read the same, in dense weights: each kind of ternary weight has a small program of
+    its own, or every combination of them in a block would be compiled."""
 
-    def run(made, x):
-        return ops.run_block(structure.block, made, x, ops.from_start(x))[0]
+    def output(moving, x):
+        moved = {name: made[name] | {"weight": weight} for name, weight in moving.items()}
+        return execute.output(structure.block, made | moved, x)
 
-    def back(moving, made, x, gradient):
-        def moved(moving, x):
-            return run(
-                made | {name: made[name] | {"weight": weight} for name, weight in moving.items()}, x
-            )
-
-        if jnp.issubdtype(x.dtype, jnp.integer):
-            return jax.vjp(lambda moving: moved(moving, x), moving)[1](gradient)[0], None
-        return jax.vjp(moved, moving, x)[1](gradient)
-
-    return jax.jit(run), jax.jit(back)
+    if jnp.issubdtype(x.dtype, jnp.integer):
+        return jax.vjp(lambda moving: output(moving, x), moving)[1](gradient)[0], None
+    return jax.vjp(output, moving, x)[1](gradient)
 
 
 @jax.jit
@@ -311,14 +304,9 @@ def divergence(
 
     def logits(unit: Unit, parameters: Parameters, x, table):
         given = None if table is None else Dense(table)
+        made = weights(unit.fixed, parameters)
         return jax.nn.log_softmax(
-            ops.run_block(
-                unit.structure.block,
-                weights(unit.fixed, parameters),
-                x[None],
-                None,
-                embedding=given,
-            )[0][0]
+            execute.output(unit.structure.block, made, x[None], embedding=given)[0]
         )
 
     dense = jax.lax.stop_gradient(logits(teacher, {}, target, teacher_embedding))

@@ -11,9 +11,7 @@ Inputs of a linear in the quantized stream are made by the unit's own earlier li
 unit's linears are worked on in order of execution. Products are float32, sums over batches float64.
 """
 
-import hashlib
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 
@@ -21,10 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from atd.calibration.windows import tokens_digest
 from atd.host import return_freed
-from atd.ir import Block, Node
-from atd.models import ops
-from atd.weights import Dense, Weight
+from atd.ir import Block
+from atd.models.execute import compiled_node, dense_weights, needed, run
 
 LARGE = (
     128 << 20
@@ -80,13 +78,6 @@ class Calibration:
         return self._moments[value]
 
 
-def tokens_digest(tokens: np.ndarray) -> str:
-    """sha256 of calibration windows int32 [windows, context], their shape included."""
-    return hashlib.sha256(
-        np.ascontiguousarray(tokens).tobytes() + str(tokens.shape).encode()
-    ).hexdigest()
-
-
 class _Stream:
     """One model's values of all batches: `x` in front of the unit, and what was asked for inside it."""
 
@@ -101,7 +92,7 @@ class _Stream:
         self._readers = Counter(value for node in block.nodes for value in node.inputs)
 
     def leave(self) -> None:
-        self.x, self._values = self.value(self.block.nodes[-1].name), {}
+        self.x, self._values = self.value(self.block.output), {}
 
     def value(self, name: str) -> list[jax.Array]:
         """The value of a node in each batch, [B, T, features].
@@ -110,20 +101,17 @@ class _Stream:
         there of all batches at once.
         """
         if name not in self._values:
-            nodes = self._unknown(name)
+            nodes = needed(self.block, self._values, [name])
             for node in nodes:
                 self._readers.subtract(node.inputs)
-            steps = [(node, _program(node), dense_weights(node)) for node in nodes]
             known = {source for node in nodes for source in node.inputs if source in self._values}
-            found = {
-                node.name: [] for node in nodes if node.name == name or self._readers[node.name]
-            }
+            kept = [node.name for node in nodes if node.name == name or self._readers[node.name]]
+            weights, found = dense_weights(nodes), {value: [] for value in kept}
             for i in range(len(self.x)):
                 values = {source: self._values[source][i] for source in known}
-                for node, run, weights in steps:
-                    values[node.name] = run([values[source] for source in node.inputs], weights)
-                for kept, batches in found.items():
-                    batches.append(values[kept])
+                values, _ = run(self.block, weights, values, kept, run_node=compiled_node)
+                for value in kept:
+                    found[value].append(values[value])
             self._values |= found
             for source in known - {"x"}:
                 if not self._readers[source]:
@@ -131,34 +119,6 @@ class _Stream:
             if sum(batch.nbytes for batch in found[name]) > LARGE:
                 return_freed()
         return self._values[name]
-
-    def _unknown(self, name: str) -> list[Node]:
-        """The nodes that must run for this one's value, itself included, in order."""
-        needed = {name}
-        for node in reversed(self.block.nodes):
-            if node.name in needed:
-                needed |= {source for source in node.inputs if source not in self._values}
-        return [node for node in self.block.nodes if node.name in needed]
-
-
-def _program(node: Node) -> Callable:
-    """(values of the inputs, weights) -> value, compiled; nodes of one op and attrs share it whatever they are called."""
-    return _compiled(node.op, tuple(sorted(ops.bare_node(node).attrs.items())))
-
-
-def dense_weights(node: Node) -> dict[str, Weight]:
-    """All weights of a node, dense float32, by slot."""
-    return {slot: Dense(jnp.asarray(ref.dense())) for slot, ref in node.weights.items()}
-
-
-@cache
-def _compiled(op: str, attrs: tuple) -> Callable:
-    node = Node("value", op, (), {}, dict(attrs))
-
-    def run(inputs, weights: dict[str, Weight]):
-        return ops.run_node(node, inputs, weights, ops.from_start(inputs[0]))[0]
-
-    return jax.jit(run)
 
 
 def _loaded_once(block: Block) -> Block:

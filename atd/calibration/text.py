@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from atd.calibration.self_text import cached_self_text
-from atd.calibration.streams import tokens_digest
+from atd.calibration.windows import cut_windows, tokens_digest
 from atd.checkpoint.files import read_text
 from atd.checkpoint.reader import open_tokenizer
 from atd.errors import BadInput
@@ -55,7 +55,7 @@ def calibration_text(
                 )
             )
         else:
-            parts.append(calibration_windows(words.encode(read_text(text)), count, context, text))
+            parts.append(cut_windows(words.encode(read_text(text)), count, context, text))
     shortest = min(map(len, parts))
     windows = np.stack([part[:shortest] for part in parts], axis=1).reshape(
         -1, context
@@ -67,20 +67,3 @@ def calibration_text(
         )
     say(f"calibration: {len(windows)} windows of {context} tokens, {' and '.join(texts)}")
     return windows
-
-
-def calibration_windows(
-    tokens: np.ndarray, count: int, context: int, text: str = "the calibration text"
-) -> np.ndarray:
-    """The first `count` tokens as windows [windows, context] that do not overlap; raises BadInput where there are too few."""
-    windows = count // context
-    if windows < 1:
-        raise BadInput(
-            f"{count} calibration tokens are not one window of {context}; ask for more, or a smaller context"
-        )
-    if len(tokens) < windows * context:
-        raise BadInput(
-            f"{text} has {len(tokens):,} tokens, {windows * context:,} are needed; give a longer text, add one that the model "
-            f"writes (--calib self), or set calibration_tokens in the recipe to less"
-        )
-    return tokens[: windows * context].reshape(windows, context)

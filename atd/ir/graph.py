@@ -83,6 +83,11 @@ class Block:
     def node(self, name: str) -> Node:
         return next(node for node in self.nodes if node.name == name)
 
+    @property
+    def output(self) -> str:
+        """The name of the block's value, which is its last node's."""
+        return self.nodes[-1].name
+
     def readers(self, value: str) -> list[Node]:
         """The nodes that have this value among their inputs, in order."""
         return [node for node in self.nodes if value in node.inputs]

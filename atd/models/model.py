@@ -25,7 +25,8 @@ from atd.errors import BadInput, nearest
 from atd.ir import Block, Graph, WeightRef
 from atd.kernels.matmul import PACKED
 from atd.kernels.triton import backend as triton
-from atd.models import ops
+from atd.models import execute, ops
+from atd.models.ops import Weights
 from atd.progress import Progress, Report, unheard
 from atd.weights import Dense, DenseType, Weight
 
@@ -99,28 +100,23 @@ class Program:
     """The compiled functions of all blocks that read the same. A model makes one for each different block."""
 
     def __init__(self, block: Block, kernel: str | None):
-        run = partial(ops.run_block, ops.structure_of(block).block, backend=kernel)
-
-        def embed(weights, tokens, positions):
-            return run(weights, tokens, positions)[0]
+        block = execute.structure_of(block).block
 
         def forward(weights, x):
-            return run(weights, x, ops.from_start(x))[0]
-
-        def begin(weights, x, cache):
-            return run(weights, x, ops.from_start(x), cache)
+            return execute.output(block, weights, x, backend=kernel)
 
         def step(weights, x, positions, cache):
-            return run(weights, x, positions, cache)
+            values, cache = execute.run(
+                block, weights, {"x": x}, positions=positions, cache=cache, backend=kernel
+            )
+            return values[block.output], cache
 
         def logits(weights, hidden, embedding):
             x = hidden.reshape(1, -1, hidden.shape[-1])  # [1, positions, D]
-            value = run(weights, x, None, embedding=embedding)[0]
+            value = execute.output(block, weights, x, embedding=embedding, backend=kernel)
             return value.reshape(*hidden.shape[:-1], -1).astype(jnp.float32)
 
-        self.embed = jax.jit(embed)
         self.forward = jax.jit(forward)
-        self.begin = jax.jit(begin, donate_argnames=("cache",))
         self.step = jax.jit(step, donate_argnames=("cache",))
         self.logits = jax.jit(logits)
 
@@ -234,7 +230,7 @@ class Model(nnx.Module):
     def hidden(self, tokens) -> jax.Array:
         """Token ids int32 [B, T], whole sequences -> the residual stream into the epilogue, float32 [B, T, D]."""
         tokens = jnp.asarray(tokens, jnp.int32)
-        x = self._plan.prologue.embed(self.prologue.get_raw_value(), tokens, None)
+        x = self._plan.prologue.forward(self.prologue.get_raw_value(), tokens)
         for program, weights in zip(self._plan.blocks, self.blocks, strict=True):
             x = program.forward(weights.get_raw_value(), x)
         return x
@@ -292,12 +288,12 @@ class Model(nnx.Module):
             )
         padded = np.zeros((batch, min(bucket(width), cache.length)), np.int32)
         padded[:, :width] = tokens
-        x = self._plan.prologue.embed(self.prologue.get_raw_value(), padded, None)
+        x = self._plan.prologue.forward(self.prologue.get_raw_value(), padded)
         blocks = []
         for program, weights, slots in zip(
             self._plan.blocks, self.blocks, cache.blocks, strict=True
         ):
-            x, slots = program.begin(weights.get_raw_value(), x, slots)
+            x, slots = program.step(weights.get_raw_value(), x, None, slots)
             blocks.append(slots)
         last = _take_positions(x, jnp.asarray(lengths, jnp.int32) - 1)
         positions = jnp.asarray(lengths, jnp.int32)[:, None]
@@ -327,9 +323,9 @@ def steps_at_once() -> bool:
     return jax.default_backend() == "gpu"
 
 
-def _step(plan: _Plan, weights: Sequence[ops.Weights], token, positions: jax.Array, blocks):
+def _step(plan: _Plan, weights: Sequence[Weights], token, positions: jax.Array, blocks):
     """(logits float32 [B, V], the next positions, the caches of the blocks)."""
-    x = plan.prologue.embed(weights[0], _as_column(token), None)
+    x = plan.prologue.forward(weights[0], _as_column(token))
     filled = []
     for program, of_block, slots in zip(plan.blocks, weights[1:-1], blocks, strict=True):
         x, slots = program.step(of_block, x, positions, slots)
@@ -337,9 +333,7 @@ def _step(plan: _Plan, weights: Sequence[ops.Weights], token, positions: jax.Arr
     return _only_row(_logits(plan, weights[0], weights[-1], x)), _next(positions), tuple(filled)
 
 
-def _logits(
-    plan: _Plan, prologue: ops.Weights, epilogue: ops.Weights, hidden: jax.Array
-) -> jax.Array:
+def _logits(plan: _Plan, prologue: Weights, epilogue: Weights, hidden: jax.Array) -> jax.Array:
     """Of weights of the prologue and the epilogue: `Model.logits`."""
     return plan.epilogue.logits(
         epilogue, hidden, prologue[plan.embed]["weight"] if plan.tied else None
@@ -365,11 +359,11 @@ _take_positions = jax.jit(
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 
-def _fill(graph: Graph, backend: str, dtype, total: int, progress: Report) -> Iterator[ops.Weights]:
+def _fill(graph: Graph, backend: str, dtype, total: int, progress: Report) -> Iterator[Weights]:
     """The weights of each unit on the device, read one at a time."""
     done = 0
     for block in graph.units:
-        weights: ops.Weights = {}
+        weights: Weights = {}
         for node in block.nodes:
             slots = weights[node.name] = {}
             for slot, ref in sorted(node.weights.items()):

@@ -1,4 +1,4 @@
-"""The jnp reference of every op of `atd.ir.OPS`, and `run_block`, which executes the nodes of a block in order.
+"""The reference of every op of `atd.ir.OPS`, in jax.numpy; `atd.models.execute` runs whole units of them.
 
 Values are `[B, T, features]` (token ids `[B, T]` in the prologue). Heads lie side by side in the features, head-major.
 Normalisation, rotary angles and softmax are computed in float32, whatever the dtype of the values, as Hugging Face
@@ -11,42 +11,19 @@ places 0..t alone, and each of these has been written before.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atd.ir import OPS, Block, Node
+from atd.ir import Node
 from atd.kernels import matmul as kernels
-from atd.models import fusion
 from atd.weights import Dense, Weight
 
 Cache = tuple[jax.Array, jax.Array]
 Weights = dict[str, dict[str, Weight]]  # node name -> slot -> weight
 
 QUERIES, RUNS = 128, 16  # of whole sequences: queries that run together at least, and runs at most
-
-
-@dataclass(frozen=True)
-class Structure:
-    """What of a block its values depend on besides weights, fit to be a static argument: equal ones share compilations."""
-
-    text: str
-    block: Block = field(compare=False)
-
-
-def structure_of(block: Block) -> Structure:
-    """The block without its name, its weights, and the attrs by which passes talk to passes."""
-    bare = Block("", tuple(bare_node(node) for node in block.nodes))
-    return Structure(str(bare), bare)
-
-
-def bare_node(node: Node) -> Node:
-    """The node without weights, which may keep data alive, and with the attrs alone that its op reads."""
-    op = OPS[node.op]
-    attrs = {key: node.attrs[key] for key in (*op.attrs, *op.optional_attrs) if key in node.attrs}
-    return Node(node.name, node.op, node.inputs, {}, attrs)
 
 
 def from_start(x) -> jax.Array:
@@ -184,103 +161,29 @@ def update_cache(cache: Cache, k, v, positions) -> Cache:
     return write_all(cache[0], k, positions[:, 0]), write_all(cache[1], v, positions[:, 0])
 
 
-def run_block(
-    block: Block,
-    weights: Weights,
-    x,
-    positions,
-    cache: dict[str, Cache] | None = None,
-    embedding: Weight | None = None,
-    backend: str | None = None,
-):
-    """Executes the nodes in order -> (value of the last one, new cache).
-
-    x: the block's input. positions int32 [B, T]: where each token of x stands in its sequence. embedding: the weight
-    that a linear with `tied_to` takes.
-    cache: None, when x holds whole sequences, or `{node: (k, v)}` of the attention nodes. With a cache, x is one token
-      of each sequence, which attends to
-    the cache, or the beginning of the sequences (positions 0 to T-1), which attends to itself and fills the cache.
-    backend: of `atd.kernels.matmul`, which multiplies by packed weights.
-    """
-    values, new_cache = {"x": x}, {}
-
-    def run(node: Node) -> None:
-        inputs = [values[name] for name in node.inputs]
-        places = cache.get(node.name) if cache else None
-        mine = weights.get(node.name, {})
-        values[node.name], filled = run_node(
-            node, inputs, mine, positions, places, embedding, backend
-        )
-        if filled is not None:
-            new_cache[node.name] = filled
-
-    def run_together(step: fusion.Product | fusion.Attention) -> bool:
-        """Whether there are kernels for all nodes at once, which have then run."""
-        if isinstance(step, fusion.Product):
-            value = run_fused(step, values, weights, embedding, backend)
-        else:
-            places = cache.get(step.attention.name) if cache else None
-            value, filled = run_attention(step, values, positions, places, backend)
-            if filled is not None:
-                new_cache[step.attention.name] = filled
-        if value is not None:
-            values[step.nodes[-1].name] = value
-        return value is not None
-
-    for step in fusion.plan(block, weights):
-        if isinstance(step, Node):
-            run(step)
-        elif not run_together(step):
-            for node in step.nodes:
-                if node.name not in values:  # a norm that another linear reads as well
-                    run(node)
-    return values[block.nodes[-1].name], new_cache
-
-
-def run_fused(
-    product: fusion.Product, values, weights: Weights, embedding: Weight | None, backend: str | None
-):
-    """The value of a product whose kernels compute all of it, or None where there are none for these tokens and weights."""
-    mine = weights.get(product.linear.name, {})
-    weight, x = mine.get("weight") or embedding, values[product.source]
-    if isinstance(weight, Dense | None):
-        return None
-    norm = None
-    if product.norm is not None:
-        gain = jnp.asarray(weights[product.norm.name]["weight"].dequantize())
-        norm = kernels.Norm(gain, product.norm.attrs["eps"])
-    residual = None if product.residual is None else values[product.residual]
-    y = kernels.fused(x, weight, norm, residual, product.gated, backend=backend)
-    return y if y is None or "bias" not in mine else y + mine["bias"].dequantize().astype(y.dtype)
-
-
-def run_attention(
-    found: fusion.Attention, values, positions, cache: Cache | None, backend: str | None
-) -> tuple[jax.Array | None, Cache | None]:
-    """(value, new cache) of an attention whose kernel computes all of it, or None and None where there is none for these
-    tokens and this cache."""
-    q, k, v = ((values[name], first) for name, first in found.parts)
-    if cache is None or q[0].shape[1] > 1:
-        return None, None
-    rope, attrs = found.rope.attrs, found.attention.attrs
-    frequencies = rope_frequencies(rope["head_dim"], rope["theta"], rope["scaling"])
-    heads, window = attrs["heads"], attrs["window"]
-    return kernels.attend(
-        q, k, v, positions, cache, frequencies, heads, window, backend=backend
-    ) or (None, None)
-
-
 def run_node(
     node: Node,
     inputs: Sequence[jax.Array],
     weights: dict[str, Weight],
-    positions,
+    positions: jax.Array | None = None,
     cache: Cache | None = None,
     embedding: Weight | None = None,
     backend: str | None = None,
 ) -> tuple[jax.Array, Cache | None]:
-    """One node: its inputs' values and its weights by slot -> (its value, its new cache if it had one)."""
+    """Executes one node.
+
+    Args:
+      inputs: the values that it reads, [B, T, features] each (token ids [B, T] of an embed).
+      weights: by slot.
+      positions: int32 [B, T], where each token stands in its sequence; None: 0 ... T-1.
+      cache: of an attention, for one token of each sequence or their beginning; None: the sequences are whole.
+      embedding: the weight of a linear with `tied_to`.
+      backend: of `atd.kernels.matmul`, for weights that are not dense.
+
+    Returns: its value, and its new cache if it had one.
+    """
     attrs = node.attrs
+    positions = from_start(inputs[0]) if positions is None else positions
     match node.op:
         case "embed":
             return embed(inputs[0], weights["weight"]), None

@@ -15,8 +15,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from atd.calibration.streams import Calibration, tokens_digest
+from atd.calibration.streams import Calibration
 from atd.calibration.text import SELF, calibration_text
+from atd.calibration.windows import tokens_digest
 from atd.checkpoint.cache import default_cache
 from atd.checkpoint.folder import (
     GRAPH,

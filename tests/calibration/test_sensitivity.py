@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from atd.calibration import sensitivity
+from atd.calibration import measured, sensitivity
+from atd.calibration.measured import measured_losses
+from atd.calibration.moments import dense_moments
 from atd.checkpoint.files import read_text
 from atd.checkpoint.reader import open_tokenizer
 from atd.decomposition import error_feedback, least_squares
 from atd.decomposition.allocation import ternary_types
 from atd.models import frontend
+from atd.models.execute import dense_weights, output
 from atd.models.model import load
 from atd.pipeline import Pipeline
 from atd.weights import Dense, DenseType, Ternary
@@ -57,7 +60,7 @@ def test_predicted_losses_are_what_feedback_leaves(stories15m, shared_data, opti
     graph = Pipeline(["fold_norms", "rotate"])(frontend.open(stories15m))
     windows = windows_of(stories15m, shared_data / "text" / "tinystories_197k.txt", 32)
     readers = {f"model.layers.0.{name}": "" for name in ("self_attn.k_proj", "mlp.down_proj")}
-    for unit, weights, _, moments in sensitivity.dense_moments(graph, windows, readers):
+    for unit, weights, _, moments in dense_moments(graph, windows, readers):
         for value, hessian in moments.items():
             factor, pivots = error_feedback.factor(hessian), sensitivity.feedback_pivots(hessian)
             (node,) = (
@@ -99,18 +102,16 @@ def test_gradients_are_those_of_the_whole_model(tied):
     """The walk backward block by block, against one gradient through the model by a constant added to a linear's bias."""
     graph = tiny_graph(tied=tied)
     windows = np.random.default_rng(0).integers(0, 40, (3, 16)).astype(np.int32)
-    inputs = [x for _, _, x, _ in sensitivity.dense_moments(graph, windows, {})]
+    inputs = [x for _, _, x, _ in dense_moments(graph, windows, {})]
     name = "model.layers.0.mlp.up_proj"
-    squares, gradient = sensitivity._gradients(graph, inputs, {name: ()}, seed=3)
+    squares, gradient = sensitivity.output_gradients(graph, inputs, {name: ()}, seed=3)
 
     def loss(embedded, offsets):
-        x, weights = embedded, [sensitivity.weights_of(unit) for unit in graph.units]
+        x, weights = embedded, [dense_weights(unit.nodes) for unit in graph.units]
         for unit, loaded in zip(graph.blocks, weights[1:-1], strict=True):
-            x = sensitivity._values(
-                unit, loaded, x, offsets=offsets if unit.name == "model.layers.0" else {}
-            )[""]
+            x = output(unit, loaded, x, offsets=offsets if unit.name == "model.layers.0" else {})
         table = weights[0]["embed_tokens"]["weight"]
-        logits = sensitivity._values(graph.epilogue, weights[-1], x.reshape(1, 48, -1), table)[""]
+        logits = output(graph.epilogue, weights[-1], x.reshape(1, 48, -1), embedding=table)
         logp, key = jax.nn.log_softmax(logits), jax.random.fold_in(jax.random.key(3), 0)
         labels = jax.random.categorical(key, jax.lax.stop_gradient(logp))
         return -jnp.sum(jnp.take_along_axis(logp, labels[..., None], axis=-1))
@@ -128,8 +129,8 @@ def test_gradients_are_those_of_the_whole_model(tied):
 def test_the_heads_squares_are_the_variance_of_its_labels():
     graph = tiny_graph()
     windows = np.random.default_rng(0).integers(0, 40, (2, 16)).astype(np.int32)
-    inputs = [x for _, _, x, _ in sensitivity.dense_moments(graph, windows, {})]
-    squares, _ = sensitivity._gradients(graph, inputs, {}, seed=0)
+    inputs = [x for _, _, x, _ in dense_moments(graph, windows, {})]
+    squares, _ = sensitivity.output_gradients(graph, inputs, {}, seed=0)
     p = np.asarray(jax.nn.softmax(load(graph)(windows)), np.float64)
     np.testing.assert_allclose(squares["lm_head"], (p * (1 - p)).mean((0, 1)), rtol=1e-4)
 
@@ -142,16 +143,14 @@ def test_a_tied_embedding_under_its_moments(stories260k, shared_data):
     candidates = candidates_of(graph, [name], (3, 4))
     predicted, moments = sensitivity.fisher_losses(graph, windows, candidates)
     weight, hessian = graph.prologue.nodes[0].weights["weight"].load().dequantize(), moments[name]
-    weights = [sensitivity.weights_of(unit) for unit in graph.units]
-
-    def logits(table):
-        changed = [{"embed_tokens": {"weight": Dense(jnp.asarray(table))}}, *weights[1:]]
-        hidden = sensitivity._run(graph, changed, windows[:8])[-1]
-        return jnp.concatenate(list(sensitivity._logits(graph, changed, hidden)))
+    weights = [dense_weights(unit.nodes) for unit in graph.units]
+    exact = list(measured.logits(graph, weights, windows[:8]))
 
     def kl(trits, scales, type):
-        q = Ternary(trits, scales, type).dequantize()
-        return float(sensitivity._kl(logits(weight), logits(q))) / windows[:8].size
+        matrices = {name: Dense(jnp.asarray(Ternary(trits, scales, type).dequantize()))}
+        changed = measured.with_matrices(graph, weights, matrices)
+        found = measured.logits(graph, changed, windows[:8])
+        return measured.kl_divergence(exact, found) / windows[:8].size
 
     for type, expected in zip(candidates[name], predicted[name], strict=True):
         options = {"bases": type.bases, "group": type.group, "tied": type.tied}
@@ -186,45 +185,10 @@ def test_measured_and_predicted_rank_alike(stories260k, shared_data):
     names = linears_of(graph)
     candidates = candidates_of(graph, names)
     predicted, _ = sensitivity.fisher_losses(graph, windows, candidates)
-    measured = sensitivity.measured_losses(
-        graph, windows, [[name] for name in names], candidates, tokens=1024
-    )
+    found = measured_losses(graph, windows, [[name] for name in names], candidates, tokens=1024)
     table = np.array([predicted[name] for name in names])
-    assert np.asarray(spearmanr(table.ravel(), np.array(measured).ravel()))[0] > 0.85
+    assert np.asarray(spearmanr(table.ravel(), np.array(found).ravel()))[0] > 0.85
     assert (np.diff(table, axis=1) < 0).all(), "more bases lose less"
-
-
-def test_measured_is_the_difference_between_whole_models():
-    """A choice of two nodes at their other option, against evaluating the models that this makes."""
-    graph = tiny_graph()
-    windows = np.random.default_rng(0).integers(0, 40, (2, 16)).astype(np.int32)
-    names = [
-        "model.layers.0.mlp.gate_proj",
-        "model.layers.0.mlp.up_proj",
-        "model.layers.1.self_attn.o_proj",
-    ]
-    candidates = candidates_of(graph, names, (1, 2))
-    pair, _ = sensitivity.measured_losses(graph, windows, [names[:2], names[2:]], candidates)
-    quantized = sensitivity._decomposed(graph, windows, candidates)
-
-    def logp(options):
-        weights = [sensitivity.weights_of(unit) for unit in graph.units]
-        for name, option in options.items():
-            block, node = int(name.split(".")[2]) + 1, name.split(".", 3)[3]
-            weights[block][node] = {
-                "weight": Dense(jnp.asarray(quantized[name][option].dequantize()))
-            }
-        hidden = sensitivity._run(graph, weights, windows)[-1]
-        logits = np.concatenate(
-            [np.asarray(part) for part in sensitivity._logits(graph, weights, hidden)]
-        )
-        return np.asarray(jax.nn.log_softmax(logits), np.float64)
-
-    exact = logp({})
-    kl = [(np.exp(exact) * (exact - logp(o))).sum() / windows.size for o in (
-        dict.fromkeys(names[:2], 0) | {names[2]: 1}, dict.fromkeys(names, 1), {names[2]: 1},
-    )]  # fmt: skip
-    np.testing.assert_allclose(pair, [kl[0] - kl[2], kl[1] - kl[2]], rtol=1e-3)
 
 
 def test_dense_loses_nothing():
@@ -233,5 +197,5 @@ def test_dense_loses_nothing():
     name = "lm_head"
     types = [*candidates_of(graph, [name])[name], DenseType((40, 32), "f32")]
     assert sensitivity.fisher_losses(graph, windows, {name: types})[0][name][-1] == 0
-    (measured,) = sensitivity.measured_losses(graph, windows, [[name]], {name: types})
-    assert measured[-1] == pytest.approx(0, abs=1e-7)
+    (found,) = measured_losses(graph, windows, [[name]], {name: types})
+    assert found[-1] == pytest.approx(0, abs=1e-7)

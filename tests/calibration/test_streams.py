@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from atd.calibration.streams import Calibration
-from atd.calibration.text import calibration_windows
+from atd.calibration.windows import cut_windows
 from atd.checkpoint.files import read_text
 from atd.checkpoint.folder import MANIFEST, read_manifest
 from atd.checkpoint.reader import open_tokenizer
@@ -152,7 +152,7 @@ def test_what_calibration_needs_is_said(stories260k, calib, tmp_path):
     with pytest.raises(BadInput, match=r"has \d+ tokens, 32,768 are needed"):
         convert(stories260k, tmp_path / "out", "ternary2", calib=short, say=quiet)
     with pytest.raises(BadInput, match="are not one window of 512"):
-        calibration_windows(np.zeros(1000), 100, 512)
+        cut_windows(np.zeros(1000), 100, 512)
     assert not (tmp_path / "out").exists()
 
 

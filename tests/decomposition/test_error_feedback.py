@@ -15,8 +15,7 @@ from atd.decomposition import error_feedback
 from atd.decomposition.error_feedback import asymmetric_target, decompose, factor, proxy_loss
 from atd.decomposition.least_squares import als
 from atd.errors import BadInput
-from atd.ir import Block
-from atd.models import frontend, ops
+from atd.models import execute, frontend
 from atd.weights import SHORT, TernaryType, combine
 
 WINDOWS, CONTEXT = 16, 256  # 4096 tokens to calibrate on, and as many held out
@@ -73,21 +72,21 @@ def linears(shared_data, stories15m) -> dict[str, tuple[np.ndarray, np.ndarray, 
         .ids
     )
     tokens = jnp.array(ids[: 2 * WINDOWS * CONTEXT]).reshape(-1, CONTEXT)
-    positions = jnp.broadcast_to(jnp.arange(CONTEXT), tokens.shape)
     graph = frontend.open(stories15m)
 
-    def run(block, x, until=None):
-        nodes = block.nodes[: until and 1 + [node.name for node in block.nodes].index(until)]
+    def value(block, x, name):
         weights = {
-            node.name: {slot: ref.load() for slot, ref in node.weights.items()} for node in nodes
+            node.name: {slot: ref.load() for slot, ref in node.weights.items()}
+            for node in block.nodes
         }
-        return ops.run_block(Block("", nodes), weights, x, positions)[0]
+        return execute.run(block, weights, {"x": x}, [name])[0][name]
 
-    stream = run(graph.blocks[0], run(graph.prologue, tokens))
+    stream = value(graph.prologue, tokens, graph.prologue.output)
+    stream = value(graph.blocks[0], stream, graph.blocks[0].output)
     found = {}
     for name in ("q_proj", "down_proj"):
         node = next(node for node in graph.blocks[1].nodes if node.name.endswith(name))
-        x = np.asarray(run(graph.blocks[1], stream, node.inputs[0]), np.float32)
+        x = np.asarray(value(graph.blocks[1], stream, node.inputs[0]), np.float32)
         moments = [
             np.einsum("bti,btj->ij", half, half) / half.shape[0] / CONTEXT
             for half in (x[:WINDOWS], x[WINDOWS:])

@@ -8,8 +8,9 @@ import pytest
 from atd.ir import Block, Node, in_memory
 from atd.kernels import matmul as kernels
 from atd.kernels.settings import Settings
-from atd.models import fusion, ops
+from atd.models import execute, fusion
 from atd.models.fusion import Product
+from atd.models.ops import Weights
 from atd.pipeline import Pipeline
 from atd.weights import Dense
 from tests.kernels.matrices import unoptimized
@@ -18,7 +19,7 @@ from tests.models.tiny import tiny_graph
 ROWS = ["decompose{bases = 2, group = 'row', scales = 'tied'}", "pack"]
 
 
-def weights_of(block: Block) -> ops.Weights:
+def weights_of(block: Block) -> Weights:
     return {
         node.name: {slot: ref.load() for slot, ref in node.weights.items()} for node in block.nodes
     }
@@ -26,7 +27,7 @@ def weights_of(block: Block) -> ops.Weights:
 
 def read(block: Block) -> list[str]:
     """'a b c' for nodes that run together, 'a' for a node of its own."""
-    return names(fusion.plan(ops.structure_of(block).block, weights_of(block)))
+    return names(fusion.plan(execute.structure_of(block).block, weights_of(block)))
 
 
 def names(steps: list) -> list[str]:
@@ -181,10 +182,10 @@ def test_values_are_those_of_the_nodes(monkeypatch, joined, bias):
     )
 
     def run(weights, x):
-        return ops.run_block(unit, weights, x, ops.from_start(x), backend="fusing")[0]
+        return execute.output(unit, weights, x, backend="fusing")
 
     found = unoptimized(run)(weights, x)
-    wanted, _ = ops.run_block(unit, weights, x, ops.from_start(x), backend="xla")
+    wanted = execute.output(unit, weights, x, backend="xla")
     np.testing.assert_allclose(found, wanted, atol=2e-5 * np.abs(np.asarray(wanted)).max())
     assert len(calls) == (4 if joined else 7)
     assert sum(norm is not None for norm, _, _ in calls) == (2 if joined else 5)

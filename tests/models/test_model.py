@@ -12,8 +12,8 @@ from flax import nnx
 from atd.errors import BadInput
 from atd.ir import Graph, Node, WeightRef, in_memory
 from atd.kernels import matmul as kernels
+from atd.models import execute, ops
 from atd.models import model as model_module
-from atd.models import ops
 from atd.models.model import load
 from atd.pipeline import Pipeline
 from atd.weights import Dense, DenseType, Packed, PackedType, Ternary, TernaryType
@@ -245,13 +245,13 @@ def test_bfloat16_weights_are_close():
 def traces(monkeypatch) -> list[str]:
     """The first node of each block that was traced, which happens once for each compilation."""
     seen = []
-    real = ops.run_block
+    run = execute.run
 
-    def run_block(block, *args, **options):
+    def counted(block, *args, **options):
         seen.append(block.nodes[0].name)
-        return real(block, *args, **options)
+        return run(block, *args, **options)
 
-    monkeypatch.setattr(ops, "run_block", run_block)
+    monkeypatch.setattr(execute, "run", counted)
     return seen
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from atd.calibration.streams import Calibration
-from atd.calibration.text import calibration_windows
+from atd.calibration.windows import cut_windows
 from atd.checkpoint.files import read_text
 from atd.checkpoint.folder import partial_folder, read_manifest
 from atd.checkpoint.reader import open_tokenizer
@@ -51,7 +51,7 @@ def calibrated(stories260k, recipe, said, tmp_path_factory) -> Path:
 def context(stories260k, recipe):
     """() -> what the pass is given, over the windows of the recipe; and the decomposed graph as it would be written."""
     tokens = open_tokenizer(stories260k).encode(read_text(recipe.calibration[0]))
-    windows = calibration_windows(tokens, 2048, 128)
+    windows = cut_windows(tokens, 2048, 128)
     graph = frontend.open(stories260k)
 
     def made(lines: list[str]) -> Context:

@@ -1,0 +1,67 @@
+"""Second moments of a dense model's values: what its linears read, one unit in memory at a time."""
+
+from collections.abc import Collection, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from atd.calibration.windows import windows_holding
+from atd.ir import Block, Graph
+from atd.models.execute import Structure, dense_weights, run, structure_of
+from atd.models.ops import Weights
+
+BATCH = 2048  # positions that run together: at least this many, in whole windows
+
+
+class DenseUnit(NamedTuple):
+    """A unit of the dense model, and what text does in it."""
+
+    unit: Block
+    weights: Weights  # dense float32
+    inputs: np.ndarray  # [windows, context, D]; token ids [windows, context] of the prologue
+    moments: dict[
+        str, np.ndarray
+    ]  # H = X'X / n float32 [in, in] of each value X that was asked for
+
+
+def dense_moments(
+    graph: Graph, windows: np.ndarray, readers: Collection[str]
+) -> Iterator[DenseUnit]:
+    """Runs the dense model unit by unit over all windows, and yields each with its moments.
+
+    Args:
+      windows: int32 [windows, context].
+      readers: full names of linears; the moments are those of the values that they read. The logits are not computed.
+    """
+    step = windows_holding(BATCH, windows.shape[1])
+    x = np.asarray(windows, np.int32)
+    for unit in graph.units:
+        weights, structure = dense_weights(unit.nodes), structure_of(unit)
+        read = [node.inputs[0] for node in unit.nodes if unit.full_name(node) in readers]
+        watched, last = tuple(dict.fromkeys(read)), unit is graph.epilogue
+        sums: dict[str, np.ndarray] = {}
+        outputs = []
+        for start in range(0, len(x), step):
+            output, products = _run(structure, watched, not last, weights, x[start : start + step])
+            outputs.append(output)
+            for value, product in products.items():
+                sums[value] = sums.get(value, 0.0) + np.asarray(product, np.float64)
+        moments = {value: (sum / windows.size).astype(np.float32) for value, sum in sums.items()}
+        yield DenseUnit(unit, weights, x, moments)
+        if not last:
+            x = np.concatenate([np.asarray(output) for output in outputs])
+
+
+@partial(jax.jit, static_argnames=("structure", "watched", "complete"))
+def _run(structure: Structure, watched: tuple[str, ...], complete: bool, weights: Weights, x):
+    """(output if complete, X'X [in, in] of each watched value X [positions, in])."""
+    block = structure.block
+    wanted = (*watched, block.output) if complete else watched
+    values, _ = run(block, weights, {"x": x}, wanted)
+    flat = {name: values[name].reshape(-1, values[name].shape[-1]) for name in watched}
+    highest = jax.lax.Precision.HIGHEST
+    products = {name: jnp.matmul(v.T, v, precision=highest) for name, v in flat.items()}
+    return values.get(block.output), products
