@@ -10,6 +10,7 @@ files included).
 
 import argparse
 import json
+import math
 import os
 import shutil
 import sys
@@ -23,23 +24,13 @@ from rich.console import Console
 from rich.table import Table
 
 from atd.checkpoint.writer import write_shard
-from atd.ir import in_memory
-from atd.weights import Dense
+from atd.ir import WeightRef
+from atd.models.config import parse_config
+from atd.models.llama import llama_graph
+from atd.models.random_model import SHAPES
+from atd.weights import Dense, DenseType
 
-LLAMA_3_8B = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": False,
-}
+LLAMA_3_8B = SHAPES["llama3-8b"] | {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu"}
 TINY = LLAMA_3_8B | {
     "hidden_size": 128,
     "intermediate_size": 384,
@@ -50,55 +41,31 @@ TINY = LLAMA_3_8B | {
 
 
 def write_checkpoint(folder: Path, config: dict, blocks: int) -> int:
-    """A random checkpoint of these shapes; returns the number of weights of its linears."""
-    rng = np.random.default_rng(0)
-    hidden, mlp, vocabulary = (
-        config["hidden_size"],
-        config["intermediate_size"],
-        config["vocab_size"],
-    )
-    kv = hidden * config["num_key_value_heads"] // config["num_attention_heads"]
-    linears = {"q": (hidden, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, hidden)}
-    mlps = {"gate": (mlp, hidden), "up": (mlp, hidden), "down": (hidden, mlp)}
+    """Writes a random checkpoint of these shapes; returns the number of weights of its blocks' linears."""
+    rng, config = np.random.default_rng(0), config | {"num_hidden_layers": blocks}
 
-    def random(name: str, shape: tuple[int, ...]):
-        return in_memory(
-            name, Dense((rng.standard_normal(shape, np.float32) * 0.02).astype(ml_dtypes.bfloat16))
-        )
+    def reference(tensor: str, *shape: int) -> WeightRef:
+        def load() -> Dense:
+            values = (
+                0.02 * rng.standard_normal(shape, np.float32) if len(shape) > 1 else np.ones(shape)
+            )
+            return Dense(values.astype(ml_dtypes.bfloat16))
 
-    def gain(name: str):
-        return in_memory(name, Dense(np.ones(hidden, ml_dtypes.bfloat16)))
+        return WeightRef(tensor, DenseType(shape, "bf16"), load)
 
+    graph = llama_graph(config, parse_config(config, folder), reference)
     folder.mkdir(parents=True)
-    shards = {
-        "embed": [("model.embed_tokens.weight", (vocabulary, hidden))],
-        "head": [("lm_head.weight", (vocabulary, hidden))],
-    }
-    for i in range(blocks):
-        b = f"model.layers.{i}"
-        shards[f"block-{i}"] = [
-            *((f"{b}.self_attn.{n}_proj.weight", shape) for n, shape in linears.items()),
-            *((f"{b}.mlp.{n}_proj.weight", shape) for n, shape in mlps.items()),
-        ]
-    weight_map, weights = {}, 0
-    for shard, tensors in shards.items():
-        file = f"{shard}.safetensors"
-        refs = [random(name, shape) for name, shape in tensors]
-        if shard.startswith("block"):
-            weights += sum(int(np.prod(shape)) for _, shape in tensors)
-            b = f"model.layers.{shard.removeprefix('block-')}"
-            refs += [
-                gain(f"{b}.input_layernorm.weight"),
-                gain(f"{b}.post_attention_layernorm.weight"),
-            ]
-        elif shard == "head":
-            refs.append(gain("model.norm.weight"))
-        weight_map |= dict.fromkeys(write_shard(folder / file, refs), file)
+    weight_map = {}
+    for i, unit in enumerate(graph.units):
+        shard = f"model-{i:05d}.safetensors"
+        refs = [ref for node in unit.nodes for ref in node.weights.values()]
+        weight_map |= dict.fromkeys(write_shard(folder / shard, refs), shard)
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {}, "weight_map": weight_map})
     )
-    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": blocks}))
-    return weights
+    (folder / "config.json").write_text(json.dumps(config))
+    linears = [n for block in graph.blocks for n in block.nodes if n.op == "linear"]
+    return sum(math.prod(node.weights["weight"].type.shape) for node in linears)
 
 
 def convert(model: Path, out: Path, recipe: str) -> tuple[float, float, float]:

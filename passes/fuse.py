@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from atd.ir import Block, Node, WeightRef
+from atd.ir.rewrite import slices
 from atd.pipeline import Context, Pass
 from atd.weights import (
     Dense,
@@ -68,12 +69,8 @@ def _join(block: Block, parts: Sequence[Node]) -> list[Node]:
         slot: _join_refs(f"{block.name}.{name}.{slot}", [part.weights[slot] for part in parts])
         for slot in parts[0].weights
     }
-    nodes, start = [Node(name, "linear", parts[0].inputs, weights, parts[0].attrs)], 0
-    for part in parts:
-        stop = start + part.weights["weight"].type.shape[0]
-        nodes.append(Node(part.name, "slice", (name,), attrs={"start": start, "stop": stop}))
-        start = stop
-    return nodes
+    widths = {part.name: part.weights["weight"].type.shape[0] for part in parts}
+    return [Node(name, "linear", parts[0].inputs, weights, parts[0].attrs), *slices(name, widths)]
 
 
 def _joined_name(names: Sequence[str]) -> str:

@@ -5,7 +5,7 @@ whose graph is stored beside the weights.
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,8 +15,9 @@ from atd.checkpoint.files import StoredTensor, read_json
 from atd.checkpoint.folder import GRAPH
 from atd.checkpoint.reader import Checkpoint, is_gguf, open_checkpoint, read_config
 from atd.errors import BadInput
-from atd.ir import Attr, Block, Graph, InvalidGraph, Node, WeightRef, graph_from_json, verify
+from atd.ir import Graph, InvalidGraph, WeightRef, graph_from_json, verify
 from atd.models.config import ModelConfig, check_architecture, parse_config
+from atd.models.llama import EMBEDDING, HEAD, llama_graph
 from atd.weights import SHORT, DenseType, Weight, WeightType, build, stored
 
 FORMAT_VERSION = 1
@@ -25,7 +26,6 @@ _HARMLESS = re.compile(
     r"(.*\.)?rotary_emb\.inv_freq"
 )  # a buffer that older versions of transformers saved
 _SHOWN = 20  # problems in one message
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def open(path: str | Path) -> Graph:
@@ -92,14 +92,14 @@ class _Binder:
             "; ".join(part.source for part in found if part),
         )
 
-    def dense(self, tensor: str, *shape: int, place: str | None = None) -> WeightRef:
-        """A plain tensor of this shape in the dtype in which it is stored, under its own name or that of `place`."""
-        found = self._find(place or tensor, shape, _WEIGHT_DTYPES)
+    def dense(self, tensor: str, *shape: int, place: str) -> WeightRef:
+        """The weight called `tensor`, of this shape and the dtype in which the file has it under the name `place`."""
+        found = self._find(place, shape, _WEIGHT_DTYPES)
         type = DenseType(shape, found.dtype if found else "f32")
         return WeightRef(
             tensor,
             type,
-            partial(_load, self.checkpoint, type, {"array": place or tensor}),
+            partial(_load, self.checkpoint, type, {"array": place}),
             found.source if found else "",
         )
 
@@ -165,111 +165,25 @@ def _from_stored_graph(checkpoint: Checkpoint) -> Graph:
 
 
 def _from_config(checkpoint: Checkpoint, config: ModelConfig) -> Graph:
-    binder = _Binder(checkpoint)
+    binder, here = _Binder(checkpoint), checkpoint.tensors
     tied = config.tie_word_embeddings and _head_is_embedding(checkpoint)
     # Tied, with the head alone in the file: it is the embedding (transformers ties either way).
-    place = (
-        _HEAD
-        if tied and _EMBEDDING not in checkpoint.tensors and _HEAD in checkpoint.tensors
-        else None
-    )
-    embedding = binder.dense(_EMBEDDING, config.vocab_size, config.hidden_size, place=place)
-    prologue = Block("model", (Node("embed_tokens", "embed", ("x",), {"weight": embedding}),))
-    blocks = tuple(
-        _block(f"model.layers.{i}", config, window, binder)
-        for i, window in enumerate(config.windows)
-    )
-    norm = Node(
-        "model.norm",
-        "rms_norm",
-        ("x",),
-        {"weight": binder.dense("model.norm.weight", config.hidden_size)},
-        {"eps": config.rms_norm_eps},
-    )
+    embedding = HEAD if tied and EMBEDDING not in here and HEAD in here else EMBEDDING
+
+    def reference(tensor: str, *shape: int) -> WeightRef:
+        return binder.dense(tensor, *shape, place=embedding if tensor == EMBEDDING else tensor)
+
+    graph = llama_graph(checkpoint.config, replace(config, tie_word_embeddings=tied), reference)
     if tied:
-        head = Node("lm_head", "linear", ("model.norm",), attrs={"tied_to": "model.embed_tokens"})
-        binder.used.add(_HEAD)
-    else:
-        head = Node(
-            "lm_head",
-            "linear",
-            ("model.norm",),
-            {"weight": binder.dense(_HEAD, config.vocab_size, config.hidden_size)},
-        )
+        binder.used.add(HEAD)
     binder.finish()
-    return Graph(checkpoint.config, prologue, blocks, Block("", (norm, head)))
+    return graph
 
 
 def _head_is_embedding(checkpoint: Checkpoint) -> bool:
     """For a tied model: false where the file has both tensors and they differ (transformers' rule). This reads them."""
-    if not {_EMBEDDING, _HEAD} <= checkpoint.tensors.keys():
+    if not {EMBEDDING, HEAD} <= checkpoint.tensors.keys():
         return True
-    if checkpoint.tensors[_EMBEDDING].shape != checkpoint.tensors[_HEAD].shape:
+    if checkpoint.tensors[EMBEDDING].shape != checkpoint.tensors[HEAD].shape:
         return False
-    return np.array_equal(checkpoint.read(_EMBEDDING), checkpoint.read(_HEAD))
-
-
-def _block(name: str, config: ModelConfig, window: int, binder: _Binder) -> Block:
-    """A decoder layer: x + attention(norm(x)), then that + mlp(norm(that))."""
-    hidden, head_dim = config.hidden_size, config.head_dim
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-
-    def linear(module: str, value: str, inputs: int, out: int, bias: bool) -> Node:
-        weights = {"weight": binder.dense(f"{name}.{module}.weight", out, inputs)}
-        if bias:
-            weights["bias"] = binder.dense(f"{name}.{module}.bias", out)
-        return Node(module, "linear", (value,), weights)
-
-    def norm(module: str, value: str, width: int, **attrs) -> Node:
-        weights = {"weight": binder.dense(f"{name}.{module}.weight", width)}
-        return Node(module, "rms_norm", (value,), weights, {"eps": config.rms_norm_eps, **attrs})
-
-    rope = {"head_dim": head_dim, "theta": config.rope_theta, "scaling": config.rope_scaling}
-    attention: dict[str, Attr] = {
-        "heads": heads,
-        "kv_heads": kv_heads,
-        "head_dim": head_dim,
-        "window": window,
-    }
-    nodes = [
-        norm("input_layernorm", "x", hidden),
-        linear("self_attn.q_proj", "input_layernorm", hidden, heads * head_dim, config.qkv_bias),
-        linear("self_attn.k_proj", "input_layernorm", hidden, kv_heads * head_dim, config.qkv_bias),
-        linear("self_attn.v_proj", "input_layernorm", hidden, kv_heads * head_dim, config.qkv_bias),
-    ]
-    query, key = "self_attn.q_proj", "self_attn.k_proj"
-    if config.qk_norm:
-        nodes.append(norm("self_attn.q_norm", query, head_dim, head_dim=head_dim))
-        nodes.append(norm("self_attn.k_norm", key, head_dim, head_dim=head_dim))
-        query, key = "self_attn.q_norm", "self_attn.k_norm"
-    nodes += [
-        Node("self_attn.q_rope", "rope", (query,), attrs=rope),
-        Node("self_attn.k_rope", "rope", (key,), attrs=rope),
-        Node(
-            "self_attn.attention",
-            "attention",
-            ("self_attn.q_rope", "self_attn.k_rope", "self_attn.v_proj"),
-            attrs=attention,
-        ),
-        linear("self_attn.o_proj", "self_attn.attention", heads * head_dim, hidden, config.o_bias),
-        Node("self_attn.residual", "add", ("x", "self_attn.o_proj")),
-        norm("post_attention_layernorm", "self_attn.residual", hidden),
-        linear(
-            "mlp.gate_proj",
-            "post_attention_layernorm",
-            hidden,
-            config.intermediate_size,
-            config.mlp_bias,
-        ),
-        linear(
-            "mlp.up_proj",
-            "post_attention_layernorm",
-            hidden,
-            config.intermediate_size,
-            config.mlp_bias,
-        ),
-        Node("mlp.silu_mul", "silu_mul", ("mlp.gate_proj", "mlp.up_proj")),
-        linear("mlp.down_proj", "mlp.silu_mul", config.intermediate_size, hidden, config.mlp_bias),
-        Node("mlp.residual", "add", ("self_attn.residual", "mlp.down_proj")),
-    ]
-    return Block(name, tuple(nodes))
+    return np.array_equal(checkpoint.read(EMBEDDING), checkpoint.read(HEAD))

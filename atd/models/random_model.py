@@ -1,112 +1,79 @@
-"""Models with random weights in the shapes of real ones, made on the device as they are loaded: for measuring, where a
-checkpoint is not at hand or would not fit.
+"""Models with random weights in the shapes of real ones, made on the device as they are loaded: for measuring speed.
 
-q, k and v are one matrix, and gate and up, as `fuse` leaves them, in dense and in packed models alike.
+q, k and v are one matrix, and gate and up, in dense and in packed models alike, as `fuse` leaves them.
 """
-
-from dataclasses import dataclass
 
 import numpy as np
 
-from atd.ir import Attr, Block, Graph, Node, WeightRef, in_memory
+from atd.ir import Graph, WeightRef, in_memory
 from atd.kernels.tuning.samples import random_weight
+from atd.models.config import parse_config
+from atd.models.llama import llama_graph
 from atd.weights import Dense, DenseType, PackedType, TernaryType
 
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a llama."""
-
-    hidden: int
-    mlp: int
-    heads: int
-    kv_heads: int
-    layers: int
-    vocabulary: int
-    tied: bool
-    theta: float = 10000.0
-    context: int = 8192
-
-
-SHAPES = {
-    "llama3-8b": Shape(4096, 14336, 32, 8, 32, 128256, tied=False, theta=500000.0),
-    "smollm2-135m": Shape(576, 1536, 9, 3, 30, 49152, tied=True),
-    "tiny": Shape(64, 96, 4, 2, 2, 128, tied=False, context=256),
+LAYOUT = "tiles"  # which the GPU kernels read as it lies
+SHAPES: dict[str, dict] = {  # what config.json says of each
+    "llama3-8b": {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": False,
+    },
+    "smollm2-135m": {
+        "model_type": "llama",
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 100000.0,
+        "tie_word_embeddings": True,
+    },
+    "tiny": {
+        "model_type": "llama",
+        "vocab_size": 128,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+    },
 }
 
 
-def random_graph(shape: Shape, bases: int | None = None) -> Graph:
-    """Every matrix, embedding and head included, packed with N bases and tied scales, one a row; None: dense, in bf16."""
-    head_dim = shape.hidden // shape.heads
-    kv = shape.kv_heads * head_dim
+def random_graph(config: dict, bases: int | None = None) -> Graph:
+    """Builds a model with random matrices and gains of ones.
+
+    Args:
+      config: as in config.json; SHAPES has some.
+      bases: N of all matrices, embedding and head included: ternary with tied scales, one per row, packed for the GPU
+        kernels. None: dense, in bf16.
+    """
     seeds = iter(range(1 << 30))
 
-    def matrix(tensor: str, out: int, inputs: int) -> dict[str, WeightRef]:
-        seed = next(seeds)
-        type = (
-            TernaryType((out, inputs), bases, "row", True, "f16")
-            if bases
-            else DenseType((out, inputs), "bf16")
-        )
-        stored = PackedType(type, "words") if isinstance(type, TernaryType) else type
-        return {"weight": WeightRef(tensor, stored, lambda: random_weight(type, seed))}
+    def reference(tensor: str, *shape: int) -> WeightRef:
+        if len(shape) == 1:
+            return in_memory(tensor, Dense(np.ones(shape, np.float32)))
+        (out, inputs), seed = shape, next(seeds)
+        if bases is None:
+            dense = DenseType(shape, "bf16")
+            return WeightRef(tensor, dense, lambda: random_weight(dense, seed))
+        ternary = TernaryType((out, inputs), bases, "row", True, "f16")
+        packed = PackedType(ternary, LAYOUT)
+        return WeightRef(tensor, packed, lambda: random_weight(ternary, seed, LAYOUT))
 
-    def norm(name: str, source: str, prefix: str) -> Node:
-        gain = in_memory(f"{prefix}{name}.weight", Dense(np.ones(shape.hidden, np.float32)))
-        return Node(name, "rms_norm", (source,), {"weight": gain}, {"eps": 1e-5})
-
-    def block(name: str) -> Block:
-        rope: dict[str, Attr] = {"head_dim": head_dim, "theta": shape.theta, "scaling": ()}
-        attention = {
-            "heads": shape.heads,
-            "kv_heads": shape.kv_heads,
-            "head_dim": head_dim,
-            "window": 0,
-        }
-
-        def linear(node: str, source: str, out: int, inputs: int) -> Node:
-            return Node(node, "linear", (source,), matrix(f"{name}.{node}.weight", out, inputs))
-
-        def part(node: str, source: str, start: int, size: int) -> Node:
-            return Node(node, "slice", (source,), attrs={"start": start, "stop": start + size})
-
-        qkv, gate_up, mixed = "self_attn.qkv_proj", "mlp.gate_up_proj", "self_attn.attention"
-        nodes = (
-            norm("input_layernorm", "x", f"{name}."),
-            linear(qkv, "input_layernorm", shape.hidden + 2 * kv, shape.hidden),
-            part("self_attn.q_proj", qkv, 0, shape.hidden),
-            part("self_attn.k_proj", qkv, shape.hidden, kv),
-            part("self_attn.v_proj", qkv, shape.hidden + kv, kv),
-            Node("self_attn.q_rope", "rope", ("self_attn.q_proj",), attrs=rope),
-            Node("self_attn.k_rope", "rope", ("self_attn.k_proj",), attrs=rope),
-            Node(
-                mixed,
-                "attention",
-                ("self_attn.q_rope", "self_attn.k_rope", "self_attn.v_proj"),
-                attrs=attention,
-            ),
-            linear("self_attn.o_proj", mixed, shape.hidden, shape.hidden),
-            Node("self_attn.residual", "add", ("x", "self_attn.o_proj")),
-            norm("post_attention_layernorm", "self_attn.residual", f"{name}."),
-            linear(gate_up, "post_attention_layernorm", 2 * shape.mlp, shape.hidden),
-            part("mlp.gate_proj", gate_up, 0, shape.mlp),
-            part("mlp.up_proj", gate_up, shape.mlp, shape.mlp),
-            Node("mlp.silu_mul", "silu_mul", ("mlp.gate_proj", "mlp.up_proj")),
-            linear("mlp.down_proj", "mlp.silu_mul", shape.hidden, shape.mlp),
-            Node("mlp.residual", "add", ("self_attn.residual", "mlp.down_proj")),
-        )
-        return Block(name, nodes)
-
-    embedding = matrix("model.embed_tokens.weight", shape.vocabulary, shape.hidden)
-    if shape.tied:
-        head = Node("lm_head", "linear", ("model.norm",), attrs={"tied_to": "model.embed_tokens"})
-    else:
-        weights = matrix("lm_head.weight", shape.vocabulary, shape.hidden)
-        head = Node("lm_head", "linear", ("model.norm",), weights)
-    config = {"model_type": "llama", "vocab_size": shape.vocabulary, "hidden_size": shape.hidden}
-    return Graph(
-        config | {"max_position_embeddings": shape.context},
-        Block("model", (Node("embed_tokens", "embed", ("x",), embedding),)),
-        tuple(block(f"model.layers.{i}") for i in range(shape.layers)),
-        Block("", (norm("model.norm", "x", ""), head)),
-    )
+    model = parse_config(config, "a random model")
+    return llama_graph(config, model, reference, fused=True)

@@ -82,7 +82,7 @@ def test_random_models_have_the_shapes_of_real_ones(name):
 
 
 def test_random_models_run_packed_and_dense():
-    shape = replace(SHAPES["tiny"], layers=1)
+    shape = SHAPES["tiny"] | {"num_hidden_layers": 1}
     tokens = jnp.arange(6)[None]
     for graph, backend in ((random_graph(shape), "xla"), (random_graph(shape, 2), "xla")):
         logits = load(graph, backend=backend)(tokens)

@@ -1,0 +1,105 @@
+"""The graph of a model of the llama family: embedding, decoder blocks, final norm and head, as its config says."""
+
+from collections.abc import Callable
+
+from atd.ir import Attr, Block, Graph, Node, WeightRef
+from atd.ir.rewrite import slices
+from atd.models.config import ModelConfig
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+Reference = Callable[..., WeightRef]  # (name of the tensor, *its shape) -> the weight
+
+
+def llama_graph(
+    config: dict, model: ModelConfig, reference: Reference, *, fused: bool = False
+) -> Graph:
+    """Builds the graph of a model.
+
+    Args:
+      config: its config.json, which the graph carries.
+      model: the same, parsed.
+      reference: gives the weight of each tensor, under the name that Hugging Face's checkpoints have for it.
+      fused: q, k and v are one matrix, and gate and up, as the pass `fuse` leaves them.
+    """
+    hidden, vocabulary = model.hidden_size, model.vocab_size
+    embedding = {"weight": reference(EMBEDDING, vocabulary, hidden)}
+    blocks = tuple(
+        decoder_block(f"model.layers.{i}", model, window, reference, fused)
+        for i, window in enumerate(model.windows)
+    )
+    gain = {"weight": reference("model.norm.weight", hidden)}
+    norm = Node("model.norm", "rms_norm", ("x",), gain, {"eps": model.rms_norm_eps})
+    if model.tie_word_embeddings:
+        head = Node("lm_head", "linear", ("model.norm",), attrs={"tied_to": "model.embed_tokens"})
+    else:
+        weight = {"weight": reference(HEAD, vocabulary, hidden)}
+        head = Node("lm_head", "linear", ("model.norm",), weight)
+    prologue = Block("model", (Node("embed_tokens", "embed", ("x",), embedding),))
+    return Graph(config, prologue, blocks, Block("", (norm, head)))
+
+
+def decoder_block(
+    name: str, model: ModelConfig, window: int, reference: Reference, fused: bool
+) -> Block:
+    """Builds a decoder layer: h = x + attention(norm(x)), then h + mlp(norm(h)).
+
+    Args:
+      name: in front of its nodes' names, "model.layers.0".
+      window: positions that it attends to; 0: all of the past.
+    """
+    hidden, head_dim, mlp = model.hidden_size, model.head_dim, model.intermediate_size
+    heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
+
+    def linear(module: str, value: str, inputs: int, out: int, bias: bool) -> Node:
+        weights = {"weight": reference(f"{name}.{module}.weight", out, inputs)}
+        if bias:
+            weights["bias"] = reference(f"{name}.{module}.bias", out)
+        return Node(module, "linear", (value,), weights)
+
+    def linears(joined: str, value: str, outs: dict[str, int], bias: bool) -> list[Node]:
+        """Linears of one input by name and width; fused: one of them, cut into these parts."""
+        if not fused:
+            return [linear(module, value, hidden, out, bias) for module, out in outs.items()]
+        return [linear(joined, value, hidden, sum(outs.values()), bias), *slices(joined, outs)]
+
+    def norm(module: str, value: str, width: int, **attrs: Attr) -> Node:
+        weights = {"weight": reference(f"{name}.{module}.weight", width)}
+        return Node(module, "rms_norm", (value,), weights, {"eps": model.rms_norm_eps, **attrs})
+
+    rope: dict[str, Attr] = {
+        "head_dim": head_dim,
+        "theta": model.rope_theta,
+        "scaling": model.rope_scaling,
+    }
+    attention: dict[str, Attr] = {
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "window": window,
+    }
+    query, key, value = (f"self_attn.{part}_proj" for part in "qkv")
+    outs = {query: heads * head_dim, key: kv_heads * head_dim, value: kv_heads * head_dim}
+    nodes = [
+        norm("input_layernorm", "x", hidden),
+        *linears("self_attn.qkv_proj", "input_layernorm", outs, model.qkv_bias),
+    ]
+    if model.qk_norm:
+        nodes.append(norm("self_attn.q_norm", query, head_dim, head_dim=head_dim))
+        nodes.append(norm("self_attn.k_norm", key, head_dim, head_dim=head_dim))
+        query, key = "self_attn.q_norm", "self_attn.k_norm"
+    read = ("self_attn.q_rope", "self_attn.k_rope", value)
+    outs = {"mlp.gate_proj": mlp, "mlp.up_proj": mlp}
+    nodes += [
+        Node("self_attn.q_rope", "rope", (query,), attrs=rope),
+        Node("self_attn.k_rope", "rope", (key,), attrs=rope),
+        Node("self_attn.attention", "attention", read, attrs=attention),
+        linear("self_attn.o_proj", "self_attn.attention", heads * head_dim, hidden, model.o_bias),
+        Node("self_attn.residual", "add", ("x", "self_attn.o_proj")),
+        norm("post_attention_layernorm", "self_attn.residual", hidden),
+        *linears("mlp.gate_up_proj", "post_attention_layernorm", outs, model.mlp_bias),
+        Node("mlp.silu_mul", "silu_mul", ("mlp.gate_proj", "mlp.up_proj")),
+        linear("mlp.down_proj", "mlp.silu_mul", mlp, hidden, model.mlp_bias),
+        Node("mlp.residual", "add", ("self_attn.residual", "mlp.down_proj")),
+    ]
+    return Block(name, tuple(nodes))
