@@ -1,5 +1,6 @@
 """The documentation says what the code does: options, commands, the stored format, and links between pages."""
 
+import pkgutil
 import re
 import tomllib
 from dataclasses import fields
@@ -142,6 +143,13 @@ def test_files_that_pages_name_exist():
     for page in PAGES:
         for name in re.findall(rf"`((?:{folders})/[\w./-]+)`", page.read_text()):
             assert (ROOT / name).exists(), f"{page}: {name}"
+
+
+def test_names_that_pages_name_exist():
+    others = {"atd.passes", "atd.kernels"}  # a group of entry points, and a logger
+    for page in PAGES:
+        for name in re.findall(r"`(atd(?:\.\w+)+)(?:\(.*?\))?`", page.read_text()):
+            assert name in others or pkgutil.resolve_name(name), f"{page}: {name}"
 
 
 def test_navigation_has_every_page():
