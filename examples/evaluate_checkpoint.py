@@ -12,6 +12,7 @@ import numpy as np
 
 import atd
 from atd.checkpoint.reader import open_tokenizer
+from atd.runtime.compare import read_tokens
 
 TINY = Path(__file__).parents[1] / "tests/golden/llama_gqa"
 
@@ -25,8 +26,7 @@ def evaluate(out: Path, source: Path, tokens: np.ndarray, context: int) -> None:
 
 if len(sys.argv) > 1:
     out, source, text = map(Path, sys.argv[1:])
-    tokens = open_tokenizer(source).encode(text.read_text(encoding="utf-8"))
-    evaluate(out, source, tokens, context=512)
+    evaluate(out, source, read_tokens(text, open_tokenizer(source)), context=512)
 else:
     with tempfile.TemporaryDirectory() as folder:
         out = atd.convert(TINY, Path(folder) / "out", "datafree3")

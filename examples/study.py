@@ -11,7 +11,7 @@ import numpy as np
 
 import atd
 from atd.checkpoint.reader import open_tokenizer
-from atd.reports.tables import graph_size
+from atd.runtime.compare import graph_size, read_tokens
 
 TINY = Path(__file__).parents[1] / "tests/golden/llama_gqa"
 path, *texts = sys.argv[1:] or [TINY]
@@ -19,7 +19,7 @@ source = atd.open(path)
 dense = atd.load(source)
 tokens = np.random.default_rng(0).integers(dense.vocabulary, size=1024)
 if texts:
-    tokens = open_tokenizer(path).encode(Path(texts[0]).read_text(encoding="utf-8"))[:4096]
+    tokens = read_tokens(Path(texts[0]), open_tokenizer(path), 4096)
 
 print("bits   KL      top-1   pipeline")
 for bases in 1, 2, 3:
