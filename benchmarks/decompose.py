@@ -15,7 +15,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from atd.decomposition import least_squares
+from atd.decomposition.least_squares import als
+from atd.decomposition.rmse import decomposition_rmse
 
 SHAPES = ((4096, 4096), (14336, 4096))
 TINY = ((96, 160),)
@@ -23,11 +24,11 @@ TINY = ((96, 160),)
 
 def measure(weight: np.ndarray, bases: int, group: int | str, tied: bool, repeats: int) -> dict:
     """One row of figures: seconds of the fastest run, weights a second, relative RMSE."""
-    least_squares.als(weight[:8], bases, group, tied)
+    als(weight[:8], bases, group, tied)
     seconds = []
     for _ in range(repeats):
         started = time.perf_counter()
-        trits, scales = least_squares.als(weight, bases, group, tied)
+        trits, scales = als(weight, bases, group, tied)
         seconds.append(time.perf_counter() - started)
     return {
         "shape": list(weight.shape),
@@ -36,7 +37,7 @@ def measure(weight: np.ndarray, bases: int, group: int | str, tied: bool, repeat
         "scales": "tied" if tied else "free",
         "seconds": min(seconds),
         "weights_per_second": weight.size / min(seconds),
-        "relative_rmse": least_squares.decomposition_rmse(weight, trits, scales, group),
+        "relative_rmse": decomposition_rmse(weight, trits, scales, group),
     }
 
 

@@ -2,7 +2,7 @@
 
 1. Takes every `linear` and `embed` whose full name matches `nodes` and whose weight is dense; norms and biases stay.
 2. `method = "als"`: scales fitted jointly, per group, with exhaustive re-assignment (`atd.decomposition.least_squares.als`).
-   `method = "greedy"`: the historic one, scale = mean|residual|, base by base (`atd.decomposition.least_squares.greedy`); with
+   `method = "greedy"`: the historic one, scale = mean|residual|, base by base (`atd.decomposition.greedy`); with
    `group = "tensor"` one scale a tensor.
    `method = "hessian"`: calibrated. Scales under the second moments of the inputs, error feedback, coordinate descent,
    refits (`atd.decomposition.error_feedback`); the target is corrected for what the layers before have changed (GPTAQ). Embedding tables
@@ -19,8 +19,12 @@ from functools import lru_cache
 import numpy as np
 
 from atd.calibration.streams import Moments
-from atd.decomposition import error_feedback, least_squares
+from atd.decomposition import error_feedback
 from atd.decomposition.allocation import DECISION, decided_type
+from atd.decomposition.greedy import greedy
+from atd.decomposition.least_squares import als
+from atd.decomposition.rmse import decomposition_rmse
+from atd.decomposition.second_moments import asymmetric_target
 from atd.errors import BadInput, nearest
 from atd.ir import Graph, Node, WeightRef
 from atd.pipeline import Context, Pass, check_pattern
@@ -134,12 +138,12 @@ class Decompose(Pass):
             assert isinstance(dense, Dense)
             weight = np.asarray(dense.array).astype(np.float32)
             if self.method == "greedy":
-                trits, scales = least_squares.greedy(weight, self.bases, DTYPES[self.dtype], group)
+                trits, scales = greedy(weight, self.bases, DTYPES[self.dtype], group)
             elif self.method == "hessian" and (node.op == "linear" or name in context.moments):
                 trits, scales = self._calibrated(name, weight, group, context)
             else:
                 features = context.feature_weights.get(name)
-                trits, scales = least_squares.als(
+                trits, scales = als(
                     weight,
                     self.bases,
                     group,
@@ -147,9 +151,7 @@ class Decompose(Pass):
                     DTYPES[self.dtype],
                     feature_weights=features,
                 )
-            context.record(
-                name, error=least_squares.decomposition_rmse(weight, trits, scales, group)
-            )
+            context.record(name, error=decomposition_rmse(weight, trits, scales, group))
             return Ternary(trits, scales, type)
 
         return replace(
@@ -171,9 +173,7 @@ class Decompose(Pass):
             moments = context.calibration.moments(name)
             hessian, factor = moments.hessian, _factor(moments, self.damping, self.order)
             if self.asymmetric:
-                corrected = error_feedback.asymmetric_target(
-                    weight, hessian, moments.cross, self.damping
-                )
+                corrected = asymmetric_target(weight, hessian, moments.cross, self.damping)
                 target = weight + self.asymmetric * (np.asarray(corrected) - weight)
         trits, scales = error_feedback.decompose(
             target,

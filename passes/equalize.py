@@ -26,7 +26,7 @@ import numpy as np
 
 from atd.calibration.moments import dense_moments
 from atd.decomposition import least_squares
-from atd.decomposition.error_feedback import proxy_loss
+from atd.decomposition.second_moments import proxy_loss
 from atd.errors import BadInput
 from atd.ir import Block, Graph, Node, WeightRef
 from atd.pipeline import Context, Pass

@@ -162,7 +162,8 @@ def dequantize(grid: Grid, moves: dict[str, jax.Array]) -> jax.Array:
     latent = _latent(grid, moves)
     codes, inside = nearest(jax.lax.stop_gradient(latent), jax.lax.stop_gradient(scales), grid)
     passed = jnp.where(inside, latent - jax.lax.stop_gradient(latent), 0.0)
-    return _combine(_signed(codes, grid), _descending(scales), grid) + passed
+    scales = descending_scales(scales, axis=-1)  # they may have crossed
+    return _combine(_signed(codes, grid), scales, grid) + passed
 
 
 def _scales(grid: Grid, moves: dict[str, jax.Array]) -> jax.Array:
@@ -175,11 +176,6 @@ def _latent(grid: Grid, moves: dict[str, jax.Array]) -> jax.Array:
     return start + moves["codes"] * _spread(grid.scales[..., -1], grid)
 
 
-def _descending(scales) -> jax.Array:
-    """Scales [rows, groups, N] in the order in which `nearest` counts codes, should they have crossed."""
-    return jnp.moveaxis(descending_scales(jnp.moveaxis(scales, -1, 0)), 0, -1)
-
-
 def nearest(latent, scales, grid: Grid) -> tuple[jax.Array, jax.Array]:
     """(codes int8 [out, in] of the levels nearest to the latent weights, where these lie within half a level of the range)."""
     if grid.tied:
@@ -188,9 +184,8 @@ def nearest(latent, scales, grid: Grid) -> tuple[jax.Array, jax.Array]:
             level
         ) <= grid.top + 0.5
     out, inputs = latent.shape
-    scales = jnp.moveaxis(
-        _descending(jnp.broadcast_to(scales, (out, *scales.shape[1:]))), -1, 0
-    )  # [N, out, groups]
+    scales = jnp.moveaxis(jnp.broadcast_to(scales, (out, *scales.shape[1:])), -1, 0)
+    scales = descending_scales(scales)  # [N, out, groups], in which codes are counted
     grouped = group_inputs(latent, grid.size).reshape(-1, grid.size)  # [out * groups, size]
     codes = nearest_codes(jnp.abs(grouped), scales.reshape(len(scales), -1))
     limit = scales.sum(0).reshape(-1, 1) + scales[-1].reshape(-1, 1) / 2
@@ -359,5 +354,5 @@ def _rounded(
     scales, codes = round_scales(_scales(grid, moves), DTYPES[dtype]), grid.codes
     if "codes" in moves:
         codes, _ = nearest(_latent(grid, moves), scales, grid)
-        scales = _descending(scales)
+        scales = descending_scales(scales, axis=-1)
     return trits_of(codes, bases), scales

@@ -1,8 +1,12 @@
-"""Who gets how many bytes: the choice of an option for every matrix that loses least within a budget of bytes.
+"""Who gets how many bytes: the choice of an option for every matrix that loses least within a
+budget of bytes.
 
-    decision      the text of an option: N, group, tied or free, dtype of the scales, as a `TernaryType` writes them
-    Choice        matrices that get one option together, and what each option costs (bytes) and loses (nats)
-    allocate      min sum of losses, sum of bytes <= budget, one option a choice: the multiple-choice knapsack, exactly
+    decision      the text of an option: N, group, tied or free, dtype of the scales, as a
+                  `TernaryType` writes them
+    Choice        matrices that get one option together, and what each option costs (bytes) and
+                  loses (nats)
+    allocate      min sum of losses, sum of bytes <= budget, one option a choice: the
+                  multiple-choice knapsack, exactly
     parse_bytes   "3.9GB", "75MB", "2GiB"
 
 Numbers and text in, numbers out: nothing here knows of graphs.
@@ -41,7 +45,7 @@ _UNITS = {
 }
 
 
-# --- options ----------------------------------------------------------------------------------------------------------
+# --- options --------------------------------------------------------------------------------------
 
 
 def ternary_types(
@@ -51,8 +55,8 @@ def ternary_types(
     scales: Iterable[str],
     dtype: str,
 ) -> list[TernaryType]:
-    """Every combination for a matrix [out, in], each once: a group as wide as the row is "row", and one base has no
-    ratios of scales to tie."""
+    """Every combination for a matrix [out, in], each once: a group as wide as the row is "row", and
+    one base has no ratios of scales to tie."""
     out, inputs = shape
     found = {}
     for n, group, kind in product(bases, groups, scales):
@@ -72,7 +76,9 @@ def decision(type: DenseType | TernaryType) -> str:
 
 
 def decided_type(text: str, shape: Sequence[int]) -> TernaryType | None:
-    """The type of a matrix [out, in] for which this text was decided; None for "dense". ValueError for other text."""
+    """The type of a matrix [out, in] for which this text was decided; None for "dense". ValueError
+    for other text.
+    """
     if text == DENSE:
         return None
     type = parse_type(f"ternary {text}[{shape[0]},{shape[1]}]")
@@ -91,7 +97,8 @@ def can_be_packed(type: DenseType | TernaryType, layout: str) -> bool:
 
 
 def parse_bytes(text: str) -> int:
-    """ "3.9GB" -> 3_900_000_000, "2GiB" -> 2_147_483_648; a number alone is bytes, case does not matter.
+    """ "3.9GB" -> 3_900_000_000, "2GiB" -> 2_147_483_648; a number alone is bytes, case does not
+    matter.
 
     Rounded down to whole bytes. Raises BadInput for text that is no size above 0.
     """
@@ -99,17 +106,18 @@ def parse_bytes(text: str) -> int:
     if match is None or (match[2] or "b") not in _UNITS or float(match[1]) == 0:
         raise BadInput(f"budget {text!r} is no size; write e.g. '3.9GB', '75MB' or '2GiB'")
     whole, _, fraction = match[1].partition(".")
-    return (
-        int(whole + fraction or "0") * _UNITS[match[2] or "b"] // 10 ** len(fraction)
-    )  # exact: no float between
+    # exact: no float between
+    return int(whole + fraction or "0") * _UNITS[match[2] or "b"] // 10 ** len(fraction)
 
 
-# --- the optimum ------------------------------------------------------------------------------------------------------
+# --- the optimum ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Matrices that are given one option together: bytes and losses of each option, summed over them."""
+    """Matrices that are given one option together: bytes and losses of each option, summed over
+    them.
+    """
 
     names: tuple[str, ...]
     bytes: tuple[int, ...]
@@ -117,15 +125,18 @@ class Choice:
 
 
 def allocate(choices: Sequence[Choice], budget: int) -> list[int]:
-    """The option of each choice, by place: the least sum of losses with sum of bytes <= budget, exactly.
+    """The option of each choice, by place: the least sum of losses with sum of bytes <= budget,
+    exactly.
 
     With a price p a byte, every allocation of b <= budget bytes loses
-        bound + sum of excesses + p (budget - b),    excess of an option = (loss + p bytes) - the least of its choice,
-    and all three are known or >= 0. At the price where the bound is highest an optimum lies barely above it, so only
-    options of an excess below a small limit can be in it: those are searched completely, and if the best one found is
-    within the limit, nothing else can be better; else the limit is doubled. (Dyer, Kayal & Walsh 1984; Pisinger 1995.)
-    Of equals the one with fewer bytes, then the first: the same every time. Losses may rise with bytes.
-    Raises BadInput where the smallest options together exceed the budget.
+        bound + sum of excesses + p (budget - b),    excess of an option = (loss + p bytes) - the
+                                                     least of its choice,
+    and all three are known or >= 0. At the price where the bound is highest an optimum lies barely
+    above it, so only options of an excess below a small limit can be in it: those are searched
+    completely, and if the best one found is within the limit, nothing else can be better; else the
+    limit is doubled. (Dyer, Kayal & Walsh 1984; Pisinger 1995.) Of equals the one with fewer bytes,
+    then the first: the same every time. Losses may rise with bytes. Raises BadInput where the
+    smallest options together exceed the budget.
     """
     least = sum(min(choice.bytes) for choice in choices)
     if least > budget:
@@ -169,10 +180,11 @@ def _price(bytes: list[np.ndarray], losses: list[np.ndarray], budget: int) -> fl
             int(b[np.argmin(loss + price * b)]) for b, loss in zip(bytes, losses, strict=True)
         )
 
+    # At `high` no byte is worth what it saves
     low, high = (
         0.0,
         max(float(np.ptp(loss)) for loss in losses),
-    )  # at `high` no byte is worth what it saves
+    )
     for _ in range(BISECTIONS):
         middle = math.sqrt(low * high) if low else high / 1024
         low, high = (low, middle) if taken(middle) <= budget else (middle, high)
@@ -180,9 +192,11 @@ def _price(bytes: list[np.ndarray], losses: list[np.ndarray], budget: int) -> fl
 
 
 def _search(bytes, losses, excesses, budget: int, limit: float, waste: float) -> list[int] | None:
-    """The best allocation among those whose excesses sum to at most `limit` and that leave at most `waste` bytes.
+    """The best allocation among those whose excesses sum to at most `limit` and that leave at most
+    `waste` bytes.
 
-    Choice by choice, all sums (bytes, loss, excess) that may still end so and that no other one dominates.
+    Choice by choice, all sums (bytes, loss, excess) that may still end so and that no other one
+    dominates.
     """
     open_ = [i for i in range(len(bytes)) if np.count_nonzero(excesses[i] <= limit) > 1]
     open_.sort(key=lambda i: -int(np.ptp(bytes[i][excesses[i] <= limit])))

@@ -1,11 +1,14 @@
 """Levels: the sums that N scales and trits can make, and which of them is nearest to a weight.
 
-The 3^N sums of a group are symmetric about 0, so only the L = (3^N + 1) / 2 that are not negative matter: |w| is on the
-level whose number is the count of midpoints below it. Arrays hold one column a group: scales [N, C], levels [L, C].
+The 3^N sums of a group are symmetric about 0, so only the L = (3^N + 1) / 2 that are not negative
+matter: |w| is on the level whose number is the count of midpoints below it. Their codes, of each
+pair of opposite ones the one whose first trit that is not zero is +1, are the *half codes*. Arrays
+hold one column per group: scales [N, C], levels [L, C].
 """
 
 from itertools import product
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -13,9 +16,14 @@ from jax import lax
 
 from atd.weights import level_weights
 
+# --- scales ---------------------------------------------------------------------------------------
 
-def round_scales(scales, dtype):
-    """scales as `dtype` would store them, inf where it can not. Not by a cast there and back: XLA drops that as excess precision."""
+
+def round_scales(scales, dtype: np.dtype) -> jax.Array:
+    """Rounds float32 scales >= 0 to what `dtype` can store, and to inf where it cannot.
+
+    The result is float32. Not by a cast there and back, which XLA drops as excess precision.
+    """
     if dtype.itemsize >= 4:
         return scales
     info = ml_dtypes.finfo(dtype)
@@ -26,30 +34,33 @@ def round_scales(scales, dtype):
     return jnp.where(rounded > float(info.max), jnp.inf, rounded)
 
 
-def nonzero(scale):
-    """The scale as a divisor: inf in place of 0, so that whatever is divided by it is 0."""
+def nonzero(scale) -> jax.Array:
+    """Returns a scale as a divisor: inf in place of 0, so that whatever is divided by it is 0."""
     return jnp.where(scale > 0, scale, jnp.inf)
 
 
-def descending_scales(scales):
-    """Sorts [N, C] along its few rows, the largest first."""
-    rows = list(scales)
+def descending_scales(scales, axis: int = 0) -> jax.Array:
+    """Sorts the few scales along an axis, the largest first, by compare and swap."""
+    rows = list(jnp.moveaxis(scales, axis, 0))
     for last in range(len(rows) - 1, 0, -1):
         for i in range(last):
             rows[i], rows[i + 1] = (
                 jnp.maximum(rows[i], rows[i + 1]),
                 jnp.minimum(rows[i], rows[i + 1]),
             )
-    return jnp.stack(rows)
+    return jnp.stack(rows, axis=axis)
+
+
+# --- codes and levels -----------------------------------------------------------------------------
 
 
 def top_level(bases: int) -> int:
-    """The largest sum of a tied decomposition: its levels are u * -top..top."""
+    """Returns (3^N - 1) / 2, the largest integer of N trits: tied levels are u times -top..top."""
     return (3**bases - 1) // 2
 
 
-def trits_of(integers, bases: int):
-    """int8 integers in -top..top -> trits int8 [..., N], the most significant first: integer = sum_i t_i 3^(N-1-i)."""
+def trits_of(integers, bases: int) -> jax.Array:
+    """Writes int8 integers sum_i t_i 3^(N-1-i) as trits t int8 [..., N]."""
     digits = (integers + top_level(bases)).astype(jnp.uint8)
     return jnp.stack(
         [((digits // 3 ** (bases - 1 - i)) % 3).astype(jnp.int8) - 1 for i in range(bases)], axis=-1
@@ -57,13 +68,17 @@ def trits_of(integers, bases: int):
 
 
 def half_codes(bases: int) -> np.ndarray:
-    """[L, N]: zero, then of each pair of opposite codes the one whose first trit that is not zero is +1."""
+    """Returns the trits of all half codes, float32 [L, N], zero first."""
     codes = np.array(list(product((-1, 0, 1), repeat=bases)))
     return codes[len(codes) // 2 :].astype(np.float32)
 
 
-def ranked_levels(scales):
-    """scales [N, C] -> each half code's |sum| [L, C], the sign of its sum, and its rank among them by size."""
+def ranked_levels(scales) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Sums up all half codes of scales [N, C].
+
+    Returns:
+        |sum| [L, C], the sign of the sum [L, C], and its rank among them by size, int32 [L, C].
+    """
     signed = sum(
         code[:, None] * scale for code, scale in zip(half_codes(len(scales)).T, scales, strict=True)
     )
@@ -78,18 +93,27 @@ def ranked_levels(scales):
     return level, jnp.where(signed < 0, -1.0, 1.0), lax.map(rank, (level, number))
 
 
-def ascending_levels(values, rank):
-    """values [L, C] of the half codes, those of the lowest level first."""
+def ascending_levels(values, rank) -> jax.Array:
+    """Sorts values [L, C] of half codes by the rank [L, C] of their levels, the lowest first."""
     return jnp.put_along_axis(jnp.zeros_like(values), rank, values, axis=0, inplace=False)
 
 
-def midpoints(level, rank):
+def midpoints(level, rank) -> jax.Array:
+    """Returns the means of neighbouring levels, [L - 1, C], ascending."""
     ascending = ascending_levels(level, rank)
     return (ascending[1:] + ascending[:-1]) / 2
 
 
-def nearest_codes(size, scales):
-    """int8 [C, size]: the code of the level nearest to each |w|, as the integer sum_i t_i 3^(N-1-i)."""
+def nearest_codes(magnitudes, scales) -> jax.Array:
+    """Assigns each |w| to the nearest level of its group.
+
+    Args:
+        magnitudes: |w|, float32 [C, size].
+        scales: float32 [N, C], descending.
+
+    Returns:
+        int8 [C, size], the trits of the level as the integer sum_i t_i 3^(N-1-i).
+    """
     bases = len(scales)
     level, sign, rank = ranked_levels(scales)
     integers = sign * (half_codes(bases) @ level_weights(bases))[:, None]  # [L, C]
@@ -97,7 +121,7 @@ def nearest_codes(size, scales):
 
     def climb(codes, step):
         midpoint, rise = step
-        return codes + jnp.where(size > midpoint[:, None], rise[:, None], 0), None
+        return codes + jnp.where(magnitudes > midpoint[:, None], rise[:, None], 0), None
 
     steps = midpoints(level, rank), ascending[1:] - ascending[:-1]
-    return lax.scan(climb, jnp.zeros(size.shape, jnp.int8), steps)[0]
+    return lax.scan(climb, jnp.zeros(magnitudes.shape, jnp.int8), steps)[0]

@@ -13,8 +13,8 @@ _CHUNK = 1 << 18  # float64 values that are rotated at a time: what stays in a c
 
 @dataclass(frozen=True, eq=False)
 class Rotation:
-    """R = diag(signs) (I x F_1 x F_2 x ...) scale, x the Kronecker product: each run of features of the factors' width
-    is rotated by itself, each with signs of its own."""
+    """R = diag(signs) (I x F_1 x F_2 x ...) scale, x the Kronecker product: each run of features of
+    the factors' width is rotated by itself, each with signs of its own."""
 
     signs: np.ndarray  # [n]
     factors: tuple[
@@ -38,7 +38,9 @@ class Rotation:
 
 
 def random_rotation(rng: np.random.Generator, width: int, copies: int = 1) -> Rotation:
-    """A random Hadamard rotation of `width` features, or `copies` of them side by side that differ in their signs."""
+    """A random Hadamard rotation of `width` features, or `copies` of them side by side that differ
+    in their signs.
+    """
     signs = rng.choice([-1.0, 1.0], copies * width)
     power = width & -width
     base = width // power
@@ -52,11 +54,13 @@ def random_rotation(rng: np.random.Generator, width: int, copies: int = 1) -> Ro
 
 
 def hadamard(order: int) -> np.ndarray | None:
-    """H int8 of entries +-1 with H H^T = order I, by one of Paley's constructions; None where neither gives one.
+    """H int8 of entries +-1 with H H^T = order I, by one of Paley's constructions; None where
+    neither gives one.
 
     With the Jacobsthal matrix Q_ij = (i - j | q) of a prime q:
         order = q + 1, q = 3 mod 4:      I + S,  S = [[0, 1], [-1, Q]]
-        order = 2 (q + 1), q = 1 mod 4:  C x [[1, 1], [1, -1]] + I x [[1, -1], [-1, -1]],  C = [[0, 1], [1, Q]]
+        order = 2 (q + 1), q = 1 mod 4:  C x [[1, 1], [1, -1]] + I x [[1, -1], [-1, -1]],  C = [[0,
+        1], [1, Q]]
     """
     if order == 1:
         return np.ones((1, 1), np.int8)

@@ -1,16 +1,17 @@
 """The IR: a model as a prologue, blocks and an epilogue of nodes whose weights have types.
 
-    Graph     config, prologue (embedding), blocks (decoder layers), epilogue (final norm, head). Immutable: a rewrite
-              returns a new one.
-    Block     a list of nodes in order of execution. `x` is its input (token ids for the prologue, the residual stream
-              elsewhere), the last node its output.
-    Node      name, op, inputs (names of earlier nodes or `x`), weights by slot, attrs. A node's full name is the
-              Hugging Face module path.
-    WeightRef a weight's tensor name and type, known without data; `load()` is the only reader.
+    Graph       config, prologue (embedding), blocks (decoder layers), epilogue (final norm, head).
+                Immutable: a rewrite returns a new one.
+    Block       nodes in order of execution. `x` is its input (token ids for the prologue, the
+                residual stream elsewhere), the last node its output.
+    Node        name, op, inputs (names of earlier nodes or `x`), weights by slot, attrs. Its full
+                name is the Hugging Face module path.
+    WeightRef   the tensor name and the type of a weight, known without data; `load()` is the only
+                reader.
 
-Every op has a jnp reference in `atd.models.ops`, so a graph runs at every stage. `str(graph)` is stable and is what
-golden tests compare. `verify()` checks single assignment, slots, attrs and widths; `Graph.to_json` / `graph_from_json`
-are the stored form.
+Every op has a jnp reference in `atd.models.ops`, so a graph runs at every stage. `str(graph)` is
+stable text, which golden tests compare. `verify` checks single assignment, slots, attrs and widths.
+`Graph.to_json` and `graph_from_json` are the stored form.
 """
 
 from atd.ir.graph import (

@@ -17,15 +17,13 @@ class InvalidGraph(ValueError):
 
 @dataclass(frozen=True)
 class WeightRef:
-    """A weight that has a name and a type now and data on demand.
-
-    `source` identifies the bytes behind it (file, size, time, place), for the resume key; it is empty for a weight made
-    in memory.
-    """
+    """A reference to a weight: its name and type are known, its data is loaded on demand."""
 
     tensor: str  # "model.layers.0.self_attn.q_proj.weight"
     type: WeightType
-    load: Callable[[], Weight] = field(compare=False, repr=False)
+    load: Callable[[], Weight] = field(compare=False, repr=False)  # the only reader of the data
+    # What bytes are behind it (file, size, time, place), for the resume key; empty for a weight
+    # made in memory.
     source: str = field(default="", compare=False, repr=False)
 
     def dense(self) -> np.ndarray:
@@ -34,23 +32,23 @@ class WeightRef:
 
 
 def in_memory(tensor: str, weight: Weight) -> WeightRef:
-    """A reference to a weight that is here already."""
+    """Returns a reference to a weight that is in memory already."""
     return WeightRef(tensor, weight.type, lambda: weight)
 
 
 @dataclass(frozen=True)
 class Node:
-    """One operation. `name` is relative to its block."""
+    """One operation."""
 
-    name: str
-    op: str
-    inputs: tuple[str, ...]
-    weights: dict[str, WeightRef] = field(default_factory=dict)
+    name: str  # relative to its block: "self_attn.q_proj"
+    op: str  # one of `atd.ir.OPS`
+    inputs: tuple[str, ...]  # names of earlier nodes of the block, or "x", the block's input
+    weights: dict[str, WeightRef] = field(default_factory=dict)  # slot -> weight
     attrs: dict[str, Attr] = field(default_factory=dict)
 
     @property
     def is_dense_matrix(self) -> bool:
-        """A linear or an embedding with a dense weight of its own."""
+        """Whether it is a linear or an embedding with a dense weight of its own."""
         return (
             self.op in ("linear", "embed")
             and "weight" in self.weights
@@ -65,6 +63,7 @@ class Node:
 
 
 def _text(value: Attr) -> str:
+    """An attr in the text of a graph."""
     if isinstance(value, tuple):
         return f"[{','.join(_text(item) for item in value)}]"
     return str(value).lower() if isinstance(value, bool) else str(value)
@@ -72,15 +71,19 @@ def _text(value: Attr) -> str:
 
 @dataclass(frozen=True)
 class Block:
-    """Nodes in order of execution; `name` is the module path in front of theirs ("model.layers.3")."""
+    """Nodes in order of execution."""
 
-    name: str
+    name: str  # the module path in front of the nodes' names: "model.layers.3", or ""
     nodes: tuple[Node, ...]
 
     def full_name(self, node: Node) -> str:
+        """Returns the Hugging Face module path of a node: "model.layers.3.self_attn.q_proj"."""
         return f"{self.name}.{node.name}" if self.name else node.name
 
     def node(self, name: str) -> Node:
+        """Returns the node of this name (relative to the block). Raises StopIteration where there
+        is none.
+        """
         return next(node for node in self.nodes if node.name == name)
 
     @property
@@ -89,16 +92,17 @@ class Block:
         return self.nodes[-1].name
 
     def readers(self, value: str) -> list[Node]:
-        """The nodes that have this value among their inputs, in order."""
+        """Returns the nodes that have this value among their inputs, in order."""
         return [node for node in self.nodes if value in node.inputs]
 
     def replace_node(self, new: Node) -> "Block":
+        """Returns the block with `new` in place of the node of its name."""
         return replace(
             self, nodes=tuple(new if node.name == new.name else node for node in self.nodes)
         )
 
     def map_weights(self, function: Callable[[WeightRef], WeightRef]) -> "Block":
-        """The block with every weight replaced by what the function makes of it."""
+        """Returns the block with every weight replaced by what the function makes of it."""
 
         def mapped(node: Node) -> Node:
             return replace(
@@ -113,36 +117,39 @@ class Block:
 
 @dataclass(frozen=True)
 class Graph:
-    """A model. `config` is the Hugging Face config.json it came with; the nodes' attrs hold all that execution needs."""
+    """A model."""
 
-    config: dict = field(repr=False)
-    prologue: Block
-    blocks: tuple[Block, ...]
-    epilogue: Block
+    config: dict = field(
+        repr=False
+    )  # the Hugging Face config.json it came with; nodes do not need it to run
+    prologue: Block  # token ids -> residual stream
+    blocks: tuple[Block, ...]  # the decoder layers
+    epilogue: Block  # residual stream -> logits
 
     @property
     def units(self) -> tuple[Block, ...]:
-        """Prologue, blocks, epilogue: what the sweeps carry out one at a time."""
+        """Prologue, blocks, epilogue: what is converted and run one at a time."""
         return (self.prologue, *self.blocks, self.epilogue)
 
     @property
     def is_tied(self) -> bool:
-        """The head takes the embedding's matrix."""
+        """Whether the head takes the embedding's matrix."""
         return any(
             node.op == "linear" and "weight" not in node.weights for node in self.epilogue.nodes
         )
 
     def with_units(self, units: tuple[Block, ...]) -> "Graph":
+        """Returns the graph with other units, in the order of `units`."""
         return replace(self, prologue=units[0], blocks=tuple(units[1:-1]), epilogue=units[-1])
 
     def nodes(self) -> Iterator[tuple[str, Node]]:
-        """(full name, node) of every node."""
+        """Yields (full name, node) for every node."""
         for block in self.units:
             for node in block.nodes:
                 yield block.full_name(node), node
 
     def weights(self) -> Iterator[tuple[str, WeightRef]]:
-        """(full name of the node, weight) of every weight."""
+        """Yields (full name of the node, weight) for every weight."""
         for name, node in self.nodes():
             for _, ref in sorted(node.weights.items()):
                 yield name, ref
@@ -159,7 +166,7 @@ class Graph:
         return "\n".join([*parts, "epilogue {", str(self.epilogue), "}", "}"])
 
     def to_json(self) -> dict:
-        """The stored form: structure, types and tensor names, no data and no config."""
+        """Returns the stored form: structure, types and tensor names, no data and no config."""
         return {
             "prologue": _block_json(self.prologue),
             "blocks": [_block_json(b) for b in self.blocks],
@@ -168,6 +175,7 @@ class Graph:
 
 
 def _block_json(block: Block) -> dict:
+    """The stored form of a block."""
     nodes = [
         {
             "name": node.name,
@@ -187,9 +195,16 @@ def _block_json(block: Block) -> dict:
 def graph_from_json(
     data: dict, config: dict, reference: Callable[[str, WeightType], WeightRef]
 ) -> Graph:
-    """The graph whose `to_json` this is; `reference(tensor, type)` says where a weight's data lies.
+    """Returns the graph whose `to_json` this is.
 
-    Raises ValueError, KeyError or TypeError for other data.
+    Args:
+        data: what `Graph.to_json` returned, or json has made of it.
+        config: the model's config.json.
+        reference: `reference(tensor, type)` returns the weight of this name, wherever its data
+            lies.
+
+    Raises:
+        ValueError, KeyError, TypeError: `data` is something else.
     """
 
     def block(data: dict) -> Block:
@@ -217,4 +232,5 @@ def graph_from_json(
 
 
 def _tuples(value):
+    """Lists as tuples, which attrs are made of."""
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

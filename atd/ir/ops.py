@@ -1,4 +1,6 @@
-"""The table of ops: what a node of each op must have. Their jnp references stand in `atd.models.ops`."""
+"""The table of ops: what a node of each op must have. Their jnp references stand in
+`atd.models.ops`.
+"""
 
 from dataclasses import dataclass
 
@@ -8,29 +10,28 @@ ROTATIONS = ("rotate_in", "rotate_out", "rotate_head")
 
 @dataclass(frozen=True)
 class Op:
-    """What a node of this op must have. Widths are numbers of features on the last axis."""
+    """What a node of this op must have. A node may have other attrs, which are notes of passes to
+    passes.
+    """
 
-    inputs: int
-    slots: tuple[str, ...] = ()  # required
-    optional: tuple[str, ...] = ()
+    inputs: int  # how many
+    slots: tuple[str, ...] = ()  # of required weights
+    optional: tuple[str, ...] = ()  # slots of further weights
     attrs: tuple[str, ...] = ()  # required
-    optional_attrs: tuple[
-        str, ...
-    ] = ()  # that change what it computes; any others are notes of passes to passes
+    optional_attrs: tuple[str, ...] = ()  # that change what the op computes
 
 
 OPS = {
-    "embed": Op(1, ("weight",)),  # token ids -> rows of the table
-    "rms_norm": Op(
-        1, ("weight",), attrs=("eps",), optional_attrs=("head_dim",)
-    ),  # over the last axis, or each run of `head_dim` features of it
-    "linear": Op(
-        1, (), ("weight", "bias")
-    ),  # x @ weight.T + bias; no weight but attrs tied_to="model.embed_tokens": the embedding's
+    # Token ids -> rows of the table.
+    "embed": Op(1, ("weight",)),
+    # Over the last axis, or over each run of `head_dim` features of it.
+    "rms_norm": Op(1, ("weight",), attrs=("eps",), optional_attrs=("head_dim",)),
+    # x @ weight.T + bias. Without a weight but with the attr tied_to="model.embed_tokens": the
+    # embedding's weight.
+    "linear": Op(1, (), ("weight", "bias")),
     "rope": Op(1, attrs=("head_dim", "theta", "scaling")),
-    "attention": Op(
-        3, attrs=("heads", "kv_heads", "head_dim", "window")
-    ),  # causal; window 0: all of the past
+    # Causal, over the last `window` positions; 0: over all of the past.
+    "attention": Op(3, attrs=("heads", "kv_heads", "head_dim", "window")),
     "silu_mul": Op(2),  # silu(a) * b
     "add": Op(2),
     "slice": Op(1, attrs=("start", "stop")),  # features [start, stop)

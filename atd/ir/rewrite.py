@@ -1,4 +1,4 @@
-"""Rewrites of nodes and references that several passes share."""
+"""Rewrites of nodes that several passes share."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,7 +10,7 @@ from atd.weights import DTYPES, Dense
 
 
 def unit_gain(norm: Node) -> Node:
-    """The norm with a gain of ones, and marked so."""
+    """Returns the norm with a gain of ones, and marks it so by the attr `unit_gain`."""
     ref = norm.weights["weight"]
     ones = replace(ref, load=lambda: Dense(np.ones(ref.type.shape, DTYPES[ref.type.dtype])))
     return replace(norm, weights={"weight": ones}, attrs=norm.attrs | {"unit_gain": True})

@@ -1,11 +1,16 @@
-"""`verify`: single assignment, slots, attrs and widths of a graph."""
+"""Verifies that a graph is well formed: single assignment, slots, attrs and widths."""
 
 from atd.ir.graph import Block, Graph, InvalidGraph, Node
 from atd.ir.ops import OPS
 
 
 def verify(graph: Graph) -> None:
-    """Raises InvalidGraph, naming node and rule, unless every block is well formed and the widths of all values agree."""
+    """Checks that every block is well formed, that the widths of all values agree, and that no
+    tensor is used twice.
+
+    Raises:
+        InvalidGraph: a rule is broken; the message names the node and the rule.
+    """
     vocabulary, hidden = _embedding_shape(graph)
     tensors: dict[str, str] = {}
     for block in graph.units:
@@ -14,18 +19,21 @@ def verify(graph: Graph) -> None:
         expected = vocabulary if block is graph.epilogue else hidden
         if output != expected:
             raise InvalidGraph(
-                f"{block.name or 'epilogue'}: its last node has {output} features, {expected} are expected"
+                f"{block.name or 'epilogue'}: its last node has {output} features, "
+                f"{expected} are expected"
             )
         for node in block.nodes:
             for ref in node.weights.values():
                 if ref.tensor in tensors:
                     raise InvalidGraph(
-                        f"{block.full_name(node)}: tensor {ref.tensor} is {tensors[ref.tensor]}'s already (tie with attrs tied_to)"
+                        f"{block.full_name(node)}: tensor {ref.tensor} is "
+                        f"{tensors[ref.tensor]}'s already (tie with attrs tied_to)"
                     )
                 tensors[ref.tensor] = block.full_name(node)
 
 
 def _embedding_shape(graph: Graph) -> tuple[int, int]:
+    """(vocabulary, hidden) of the prologue's embedding."""
     for node in graph.prologue.nodes:
         if node.op == "embed" and "weight" in node.weights:
             vocabulary, hidden = node.weights["weight"].type.shape
@@ -109,7 +117,8 @@ def _width(node: Node, inputs: list[int], embedding: tuple[int, int]) -> int:
         case "slice":
             if not 0 <= attrs["start"] < attrs["stop"] <= inputs[0]:
                 raise InvalidGraph(
-                    f"slice [{attrs['start']}, {attrs['stop']}) does not lie in {inputs[0]} features"
+                    f"slice [{attrs['start']}, {attrs['stop']}) does not lie in "
+                    f"{inputs[0]} features"
                 )
             return attrs["stop"] - attrs["start"]
         case _:  # silu_mul, add

@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from atd.decomposition import least_squares
+from atd.decomposition.greedy import greedy
+from atd.decomposition.least_squares import als
+from atd.decomposition.rmse import decomposition_rmse
 from atd.errors import BadInput
 from atd.progress import Progress, Report, unheard
 from atd.reports.plots import new_figure, save_figure
@@ -68,12 +70,12 @@ def _decompose(
     weight: np.ndarray, method: str, group: Group, dtype: str, bases: int
 ) -> Decomposition:
     if method == "greedy":
-        trits, scales = least_squares.greedy(weight, bases, DTYPES[dtype], group)
+        trits, scales = greedy(weight, bases, DTYPES[dtype], group)
     else:
-        trits, scales = least_squares.als(weight, bases, group, False, DTYPES[dtype])
+        trits, scales = als(weight, bases, group, False, DTYPES[dtype])
     ternary = TernaryType(weight.shape, bases, group, False, dtype)
     nbytes = PackedType(ternary, DEFAULT_LAYOUT).nbytes
-    rmse = least_squares.decomposition_rmse(weight, trits, scales, group)
+    rmse = decomposition_rmse(weight, trits, scales, group)
     return Decomposition(method, group, bases, nbytes, 100 * nbytes / (2 * weight.size), rmse)
 
 

@@ -24,14 +24,17 @@ def pad_inputs(array, multiple: int):
 
 
 def group_inputs(array, size: int):
-    """Cuts axis 1 into groups: [rows, in, ...] -> [rows, groups, size, ...], zeros fill the last one."""
+    """Cuts axis 1 into groups: [rows, in, ...] -> [rows, groups, size, ...], zeros fill the last
+    one.
+    """
     return pad_inputs(array, size).reshape(len(array), -1, size, *array.shape[2:])
 
 
 def spread_scales(scales, size: int, inputs: int):
     """Repeats the scale of each group for each of its inputs: [rows, groups] -> [rows, inputs].
 
-    A single group per row stays [rows, 1], which broadcasts. Inputs beyond the last group have scale 0.
+    A single group per row stays [rows, 1], which broadcasts. Inputs beyond the last group have
+    scale 0.
     """
     if scales.shape[1] == 1:
         return scales

@@ -8,9 +8,11 @@ from atd.weights.values import Dense, Packed, Ternary, Weight
 
 
 def stored(tensor: str, type: WeightType) -> dict[str, tuple[str, tuple[int, ...], np.dtype]]:
-    """What lies in the file for a weight called `tensor` ("...q_proj.weight"): field -> (stored name, shape, dtype).
+    """What lies in the file for a weight called `tensor` ("...q_proj.weight"): field -> (stored
+    name, shape, dtype).
 
-    Dense tensors keep their name; others become `<name>.weight_packed` (or `_trits`) and `<name>.scales`.
+    Dense tensors keep their name; others become `<name>.weight_packed` (or `_trits`) and
+    `<name>.scales`.
     """
     if isinstance(type, DenseType):
         return {"array": (tensor, type.shape, DTYPES[type.dtype])}

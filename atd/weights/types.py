@@ -36,7 +36,9 @@ class DenseType:
 
 @dataclass(frozen=True)
 class TernaryType:
-    """N trits a weight and the scales that join them: trits int8 [out, in, N], scales [rows, groups, N or 1]."""
+    """N trits a weight and the scales that join them: trits int8 [out, in, N], scales [rows,
+    groups, N or 1].
+    """
 
     shape: tuple[int, int]  # out, in
     bases: int
@@ -75,7 +77,9 @@ class TernaryType:
 
 @dataclass(frozen=True)
 class PackedType:
-    """A `TernaryType` whose trits lie in a layout of `atd.weights.layouts`: codes uint8, scales as they were."""
+    """A `TernaryType` whose trits lie in a layout of `atd.weights.layouts`: codes uint8, scales as
+    they were.
+    """
 
     ternary: TernaryType
     layout: str
@@ -113,7 +117,9 @@ _TYPE = re.compile(
 
 
 def parse_type(text: str) -> WeightType:
-    """The type whose text this is. Raises ValueError for text that is no type, a layout or a layout version that is not known."""
+    """The type whose text this is. Raises ValueError for text that is no type, a layout or a layout
+    version that is not known.
+    """
     match = _TYPE.fullmatch(text)
     if match is None or match["dtype"] not in DTYPES:
         raise ValueError(f"not a weight type: {text!r}")

@@ -46,7 +46,9 @@ class Ternary:
 
 
 def combine(trits, scales, type: TernaryType):
-    """trits [rows, in, N], scales [rows or 1, groups, N or 1] -> weights float32 [rows, in]; rows may be any part of the matrix."""
+    """trits [rows, in, N], scales [rows or 1, groups, N or 1] -> weights float32 [rows, in]; rows
+    may be any part of the matrix.
+    """
     scales = scales.astype(np.float32)
 
     def spread(i: int):

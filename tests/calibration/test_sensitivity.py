@@ -13,6 +13,7 @@ from atd.checkpoint.files import read_text
 from atd.checkpoint.reader import open_tokenizer
 from atd.decomposition import error_feedback, least_squares
 from atd.decomposition.allocation import ternary_types
+from atd.decomposition.second_moments import DAMPING, proxy_loss
 from atd.models import frontend
 from atd.models.execute import dense_weights, output
 from atd.models.model import load
@@ -72,7 +73,7 @@ def test_predicted_losses_are_what_feedback_leaves(stories15m, shared_data, opti
                 q = Ternary(
                     *error_feedback.decompose(weight, factor, hessian, **options), type
                 ).dequantize()
-                real = float(jnp.sum(error_feedback.proxy_loss(weight - q, hessian)))
+                real = float(jnp.sum(proxy_loss(weight - q, hessian)))
                 predicted = sensitivity.feedback_loss(weight, type, hessian, pivots).sum()
                 assert predicted == pytest.approx(real, rel=0.12 if type.bases == 1 else 0.08), (
                     node.name,
@@ -91,7 +92,7 @@ def test_pivots_are_conditional_variances():
         1
     ).standard_normal((6, 6))
     hessian = (x.T @ x / 64).astype(np.float32)
-    damped = hessian + error_feedback.DAMPING * np.diagonal(hessian).mean() * np.eye(6)
+    damped = hessian + DAMPING * np.diagonal(hessian).mean() * np.eye(6)
     assert np.prod(sensitivity.feedback_pivots(hessian)) == pytest.approx(
         np.linalg.det(damped), rel=1e-3
     )

@@ -12,21 +12,14 @@ import pytest
 from tokenizers import Tokenizer
 
 from atd.decomposition import error_feedback
-from atd.decomposition.error_feedback import asymmetric_target, decompose, factor, proxy_loss
+from atd.decomposition.error_feedback import decompose, factor
 from atd.decomposition.least_squares import als
+from atd.decomposition.second_moments import DAMPING
 from atd.errors import BadInput
 from atd.models import execute, frontend
-from atd.weights import SHORT, TernaryType, combine
+from tests.decomposition.matrices import damped, dequantize, gaussian, moment
 
 WINDOWS, CONTEXT = 16, 256  # 4096 tokens to calibrate on, and as many held out
-
-
-def rebuild(trits, scales, group, tied) -> np.ndarray:
-    type = TernaryType(trits.shape[:2], trits.shape[2], group, tied, SHORT[scales.dtype])
-    assert scales.shape == type.scales_shape
-    assert trits.dtype == np.int8
-    assert abs(trits).max(initial=0) <= 1
-    return np.asarray(combine(trits, scales, type))
 
 
 def cost(weight, quantized, hessian) -> np.ndarray:
@@ -39,27 +32,11 @@ def relative(weight, quantized, hessian) -> float:
     return cost(weight, quantized, hessian).sum() / cost(weight, 0 * weight, hessian).sum()
 
 
-def damped(hessian, damping=error_feedback.DAMPING) -> np.ndarray:
-    return hessian + damping * np.mean(np.diagonal(hessian)) * np.eye(len(hessian))
-
-
 def fit(weight, hessian, bases, group, tied, **options) -> np.ndarray:
     trits, scales = decompose(
         weight, factor(hessian), hessian, bases=bases, group=group, tied=tied, **options
     )
-    return rebuild(trits, scales, group, tied)
-
-
-def moment(inputs, tokens=400, seed=0, decay=1.0) -> np.ndarray:
-    """The second moment of correlated inputs of very different sizes."""
-    rng = np.random.default_rng(seed)
-    sizes = np.exp(decay * rng.standard_normal(inputs))
-    x = rng.standard_normal((tokens, inputs)) @ rng.standard_normal((inputs, inputs)) * sizes
-    return (x.T @ x / tokens / inputs).astype(np.float32)
-
-
-def gaussian(*shape, seed=0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    return dequantize(trits, scales, group, tied)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +96,7 @@ def test_feedback_beats_nearest_assignment(
     linears, name, bases, group, tied, sweeps, refits, bound, bound_held_out
 ):
     weight, hessian, held_out = linears[name]
-    nearest = rebuild(
+    nearest = dequantize(
         *als(weight, bases, group, tied, feature_weights=np.diagonal(hessian)), group, tied
     )
     found = fit(weight, hessian, bases, group, tied, sweeps=sweeps, refits=refits)
@@ -138,7 +115,7 @@ def test_sweeps_and_refits_never_raise_the_cost_of_any_row(linears, tied):
         found = decompose(
             weight, shared, hessian, bases=2, group=96, tied=tied, sweeps=sweeps, refits=refits
         )
-        costs.append(cost(weight, rebuild(*found, 96, tied), hessian))
+        costs.append(cost(weight, dequantize(*found, 96, tied), hessian))
     for step, before, after in zip(steps[1:], costs, costs[1:], strict=False):
         assert (after <= before * (1 + 1e-5)).all(), step
         assert after.sum() < before.sum() * 0.9995, step  # and each does something
@@ -150,7 +127,7 @@ def test_a_descent_that_has_ended_leaves_nothing_to_gain_in_any_single_weight():
     trits, scales = decompose(
         weight, factor(hessian), hessian, bases=2, group="row", tied=True, sweeps=30
     )
-    quantized, wanted = rebuild(trits, scales, "row", True), damped(hessian)
+    quantized, wanted = dequantize(trits, scales, "row", True), damped(hessian)
     least = cost(weight, quantized, wanted)
     for j, integer in product(range(12), range(-4, 5)):
         other = quantized.copy()
@@ -163,7 +140,7 @@ def test_close_to_the_best_of_all_assignments():
     weight = gaussian(64, 6)
     trits, scales = decompose(weight, factor(hessian), hessian, bases=1, group="row", tied=False)
     scale = scales[:, :, 0].astype(np.float64)
-    found = cost(weight, rebuild(trits, scales, "row", False), damped(hessian))
+    found = cost(weight, dequantize(trits, scales, "row", False), damped(hessian))
     all_of_them = [
         cost(weight, scale * np.array(codes), damped(hessian))
         for codes in product((-1, 0, 1), repeat=6)
@@ -213,7 +190,7 @@ def test_as_good_as_gptq_on_real_moments(linears, name):
     )
     scale = scales[:, 0].astype(np.float64)
     expected = relative(weight, gptq(weight, scale[:, 0], hessian, 4) * scale, hessian)
-    assert relative(weight, rebuild(trits, scales, "row", True), hessian) == pytest.approx(
+    assert relative(weight, dequantize(trits, scales, "row", True), hessian) == pytest.approx(
         expected, rel=0.01
     )
 
@@ -229,7 +206,9 @@ def test_without_correlations_it_is_als(bases, group, tied):
     hessian = np.eye(72, dtype=np.float32)
     found = decompose(weight, factor(hessian), hessian, bases=bases, group=group, tied=tied)
     expected = als(weight, bases, group, tied, feature_weights=np.ones(72))
-    np.testing.assert_array_equal(rebuild(*found, group, tied), rebuild(*expected, group, tied))
+    np.testing.assert_array_equal(
+        dequantize(*found, group, tied), dequantize(*expected, group, tied)
+    )
 
 
 @pytest.mark.parametrize(
@@ -245,11 +224,11 @@ def test_trits_and_scales_rebuild_what_was_judged(monkeypatch, dtype, bases, gro
     judged = []
 
     def spy(quantized, scales, order, **options):
-        judged.append(np.asarray(error_feedback._natural(quantized, order)))
+        judged.append(np.asarray(error_feedback.stored_order(quantized, order)))
         return trits_of(quantized, scales, order, **options)
 
-    trits_of = error_feedback._trits
-    monkeypatch.setattr(error_feedback, "_trits", spy)
+    trits_of = error_feedback.trits_on_levels
+    monkeypatch.setattr(error_feedback, "trits_on_levels", spy)
     weight, hessian = gaussian(50, 72), moment(72)
     weight[3] = 0  # zero scales
     weight[4, :32] = 0
@@ -268,7 +247,7 @@ def test_trits_and_scales_rebuild_what_was_judged(monkeypatch, dtype, bases, gro
     assert scales.dtype == dtype
     assert (scales >= 0).all()
     assert (np.diff(scales, axis=-1) <= 0).all()
-    np.testing.assert_array_equal(rebuild(trits, scales, group, tied), judged[0][:50])
+    np.testing.assert_array_equal(dequantize(trits, scales, group, tied), judged[0][:50])
     assert not trits[3].any()
 
 
@@ -292,53 +271,6 @@ def test_inputs_are_visited_by_size_or_as_they_stand():
     np.testing.assert_array_equal(factor(hessian, order=False).order, np.arange(40))
 
 
-def test_proxy_loss_is_the_mean_square_error_of_the_outputs():
-    x, error = gaussian(500, 20), gaussian(7, 20, seed=1)
-    expected = np.square(x @ error.T).mean(axis=0)
-    np.testing.assert_allclose(proxy_loss(error, x.T @ x / 500), expected, rtol=1e-4)
-
-
-def test_asymmetric_target_answers_the_dense_outputs_on_quantized_inputs():
-    x = gaussian(500, 20)
-    x_quantized = x + 0.5 * gaussian(500, 20, seed=1)
-    weight = gaussian(7, 20, seed=2)
-    hessian, cross = x_quantized.T @ x_quantized / 500, x.T @ x_quantized / 500
-    best = np.linalg.lstsq(x_quantized, x @ weight.T, rcond=None)[0].T
-    np.testing.assert_allclose(
-        asymmetric_target(weight, hessian, cross, damping=0.0), best, atol=1e-4
-    )
-    np.testing.assert_allclose(asymmetric_target(weight, hessian, hessian), weight, atol=1e-6)
-
-    def error(target):
-        return np.square(x @ weight.T - x_quantized @ np.asarray(target).T).sum()
-
-    assert (
-        error(asymmetric_target(weight, hessian, cross)) < 1.01 * error(best) < 0.9 * error(weight)
-    )
-
-
-def test_a_damped_correction_holds_on_inputs_that_were_not_seen():
-    """From 100 tokens for 40 inputs the undamped one learns their noise: worse than none."""
-    rng, weight = np.random.default_rng(0), gaussian(30, 40, seed=2)
-    mix = gaussian(40, 40, seed=1) * np.exp(gaussian(40, seed=5))
-
-    def streams(tokens):
-        dense = rng.standard_normal((tokens, 40)) @ mix
-        return dense, dense + 0.6 * rng.standard_normal((tokens, 40)) @ mix
-
-    x, x_quantized = streams(100)
-    hessian, cross = x_quantized.T @ x_quantized / 100, x.T @ x_quantized / 100
-    undamped, damped = (
-        asymmetric_target(weight, hessian, cross, damping) for damping in (0.001, 0.3)
-    )
-    x, x_quantized = streams(4000)
-
-    def error(target):
-        return np.square(x @ weight.T - x_quantized @ np.asarray(target).T).sum()
-
-    assert error(damped) < 0.85 * error(weight) < 0.85 * error(undamped)
-
-
 # --- moments that are hard, and bad ones -------------------------------------------------------------------------------------
 
 
@@ -348,12 +280,12 @@ def test_inputs_that_calibration_never_saw():
     hessian[dead], hessian[:, dead] = 0, 0
     weight = gaussian(50, 72)
     shared = factor(hessian)
-    assert shared.damping == error_feedback.DAMPING
+    assert shared.damping == DAMPING
     trits, scales = decompose(
         weight, shared, hessian, bases=2, group=32, tied=False, dtype=np.float32
     )
-    found = rebuild(trits, scales, 32, False)
-    nearest = rebuild(
+    found = dequantize(trits, scales, 32, False)
+    nearest = dequantize(
         *als(weight, 2, 32, False, np.float32, feature_weights=np.diagonal(hessian)), 32, False
     )
     np.testing.assert_array_equal(
@@ -364,7 +296,9 @@ def test_inputs_that_calibration_never_saw():
 def test_fewer_tokens_than_inputs():
     hessian, weight = moment(72, tokens=10), gaussian(50, 72)
     found = fit(weight, hessian, 2, 32, False)
-    nearest = rebuild(*als(weight, 2, 32, False, feature_weights=np.diagonal(hessian)), 32, False)
+    nearest = dequantize(
+        *als(weight, 2, 32, False, feature_weights=np.diagonal(hessian)), 32, False
+    )
     assert relative(weight, found, hessian) < 0.1 * relative(weight, nearest, hessian)
     assert factor(hessian, damping=0.0).damping > 0  # raised, and said so
 
@@ -372,18 +306,7 @@ def test_fewer_tokens_than_inputs():
 def test_no_input_at_all():
     weight = gaussian(50, 72)
     found = fit(weight, np.zeros((72, 72), np.float32), 2, 32, False)
-    np.testing.assert_array_equal(found, rebuild(*als(weight, 2, 32, False), 32, False))
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_moments_that_are_not_finite_are_refused(value):
-    hessian = moment(40)
-    hessian[3, 4] = hessian[4, 3] = value
-    for use in (factor, lambda h: asymmetric_target(gaussian(5, 40), h, moment(40))):
-        with pytest.raises(BadInput, match=r"second moment.*NaN or infinite"):
-            use(hessian)
-    with pytest.raises(BadInput, match=r"cross moment.*NaN or infinite"):
-        asymmetric_target(gaussian(5, 40), moment(40), hessian)
+    np.testing.assert_array_equal(found, dequantize(*als(weight, 2, 32, False), 32, False))
 
 
 def test_what_is_no_second_moment_is_refused():

@@ -6,7 +6,6 @@ Each combination of group size, bases, dtype and tied compiles for a second or t
 from functools import partial
 from itertools import product
 
-import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,40 +13,12 @@ from hypothesis import strategies as st
 from numpy.typing import DTypeLike
 from safetensors.numpy import load_file
 
-from atd.decomposition.least_squares import (
-    START_RATIOS,
-    als,
-    decomposition_rmse,
-    greedy,
-    relative_rmse,
-)
-from atd.decomposition.levels import round_scales
+from atd.decomposition.greedy import greedy
+from atd.decomposition.least_squares import START_RATIOS, als
+from atd.decomposition.rmse import decomposition_rmse
 from atd.errors import BadInput
-from atd.weights import SHORT, TernaryType, combine, level_weights
-
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-
-
-KINDS = ("gaussian", "laplace", "student", "sparse")
-
-
-def weights(kind: str, shape=(24, 192), seed=0) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    draw = {
-        "gaussian": rng.standard_normal,
-        "laplace": lambda shape: rng.laplace(size=shape),
-        "student": lambda shape: rng.standard_t(3, size=shape),
-        "sparse": lambda shape: rng.standard_normal(shape) * (rng.random(shape) < 0.1),
-    }[kind]
-    return draw(shape).astype(np.float32)
-
-
-def dequantize(trits, scales, group, tied=False) -> np.ndarray:
-    type = TernaryType(trits.shape[:2], trits.shape[2], group, tied, SHORT[scales.dtype])
-    assert scales.shape == type.scales_shape
-    assert trits.dtype == np.int8
-    assert abs(trits).max(initial=0) <= 1
-    return np.asarray(combine(trits, scales, type))
+from atd.weights import level_weights
+from tests.decomposition.matrices import BFLOAT16, KINDS, dequantize, relative_rmse, weights
 
 
 def rmse(weight, group, *args, method=als, tied=False, **kwargs) -> float:
@@ -60,20 +31,6 @@ def als_rmse(weight, bases, group, tied=False, dtype: DTypeLike = np.float32, **
 
 
 # --- quality: bounds that a broken algorithm fails -------------------------------------------------------------------
-
-
-def test_greedy_is_the_historic_method():
-    weight = weights("gaussian", (40, 30))
-    trits, scales = greedy(weight, 3)
-    residual = weight.astype(np.float64)
-    for i in range(3):
-        scale = np.abs(residual).mean()
-        expected = np.clip(np.round(residual / scale), -1, 1)
-        np.testing.assert_allclose(scales[0, 0, i], scale, rtol=1e-5)
-        assert (
-            trits[:, :, i] != expected
-        ).mean() < 1e-3  # a residual on the very edge may fall either way
-        residual -= scale * expected
 
 
 @pytest.mark.parametrize(
@@ -186,18 +143,6 @@ def test_scales_are_rounded_before_trits_are_chosen(dtype):
         np.testing.assert_allclose(
             np.abs(weight - dequantize(trits, scales, 64)), nearest, atol=1e-6 * factor
         )
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    st.sampled_from([np.float16, BFLOAT16]),
-    st.lists(st.floats(2.0**-120, 2.0**60, width=32), min_size=8, max_size=8),
-)
-def test_rounding_is_that_of_the_dtype(dtype, values):
-    array = np.array(values, np.float32)
-    with np.errstate(over="ignore"):
-        expected = array.astype(dtype).astype(np.float32)
-    np.testing.assert_array_equal(round_scales(array, np.dtype(dtype)), expected)
 
 
 def brute_force(w: np.ndarray, bases: int) -> float:
@@ -322,7 +267,7 @@ def test_more_than_one_chunk(monkeypatch):
     weight = weights("gaussian", (37, 200))
     importance = np.random.default_rng(2).lognormal(0, 1, 200)
     whole = als(weight, 2, 64, False, np.float16, importance)
-    monkeypatch.setattr("atd.decomposition.least_squares.CHUNK", 64 * 10)
+    monkeypatch.setattr("atd.decomposition.chunks.CHUNK", 64 * 10)
     pieces = als(weight, 2, 64, False, np.float16, importance)
     for a, b in zip(whole, pieces, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -387,14 +332,6 @@ def test_any_shape(out, inputs, tied, factor, seed):
     assert error <= 0.5
     assert decomposition_rmse(weight, trits, scales, 64) == pytest.approx(error, rel=1e-3, abs=1e-5)
     np.testing.assert_array_equal(als(-weight, 2, 64, tied, np.float32)[0], -trits)
-
-
-def test_relative_rmse():
-    weight = np.array([[3.0, 4.0]], np.float32)
-    assert relative_rmse(weight, np.zeros((1, 2))) == 1
-    assert relative_rmse(weight, np.array([[3.0, 3.0]])) == pytest.approx(0.2)
-    assert relative_rmse(np.zeros((2, 2)), np.zeros((2, 2))) == 0
-    assert relative_rmse(np.zeros((2, 2)), np.ones((2, 2))) == np.inf
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from atd.calibration.streams import Calibration, Moments
-from atd.decomposition.error_feedback import proxy_loss
+from atd.decomposition.second_moments import proxy_loss
 from atd.models import frontend
 from atd.passes.decompose import Decompose
 from atd.pipeline import Context
