@@ -27,14 +27,8 @@ from atd.calibration.sensitivity import fisher_losses
 from atd.calibration.windows import cut_windows, windows_holding
 from atd.checkpoint.files import read_text
 from atd.checkpoint.reader import open_tokenizer
-from atd.decomposition.allocation import (
-    Choice,
-    allocate,
-    stored_bytes,
-    ternary_types,
-    total_bytes,
-    total_loss,
-)
+from atd.decomposition.allocation import Choice, allocate, total_bytes, total_loss
+from atd.decomposition.options import stored_bytes, ternary_types
 from atd.models import frontend
 from atd.models.execute import dense_weights
 from atd.pipeline import Pipeline

@@ -35,17 +35,8 @@ from atd.calibration.sensitivity import Candidate, fisher_losses
 from atd.calibration.windows import tokens_digest
 from atd.checkpoint.cache import make_cache
 from atd.checkpoint.writer import write_file
-from atd.decomposition.allocation import (
-    DECISION,
-    Choice,
-    allocate,
-    can_be_packed,
-    decision,
-    parse_bytes,
-    stored_bytes,
-    ternary_types,
-    total_bytes,
-)
+from atd.decomposition.allocation import Choice, allocate, parse_bytes, total_bytes
+from atd.decomposition.options import DECISION, can_be_packed, decision, stored_bytes, ternary_types
 from atd.errors import BadInput, nearest
 from atd.ir import Block, Graph, Node
 from atd.pipeline import Context, Pass, check_pattern

@@ -20,9 +20,9 @@ import numpy as np
 
 from atd.calibration.streams import Moments
 from atd.decomposition import error_feedback
-from atd.decomposition.allocation import DECISION, decided_type
 from atd.decomposition.greedy import greedy
 from atd.decomposition.least_squares import als
+from atd.decomposition.options import DECISION, decided_type
 from atd.decomposition.rmse import decomposition_rmse
 from atd.decomposition.second_moments import asymmetric_target
 from atd.errors import BadInput, nearest

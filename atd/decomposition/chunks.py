@@ -122,7 +122,7 @@ def _fit_rows(
 
 
 def group_size(weight, group: Group) -> int:
-    """Returns how many inputs of a matrix [out, in] share a scale: at most all of a row."""
+    """Returns how many inputs of a matrix [out, in] share a scale, at most the whole row."""
     return weight.shape[1] if isinstance(group, str) else min(group, weight.shape[1])
 
 

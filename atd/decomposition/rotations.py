@@ -1,4 +1,7 @@
-"""Random Hadamard rotations: R = diag(signs) H / sqrt(n), orthogonal."""
+"""Random Hadamard rotations: R = diag(signs) H / sqrt(n), which are orthogonal.
+
+Sources: QuIP# 2402.04396, QuaRot 2404.00456; matrices of Sylvester (1867) and Paley (1933).
+"""
 
 import math
 from collections.abc import Callable
@@ -13,21 +16,25 @@ _CHUNK = 1 << 18  # float64 values that are rotated at a time: what stays in a c
 
 @dataclass(frozen=True, eq=False)
 class Rotation:
-    """R = diag(signs) (I x F_1 x F_2 x ...) scale, x the Kronecker product: each run of features of
-    the factors' width is rotated by itself, each with signs of its own."""
+    """An orthogonal matrix in factors, with x the Kronecker product:
+
+        R = diag(signs) (I x F_1 x F_2 x ...) scale
+
+    Each run of features as wide as the factors together is rotated alone, with signs of its own.
+    """
 
     signs: np.ndarray  # [n]
-    factors: tuple[
-        np.ndarray, ...
-    ]  # Hadamard matrices of +-1, integers so that sums are exact, or an orthogonal one
+    # Hadamard matrices of +-1, int8 so that sums are exact; the first may be orthogonal, float64.
+    factors: tuple[np.ndarray, ...]
     scale: float
 
     @property
     def is_hadamard(self) -> bool:
+        """Whether all entries are +-scale."""
         return all(factor.dtype == np.int8 for factor in self.factors)
 
     def apply(self, rows: np.ndarray) -> np.ndarray:
-        """rows @ R in float64, [..., n] -> [..., n]."""
+        """Returns rows @ R in float64, [..., n] -> [..., n]."""
         y, run = rows * self.signs, 1  # run: features that a step of this factor's index moves by
         for factor in reversed(self.factors):
             matrix = factor.astype(np.float64)
@@ -38,8 +45,15 @@ class Rotation:
 
 
 def random_rotation(rng: np.random.Generator, width: int, copies: int = 1) -> Rotation:
-    """A random Hadamard rotation of `width` features, or `copies` of them side by side that differ
-    in their signs.
+    """Draws a random Hadamard rotation.
+
+    The smallest width / 2^k for which `hadamard` knows a matrix is a factor, and 2^k Sylvester's.
+    Where it knows none, a random orthogonal matrix of the odd part of the width takes its place.
+
+    Args:
+        rng: draws the signs.
+        width: features, any number.
+        copies: rotations side by side, which differ in their signs.
     """
     signs = rng.choice([-1.0, 1.0], copies * width)
     power = width & -width
@@ -54,13 +68,14 @@ def random_rotation(rng: np.random.Generator, width: int, copies: int = 1) -> Ro
 
 
 def hadamard(order: int) -> np.ndarray | None:
-    """H int8 of entries +-1 with H H^T = order I, by one of Paley's constructions; None where
-    neither gives one.
+    """Returns H, int8 of entries +-1 with H H^T = order I, by one of Paley's constructions.
 
-    With the Jacobsthal matrix Q_ij = (i - j | q) of a prime q:
-        order = q + 1, q = 3 mod 4:      I + S,  S = [[0, 1], [-1, Q]]
-        order = 2 (q + 1), q = 1 mod 4:  C x [[1, 1], [1, -1]] + I x [[1, -1], [-1, -1]],  C = [[0,
-        1], [1, Q]]
+    With the Jacobsthal matrix Q_ij = (i - j | q) of a prime q, and x the Kronecker product:
+
+        q = 3 mod 4, order q + 1:    I + [[0, 1], [-1, Q]]
+        q = 1 mod 4, order 2 q + 2:  [[0, 1], [1, Q]] x [[1, 1], [1, -1]] + I x [[1, -1], [-1, -1]]
+
+    None where neither gives one. Powers of two are Sylvester's: see `random_rotation`.
     """
     if order == 1:
         return np.ones((1, 1), np.int8)
@@ -76,7 +91,7 @@ def hadamard(order: int) -> np.ndarray | None:
 
 
 def _bordered(q: int, corner: int) -> np.ndarray:
-    """[[0, 1], [corner, Q]], int8 [q + 1, q + 1]."""
+    """[[0, 1], [corner, Q]], int8 [q + 1, q + 1], Q the Jacobsthal matrix of q."""
     legendre = np.full(q, -1, np.int8)
     legendre[np.arange(1, q) ** 2 % q] = 1
     legendre[0] = 0
@@ -106,7 +121,16 @@ def _sylvester(order: int) -> list[np.ndarray]:
 def by_rows(
     rotate: Callable[[np.ndarray], np.ndarray], array: np.ndarray, dtype: np.dtype
 ) -> np.ndarray:
-    """rotate(array) as dtype, a chunk of rows at a time."""
+    """Applies a function of rows to an array, a chunk of rows at a time.
+
+    Args:
+        rotate: takes [rows, n] and returns as much.
+        array: [..., n].
+        dtype: of the result.
+
+    Returns:
+        [..., n] in `dtype`.
+    """
     rows = array.reshape(-1, array.shape[-1])
     out = np.empty(rows.shape, dtype)
     step = max(1, _CHUNK // rows.shape[1])

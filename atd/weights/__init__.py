@@ -1,14 +1,20 @@
-"""Weights: what a tensor can be (types) and the tensors themselves (registered pytrees), each
-defined by `dequantize()`.
+"""Weights: what a tensor can be (types), and the tensors, each defined by `dequantize()`.
 
-    dense    f16[out,in]                                        the array
-    ternary  n=2 g=128 free f16[out,in]                         w = sum_i s_i t_i, trits one a byte
-    packed   n=2 g=128 free layout=interleaved/1 f16[out,in]    the same, trits in a layout of `atd.weights.layouts`
+    dense f16[out,in]                                       the array
+    ternary n=2 g=128 free f16[out,in]                      w = sum_i s_i t_i, one trit per byte
+    packed n=2 g=128 free layout=aligned/1 f16[out,in]      the same, trits in a layout
 
 The dtype is that of the array (dense) or of the scales. `g` is the group size along the inputs,
-`row` (one group a row) or `tensor` (one for all). Scales lie interleaved, [rows, groups, N]. *Tied*
-scales store the last one alone, u [rows, groups, 1], with s_i = u 3^(N-1-i): then w = u * integer,
-a uniform grid of 3^N levels. A type's text is its storage form: `parse_type(str(t)) == t`.
+`row` (one group per row) or `tensor` (one for all). Scales lie interleaved, [rows, groups, N].
+*Tied* scales store the last one alone, u [rows, groups, 1], with s_i = u 3^(N-1-i): then w = u q
+with q an integer, on a uniform grid of 3^N levels. A type's text is its stored form:
+`parse_type(str(t)) == t`. Values are registered pytrees whose types are static.
+
+    types     DenseType, TernaryType, PackedType and their text
+    values    Dense, Ternary, Packed: what their arrays stand for
+    stored    which tensors of a file hold a weight
+    layouts   how trits lie in bytes
+    groups    groups of inputs that share a scale
 """
 
 from atd.weights.stored import build, stored

@@ -16,7 +16,7 @@ def namespace(array) -> ModuleType:
 
 
 def pad_inputs(array, multiple: int):
-    """Appends zeros to axis 1 until its length is a multiple: [rows, in, ...] -> [rows, in', ...]."""
+    """Appends zeros to axis 1 of [rows, in, ...] until its length is a multiple."""
     short = -array.shape[1] % multiple
     if not short:
         return array
@@ -24,8 +24,9 @@ def pad_inputs(array, multiple: int):
 
 
 def group_inputs(array, size: int):
-    """Cuts axis 1 into groups: [rows, in, ...] -> [rows, groups, size, ...], zeros fill the last
-    one.
+    """Cuts axis 1 into groups, [rows, in, ...] -> [rows, groups, size, ...].
+
+    Zeros fill a last group that is not whole.
     """
     return pad_inputs(array, size).reshape(len(array), -1, size, *array.shape[2:])
 
@@ -33,8 +34,12 @@ def group_inputs(array, size: int):
 def spread_scales(scales, size: int, inputs: int):
     """Repeats the scale of each group for each of its inputs: [rows, groups] -> [rows, inputs].
 
-    A single group per row stays [rows, 1], which broadcasts. Inputs beyond the last group have
-    scale 0.
+    A single group per row stays [rows, 1], which broadcasts.
+
+    Args:
+        scales: [rows, groups].
+        size: inputs per group.
+        inputs: inputs per row; those beyond the last group (padding) have scale 0.
     """
     if scales.shape[1] == 1:
         return scales

@@ -1,4 +1,4 @@
-"""Stored names: which tensors of a file hold a weight, and the weight made of them again."""
+"""Stored names: which tensors of a file hold a weight."""
 
 import numpy as np
 
@@ -8,11 +8,17 @@ from atd.weights.values import Dense, Packed, Ternary, Weight
 
 
 def stored(tensor: str, type: WeightType) -> dict[str, tuple[str, tuple[int, ...], np.dtype]]:
-    """What lies in the file for a weight called `tensor` ("...q_proj.weight"): field -> (stored
-    name, shape, dtype).
+    """Returns the tensors that hold a weight in a file.
 
     Dense tensors keep their name; others become `<name>.weight_packed` (or `_trits`) and
     `<name>.scales`.
+
+    Args:
+        tensor: the name of the weight, "model.layers.0.self_attn.q_proj.weight".
+        type: its type.
+
+    Returns:
+        Field of the weight ("array", "trits", "codes", "scales") -> (stored name, shape, dtype).
     """
     if isinstance(type, DenseType):
         return {"array": (tensor, type.shape, DTYPES[type.dtype])}
@@ -34,7 +40,7 @@ def stored(tensor: str, type: WeightType) -> dict[str, tuple[str, tuple[int, ...
 
 
 def build(type: WeightType, fields: dict) -> Weight:
-    """The value of this type made of the arrays named as `stored` names them."""
+    """Returns the weight of this type whose fields, named as in `stored`, are these arrays."""
     if isinstance(type, DenseType):
         return Dense(fields["array"])
     if isinstance(type, PackedType):

@@ -1,4 +1,7 @@
-"""The types of weights: what a tensor can be, known from shapes alone. `parse_type(str(t)) == t`."""
+"""The types of weights: what a tensor can be, known without its data.
+
+A type's text is its stored form: `parse_type(str(t)) == t`.
+"""
 
 import math
 import re
@@ -21,13 +24,14 @@ Group = int | str  # a size, "row" or "tensor"
 
 @dataclass(frozen=True)
 class DenseType:
-    """A plain array of any rank; `dtype` is one of f32, f16, bf16, f64."""
+    """A plain array of any rank."""
 
     shape: tuple[int, ...]
-    dtype: str
+    dtype: str  # f32, f16, bf16 or f64
 
     @property
     def nbytes(self) -> int:
+        """Returns its bytes in a file."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
     def __str__(self) -> str:
@@ -36,23 +40,25 @@ class DenseType:
 
 @dataclass(frozen=True)
 class TernaryType:
-    """N trits a weight and the scales that join them: trits int8 [out, in, N], scales [rows,
-    groups, N or 1].
+    """N trits per weight and the scales that join them.
+
+    Trits are int8 [out, in, N], scales [rows, groups, N], or [rows, groups, 1] where tied.
     """
 
     shape: tuple[int, int]  # out, in
-    bases: int
+    bases: int  # N
     group: Group  # size along the inputs, "row" or "tensor"
-    tied: bool
+    tied: bool  # one stored scale u per group, s_i = u 3^(N-1-i)
     dtype: str  # of the scales
 
     @property
     def group_size(self) -> int:
-        """Inputs that share a scale: the last group of a row may hold fewer."""
+        """Returns how many inputs share a scale; the last group of a row may hold fewer."""
         return self.shape[1] if isinstance(self.group, str) else self.group
 
     @property
     def scales_shape(self) -> tuple[int, int, int]:
+        """Returns (rows, groups per row, stored scales per group)."""
         out, inputs = self.shape
         return (
             1 if self.group == "tensor" else out,
@@ -62,27 +68,29 @@ class TernaryType:
 
     @property
     def scales_nbytes(self) -> int:
+        """Returns the bytes of the scales in a file."""
         return math.prod(self.scales_shape) * DTYPES[self.dtype].itemsize
 
     @property
     def nbytes(self) -> int:
+        """Returns its bytes in a file, one per trit."""
         return math.prod(self.shape) * self.bases + self.scales_nbytes
 
-    def _options(self) -> str:
+    @property
+    def options(self) -> str:
+        """Returns N, group and kind of scales as they stand in the text of the type."""
         return f"n={self.bases} g={self.group} {'tied' if self.tied else 'free'}"
 
     def __str__(self) -> str:
-        return f"ternary {self._options()} {self.dtype}[{self.shape[0]},{self.shape[1]}]"
+        return f"ternary {self.options} {self.dtype}[{self.shape[0]},{self.shape[1]}]"
 
 
 @dataclass(frozen=True)
 class PackedType:
-    """A `TernaryType` whose trits lie in a layout of `atd.weights.layouts`: codes uint8, scales as
-    they were.
-    """
+    """A `TernaryType` whose trits lie in a layout of `atd.weights.layouts`."""
 
     ternary: TernaryType
-    layout: str
+    layout: str  # a name of LAYOUTS
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -94,17 +102,19 @@ class PackedType:
 
     @property
     def codes_shape(self) -> tuple[int, ...]:
+        """Returns the shape of the codes, padding of the layout included."""
         return LAYOUTS[self.layout].codes_shape(*self.shape, self.ternary.bases)
 
     @property
     def nbytes(self) -> int:
-        return (
-            math.prod(self.codes_shape) * LAYOUTS[self.layout].dtype.itemsize
-            + self.ternary.scales_nbytes
-        )
+        """Returns its bytes in a file, codes and scales."""
+        layout = LAYOUTS[self.layout]
+        return math.prod(self.codes_shape) * layout.dtype.itemsize + self.ternary.scales_nbytes
 
     def __str__(self) -> str:
-        return f"packed {self.ternary._options()} layout={LAYOUTS[self.layout]} {self.dtype}[{self.shape[0]},{self.shape[1]}]"
+        out, inputs = self.shape
+        options = f"{self.ternary.options} layout={LAYOUTS[self.layout]}"
+        return f"packed {options} {self.dtype}[{out},{inputs}]"
 
 
 WeightType = DenseType | TernaryType | PackedType
@@ -117,8 +127,10 @@ _TYPE = re.compile(
 
 
 def parse_type(text: str) -> WeightType:
-    """The type whose text this is. Raises ValueError for text that is no type, a layout or a layout
-    version that is not known.
+    """Returns the type whose text this is.
+
+    Raises:
+        ValueError: the text is no type, or names an unknown layout or layout version.
     """
     match = _TYPE.fullmatch(text)
     if match is None or match["dtype"] not in DTYPES:
@@ -143,22 +155,19 @@ def parse_type(text: str) -> WeightType:
     if layout not in LAYOUTS or LAYOUTS[layout].version != int(match["version"]):
         known = ", ".join(str(known) for known in LAYOUTS.values())
         raise ValueError(
-            f"layout {layout}/{match['version']} is not known to this version of atd; known: {known}"
+            f"layout {layout}/{match['version']} is not known to this version of atd; "
+            f"known: {known}"
         )
     return PackedType(ternary, layout)
 
 
 def ternary_of(type: WeightType) -> TernaryType | None:
-    """The ternary type behind a type that has one, packed or not."""
-    return (
-        type.ternary
-        if isinstance(type, PackedType)
-        else type
-        if isinstance(type, TernaryType)
-        else None
-    )
+    """Returns the ternary type of a ternary or packed type, else None."""
+    if isinstance(type, PackedType):
+        return type.ternary
+    return type if isinstance(type, TernaryType) else None
 
 
 def bits_per_weight(type: WeightType) -> float:
-    """All stored bytes, padding and scales included, in bits over the number of weights."""
+    """Returns all stored bits, padding and scales included, over the number of weights."""
     return 8 * type.nbytes / math.prod(type.shape)

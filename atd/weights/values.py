@@ -15,7 +15,7 @@ from atd.weights.types import SHORT, DenseType, PackedType, TernaryType
 @partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=[])
 @dataclass(frozen=True)
 class Dense:
-    """An array as it is: `dequantize() = array`."""
+    """A plain array of any rank: `dequantize()` is the array."""
 
     array: jax.Array | np.ndarray
 
@@ -24,30 +24,44 @@ class Dense:
         return DenseType(tuple(self.array.shape), SHORT[np.dtype(self.array.dtype)])
 
     def dequantize(self, dtype: Any = np.float32):
+        """Returns the array in `dtype`."""
         return self.array.astype(dtype)
 
 
 def level_weights(bases: int) -> np.ndarray:
-    """3^(N-1-i), i = 0..N-1: a tied scale u makes s_i = u 3^(N-1-i)."""
+    """Returns 3^(N-1-i) for i = 0..N-1, float32 [N]: a tied scale u makes s_i = u 3^(N-1-i)."""
     return 3.0 ** np.arange(bases - 1, -1, -1, dtype=np.float32)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["trits", "scales"], meta_fields=["type"])
 @dataclass(frozen=True)
 class Ternary:
-    """`w[o, k] = sum_i s[o, k // g, i] t[o, k, i]`, summed over i in order, in float32."""
+    """A sum of N ternary bases with scales per group of g inputs:
+
+        w[o, k] = sum_i s[o, k // g, i] t[o, k, i]
+
+    summed over i in order, in float32.
+    """
 
     trits: jax.Array | np.ndarray  # int8 [out, in, N]
     scales: jax.Array | np.ndarray  # [rows, groups, N or 1]
     type: TernaryType
 
     def dequantize(self, dtype: Any = np.float32):
+        """Returns the weights [out, in] in `dtype`."""
         return combine(self.trits, self.scales, self.type).astype(dtype)
 
 
 def combine(trits, scales, type: TernaryType):
-    """trits [rows, in, N], scales [rows or 1, groups, N or 1] -> weights float32 [rows, in]; rows
-    may be any part of the matrix.
+    """Computes the weights that trits and scales stand for (see `Ternary`), of any rows.
+
+    Args:
+        trits: int8 [rows, in, N].
+        scales: [rows or 1, groups, N], or u [rows or 1, groups, 1] where tied.
+        type: the type of the whole matrix.
+
+    Returns:
+        float32 [rows, in], numpy or jax as `trits` are.
     """
     scales = scales.astype(np.float32)
 
@@ -66,18 +80,20 @@ def combine(trits, scales, type: TernaryType):
 @partial(jax.tree_util.register_dataclass, data_fields=["codes", "scales"], meta_fields=["type"])
 @dataclass(frozen=True)
 class Packed:
-    """A `Ternary` whose trits are `LAYOUTS[type.layout].unpack(codes)`."""
+    """A ternary weight whose trits lie in a layout: `LAYOUTS[type.layout].unpack(codes)`."""
 
     codes: jax.Array | np.ndarray  # shape and dtype are the layout's
     scales: jax.Array | np.ndarray  # [rows, groups, N or 1]
     type: PackedType
 
     def unpack(self) -> Ternary:
+        """Returns the same weight with its trits one per byte."""
         ternary = self.type.ternary
         trits = LAYOUTS[self.type.layout].unpack(self.codes, ternary.shape[1], ternary.bases)
         return Ternary(trits[: ternary.shape[0]], self.scales, ternary)
 
     def dequantize(self, dtype: Any = np.float32):
+        """Returns the weights [out, in] in `dtype`."""
         return self.unpack().dequantize(dtype)
 
 
@@ -85,13 +101,16 @@ Weight = Dense | Ternary | Packed
 
 
 def broken(weight: Weight) -> str | None:
-    """What is wrong with the values of a weight, or None."""
+    """Returns what is wrong with the values of a weight, or None."""
     match weight:
         case Dense(array=array):
             return None if np.isfinite(np.asarray(array)).all() else "it holds NaN or Inf"
         case Packed():
             if count := LAYOUTS[weight.type.layout].invalid_bytes(weight.codes):
-                return f"{count} bytes are no codes of layout {weight.type.layout}: the tensor is corrupted"
+                return (
+                    f"{count} bytes are no codes of layout {weight.type.layout}: "
+                    "the tensor is corrupted"
+                )
         case Ternary():
             if np.abs(np.asarray(weight.trits)).max(initial=0) > 1:
                 return "it holds trits other than -1, 0, 1: the tensor is corrupted"

@@ -12,7 +12,7 @@ from atd.calibration.moments import dense_moments
 from atd.checkpoint.files import read_text
 from atd.checkpoint.reader import open_tokenizer
 from atd.decomposition import error_feedback, least_squares
-from atd.decomposition.allocation import ternary_types
+from atd.decomposition.options import ternary_types
 from atd.decomposition.second_moments import DAMPING, proxy_loss
 from atd.models import frontend
 from atd.models.execute import dense_weights, output

@@ -1,4 +1,4 @@
-"""Matrices, second moments, and what a decomposition stands for: shared by the tests of this folder."""
+"""Matrices, second moments and dequantized weights, shared by the tests of this folder."""
 
 import ml_dtypes
 import numpy as np

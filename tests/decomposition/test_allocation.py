@@ -1,4 +1,4 @@
-"""The knapsack against other solvers; bytes and texts of options."""
+"""The knapsack against other solvers; sizes in text."""
 
 import itertools
 import time
@@ -7,20 +7,8 @@ import numpy as np
 import pytest
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from atd.decomposition.allocation import (
-    Choice,
-    allocate,
-    can_be_packed,
-    decided_type,
-    decision,
-    parse_bytes,
-    stored_bytes,
-    ternary_types,
-    total_bytes,
-    total_loss,
-)
+from atd.decomposition.allocation import Choice, allocate, parse_bytes, total_bytes, total_loss
 from atd.errors import BadInput
-from atd.weights import DenseType, Packed, Ternary, TernaryType
 
 
 def random_choices(rng, count: int, options: int = 3, noisy: bool = False) -> list[Choice]:
@@ -76,7 +64,7 @@ def test_as_good_as_scipys_milp(seed):
 
 
 def test_a_model_of_an_ordinary_size_takes_seconds():
-    """224 linears, also where all layers are alike and only counts matter; the budget is used to the last permille."""
+    """224 linears, also where all layers are alike; the budget is used to the last permille."""
     for choices in (
         random_choices(np.random.default_rng(0), 224),
         [
@@ -131,44 +119,3 @@ def test_sizes(text, bytes):
 def test_texts_that_are_no_size(text):
     with pytest.raises(BadInput, match=r"is no size; write e\.g\. '3\.9GB'"):
         parse_bytes(text)
-
-
-def test_options_are_told_apart_once():
-    types = ternary_types((8, 64), (1, 2), (32, 64, "row"), ("tied", "free"), "f16")
-    assert [decision(type) for type in types] == [
-        "n=1 g=32 tied f16",
-        "n=1 g=row tied f16",
-        "n=2 g=32 tied f16",
-        "n=2 g=32 free f16",
-        "n=2 g=row tied f16",
-        "n=2 g=row free f16",
-    ]
-    assert all(decided_type(decision(type), (8, 64)) == type for type in types)
-    assert decided_type(decision(DenseType((8, 64), "f16")), (8, 64)) is None
-    with pytest.raises(ValueError, match="not a weight type"):
-        decided_type("n=2", (8, 64))
-
-
-@pytest.mark.parametrize("shape", [(6, 64), (4, 33)])
-@pytest.mark.parametrize("layout", ["interleaved", "bit-ttt"])
-def test_bytes_are_those_that_are_stored(shape, layout):
-    from atd.weights import PackedType
-    from atd.weights.layouts import LAYOUTS
-
-    for type in ternary_types(shape, (1, 2, 3), (32, "row"), ("tied", "free"), "f16"):
-        assert can_be_packed(type, layout)
-        trits, scales = (
-            np.zeros((*shape, type.bases), np.int8),
-            np.zeros(type.scales_shape, np.float16),
-        )
-        packed = Packed(
-            LAYOUTS[layout].pack(Ternary(trits, scales, type).trits),
-            scales,
-            PackedType(type, layout),
-        )
-        assert stored_bytes(type, layout) == packed.codes.nbytes + packed.scales.nbytes
-
-
-def test_a_layout_that_refuses_is_no_option():
-    assert not can_be_packed(TernaryType((6, 64), 2, "row", True, "f16"), "hf-bitnet")
-    assert can_be_packed(DenseType((6, 64), "f16"), "hf-bitnet")

@@ -1,4 +1,4 @@
-"""Error feedback and descent on real second moments: what they gain, what they never lose, a textbook GPTQ, brute force, and bad moments.
+"""Error feedback and descent on real second moments, against GPTQ as it is written and brute force.
 
 Each combination of input width, group size, bases and tied compiles for a second or two.
 """
@@ -41,7 +41,7 @@ def fit(weight, hessian, bases, group, tied, **options) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def linears(shared_data, stories15m) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Of block 1 of stories15M: its weight, the second moment of its inputs, and that on text held out."""
+    """Linears of block 1 of stories15M: weight, second moment of its inputs, that on other text."""
     text = (shared_data / "text" / "tinystories_197k.txt").read_text()[:40_000]
     ids = (
         Tokenizer.from_file(str(stories15m / "tokenizer.json"))
@@ -72,10 +72,10 @@ def linears(shared_data, stories15m) -> dict[str, tuple[np.ndarray, np.ndarray, 
     return found
 
 
-# --- what it gains -------------------------------------------------------------------------------------------------------
+# --- what it gains --------------------------------------------------------------------------------
 
-# linear, bases, group, tied, sweeps, refits: cost over that of als under the diagonal of H, on the same and on other text, at most.
-# Measured: 6 to 8 % less.
+# linear, bases, group, tied, sweeps, refits: cost over that of als under the diagonal of H, on the
+# same and on other text, at most. Measured: 6 to 8 % less.
 GAINS = [
     ("q_proj", 2, "row", True, 2, 0, 0.51, 0.61),
     ("q_proj", 2, "row", False, 0, 2, 0.52, 0.62),
@@ -153,11 +153,14 @@ def test_close_to_the_best_of_all_assignments():
     )  # measured 0.48: no single change helps, a pair may
 
 
-# --- against GPTQ as it is written -------------------------------------------------------------------------------------------
+# --- against GPTQ as it is written ----------------------------------------------------------------
 
 
 def gptq(weight, scale, hessian, top) -> np.ndarray:
-    """The integers that GPTQ (2210.17323, act-order) assigns, in float64: errors over U_jj to later columns along U_j, H^-1 = U'U."""
+    """The integers that GPTQ (2210.17323, act-order) assigns, in float64.
+
+    Errors over U_jj go to later columns along U_j, H^-1 = U'U.
+    """
     order = np.argsort(-np.diagonal(hessian), kind="stable")
     upper = np.linalg.cholesky(
         np.linalg.inv(damped(hessian.astype(np.float64))[np.ix_(order, order)])
@@ -195,7 +198,7 @@ def test_as_good_as_gptq_on_real_moments(linears, name):
     )
 
 
-# --- conventions ---------------------------------------------------------------------------------------------------------
+# --- conventions ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -271,7 +274,7 @@ def test_inputs_are_visited_by_size_or_as_they_stand():
     np.testing.assert_array_equal(factor(hessian, order=False).order, np.arange(40))
 
 
-# --- moments that are hard, and bad ones -------------------------------------------------------------------------------------
+# --- moments that are hard, and bad ones ----------------------------------------------------------
 
 
 def test_inputs_that_calibration_never_saw():

@@ -1,6 +1,7 @@
-"""Decomposition: optimality of what als finds, its limits (brute force, greedy), its conventions, and what it refuses.
+"""als: how good it is, its limits (brute force, greedy), its conventions, and what it refuses.
 
-Each combination of group size, bases, dtype and tied compiles for a second or two: most tests keep to G = 64 and N = 2.
+Each combination of group size, bases, dtype and tied compiles for a second or two: most tests keep
+to G = 64 and N = 2.
 """
 
 from functools import partial
@@ -30,7 +31,7 @@ def als_rmse(weight, bases, group, tied=False, dtype: DTypeLike = np.float32, **
     return rmse(weight, group, bases, group, tied, dtype, tied=tied, **kwargs)
 
 
-# --- quality: bounds that a broken algorithm fails -------------------------------------------------------------------
+# --- quality: bounds that a broken algorithm fails ------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,7 @@ def test_free_scales_beat_tied_ones_and_small_groups_large_ones():
 
 
 def test_crowded_starts_pay(monkeypatch):
-    """The non-uniform starts are worth their time: 3 % at the least against more iterations from the uniform grid alone."""
+    """They gain 3 % at the least against more iterations from the uniform grid alone."""
     kinds = "gaussian", "laplace", "student"
     ours = [als_rmse(weights(kind), 2, 64) for kind in kinds]
     monkeypatch.setitem(START_RATIOS, 2, START_RATIOS[2][:1])
@@ -100,13 +101,13 @@ def test_real_weights(stories15m, bases):
         assert np.mean(errors) > 0.8 * bound
 
 
-# --- optimality ------------------------------------------------------------------------------------------------------
+# --- optimality -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("bases", [3])
 def test_no_single_change_lowers_the_error(bases, tied):
-    """A fixed point: each weight is on the nearest level, and no scale alone can be improved by more than rounding."""
+    """Each weight is on the nearest level, and no scale alone is improved by more than rounding."""
     weight = weights("student", (6, 96))
     importance = np.random.default_rng(1).uniform(0.2, 3, 96).astype(np.float32)
     trits, scales = als(weight, bases, 32, tied, np.float32, importance, iterations=60)
@@ -135,10 +136,11 @@ def test_scales_are_rounded_before_trits_are_chosen(dtype):
     for factor in (1, 3e-6):
         weight = weights("gaussian", (24, 64)) * np.float32(factor)
         trits, scales = als(weight, 2, 64, False, dtype)
+        # [24, 9]
         levels = (
             scales[:, 0].astype(np.float32)
             @ np.array(list(product((-1, 0, 1), repeat=2)), np.float32).T
-        )  # [24, 9]
+        )
         nearest = np.abs(weight[..., None] - levels[:, None]).min(axis=-1)
         np.testing.assert_allclose(
             np.abs(weight - dequantize(trits, scales, 64)), nearest, atol=1e-6 * factor
@@ -212,13 +214,13 @@ def test_feature_weights_count_relative_to_each_other_alone():
         np.testing.assert_allclose(found[1], als(weight, 2, 64, False)[1], rtol=2e-3)
 
 
-# --- conventions -----------------------------------------------------------------------------------------------------
+# --- conventions ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(("bases", "dtype"), [(1, np.float16), (2, BFLOAT16)])
 def test_what_a_decomposition_can_hold_it_holds_exactly(bases, dtype, tied):
-    """Weights on a uniform grid come back with the same trits: a matrix that was ternary stays what it was."""
+    """Weights on a uniform grid come back with the same trits: what was ternary stays what it was."""
     rng = np.random.default_rng(3)
     integers = rng.integers(-((3**bases - 1) // 2), (3**bases + 1) // 2, (40, 256)).astype(
         np.float32
@@ -246,7 +248,7 @@ def test_scales_are_positive_and_descend(method):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_groups_stand_alone(tied):
-    """A group's result does not depend on its neighbours, nor on the padding of a ragged last group."""
+    """A group does not depend on its neighbours, nor on the padding of a ragged last group."""
     weight = weights("laplace", (5, 64 + 50))
     trits, scales = als(weight, 2, 64, tied)
     assert scales.shape == (5, 2, 1 if tied else 2)
@@ -334,7 +336,7 @@ def test_any_shape(out, inputs, tied, factor, seed):
     np.testing.assert_array_equal(als(-weight, 2, 64, tied, np.float32)[0], -trits)
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
