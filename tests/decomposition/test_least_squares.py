@@ -220,7 +220,7 @@ def test_feature_weights_count_relative_to_each_other_alone():
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(("bases", "dtype"), [(1, np.float16), (2, BFLOAT16)])
 def test_what_a_decomposition_can_hold_it_holds_exactly(bases, dtype, tied):
-    """Weights on a uniform grid come back with the same trits: what was ternary stays what it was."""
+    """Weights on a uniform grid come back with the same trits: what was ternary stays so."""
     rng = np.random.default_rng(3)
     integers = rng.integers(-((3**bases - 1) // 2), (3**bases + 1) // 2, (40, 256)).astype(
         np.float32
