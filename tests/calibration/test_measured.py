@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from atd.calibration.measured import logits, measured_losses, quantized_candidates
-from atd.decomposition.allocation import ternary_types
+from atd.decomposition.options import ternary_types
 from atd.models.execute import dense_weights
 from atd.progress import Progress
 from atd.weights import Dense
