@@ -1,13 +1,16 @@
 """atd: a JAX compiler for the weights of language models.
 
-    atd.convert(path, out, recipe="ternary2")                checkpoint -> N-base ternary checkpoint
-    atd.open(path)                                           checkpoint -> graph, its weights read when they are asked for
-    atd.Pipeline([...])(graph)                               passes composed by hand; atd.Pass is their base class
-    atd.load(path_or_graph)                                  -> Flax NNX model with jitted prefill and decode
-    atd.evaluate(model, tokens, context=512, against=dense)  perplexity, KL divergence, top-1 agreement
-    atd.generate(model, tokens, max_new_tokens=64)           greedy or sampled with a seed
+    atd.convert(path, out, recipe="ternary2")     checkpoint -> N-base ternary checkpoint
+    atd.open(path)                                checkpoint -> graph, weights read when asked for
+    atd.Pipeline([...])(graph)                    passes composed by hand; atd.Pass is their base
+    atd.load(path_or_graph)                       -> Flax NNX model with jitted prefill and decode
+    atd.evaluate(model, tokens, context=512,      perplexity, KL divergence, top-1 agreement
+                 against=dense)
+    atd.generate(model, tokens,                   greedy, or sampled with a seed
+                 max_new_tokens=64)
 
-Names are imported on first use, so that `atd.kernels` needs jax and numpy alone.
+These names are the public API. Each is imported when it is first used, so that `atd.kernels` needs
+jax and numpy alone.
 """
 
 import importlib
@@ -16,14 +19,16 @@ from typing import TYPE_CHECKING
 from atd.version import __version__
 
 if TYPE_CHECKING:
-    from atd.models.frontend import open as open
-    from atd.models.model import load as load
-    from atd.pipeline import Pass as Pass
-    from atd.pipeline import Pipeline as Pipeline
-    from atd.pipeline.convert import convert as convert
-    from atd.runtime.evaluate import evaluate as evaluate
-    from atd.runtime.generate import generate as generate
+    from atd.models.frontend import open
+    from atd.models.model import load
+    from atd.pipeline import Pass, Pipeline
+    from atd.pipeline.convert import convert
+    from atd.runtime.evaluate import evaluate
+    from atd.runtime.generate import generate
 
+__all__ = ["Pass", "Pipeline", "__version__", "convert", "evaluate", "generate", "load", "open"]
+
+# No name may be that of a module or folder in atd/: importing that one would hide it.
 _HOME = {
     "Pass": "atd.pipeline",
     "Pipeline": "atd.pipeline",
@@ -32,8 +37,7 @@ _HOME = {
     "generate": "atd.runtime.generate",
     "load": "atd.models.model",
     "open": "atd.models.frontend",
-}  # no name may be that of a module or folder in atd/: importing it would hide the function
-__all__ = ["Pass", "Pipeline", "__version__", "convert", "evaluate", "generate", "load", "open"]
+}
 
 
 def __getattr__(name: str):

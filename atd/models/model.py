@@ -82,18 +82,20 @@ def load(
 
 
 def _check(graph: Graph, backend: str) -> None:
-    """Raises BadInput where the device or a weight is none for a backend with kernels for packed ones, with all reasons."""
-    device = PACKED[backend].device_refuses()
-    ternary = [
-        (name, ref.type) for name, ref in graph.weights() if not isinstance(ref.type, DenseType)
-    ]
-    refused = [
-        f"{name}: {reason}"
-        for name, type in ternary
-        if (reason := PACKED[backend].refuses(jnp.dtype(jnp.float32), type))
-    ]
-    if reasons := [*([device] if device else []), *refused]:
-        raise BadInput(f"backend {backend}: " + "\n  ".join(reasons))
+    """Raises BadInput where a backend for packed weights takes the device not, or a weight."""
+    if reason := PACKED[backend].device_refuses():
+        raise BadInput(f"backend {backend}: {reason}")
+    refused: dict[str, list[str]] = {}
+    for name, ref in graph.weights():
+        reason = PACKED[backend].refuses(jnp.dtype(jnp.float32), ref.type)
+        if reason and not isinstance(ref.type, DenseType):
+            refused.setdefault(reason, []).append(name)
+    if refused:
+        told = [
+            f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {reason}"
+            for reason, names in refused.items()
+        ]
+        raise BadInput(f"backend {backend}: {'; '.join(told)}")
 
 
 class Program:

@@ -24,13 +24,16 @@ _OTHER_KIND = ("#777777", "*")
 _BLOCK = re.compile(r".*\.(\d+)\..*?([^.]+)")
 
 
-def need_matplotlib() -> None:
-    """Raises BadInput where matplotlib is missing. To be called before the work whose picture is wanted."""
-    try:
-        import matplotlib.backends.backend_agg
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        raise BadInput("drawing needs matplotlib: pip install 'atd-jax[report]'") from None
+def check_picture(path: Path) -> None:
+    """Raises BadInput, before the work whose picture is wanted, where it could not be drawn.
+
+    So it is where matplotlib is missing, or does not know the format that the ending names.
+    """
+    known = new_figure(1, 1).canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        raise BadInput(
+            f"{path}: the ending {path.suffix!r} is no picture format; take .png, .svg or .pdf"
+        )
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -38,10 +41,11 @@ def new_figure(width: float, height: float) -> Any:
 
     Raises BadInput where matplotlib is missing.
     """
-    need_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise BadInput("drawing needs matplotlib: pip install 'atd-jax[report]'") from None
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
@@ -67,9 +71,6 @@ def layers_picture(report: Sequence[NodeReport], path: str | Path) -> None:
     Raises BadInput where matplotlib is missing, no row belongs to a block or the picture cannot be
     written.
     """
-    need_matplotlib()
-    from matplotlib.ticker import MaxNLocator
-
     lines: dict[str, list[tuple[int, NodeReport]]] = {}
     outside = []
     for row in report:
@@ -127,7 +128,7 @@ def layers_picture(report: Sequence[NodeReport], path: str | Path) -> None:
     mean = sum(row["bits"] * row["weights"] for row in rows) / weights
     axes[0].axhline(mean, color="#333333", linewidth=0.9, linestyle="--", label=f"mean {mean:.2f}")
     axes[-1].set_xlabel("block")
-    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[-1].xaxis.get_major_locator().set_params(integer=True)
     axes[0].legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
     notes = [f"{len(rows)} linears, {three_digits(weights)} weights, {mean:.2f} bits per weight"]
     notes += [f"{row['node'].split('.')[-1]} {row['bits']:.2f} bits" for row in outside]

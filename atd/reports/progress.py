@@ -1,8 +1,4 @@
-"""Shows progress and messages on stderr, so that the output of a command can be piped.
-
-with shown() as (say, progress):
-    convert(model, out, say=say, progress=progress)
-"""
+"""Shows progress and lines for people on stderr, so that the output of a command can be piped."""
 
 import time
 from collections.abc import Iterator

@@ -107,6 +107,8 @@ def evaluate(
     vocabularies, and a context under 2 or beyond the positions that the model was made for: past them the figures would
     say more about the rope than about the weights.
     """
+    if batch < 1 or positions < 1:
+        raise BadInput(f"batch is {batch} and positions is {positions}; both must be at least 1")
     begin = time.perf_counter()
     tokens = np.asarray(tokens)
     windows, first = cut(tokens, context, bos_id, convention)

@@ -40,7 +40,7 @@ def generate(
     Raises BadInput: an empty prompt, one that fills the model's context or holds ids outside its vocabulary,
     options out of range.
     """
-    limit = _check(model, prompt_tokens, max_new_tokens, temperature, top_k, top_p)
+    limit = _check(model, prompt_tokens, max_new_tokens, temperature, top_k, top_p, seed)
     length = len(prompt_tokens) + min(max_new_tokens, limit - len(prompt_tokens))
     pick = partial(
         _pick,
@@ -75,6 +75,7 @@ def _check(
     temperature: float,
     top_k: int,
     top_p: float,
+    seed: int,
 ) -> int:
     """How many tokens fit, prompt included; raises BadInput for what `generate` cannot do."""
     for what, value, good, expected in (
@@ -87,6 +88,7 @@ def _check(
         ),
         ("top_k", top_k, top_k >= 0, "0 (all tokens) or more"),
         ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1 (all tokens)"),
+        ("seed", seed, -(2**63) <= seed < 2**63, "an integer of 64 bits"),
     ):
         if not good:
             raise BadInput(f"{what} is {value}; expected {expected}")

@@ -52,10 +52,12 @@ def gaussian(
       seed: of the matrix.
       progress: hears of each decomposition.
 
-    Raises BadInput for a size below 1.
+    Raises BadInput for a size below 1 and a negative seed.
     """
     if size < 1:
         raise BadInput(f"the matrix must have at least one row and column, not {size}")
+    if seed < 0:
+        raise BadInput(f"seed is {seed}; expected 0 or more")
     weight = np.random.default_rng(seed).standard_normal((size, size), dtype=np.float32)
     ways = [(*method, n) for method in METHODS for n in bases]
     done = []

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from atd.errors import BadInput
-from atd.reports.plots import layers_picture, need_matplotlib
+from atd.reports.plots import check_picture, layers_picture
 
 
 def report(blocks: int, error: float | None = 0.1) -> list[dict]:
@@ -71,8 +71,10 @@ def test_what_cannot_be_drawn_is_said(tmp_path, monkeypatch):
         layers_picture(report(1), tmp_path / "no" / "a.png")
     with pytest.raises(BadInput, match=r"cannot be written.*"):
         layers_picture(report(1), tmp_path / "a.xyz")
+    with pytest.raises(BadInput, match="is no picture format"):
+        check_picture(tmp_path / "a.xyz")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(BadInput, match=r"pip install 'atd-jax\[report\]'"):
         layers_picture(report(1), tmp_path / "a.png")
     with pytest.raises(BadInput, match=r"pip install 'atd-jax\[report\]'"):
-        need_matplotlib()
+        check_picture(tmp_path / "a.png")

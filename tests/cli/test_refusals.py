@@ -1,0 +1,196 @@
+"""Bad input: exit code 2, one clear line that names what is wrong, no traceback, nothing written."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_convert_refuses(atd, stories260k, converted, tmp_path, refused):
+    out = tmp_path / "out"
+    refused(atd("convert", tmp_path / "nothing", out), "nothing")
+    refused(atd("convert", stories260k, converted), "exists", "--overwrite")
+    refused(
+        atd("convert", stories260k, out, "--recipe", "ternary4"),
+        "no recipe 'ternary4'",
+        "did you mean",
+    )
+    refused(
+        atd("convert", stories260k, out, "--set", "decompose.base=2"),
+        "no option 'base'; did you mean 'bases'?",
+    )
+    refused(
+        atd("convert", stories260k, out, "--recipe", "ternary2", "--bits", 3.4),
+        "--bits needs the allocate pass",
+    )
+    refused(
+        atd("convert", stories260k, out, "--recipe", "greedy3", "--budget", "1MB"),
+        "--budget needs the allocate",
+    )
+    refused(atd("convert", stories260k, out, "--bits", 3.4, "--budget", "1MB"), "give one of them")
+    refused(
+        atd("convert", stories260k, out, "--bits", 0.3), "is below what is possible: the minimum is"
+    )
+    refused(atd("convert", stories260k, out, "--budget", "much"), "much")
+    refused(
+        atd("convert", stories260k, out, "--recipe", "ternary2", "--calib", tmp_path / "x.txt"),
+        "x.txt",
+    )
+    refused(atd("convert", stories260k, stories260k, "--overwrite"), "must lie outside")
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_unsupported_architecture_is_refused_by_name(atd, stories260k, tmp_path, refused):
+    folder = tmp_path / "model"
+    shutil.copytree(stories260k, folder)
+    os.chmod(folder, 0o755)
+    os.chmod(folder / "config.json", 0o644)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(config | {"model_type": "mamba", "architectures": ["MambaForCausalLM"]})
+    )
+    (folder / "model.safetensors").unlink()  # refused before anything is read
+    refused(atd("convert", folder, tmp_path / "out"), "mamba")
+
+
+def test_damaged_checkpoints_are_refused(atd, stories260k, tmp_path, refused):
+    for name, damage in {
+        "truncated": lambda d: d[:1000],
+        "oversized": lambda d: b"\xff" * 8 + d[8:],
+        "short": lambda d: d[:-100],
+    }.items():
+        folder = tmp_path / name
+        shutil.copytree(stories260k, folder)
+        os.chmod(folder, 0o755)
+        data = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors").write_bytes(damage(data))
+        refused(atd("convert", folder, tmp_path / "out"), "model.safetensors")
+    assert not (tmp_path / "out").exists()
+
+
+def test_eval_and_generate_refuse(atd, converted, stories260k, text, tmp_path, refused):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    short = tmp_path / "short.txt"
+    short.write_text("Once")
+    refused(atd("eval", converted, "--data", tmp_path / "none.txt"), "none.txt")
+    refused(atd("eval", converted, "--data", empty), "empty")
+    refused(atd("eval", converted, "--data", short, "--context", 64), "too few", "64")
+    refused(atd("eval", converted, "--data", text, "--context", 100000), "100000")
+    refused(
+        atd("eval", converted, "--data", text, "--json", tmp_path / "no" / "x.json"),
+        "does not exist",
+    )
+    refused(atd("eval", converted, "--data", text, "--tokens", 0), "--tokens must be at least 1")
+    refused(atd("generate", converted, "--chat"), "no chat template")
+    refused(atd("generate", converted, "--temperature", -1), "temperature")
+    bare = tmp_path / "bare"
+    shutil.copytree(converted, bare)
+    (bare / "tokenizer.json").unlink()
+    refused(atd("generate", bare), "tokenizer")
+    refused(atd("verify", stories260k), "not a checkpoint that atd made")
+
+
+def test_an_unknown_option_is_explained(atd, stories260k):
+    code, out, err = atd("convert", stories260k, "o", "--recipee", "x")
+    assert code == 2
+    assert "--recipe" in out + err
+
+
+def test_debug_shows_where_an_error_came_from():
+    done = subprocess.run(
+        [sys.executable, "-m", "atd", "inspect", "/nowhere", "--debug"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert "Traceback" in done.stderr
+    assert done.returncode == 1
+
+
+def test_numbers_out_of_range_are_refused(atd, converted, stories260k, text, tmp_path, refused):
+    refused(atd("eval", converted, "--data", text, "--context", 64, "--batch", 0), "batch is 0")
+    refused(atd("eval", converted, "--data", text, "--context", 1), "at least 2")
+    refused(atd("generate", converted, "--seed", 2**64), "an integer of 64 bits")
+    refused(atd("convert", stories260k, tmp_path / "o", "--bits", "nan"), "set bits (above 0)")
+    refused(atd("experiment", "gaussian", "--size", 0), "at least one row")
+    refused(atd("experiment", "gaussian", "--seed", -1), "expected 0 or more")
+
+
+def test_a_backend_that_is_not_here_is_refused_with_the_reason(atd, converted, text, refused):
+    for backend in ("mosaic", "triton"):
+        eval_it = ("eval", converted, "--data", text, "--context", 64, "--backend", backend)
+        refused(atd(*eval_it), f"backend {backend}", "needs", "backend 'xla' runs there")
+
+
+def test_a_tokenizer_of_another_model_is_refused(atd, converted, text, tmp_path, refused):
+    other = tmp_path / "other"
+    other.mkdir()
+    words = json.loads((converted / "tokenizer.json").read_text())
+    shift = {word: i + 10_000 for word, i in words["model"]["vocab"].items()}
+    words["model"]["vocab"], words["added_tokens"] = shift, []
+    (other / "tokenizer.json").write_text(json.dumps(words))
+    borrowed = ("--tokenizer", other)
+    refused(atd("eval", converted, "--data", text, "--context", 64, *borrowed), "another model's")
+    refused(atd("generate", converted, *borrowed), "another model's")
+
+
+def test_damaged_files_of_a_converted_folder_are_refused(atd, converted, tmp_path, refused):
+    def damaged(name: str, content: str) -> Path:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        shutil.copytree(converted, folder)
+        (folder / name).write_text(content)
+        return folder
+
+    drawn = ("--plot", tmp_path / "x.png")
+    for content in ("{", "{}", '{"nodes": [1]}', '{"nodes": [{"node": "x"}]}'):
+        refused(atd("inspect", damaged("report.json", content), *drawn), "report.json")
+    refused(atd("verify", damaged("manifest.json", "{}")), "manifest.json: damaged")
+    refused(atd("inspect", damaged("atd_graph.json", "{}")), "atd_graph.json")
+    for name, content in (
+        ("tokenizer.json", "x"),
+        ("tokenizer_config.json", "[]"),
+        ("generation_config.json", '{"eos_token_id": {"a": 1}}'),
+        ("tokenizer_config.json", '{"chat_template": 3}'),
+    ):
+        refused(atd("generate", damaged(name, content)), name)
+
+
+def test_outputs_that_cannot_be_written_are_refused_before_the_work(
+    atd, converted, stories260k, text, tmp_path, refused
+):
+    nowhere, folder = tmp_path / "no" / "x", tmp_path
+    eval_it = ("eval", converted, "--data", text, "--context", 64, "--tokens", 128)
+    for command in (eval_it, ("bench", converted)):
+        refused(atd(*command, "--json", nowhere), "does not exist; make it first")
+        refused(atd(*command, "--json", folder), "is a folder")
+    for command in (("inspect", converted), ("experiment", "gaussian")):
+        refused(atd(*command, "--plot", nowhere), "does not exist; make it first")
+        refused(atd(*command, "--plot", tmp_path / "x.nonsense"), "no picture format")
+    (tmp_path / "file").write_text("")
+    refused(atd("convert", stories260k, tmp_path / "file" / "o"), "choose another folder")
+    refused(atd("export", converted, tmp_path / "file" / "o", "--to", "hf"), "choose another")
+    code, _, err = atd(*eval_it, "--json", "/dev/full")  # found out when it is written
+    assert (code, "error: /dev/full: the disk is full" in err) == (1, True)
+
+
+def test_what_the_system_refuses_is_one_line(atd, stories260k, monkeypatch):
+    from atd.models import frontend
+
+    for error, told in (
+        (PermissionError(13, "Permission denied", "/some/file"), "/some/file: Permission denied"),
+        (MemoryError(), "out of memory"),
+    ):
+        monkeypatch.setattr(frontend, "open", lambda path, error=error: raise_(error))
+        code, _, err = atd("inspect", stories260k)
+        assert (code, "Traceback" in err) == (1, False)
+        assert err.startswith(f"error: {told}")
+
+
+def raise_(error: Exception):
+    raise error
