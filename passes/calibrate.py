@@ -22,18 +22,14 @@ import numpy as np
 import optax
 
 from atd.calibration.gradients import (
-    Parameters,
-    Unit,
     backward,
     divergence,
+    embedding_backward,
+    embedding_matrix,
     forward,
-    frozen,
-    settled,
-    table,
-    table_backward,
-    tunable,
-    wide,
+    in_float32,
 )
+from atd.calibration.trainable import Parameters, TrainableUnit, frozen, merged, trainable
 from atd.errors import BadInput, nearest
 from atd.host import return_freed, return_freed_from_now_on
 from atd.ir import ROTATIONS, Block, Graph
@@ -137,8 +133,8 @@ class Calibrate(Pass):
         rest = optax.adam(self.learning_rate, b1=0.9, b2=0.95)
         return optax.multi_transform({"codes": codes, "rest": rest}, labels)
 
-    def unit(self, block: Block) -> Unit:
-        return tunable(block, scales=self.scales, gains=self.gains, codes=self.codes)
+    def unit(self, block: Block) -> TrainableUnit:
+        return trainable(block, scales=self.scales, gains=self.gains, codes=self.codes)
 
 
 @dataclass
@@ -202,7 +198,9 @@ class _Watch:
 class _Tuned:
     """A unit, its parameters and the state of the optimizer of each node (small programs that other units share)."""
 
-    def __init__(self, unit: Unit, optimizer: optax.GradientTransformation, update: Callable):
+    def __init__(
+        self, unit: TrainableUnit, optimizer: optax.GradientTransformation, update: Callable
+    ):
         self.unit, self._optimizer, self._update = unit, optimizer, update
         self.restart(unit.parameters)
 
@@ -219,14 +217,14 @@ class _Tuned:
         """From these, with nothing remembered of the steps before."""
         self.parameters = parameters
         self._states = {
-            name: self._optimizer.init(wide(moves)) for name, moves in parameters.items()
+            name: self._optimizer.init(in_float32(moves)) for name, moves in parameters.items()
         }
 
 
 def _updater(optimizer: optax.GradientTransformation) -> Callable:
     @jax.jit
     def update(gradients, state, parameters, share):
-        updates, state = optimizer.update(gradients, state, wide(parameters))
+        updates, state = optimizer.update(gradients, state, in_float32(parameters))
         return optax.apply_updates(parameters, jax.tree.map(lambda u: share * u, updates)), state
 
     return update
@@ -292,7 +290,7 @@ def _against_logits(step: Calibrate, graph: Graph, context: Context, data: _Data
     if not watch.improved:
         return None
     units = (
-        settled(tuned.unit, parameters)
+        merged(tuned.unit, parameters)
         for tuned, parameters in zip(model.units, watch.state, strict=True)
     )
     return graph.with_units(tuple(units))
@@ -310,7 +308,7 @@ class _Converted:
         self._teacher = frozen(dense.epilogue)
         self._teacher_table = None
         if dense.is_tied:
-            self._teacher_table = table(frozen(dense.prologue), {})
+            self._teacher_table = embedding_matrix(frozen(dense.prologue), {})
         self._moves_table = self._tied and bool(self._prologue.parameters)
         self._measure = jax.jit(self._divergence)
         # by the head's parameters, by the hidden states, and where the head is the embedding by its table
@@ -338,9 +336,11 @@ class _Converted:
         return jnp.mean(jax.lax.map(part, tuple(parts)))
 
     def _arguments(self, hidden, target) -> tuple:
-        embedding = table(self._prologue.unit, self._prologue.parameters) if self._tied else None
+        embedding = (
+            embedding_matrix(self._prologue.unit, self._prologue.parameters) if self._tied else None
+        )
         fixed = self._head.unit.fixed, self._teacher.fixed, self._teacher_table
-        return wide(self._head.parameters), hidden, embedding, target, *fixed
+        return in_float32(self._head.parameters), hidden, embedding, target, *fixed
 
     def _run(self, tokens) -> tuple[list, jax.Array]:
         """Inputs of prologue and blocks, and the hidden states behind the last one."""
@@ -366,7 +366,7 @@ class _Converted:
         if prologue.parameters:
             moves, _ = backward(prologue.unit, prologue.parameters, inputs[0], gradient)
             if by_table:
-                by_head = table_backward(prologue.unit, prologue.parameters, by_table[0])
+                by_head = embedding_backward(prologue.unit, prologue.parameters, by_table[0])
                 moves = jax.tree.map(jnp.add, moves, by_head)
             prologue.move(moves, share)
 
@@ -438,7 +438,7 @@ def _against_blocks(step: Calibrate, graph: Graph, context: Context, data: _Data
 
         watch = _watched(step, data, [tuned], move, held_out, advance)
         context.say(watch.summary(f"{block.name}: relative square error"))
-        best = settled(tuned.unit, *watch.state) if watch.improved else block
+        best = merged(tuned.unit, *watch.state) if watch.improved else block
         gained += watch.improved
         units.append(best)
         after = frozen(best)
