@@ -28,7 +28,7 @@ from atd.decomposition.second_moments import asymmetric_target
 from atd.errors import BadInput, nearest
 from atd.ir import Graph, Node, WeightRef
 from atd.pipeline import Context, Pass, check_pattern
-from atd.weights import DTYPES, Dense, Group, Ternary, TernaryType
+from atd.weights import DTYPES, Dense, Group, Ternary, TernaryType, canonical_group
 
 METHODS = ("als", "greedy", "hessian")
 
@@ -130,7 +130,7 @@ class Decompose(Pass):
     def _decomposed(self, name: str, node: Node, context: Context) -> Node:
         ref = node.weights["weight"]
         out, inputs = ref.type.shape
-        group = "row" if isinstance(self.group, int) and self.group >= inputs else self.group
+        group = canonical_group(self.group, inputs)
         type = TernaryType((out, inputs), self.bases, group, self.scales == "tied", self.dtype)
 
         def load() -> Ternary:

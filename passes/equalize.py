@@ -30,7 +30,7 @@ from atd.decomposition.second_moments import proxy_loss
 from atd.errors import BadInput
 from atd.ir import Block, Graph, Node, WeightRef
 from atd.pipeline import Context, Pass
-from atd.weights import Dense, DenseType, Group, TernaryType, combine
+from atd.weights import Dense, DenseType, TernaryType, canonical_group, combine
 
 LEAST = 1e-3  # of the root mean square over all features: one that is hardly ever there gets no boundless scale
 
@@ -161,7 +161,7 @@ class Equalize(Pass):
     def _error(self, weight: np.ndarray, scale: np.ndarray) -> np.ndarray:
         """als(W diag(s)) diag(1/s) - W, float32 [out, in]."""
         inputs = weight.shape[1]
-        group: Group = "row" if isinstance(self.group, int) and self.group >= inputs else self.group  # type: ignore[assignment]
+        group = canonical_group(self.group, inputs)
         type = TernaryType(weight.shape, self.bases, group, self.scales == "tied", "f16")
         trits, scales = least_squares.als(weight * scale, self.bases, group, type.tied, np.float16)
         return np.asarray(combine(trits, scales, type), np.float32) / scale - weight

@@ -7,7 +7,7 @@ A *decision* is the text of an option: N, group, tied or free, and dtype of the 
 from collections.abc import Iterable, Sequence
 from itertools import product
 
-from atd.weights import DenseType, Group, PackedType, TernaryType, parse_type
+from atd.weights import DenseType, Group, PackedType, TernaryType, canonical_group, parse_type
 from atd.weights.layouts import LAYOUTS
 
 DECISION = "ternary"  # the attr of a node in which `allocate` leaves a decision for `decompose`
@@ -35,7 +35,7 @@ def ternary_types(
     out, inputs = shape
     found = {}
     for n, group, kind in product(bases, groups, scales):
-        group = "row" if isinstance(group, int) and group >= inputs else group
+        group = canonical_group(group, inputs)
         type = TernaryType((out, inputs), n, group, kind == "tied", dtype)
         found.setdefault((n, group, type.tied or n == 1), type)
     return list(found.values())

@@ -18,7 +18,7 @@ from atd.errors import BadInput
 from atd.ir import Graph, InvalidGraph, WeightRef, graph_from_json, verify
 from atd.models.config import ModelConfig, check_architecture, parse_config
 from atd.models.llama import EMBEDDING, HEAD, llama_graph
-from atd.weights import SHORT, DenseType, Weight, WeightType, build, stored
+from atd.weights import DTYPE_NAMES, DenseType, Weight, WeightType, build, stored
 
 FORMAT_VERSION = 1
 _WEIGHT_DTYPES = ("f32", "f16", "bf16")
@@ -83,7 +83,7 @@ class _Binder:
     def reference(self, tensor: str, type: WeightType) -> WeightRef:
         """The weight of this type called `tensor`, wherever `atd.weights.stored` puts its parts."""
         parts = stored(tensor, type)
-        found = [self._find(name, shape, (_SHORT[dtype],)) for name, shape, dtype in parts.values()]
+        found = [self._find(name, shape, (_NAMES[dtype],)) for name, shape, dtype in parts.values()]
         names = {slot: name for slot, (name, _, _) in parts.items()}
         return WeightRef(
             tensor,
@@ -139,7 +139,7 @@ class _Binder:
             )
 
 
-_SHORT = {**SHORT, np.dtype(np.int8): "i8", np.dtype(np.uint8): "u8"}
+_NAMES = {**DTYPE_NAMES, np.dtype(np.int8): "i8", np.dtype(np.uint8): "u8"}
 
 
 def _load(checkpoint: Checkpoint, type: WeightType, names: dict[str, str]) -> Weight:

@@ -19,14 +19,15 @@ with q an integer, on a uniform grid of 3^N levels. A type's text is its stored 
 
 from atd.weights.stored import build, stored
 from atd.weights.types import (
+    DTYPE_NAMES,
     DTYPES,
-    SHORT,
     DenseType,
     Group,
     PackedType,
     TernaryType,
     WeightType,
     bits_per_weight,
+    canonical_group,
     parse_type,
     ternary_of,
 )

@@ -18,7 +18,7 @@ DTYPES = {
     "bf16": np.dtype(ml_dtypes.bfloat16),
     "f64": np.dtype(np.float64),
 }
-SHORT = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Group = int | str  # a size, "row" or "tensor"
 
 
@@ -115,6 +115,11 @@ class PackedType:
         out, inputs = self.shape
         options = f"{self.ternary.options} layout={LAYOUTS[self.layout]}"
         return f"packed {options} {self.dtype}[{out},{inputs}]"
+
+
+def canonical_group(group: Group, inputs: int) -> Group:
+    """Returns "row" for a group at least as wide as a row, else the group."""
+    return "row" if isinstance(group, int) and group >= inputs else group
 
 
 WeightType = DenseType | TernaryType | PackedType

@@ -9,7 +9,7 @@ import numpy as np
 
 from atd.weights.groups import spread_scales
 from atd.weights.layouts import LAYOUTS
-from atd.weights.types import SHORT, DenseType, PackedType, TernaryType
+from atd.weights.types import DTYPE_NAMES, DenseType, PackedType, TernaryType
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=[])
@@ -21,7 +21,7 @@ class Dense:
 
     @property
     def type(self) -> DenseType:
-        return DenseType(tuple(self.array.shape), SHORT[np.dtype(self.array.dtype)])
+        return DenseType(tuple(self.array.shape), DTYPE_NAMES[np.dtype(self.array.dtype)])
 
     def dequantize(self, dtype: Any = np.float32):
         """Returns the array in `dtype`."""

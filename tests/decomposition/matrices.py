@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 
 from atd.decomposition.second_moments import DAMPING
-from atd.weights import SHORT, TernaryType, combine
+from atd.weights import DTYPE_NAMES, TernaryType, combine
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 KINDS = ("gaussian", "laplace", "student", "sparse")
@@ -22,7 +22,7 @@ def weights(kind: str, shape=(24, 192), seed=0) -> np.ndarray:
 
 
 def dequantize(trits, scales, group, tied=False) -> np.ndarray:
-    type = TernaryType(trits.shape[:2], trits.shape[2], group, tied, SHORT[scales.dtype])
+    type = TernaryType(trits.shape[:2], trits.shape[2], group, tied, DTYPE_NAMES[scales.dtype])
     assert scales.shape == type.scales_shape
     assert trits.dtype == np.int8
     assert abs(trits).max(initial=0) <= 1
