@@ -1,5 +1,6 @@
 """The documentation says what the code does: options, commands, the stored format, and links between pages."""
 
+import ast
 import pkgutil
 import re
 import tomllib
@@ -150,6 +151,30 @@ def test_names_that_pages_name_exist():
     for page in PAGES:
         for name in re.findall(r"`(atd(?:\.\w+)+)(?:\(.*?\))?`", page.read_text()):
             assert name in others or pkgutil.resolve_name(name), f"{page}: {name}"
+
+
+def test_docstrings_continue_entries_with_an_indent():
+    """Else the site shows the second line of an argument's description as another argument."""
+    broken = []
+    for path in [
+        path for folder in ("atd", "passes", "kernels") for path in (ROOT / folder).rglob("*.py")
+    ]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.FunctionDef | ast.ClassDef):
+                continue
+            text = ast.get_docstring(node) or ""
+            for section in re.findall(
+                r"^(?:Args|Raises):\n((?:[ ]+.*\n?|\n)*)", text, re.MULTILINE
+            ):
+                indent = len(section) - len(section.lstrip())
+                entries = [
+                    line[indent:] for line in section.splitlines() if line[:indent].isspace()
+                ]
+                entries = [line for line in entries if line[:1].strip()]
+                broken += [
+                    f"{path}: {line}" for line in entries if not re.match(r"[\w*., ]+: ", line)
+                ]
+    assert not broken
 
 
 def test_navigation_has_every_page():

@@ -97,7 +97,7 @@ def factor(hessian, damping: float = DAMPING, order: bool = True) -> Factor:
 
     Raises:
         BadInput: H is not finite, or is no second moment (not positive semi-definite, however
-        damped).
+            damped).
     """
     hessian = checked_moment(hessian)
     diagonal = jnp.diagonal(hessian)
@@ -145,7 +145,7 @@ def decompose(
 
     Raises:
         BadInput: weights are not finite, a scale overflows `dtype`, or bases, group or widths
-        cannot be.
+            cannot be.
     """
     weight, hessian = np.asarray(weight, np.float32), checked_moment(hessian)
     out, inputs = weight.shape

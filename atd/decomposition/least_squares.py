@@ -83,7 +83,7 @@ def als(
         weight: w, float [out, in].
         bases: N, 1 to 4.
         group: inputs that share their scales: a size (the last group may be ragged), "row" or
-        "tensor".
+            "tensor".
         tied: whether one scale u is stored per group.
         dtype: that in which scales are stored.
         feature_weights: d, float [in], none negative; None: all equal.
@@ -95,7 +95,7 @@ def als(
 
     Raises:
         BadInput: weights are not finite, a scale overflows `dtype`, or bases or feature weights
-        cannot be.
+            cannot be.
 
     Alternating minimisation over codes and coefficients is that of 1802.00150, here for ternary
     codes.

@@ -15,7 +15,7 @@ def decomposition_rmse(weight, trits, scales, group: Group) -> float:
         weight: W, float [out, in].
         trits: int8 [out, in, N].
         scales: [rows, groups, N], or [rows, groups, 1] where tied; Q is what they and the trits
-        stand for.
+            stand for.
         group: inputs that share their scales: a size, "row" or "tensor".
 
     Returns:
