@@ -29,14 +29,13 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from atd.checkpoint.files import read_text
 from atd.checkpoint.reader import open_tokenizer
 from atd.cli.demo import demo_model
 from atd.pipeline.convert import convert
 from atd.pipeline.recipe import Recipe, read_recipe, recipe_names, under_budget
 from atd.reports.progress import shown
 from atd.reports.tables import sizes
-from atd.runtime.compare import compare, first_tokens, load_checkpoint
+from atd.runtime.compare import compare, load_checkpoint, read_tokens
 
 SHARED = Path(os.environ.get("ATD_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 TINYSTORIES, WIKITEXT = (
@@ -109,7 +108,7 @@ def main() -> None:
     if not asked:
         parser.error("give --recipes, --bits or --budgets")
     words = open_tokenizer(model)
-    ids = {text.stem: first_tokens(read_text(text), words, tokens) for text in texts}
+    ids = {text.stem: read_tokens(text, words, tokens) for text in texts}
     dense, rows = load_checkpoint(model), []
     with shown() as (say, progress), tempfile.TemporaryDirectory() as folder:
         for name, recipe in asked:

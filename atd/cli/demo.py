@@ -15,7 +15,7 @@ from atd.pipeline.recipe import read_recipe
 from atd.reports.plots import check_picture, layers_picture
 from atd.reports.progress import shown
 from atd.reports.tables import EvaluatedModel, console, evaluation_table
-from atd.runtime.compare import LoadedCheckpoint, compare, first_tokens, load_checkpoint
+from atd.runtime.compare import LoadedCheckpoint, compare, load_checkpoint
 from atd.runtime.evaluate import Evaluation, cut
 from atd.runtime.generate import generate
 
@@ -63,7 +63,9 @@ def run_demo(out: Path, recipe: str, data: Path | None, tokens: int, context: in
     check_picture(picture)
     read_recipe(recipe)
     words = open_tokenizer(source)
-    text = first_tokens(read_text(data) if data else demo_text(), words, tokens)
+    if tokens < 1:
+        raise BadInput(f"--tokens must be at least 1, not {tokens}")
+    text = words.encode(read_text(data) if data else demo_text())[:tokens]
     cut(text, context, None)
 
     console.rule(f"1. convert {source.name} by recipe {recipe}")

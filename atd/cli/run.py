@@ -45,13 +45,12 @@ def evaluate(
     """
     from functools import partial
 
-    from atd.checkpoint.files import read_text
     from atd.checkpoint.reader import open_tokenizer
     from atd.checkpoint.writer import write_json
     from atd.models import frontend
     from atd.reports.progress import shown
     from atd.reports.tables import EvaluatedModel, console, evaluation_table
-    from atd.runtime.compare import compare, first_tokens, load_checkpoint
+    from atd.runtime.compare import compare, load_checkpoint, read_tokens
     from atd.runtime.evaluate import cut
 
     check_writable("--json", json)
@@ -61,7 +60,7 @@ def evaluate(
     words = open_tokenizer(tokenizer or model)
     if bos and words.bos_id is None:
         raise BadInput(f"{words.name}: its tokenizer has no BOS token; leave out --bos")
-    texts = {data.name: first_tokens(read_text(data), words, tokens)}
+    texts = {data.name: read_tokens(data, words, tokens)}
     bos_id = words.bos_id if bos or convention == "llama.cpp" else None
     cut(texts[data.name], context, bos_id, convention)
     options = {"context": context, "batch": batch, "bos_id": bos_id, "convention": convention}

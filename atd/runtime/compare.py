@@ -1,7 +1,7 @@
 """Loads checkpoints and compares them on texts, as `atd eval`, `atd study` and the demo do.
 
     dense, converted = load_checkpoint("model"), load_checkpoint("out")
-    texts = {"wiki": first_tokens(read_text("wiki.txt"), open_tokenizer("model"))}
+    texts = {"wiki": read_tokens("wiki.txt", open_tokenizer("model"))}
     compare(converted, texts, context=512, against=dense)["wiki"].kl_mean
 
 The figures and their conditions are those of `atd.evaluate`.
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from atd.checkpoint.files import read_text
 from atd.checkpoint.tokenizer import Tokenizer
 from atd.errors import BadInput
 from atd.ir import Graph
@@ -42,14 +43,14 @@ def load_checkpoint(
     return LoadedCheckpoint(path.name, model, *graph_size(graph))
 
 
-def first_tokens(text: str, tokenizer: Tokenizer, limit: int | None = None) -> np.ndarray:
-    """Returns the first `limit` token ids (None: all) of a text, int32 [n], without BOS.
+def read_tokens(path: str | Path, tokenizer: Tokenizer, limit: int | None = None) -> np.ndarray:
+    """Returns the first `limit` token ids (None: all) of a UTF-8 text, int32 [n], without BOS.
 
-    Raises BadInput for a limit below 1.
+    Raises BadInput for a limit below 1 and a file that is no text.
     """
     if limit is not None and limit < 1:
         raise BadInput(f"--tokens must be at least 1, not {limit}")
-    return tokenizer.encode(text)[:limit]
+    return tokenizer.encode(read_text(path))[:limit]
 
 
 def compare(

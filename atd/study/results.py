@@ -185,7 +185,7 @@ def _conditions(row: StudyRow, text: str) -> str:
     )
 
 
-def study_picture(rows: Sequence[StudyRow], path: Path) -> None:
+def study_picture(rows: Sequence[StudyRow], path: str | Path) -> None:
     """Draws mean KL over bits per weight, a panel for each text.
 
     Raises BadInput as `atd.reports.pareto.pareto_picture` does.

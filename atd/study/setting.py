@@ -16,7 +16,7 @@ from atd.checkpoint.reader import open_tokenizer
 from atd.checkpoint.writer import digest, file_digest
 from atd.errors import BadInput
 from atd.models import frontend
-from atd.runtime.compare import first_tokens
+from atd.runtime.compare import read_tokens
 from atd.runtime.evaluate import cut
 from atd.study.points import Point, digest_of
 from atd.study.results import StudyRow
@@ -112,7 +112,7 @@ def read_setting(
         )
     tokenizer, texts = open_tokenizer(model), {}
     for path in data:
-        text = Text(first_tokens(read_text(path), tokenizer, tokens), file_digest(path))
+        text = Text(read_tokens(path, tokenizer, tokens), file_digest(path))
         if path.stem in texts:
             raise BadInput(
                 f"two texts are called {path.stem}, as their columns would be; rename one"
