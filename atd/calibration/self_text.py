@@ -1,16 +1,13 @@
 """Calibration text that the dense model writes itself: where there is no text like its training data, the model is one.
 
 A window is `context` tokens drawn from the model at temperature 1 from the full softmax, so that the windows follow the
-model's own distribution of text. In front of each stands one token that is drawn uniformly from the vocabulary, special
-tokens excluded, and is no part of the window (LLM-QAT, 2305.17888, draws the first token so, and keeps it). Against BOS in front:
+model's own distribution of text. Before each stands one token that is drawn uniformly from the vocabulary, special
+tokens excluded, and is no part of the window (LLM-QAT, 2305.17888, draws the first token so, and keeps it). Against BOS
+in its place:
 
-1. Windows differ from their first token on: after BOS, 83 % of what stories15M writes begins "Once".
+1. Windows differ from their first token on; after BOS many begin alike.
 2. Windows begin in the middle of a text, as those do that are cut from a text file.
 3. An instruct model needs no prompt: it writes what it was pretrained on, articles, lists, code, conversations.
-
-Measured on stories15M (recipe ternary2, 64 windows of 256, tinystories_valid_30k, KL to the dense model): .229 and .219 on two
-slices, .226 with that token kept in the window, .212 and .218 with special tokens taken out; after BOS .278, and .254 cut so that
-windows begin in the middle; two slices of TinyStories itself .256 and .243. Spread over slices: about .01.
 
 Special tokens are drawn like any others: a text that ends is followed by the model's own separator and another text, as
 in the packed documents of its training.
@@ -34,37 +31,45 @@ from atd.errors import BadInput, RunFailed
 from atd.ir import Graph
 from atd.models import frontend
 from atd.models.model import Cache, Model, load
+from atd.progress import Progress, Report, unheard
 
 VERSION = 1  # of what is drawn for a seed: part of the cache's key
-BATCH = 64  # windows that are drawn together, at most: more gain nothing on a CPU
-CACHE_BYTES = 1 << 29  # of keys and values, at most, unless one window takes more
-CACHE_STEP = 128  # positions that the keys and values grow by: a step of decoding reads all that is allocated
+BATCH = 64  # most windows that are drawn together: more gain nothing on a CPU
+CACHE_BYTES = 1 << 29  # most bytes of keys and values, unless one window takes more
+CACHE_STEP = (
+    128  # positions by which keys and values grow: a step of decoding reads all that is allocated
+)
 RUN = 256  # tokens whose probabilities are summed together, when one is looked up
+TASK = "writing calibration text"
 
 
 def self_text(
     model: Model,
-    words: Tokenizer | None,
+    tokenizer: Tokenizer | None,
     *,
     tokens: int,
     context: int,
     seed: int = 0,
     batch: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Report = unheard,
 ) -> np.ndarray:
-    """Windows int32 [tokens // context, context] that the model writes, x_t ~ softmax(logits(x_<t)).
+    """Draws windows that the model writes, x_t ~ softmax(logits(x_<t)).
 
     Equal seeds give equal windows on the same machine; `batch` changes them by rounding alone.
 
     Args:
-      words: its special tokens, and ids it does not have, are not put in front of a window; None: any id may be.
+      tokenizer: its special tokens, and ids it does not have, are not put before a window; None: any id may be.
+      tokens: in all; a remainder that fills no window is left out.
+      context: tokens per window.
       batch: windows drawn together; None: as many as CACHE_BYTES hold keys and values of, at most BATCH.
-      progress: called with (tokens drawn, tokens in all).
 
-    Raises BadInput for tokens, context, seed or batch that cannot be, RunFailed where the model's logits are not finite.
+    Returns: int32 [tokens // context, context].
+
+    Raises: BadInput for tokens, context, seed or batch that are out of range, RunFailed where the model's logits are not
+    finite.
     """
-    windows = _check(model.max_context, tokens, context, seed, batch)
-    first, uniforms = _draws(_starts(model.vocabulary, words), windows, context, seed)
+    windows = _window_count(model.max_context, tokens, context, seed, batch)
+    first, uniforms = draws(start_ids(model.vocabulary, tokenizer), windows, context, seed)
     if batch is None:
         slots = jax.tree.leaves(model.new_cache(1, 1).blocks)
         batch = min(BATCH, CACHE_BYTES // (context * sum(slot.nbytes for slot in slots)))
@@ -72,56 +77,55 @@ def self_text(
     batch = -(-windows // -(-windows // batch))  # as few batches, and of nearly equal size
     drawn = []
     for start in range(0, windows, batch):
-        rows = (
-            np.arange(start, start + batch) % windows
-        )  # the last batch is filled up, or it would be compiled anew
+        # The last batch is filled up, or it would be compiled anew.
+        rows = np.arange(start, start + batch) % windows
 
         def report(position: int, start: int = start) -> None:
-            if progress:
-                progress(
-                    min(start * context + batch * position, windows * context), windows * context
-                )
+            done = min(start * context + batch * position, windows * context)
+            progress(Progress(TASK, done, windows * context, "tokens"))
 
         drawn.append(_draw(model, first[rows], uniforms[rows], report))
     text = np.concatenate(drawn)[:windows]
     if (text < 0).any():
         raise RunFailed(
-            "the model's logits are not finite: it cannot write its own calibration text; give a text file"
+            "the model's logits are not finite: it cannot write its own calibration text; give a "
+            "text file"
         )
     return text
 
 
 def cached_self_text(
     graph_or_path: Graph | str | Path,
-    words: Tokenizer | None,
+    tokenizer: Tokenizer | None,
     *,
     tokens: int,
     context: int,
     seed: int = 0,
     cache: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Report = unheard,
 ) -> np.ndarray:
-    """`self_text` of a checkpoint or graph, drawn once and kept in the folder `cache` as one .npy file, int32 [windows,
-    context].
+    """Returns `self_text` of a checkpoint or graph, drawn once and kept in the folder `cache` as one .npy file.
 
-    The file's name is the hash of all that the windows depend on: the graph, the identity of its tensors, tokens,
-    context and seed. A graph with weights made in memory has no such identity and is not cached; cache None: neither.
+    The file's name is the hash of all that the windows depend on: the graph, the identity of its tensors, tokens, context
+    and seed. A graph with weights made in memory has no such identity and is not cached; cache None: neither.
 
-    Raises BadInput for tokens, context or seed that cannot be, or a cache folder that cannot be written to, before a
-    weight is read.
+    Raises: BadInput for tokens, context or seed that are out of range, or a cache folder that cannot be written to,
+    before a weight is read.
     """
     graph = graph_or_path if isinstance(graph_or_path, Graph) else frontend.open(graph_or_path)
-    windows = _check(graph.config.get("max_position_embeddings"), tokens, context, seed, None)
+    windows = _window_count(
+        graph.config.get("max_position_embeddings"), tokens, context, seed, None
+    )
     sources = [ref.source for _, ref in graph.weights()]
     path = None
     if cache is not None and all(sources):
-        key = [VERSION, str(graph), sources, sorted(special_ids(words)), windows, context, seed]
+        key = [VERSION, str(graph), sources, sorted(special_ids(tokenizer)), windows, context, seed]
         path = cache / f"self-text-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.npy"
         if (kept := _read(path, (windows, context))) is not None:
             return kept
         make_cache(cache)
     model = load(graph, backend="xla-unpacked")
-    text = self_text(model, words, tokens=tokens, context=context, seed=seed, progress=progress)
+    text = self_text(model, tokenizer, tokens=tokens, context=context, seed=seed, progress=progress)
     if path is not None:
         content = io.BytesIO()
         np.save(content, text)
@@ -129,17 +133,40 @@ def cached_self_text(
     return text
 
 
-def special_ids(words: Tokenizer | None) -> frozenset[int]:
-    """Ids that stand for no text: BOS, EOS, roles, padding."""
-    if words is None:
+def special_ids(tokenizer: Tokenizer | None) -> frozenset[int]:
+    """Returns the ids that stand for no text: BOS, EOS, roles, padding."""
+    if tokenizer is None:
         return frozenset()
-    added = {id for id, token in words.backend.get_added_tokens_decoder().items() if token.special}
+    added = tokenizer.backend.get_added_tokens_decoder()
+    bos = () if tokenizer.bos_id is None else (tokenizer.bos_id,)
     return frozenset(
-        added | {*words.eos_ids} | ({words.bos_id} if words.bos_id is not None else set())
+        {id for id, token in added.items() if token.special} | {*tokenizer.eos_ids, *bos}
     )
 
 
-def _check(max_context: int | None, tokens: int, context: int, seed: int, batch: int | None) -> int:
+def start_ids(vocabulary: int, tokenizer: Tokenizer | None) -> np.ndarray:
+    """Returns the ids that may stand before a window."""
+    known = vocabulary if tokenizer is None else min(vocabulary, tokenizer.vocabulary_size)
+    starts = np.setdiff1d(np.arange(known), list(special_ids(tokenizer)))
+    return starts if len(starts) else np.arange(vocabulary)
+
+
+def draws(
+    starts: np.ndarray, windows: int, context: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draws all that chance decides.
+
+    Returns: the tokens before the windows, int32 [windows], all different where there are enough, and float32
+    [windows, context] uniform in [0, 1).
+    """
+    rng = np.random.default_rng(seed)
+    first = rng.choice(starts, windows, replace=windows > len(starts)).astype(np.int32)
+    return first, rng.random((windows, context), np.float32)
+
+
+def _window_count(
+    max_context: int | None, tokens: int, context: int, seed: int, batch: int | None
+) -> int:
     """How many windows there will be; raises BadInput where there can be none."""
     if context < 1 or seed < 0 or (batch is not None and batch < 1):
         raise BadInput(
@@ -156,27 +183,10 @@ def _check(max_context: int | None, tokens: int, context: int, seed: int, batch:
     return tokens // context
 
 
-def _starts(vocabulary: int, words: Tokenizer | None) -> np.ndarray:
-    """The ids that may stand in front of a window."""
-    known = vocabulary if words is None else min(vocabulary, words.vocabulary_size)
-    starts = np.setdiff1d(np.arange(known), list(special_ids(words)))
-    return starts if len(starts) else np.arange(vocabulary)
-
-
-def _draws(
-    starts: np.ndarray, windows: int, context: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """What chance decides: the tokens in front int32 [windows], all different where there are enough, and float32
-    [windows, context] uniform in [0, 1)."""
-    rng = np.random.default_rng(seed)
-    first = rng.choice(starts, windows, replace=windows > len(starts)).astype(np.int32)
-    return first, rng.random((windows, context), np.float32)
-
-
 def _draw(
     model: Model, first: np.ndarray, uniforms: np.ndarray, report: Callable[[int], None]
 ) -> np.ndarray:
-    """[B] tokens in front, [B, T] uniforms -> int32 [B, T]. A window's last token is drawn and never read: T places do."""
+    """[B] tokens before, [B, T] uniforms -> int32 [B, T]. A window's last token is drawn and never read: T places do."""
     batch, context = uniforms.shape
     cache = model.new_cache(batch, min(CACHE_STEP, context))
     token, columns, drawn = jnp.asarray(first), jnp.asarray(uniforms.T), []
@@ -184,11 +194,11 @@ def _draw(
         if position == cache.length:
             cache = _longer(cache, min(position + CACHE_STEP, context))
         logits, cache = model.decode(token, cache)
-        token = _pick(logits, columns, position)
+        token = pick(logits, columns, position)
         drawn.append(token)
         if (
             position % 8 == 7
-        ):  # else the host would run far ahead of the device, and of what it reports
+        ):  # or the host would run far ahead of the device, and of what it reports
             token.block_until_ready()
             report(position + 1)
     report(context)
@@ -197,45 +207,42 @@ def _draw(
 
 def _longer(cache: Cache, length: int) -> Cache:
     """The cache with room for `length` tokens."""
-    room = (
-        (0, 0),
-        (0, 0),
-        (0, length - cache.length),
-        (0, 0),
-    )  # of [B, kv_heads, length, head_dim]
-    return replace(
-        cache, blocks=jax.tree.map(lambda slots: jnp.pad(slots, room), cache.blocks), length=length
-    )
+    room = ((0, 0), (0, 0), (0, length - cache.length), (0, 0))  # [B, kv_heads, length, head_dim]
+    blocks = jax.tree.map(lambda slots: jnp.pad(slots, room), cache.blocks)
+    return replace(cache, blocks=blocks, length=length)
 
 
 @jax.jit
-def _pick(logits, columns, position):
-    """logits [B, V], uniforms [T, B] -> tokens int32 [B] ~ softmax(logits): the first whose cumulated probability
-    exceeds the uniform; -1 where logits are not finite.
+def pick(logits, columns, position):
+    """Draws a token of each sequence, ~ softmax(logits): the first whose cumulated probability exceeds a uniform.
 
-    Cumulated over runs of tokens first, then within one run. On a CPU this takes a tenth of the time of a Gumbel
-    variable for each logit (`jax.random.categorical`).
+    Cumulated over runs of tokens first, then within one run: on a CPU in a tenth of the time that a Gumbel variable for
+    each logit takes (`jax.random.categorical`).
+
+    Args:
+      logits: [B, V].
+      columns: uniforms [T, B], of which row `position` is taken.
+
+    Returns: int32 [B]; -1 where logits are not finite.
     """
     vocabulary = logits.shape[1]
     weights = jnp.exp(logits - logits.max(axis=1, keepdims=True))
-    weights = jnp.pad(weights, ((0, 0), (0, -vocabulary % RUN))).reshape(
-        len(weights), -1, RUN
-    )  # [B, runs, RUN]
+    padded = jnp.pad(weights, ((0, 0), (0, -vocabulary % RUN)))
+    weights = padded.reshape(len(weights), -1, RUN)  # [B, runs, RUN]
     ends = jnp.cumsum(weights.sum(axis=2), axis=1)  # [B, runs]
     target = columns[position][:, None] * ends[:, -1:]  # [B, 1]
     run = jnp.minimum(jnp.sum(ends <= target, axis=1, keepdims=True), ends.shape[1] - 1)  # [B, 1]
     within = jnp.take_along_axis(weights, run[:, :, None], axis=1)[:, 0]  # [B, RUN]
     before = jnp.where(run > 0, jnp.take_along_axis(ends, jnp.maximum(run - 1, 0), axis=1), 0)
     place = jnp.sum(before + jnp.cumsum(within, axis=1) <= target, axis=1)
-    likely = jnp.max(
-        jnp.where(within > 0, jnp.arange(RUN), 0), axis=1
-    )  # rounding must not lead past the last of them
+    # Rounding must not lead past the last likely token.
+    likely = jnp.max(jnp.where(within > 0, jnp.arange(RUN), 0), axis=1)
     token = run[:, 0] * RUN + jnp.minimum(place, likely)
     return jnp.where(jnp.isfinite(ends[:, -1]), token, -1).astype(jnp.int32)
 
 
 def _read(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
-    """The windows in the file; None where it is absent or anything else."""
+    """The windows in the file; None where it is absent or holds anything else."""
     try:
         text = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError):

@@ -1,6 +1,6 @@
 """Which text a conversion is calibrated on: files, text that the model writes itself, or several of them in equal parts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ from atd.checkpoint.files import read_text
 from atd.checkpoint.reader import open_tokenizer
 from atd.errors import BadInput
 from atd.ir import Graph
-from atd.progress import Progress
+from atd.progress import Report, Say, unheard
 
 SELF = "self"  # a file of this name: ./self
 
@@ -26,40 +26,37 @@ def calibration_text(
     context: int,
     seed: int,
     sha256: str,
-    say: Callable[[str], None],
-    progress: Callable[[Progress], None],
+    say: Say = print,
+    progress: Report = unheard,
 ) -> np.ndarray:
-    """Windows int32 [windows, context]: `tokens` in equal parts from each of the texts, in turns.
+    """Cuts windows from texts: `tokens` tokens in equal parts from each, in turns.
 
-    Raises BadInput where a text is too short (says how much is needed), or the windows are not those that `sha256`
-    names ("": any).
+    Args:
+      texts: files, or SELF for text that the model writes.
+      source: the checkpoint, for its tokenizer.
+      graph: its graph, which writes SELF.
+      cache: a folder where what it writes is kept.
+      context: tokens per window; the model's, where that is shorter.
+      seed: of what the model writes.
+      sha256: that the windows must have; "": any.
+
+    Returns: int32 [windows, context].
+
+    Raises: BadInput where a text is too short (says how much is needed), or the windows have another sha256.
     """
     context = min(context, graph.config.get("max_position_embeddings") or context)
     count = tokens // len(texts)
-
-    def drawn(done: int, total: int) -> None:
-        progress(Progress("writing calibration text", done, total, "tokens"))
-
-    words, parts = open_tokenizer(source), []
+    sizes = {"tokens": count, "context": context}
+    tokenizer, parts = open_tokenizer(source), []
     for text in texts:
         if text == SELF:
-            parts.append(
-                cached_self_text(
-                    graph,
-                    words,
-                    tokens=count,
-                    context=context,
-                    seed=seed,
-                    cache=cache,
-                    progress=drawn,
-                )
-            )
+            options = {"seed": seed, "cache": cache, "progress": progress}
+            parts.append(cached_self_text(graph, tokenizer, **sizes, **options))
         else:
-            parts.append(cut_windows(words.encode(read_text(text)), count, context, text))
+            parts.append(cut_windows(tokenizer.encode(read_text(text)), count, context, text))
     shortest = min(map(len, parts))
-    windows = np.stack([part[:shortest] for part in parts], axis=1).reshape(
-        -1, context
-    )  # one of each in turns
+    windows = np.stack([part[:shortest] for part in parts], axis=1)  # one of each in turns
+    windows = windows.reshape(-1, context)
     if sha256 not in ("", digest := tokens_digest(windows)):
         raise BadInput(
             f"the recipe was calibrated on other text: {', '.join(texts)} gives tokens of sha256 {digest[:12]}..., "

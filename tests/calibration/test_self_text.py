@@ -6,12 +6,12 @@ import pytest
 
 from atd.calibration import self_text as module
 from atd.calibration.self_text import (
-    _draws,
-    _pick,
-    _starts,
     cached_self_text,
+    draws,
+    pick,
     self_text,
     special_ids,
+    start_ids,
 )
 from atd.checkpoint.cache import default_cache
 from atd.checkpoint.reader import open_tokenizer
@@ -19,6 +19,7 @@ from atd.checkpoint.tokenizer import Tokenizer
 from atd.errors import BadInput, RunFailed
 from atd.ir import in_memory
 from atd.models.model import load
+from atd.progress import Progress
 from atd.weights import Dense
 from tests.models.tiny import tiny_graph
 
@@ -37,19 +38,19 @@ def nll(model, windows: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("vocabulary", [5, 256, 700])
 def test_what_is_drawn_follows_the_softmax(vocabulary):
-    draws = 20_000
+    count = 20_000
     rng = np.random.default_rng(0)
     row = rng.standard_normal(vocabulary) * 2
     row[::3] = -np.inf  # probability 0, the first and maybe the last among them
-    columns = jnp.asarray(rng.random((2, draws), np.float32))
+    columns = jnp.asarray(rng.random((2, count), np.float32))
     tokens = np.asarray(
-        _pick(jnp.broadcast_to(jnp.asarray(row, jnp.float32), (draws, vocabulary)), columns, 1)
+        pick(jnp.broadcast_to(jnp.asarray(row, jnp.float32), (count, vocabulary)), columns, 1)
     )
     expected = np.exp(row) / np.exp(row).sum()
-    frequencies = np.bincount(tokens, minlength=vocabulary) / draws
+    frequencies = np.bincount(tokens, minlength=vocabulary) / count
     assert not frequencies[expected == 0].any()
-    np.testing.assert_allclose(frequencies, expected, atol=4 * np.sqrt(0.25 / draws))
-    squares = (frequencies - expected)[expected > 0] ** 2 / expected[expected > 0] * draws
+    np.testing.assert_allclose(frequencies, expected, atol=4 * np.sqrt(0.25 / count))
+    squares = (frequencies - expected)[expected > 0] ** 2 / expected[expected > 0] * count
     freedom = np.count_nonzero(expected) - 1
     assert abs(squares.sum() - freedom) < 6 * np.sqrt(2 * freedom)  # chi squared
 
@@ -57,14 +58,14 @@ def test_what_is_drawn_follows_the_softmax(vocabulary):
 @pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24])
 def test_the_ends_of_the_interval_draw_tokens_that_can_be(uniform):
     logits = jnp.full((1, 600), -jnp.inf).at[0, jnp.array([7, 300, 301])].set(0.0)
-    token = int(_pick(logits, jnp.full((1, 1), uniform, jnp.float32), 0)[0])
+    token = int(pick(logits, jnp.full((1, 1), uniform, jnp.float32), 0)[0])
     assert token == (7 if uniform == 0 else 301)
 
 
 def test_windows_are_drawn_from_the_model(model):
     """E[-log p(x)] of x ~ p is the entropy of p, given all that stands before; wrong positions or a wrong cache break it."""
     windows = self_text(model, None, tokens=64 * 40, context=40, seed=3)
-    first, _ = _draws(_starts(40, None), 64, 40, 3)
+    first, _ = draws(start_ids(40, None), 64, 40, 3)
     whole = np.concatenate([first[:, None], windows], axis=1)
     logits = np.asarray(model(whole), np.float64)[:, :-1]
     probabilities = np.exp(logits) / np.exp(logits).sum(axis=2, keepdims=True)
@@ -98,19 +99,19 @@ def test_progress_reaches_all_tokens(model):
         tokens=5 * 20,
         context=20,
         batch=2,
-        progress=lambda done, total: seen.append((done, total)),
+        progress=seen.append,
     )
-    assert seen == sorted(seen)
-    assert seen[-1] == (100, 100)
+    assert [now.done for now in seen] == sorted(now.done for now in seen)
+    assert seen[-1] == Progress("writing calibration text", 100, 100, "tokens")
 
 
 def test_no_special_token_is_put_in_front(stories260k):
     words = open_tokenizer(stories260k)
     special = special_ids(words)
     assert {0, 1, 2} <= special
-    assert not special & set(_starts(512, words).tolist())
-    assert len(_starts(512, words)) == 512 - len(special)
-    assert len(_starts(600, words)) == 512 - len(special)  # rows of padding stand for no token
+    assert not special & set(start_ids(512, words).tolist())
+    assert len(start_ids(512, words)) == 512 - len(special)
+    assert len(start_ids(600, words)) == 512 - len(special)  # rows of padding stand for no token
 
 
 def test_a_real_model_writes_stories(stories260k):
@@ -118,7 +119,7 @@ def test_a_real_model_writes_stories(stories260k):
     story follows another."""
     words, model = open_tokenizer(stories260k), load(stories260k)
     windows = self_text(model, words, tokens=32 * 256, context=256, seed=0)
-    first, _ = _draws(_starts(512, words), 32, 256, 0)
+    first, _ = draws(start_ids(512, words), 32, 256, 0)
     assert 3.5 < np.exp(nll(model, np.concatenate([first[:, None], windows], axis=1)).mean()) < 5.5
     assert 0.001 < (windows == words.bos_id).mean() < 0.01  # a story is about 200 tokens long
     assert words.decode(windows.reshape(-1)).count("Once upon a time") > 5
