@@ -27,6 +27,7 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -36,9 +37,11 @@ from atd.calibration.windows import tokens_digest
 from atd.checkpoint.cache import make_cache
 from atd.checkpoint.writer import write_file
 from atd.decomposition.allocation import Choice, allocate, parse_bytes, total_bytes
-from atd.decomposition.options import DECISION, can_be_packed, decision, stored_bytes, ternary_types
+from atd.decomposition.options import can_be_packed, decision, stored_bytes, ternary_types
 from atd.errors import BadInput, nearest
 from atd.ir import Block, Graph, Node
+from atd.ir.notes import DECISION, MOMENTS, SecondMoments
+from atd.ir.rewrite import map_nodes
 from atd.pipeline import Context, Pass, check_pattern
 from atd.version import __version__
 from atd.weights import DenseType, Group, TernaryType
@@ -59,6 +62,9 @@ class Allocation:
     used: int  # bytes of all that the budget is for
     budget: int
     weights: int  # that `used` is for; with `bits` the linears of the blocks, else all
+    moments: dict[
+        str, np.ndarray
+    ]  # second moments float32 [in, in] for an embedding's errors, by its name
 
     @property
     def predicted_kl(self) -> float:
@@ -172,21 +178,20 @@ class Allocate(Pass):
         def marked(unit: Block, node: Node) -> Node:
             if not node.is_dense_matrix:
                 return node
-            type = decided.types.get(unit.full_name(node), node.weights["weight"].type)
+            name = unit.full_name(node)
+            type = decided.types.get(name, node.weights["weight"].type)
             assert isinstance(type, DenseType | TernaryType)
-            return replace(node, attrs=node.attrs | {DECISION: decision(type)})
+            notes: dict[str, Any] = {DECISION: decision(type)}
+            if name in decided.moments:
+                notes[MOMENTS] = SecondMoments(decided.moments[name])
+            return replace(node, attrs=node.attrs | notes)
 
-        return graph.with_units(
-            tuple(
-                replace(unit, nodes=tuple(marked(unit, node) for node in unit.nodes))
-                for unit in graph.units
-            )
-        )
+        return map_nodes(graph, marked)
 
     def decide(self, graph: Graph, context: Context) -> Allocation:
         """The decision without the rewrite. Raises BadInput for a budget that cannot be met."""
         problem = self._problem(graph)
-        losses = self._losses(problem, graph, context)
+        losses, moments = self._losses(problem, graph, context)
         choices = [
             Choice(
                 names,
@@ -204,7 +209,7 @@ class Allocate(Pass):
             }
         used = problem.fixed + total_bytes(choices, taken)
         assert used <= problem.budget, "an allocation above its budget"
-        return Allocation(types, shares, used, problem.budget, problem.weights)
+        return Allocation(types, shares, used, problem.budget, problem.weights, moments)
 
     # --- what there is to decide ---
 
@@ -310,13 +315,15 @@ class Allocate(Pass):
 
     # --- what options lose ---
 
-    def _losses(self, problem: "_Problem", graph: Graph, context: Context) -> list[np.ndarray]:
-        """Predicted or measured KL of each choice, [nodes, options]."""
+    def _losses(
+        self, problem: "_Problem", graph: Graph, context: Context
+    ) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
+        """(predicted or measured KL of each choice, [nodes, options]; second moments of an embedding by its name)."""
         if context.calibration is None:
             return [
                 np.array([[_stand_in(type) for type in problem.candidates[name]] for name in names])
                 for names in problem.choices
-            ]
+            ], {}
         tokens = context.calibration.tokens
         windows = tokens[: max(1, -(-self.moment_tokens // tokens.shape[1]))]
         path = None
@@ -324,9 +331,7 @@ class Allocate(Pass):
             key = self._key(problem, graph, windows, context.seed)
             path = context.cache / f"sensitivity-{key[:32]}.json"
             if (stored := _stored(path, problem)) is not None:
-                losses, moments = stored
-                context.moments.update(moments)
-                return losses
+                return stored
             make_cache(context.cache)
         moments: dict[str, np.ndarray] = {}
         if self.sensitivity == "fisher":
@@ -342,7 +347,6 @@ class Allocate(Pass):
                 np.repeat(loss[None] / len(names), len(names), axis=0)  # nobody knows whose it is
                 for names, loss in zip(problem.choices, together, strict=True)
             ]
-        context.moments.update(moments)
         if path is not None:
             rows = [
                 {"nodes": names, "losses": loss.tolist()}
@@ -352,7 +356,7 @@ class Allocate(Pass):
             np.savez(content, **moments)  # type: ignore[arg-type]
             write_file(path.with_suffix(".npz"), content.getvalue())
             write_file(path, json.dumps(rows, indent=1) + "\n")
-        return losses
+        return losses, moments
 
     def _key(self, problem: "_Problem", graph: Graph, windows: np.ndarray, seed: int) -> str:
         """Equal keys: equal sensitivities. The data of the first block stand for what earlier passes do to weights."""

@@ -34,6 +34,7 @@ from atd.errors import BadInput, nearest
 from atd.host import return_freed, return_freed_from_now_on
 from atd.ir import ROTATIONS, Block, Graph
 from atd.pipeline import Context, Pass
+from atd.progress import Progress
 from atd.weights import DenseType
 
 AGAINST = ("logits", "block")
@@ -284,7 +285,7 @@ def _against_logits(step: Calibrate, graph: Graph, context: Context, data: _Data
         model.units,
         move,
         held_out,
-        lambda done: context.advance("calibrate", done, step.steps),
+        lambda done: context.progress(Progress("calibrate", done, step.steps, "steps")),
     )
     context.say(watch.summary("KL(dense || converted)"))
     if not watch.improved:
@@ -433,8 +434,9 @@ def _against_blocks(step: Calibrate, graph: Graph, context: Context, data: _Data
             gradient = slope(forward(tuned.unit, tuned.parameters, x), y)
             tuned.move(backward(tuned.unit, tuned.parameters, x, gradient)[0], share)
 
-        def advance(done: int, name=f"calibrate {block.name}", before=number * step.steps) -> None:
-            context.advance(name, before + done, len(graph.blocks) * step.steps)
+        def advance(done: int, name=block.name, before=number * step.steps) -> None:
+            total = len(graph.blocks) * step.steps
+            context.progress(Progress("calibrate", before + done, total, "steps", name))
 
         watch = _watched(step, data, [tuned], move, held_out, advance)
         context.say(watch.summary(f"{block.name}: relative square error"))

@@ -22,11 +22,13 @@ from atd.calibration.streams import Moments
 from atd.decomposition import error_feedback
 from atd.decomposition.greedy import greedy
 from atd.decomposition.least_squares import als
-from atd.decomposition.options import DECISION, decided_type
+from atd.decomposition.options import decided_type
 from atd.decomposition.rmse import decomposition_rmse
 from atd.decomposition.second_moments import asymmetric_target
 from atd.errors import BadInput, nearest
 from atd.ir import Graph, Node, WeightRef
+from atd.ir.notes import DECISION, MOMENTS, SecondMoments, without
+from atd.ir.rewrite import with_weight
 from atd.pipeline import Context, Pass, check_pattern
 from atd.weights import DTYPES, Dense, Group, Ternary, TernaryType, canonical_group
 
@@ -115,12 +117,10 @@ class Decompose(Pass):
         return self._decomposed(name, node, context)
 
     def _as_decided(self, name: str, node: Node, context: Context) -> Node:
-        """What `allocate` decided for the node, and the attr goes."""
-        attrs = {key: value for key, value in node.attrs.items() if key != DECISION}
+        """What `allocate` decided for the node; its notes are taken away."""
         type = decided_type(node.attrs[DECISION], node.weights["weight"].type.shape)
-        node = replace(node, attrs=attrs)
         if type is None:
-            return node
+            return replace(node, attrs=without(node.attrs, DECISION, MOMENTS))
         scales = "tied" if type.tied else "free"
         step = replace(
             self, bases=type.bases, group=type.group, scales=scales, dtype=type.dtype, rules=()
@@ -128,7 +128,7 @@ class Decompose(Pass):
         return step._decomposed(name, node, context)
 
     def _decomposed(self, name: str, node: Node, context: Context) -> Node:
-        ref = node.weights["weight"]
+        ref, moments = node.weights["weight"], node.attrs.get(MOMENTS)
         out, inputs = ref.type.shape
         group = canonical_group(self.group, inputs)
         type = TernaryType((out, inputs), self.bases, group, self.scales == "tied", self.dtype)
@@ -139,8 +139,8 @@ class Decompose(Pass):
             weight = np.asarray(dense.array).astype(np.float32)
             if self.method == "greedy":
                 trits, scales = greedy(weight, self.bases, DTYPES[self.dtype], group)
-            elif self.method == "hessian" and (node.op == "linear" or name in context.moments):
-                trits, scales = self._calibrated(name, weight, group, context)
+            elif self.method == "hessian" and (node.op == "linear" or moments is not None):
+                trits, scales = self._calibrated(name, weight, group, moments, context)
             else:
                 features = context.feature_weights.get(name)
                 trits, scales = als(
@@ -154,21 +154,25 @@ class Decompose(Pass):
             context.record(name, error=decomposition_rmse(weight, trits, scales, group))
             return Ternary(trits, scales, type)
 
-        return replace(
-            node, weights=node.weights | {"weight": WeightRef(ref.tensor, type, load, ref.source)}
-        )
+        weight = WeightRef(ref.tensor, type, load, ref.source)
+        return replace(with_weight(node, weight), attrs=without(node.attrs, DECISION, MOMENTS))
 
     def _calibrated(
-        self, name: str, weight: np.ndarray, group: Group, context: Context
+        self,
+        name: str,
+        weight: np.ndarray,
+        group: Group,
+        given: SecondMoments | None,
+        context: Context,
     ) -> tuple[np.ndarray, np.ndarray]:
-        if context.calibration is None:
+        target = weight
+        if given is not None:
+            hessian = given.matrix
+            factor = error_feedback.factor(hessian, self.damping, self.order)
+        elif context.calibration is None:
             raise BadInput(
                 f"{name}: decompose.method hessian needs calibration text: convert with --calib FILE"
             )
-        target = weight
-        if name in context.moments:
-            hessian = context.moments[name]
-            factor = error_feedback.factor(hessian, self.damping, self.order)
         else:
             moments = context.calibration.moments(name)
             hessian, factor = moments.hessian, _factor(moments, self.damping, self.order)

@@ -14,6 +14,11 @@ from atd.errors import BadInput
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
+def shard_name(i: int, count: int) -> str:
+    """Returns the file name of shard i = 0, 1, ... of `count`."""
+    return f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+
+
 def folder_tensors(folder: Path) -> dict[str, StoredTensor]:
     if path_exists(folder / SINGLE):
         return _file_tensors(folder / SINGLE)

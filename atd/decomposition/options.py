@@ -10,7 +10,6 @@ from itertools import product
 from atd.weights import DenseType, Group, PackedType, TernaryType, canonical_group, parse_type
 from atd.weights.layouts import LAYOUTS
 
-DECISION = "ternary"  # the attr of a node in which `allocate` leaves a decision for `decompose`
 DENSE = "dense"  # the decision of a matrix that stays as it is
 
 

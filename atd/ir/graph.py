@@ -6,13 +6,15 @@ from typing import Any
 
 import numpy as np
 
+from atd.errors import AtdError
+from atd.ir.notes import SecondMoments
 from atd.weights import DenseType, Weight, WeightType, parse_type
 
-Attr = Any  # a JSON value: str, int, float, bool or a tuple of such
+Attr = Any  # a JSON value: str, int, float, bool or a tuple of such; or `SecondMoments`
 
 
-class InvalidGraph(ValueError):
-    """A rule of the IR is broken; the message names the node and the rule."""
+class InvalidGraph(AtdError):
+    """A rule of the IR is broken, by a pass or a file; the message names the node and the rule."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,7 @@ def _block_json(block: Block) -> dict:
             "name": node.name,
             "op": node.op,
             "inputs": list(node.inputs),
-            "attrs": node.attrs,
+            "attrs": {k: v for k, v in node.attrs.items() if not isinstance(v, SecondMoments)},
             "weights": {
                 slot: {"tensor": ref.tensor, "type": str(ref.type)}
                 for slot, ref in sorted(node.weights.items())

@@ -1,19 +1,64 @@
-"""Rewrites of nodes that several passes share."""
+"""Rewrites of graphs, nodes and references that several passes share."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
 
-from atd.ir.graph import Node
-from atd.weights import DTYPES, Dense
+from atd.ir.graph import Block, Graph, Node, WeightRef
+from atd.ir.notes import UNIT_GAIN, without
+from atd.weights import DTYPES, Dense, DenseType
+
+
+def map_nodes(graph: Graph, function: Callable[[Block, Node], Node]) -> Graph:
+    """Returns the graph with every node replaced by what function(its block, it) makes of it."""
+    return graph.with_units(
+        tuple(
+            replace(unit, nodes=tuple(function(unit, node) for node in unit.nodes))
+            for unit in graph.units
+        )
+    )
+
+
+def with_weight(node: Node, ref: WeightRef, slot: str = "weight") -> Node:
+    """Returns the node with this weight in the slot."""
+    return replace(node, weights=node.weights | {slot: ref})
+
+
+def joined_parts(unit: Block, node: Node) -> list[Node]:
+    """Returns the slices that take the output of a joined linear apart; none for any other node."""
+    return [part for part in unit.readers(node.name) if part.op == "slice"]
+
+
+def map_array(
+    ref: WeightRef, dtype: str, function: Callable[[np.ndarray], np.ndarray], source: str = ""
+) -> WeightRef:
+    """Returns a reference to function(W), a dense weight of `dtype` in the shape of W, computed when it is loaded.
+
+    Args:
+      ref: the weight W; the function is given its data as float32.
+      dtype: "f32", "f16" or "bf16".
+      source: identity of the result for the resume key; by default that of W, for functions whose parameters stand in
+        the text of a pass.
+    """
+
+    def load() -> Dense:
+        return Dense(np.asarray(function(ref.dense())).astype(DTYPES[dtype], copy=False))
+
+    type = DenseType(ref.type.shape, dtype)
+    return replace(ref, type=type, load=load, source=source or ref.source)
 
 
 def unit_gain(norm: Node) -> Node:
     """Returns the norm with a gain of ones, and marks it so by the attr `unit_gain`."""
     ref = norm.weights["weight"]
     ones = replace(ref, load=lambda: Dense(np.ones(ref.type.shape, DTYPES[ref.type.dtype])))
-    return replace(norm, weights={"weight": ones}, attrs=norm.attrs | {"unit_gain": True})
+    return replace(norm, weights={"weight": ones}, attrs=norm.attrs | {UNIT_GAIN: True})
+
+
+def own_gain(norm: Node, gain: WeightRef) -> Node:
+    """Returns the norm with this gain, and not marked as one whose gains are ones."""
+    return replace(norm, weights={"weight": gain}, attrs=without(norm.attrs, UNIT_GAIN))
 
 
 def slices(value: str, widths: Mapping[str, int]) -> list[Node]:

@@ -12,6 +12,7 @@ entry-point group `atd.passes`:
     halve = "my_package:Halve"
 """
 
-from atd.pipeline.base import Context, Pass, Rule, check_pattern, toml_value
-from atd.pipeline.pipeline import Pipeline
+from atd.pipeline.base import Pass, Rule, check_pattern, toml_value
+from atd.pipeline.context import Context, Figures
+from atd.pipeline.pipeline import Pipeline, Stage
 from atd.pipeline.registry import ENTRY_POINTS, make_pass, parse_pass, pass_class, registered

@@ -1,111 +1,87 @@
-"""The base class of passes: options, contract and rules."""
+"""The base class of passes: options, contract and rules. How data flows between passes:
 
+graph    A pass is a function of a graph, and all that it decides stands in the graph that it returns: types,
+         weights and attrs, which `str(graph)` shows. What it leaves for a later pass are attrs (`atd.ir.notes`):
+         `allocate` writes `ternary` and `moments`, `decompose` carries them out and takes them away.
+context  What a pass may read besides the graph (`atd.pipeline.context`): frozen, made by the driver for each
+         stage of a pipeline. Passes change nothing in it.
+sinks    What a pass tells people goes out through functions of the context: `say`, `progress` and `record`.
+         No pass reads what was recorded; the driver owns it and writes it to report.json.
+"""
+
+import json
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
-import numpy as np
-
-from atd.calibration.streams import Calibration
 from atd.errors import BadInput
 from atd.ir import Block, Graph, InvalidGraph, Node, verify
-
-
-@dataclass
-class Context:
-    """What passes may ask for, and where they leave figures.
-
-    `feature_weights`: importance of each input feature of a node, f32 [in], by full node name: `decompose` weights its
-    errors with them. `moments`: second moments f32 [in, in] of nodes that read no activations (embeddings), by full name:
-    `allocate` leaves them for `decompose`. `record(node, error=...)`: figures of a node for report.json, made while its weight is loaded.
-    `calibration`: second moments of what reaches each linear; there for passes that need "activations".
-    `dense`: the model before the first pass that changes its function, for passes that calibrate against it.
-    `advance(what, done, total)`: hears of the progress of long passes.
-    `cache`: folder for what can be used again by other runs over the same model, or None.
-    `written_digests`: sha256 of each stored tensor as it was in memory when written; there for passes that need
-    "written".
-    """
-
-    seed: int = 0
-    feature_weights: Mapping[str, np.ndarray] = field(default_factory=dict)
-    moments: dict[str, np.ndarray] = field(default_factory=dict)
-    figures: dict[str, dict] = field(default_factory=dict)
-    written_digests: Mapping[str, str] = field(default_factory=dict)
-    calibration: Calibration | None = None
-    dense: Graph | None = None
-    cache: Path | None = None
-    say: Callable[[str], None] = print
-    advance: Callable[[str, int, int], None] = lambda what, done, total: None
-
-    def record(self, node: str, **figures: float) -> None:
-        self.figures.setdefault(node, {}).update(
-            {name: float(value) for name, value in figures.items()}
-        )
+from atd.ir.rewrite import map_nodes
+from atd.pipeline.context import Context
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Options for the nodes whose full name the regex `match` matches whole; `skip` leaves them alone. The first rule that matches wins."""
+    """Options for the nodes whose whole full name the regex `match` matches. The first rule that matches wins."""
 
     match: str
-    skip: bool = False
+    skip: bool = False  # leave these nodes alone
     options: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """A rewrite of graphs. Its dataclass fields are its options and round-trip to text: `decompose{bases = 2, group =
-    128}`.
+    """A rewrite of graphs. Its dataclass fields are its options and round-trip to text, `decompose{bases = 2, ...}`.
 
-    A subclass names itself, its `scope`, and implements `rewrite` for one target of that scope, returning None for "not
-    mine":
+    A subclass names itself and its `scope`, and implements `rewrite` for one target of that scope, returning None for
+    "not mine":
+
         node    rewrite(name, node, context) -> Node | None, for every node; `rules` give single nodes other options
         block   rewrite(block, context) -> Block | None, for prologue, blocks and epilogue
         graph   rewrite(graph, context) -> Graph | None
-    `needs` holds "activations" for a pass that asks for calibration activations, "written" for a graph pass that must
-    see its input re-read from disk; one that also changes it says so with `rewrites`. `requires(graph)` says, on shapes
-    alone, why the pass cannot run on it (or None); `ensures(before, after)` says what it broke (or None);
-    `unfinished(graph)` why no pipeline with this pass can end in the graph (or None).
+
+    Calling it runs the contract: `requires`, `rewrite`, `ensures`, and `atd.ir.verify` of the result.
     """
 
     name: ClassVar[str]
     scope: ClassVar[Literal["node", "block", "graph"]]
-    rewrites: ClassVar[bool] = True
+    rewrites: ClassVar[bool] = True  # False: a pass that needs "written" and only looks
     least_windows: ClassVar[int] = 0  # of calibration text, without which the pass cannot work
     rules: tuple[Rule, ...] = ()
 
     @property
     def needs(self) -> frozenset[str]:
+        """Returns "activations" for a pass that reads `context.calibration`, "written" for a graph pass whose input
+        must have been written and read again."""
         return frozenset()
 
     def requires(self, graph: Graph) -> str | None:
+        """Returns why the pass cannot run on the graph, or None; looks at shapes alone."""
         return None
 
     def rewrite(self, *target_and_context) -> Any:
+        """Returns what becomes of the target, or None for "not mine"."""
         raise NotImplementedError(f"pass {self.name!r} has no rewrite")
 
     def ensures(self, before: Graph, after: Graph) -> str | None:
+        """Returns what the pass broke, or None."""
         return None
 
     def unfinished(self, graph: Graph) -> str | None:
+        """Returns why no pipeline with this pass can end in the graph, or None."""
         return None
 
-    # --- the contract: requires, rewrite, ensures, verify ---
+    # --- the contract ---
 
     def __call__(self, graph: Graph, context: Context | None = None) -> Graph:
+        """Returns the rewritten graph. Its types change now, its data when a weight is loaded.
+
+        Raises BadInput where the pass cannot run on the graph, InvalidGraph where it breaks a rule of the IR.
+        """
         context = Context() if context is None else context
         if reason := self.requires(graph):
             raise BadInput(f"pass {self.name}: {reason}")
-        if self.scope == "graph":
-            after = self.rewrite(graph, context) or graph
-        elif self.scope == "block":
-            after = graph.with_units(
-                tuple(self.rewrite(block, context) or block for block in graph.units)
-            )
-        else:
-            after = self._rewrite_nodes(graph, context)
+        after = self._rewritten(graph, context)
         if reason := self.ensures(graph, after):
             raise InvalidGraph(f"pass {self.name} broke its own promise: {reason}")
         try:
@@ -114,40 +90,43 @@ class Pass:
             raise InvalidGraph(f"after pass {self.name}: {error}") from None
         return after
 
-    def _rewrite_nodes(self, graph: Graph, context: Context) -> Graph:
-        self._check_rules(graph)
+    def _rewritten(self, graph: Graph, context: Context) -> Graph:
+        """Every target of the pass's scope rewritten."""
+        if self.scope == "graph":
+            return self.rewrite(graph, context) or graph
+        if self.scope == "block":
+            units = (self.rewrite(block, context) or block for block in graph.units)
+            return graph.with_units(tuple(units))
 
-        def rewrite(block: Block, node: Node) -> Node:
+        def rewritten(block: Block, node: Node) -> Node:
             name = block.full_name(node)
             effective = self.for_node(name)
             return (effective and effective.rewrite(name, node, context)) or node
 
-        return graph.with_units(
-            tuple(
-                replace(block, nodes=tuple(rewrite(block, node) for node in block.nodes))
-                for block in graph.units
-            )
-        )
+        self._check_rules(graph)
+        return map_nodes(graph, rewritten)
 
     def for_node(self, name: str) -> "Pass | None":
-        """This pass with the options that the first matching rule gives the node; None where the rule skips it."""
+        """Returns the pass with the options that the first matching rule gives the node; None where it is skipped."""
         for rule in self.rules:
             if re.fullmatch(rule.match, name):
                 return None if rule.skip else replace(self, rules=(), **dict(rule.options))
         return self
 
     def _check_rules(self, graph: Graph) -> None:
+        """Raises BadInput for a rule that matches nothing."""
         names = [name for name, node in graph.nodes() if node.weights]
         for rule in self.rules:
             if not any(re.fullmatch(rule.match, name) for name in names):
                 raise BadInput(
-                    f"pass {self.name}: rule {rule.match!r} matches no node with a weight; names are like {names[1]!r} (the whole name must match)"
+                    f"pass {self.name}: rule {rule.match!r} matches no node with a weight; "
+                    f"names are like {names[1]!r} (the whole name must match)"
                 )
 
     # --- options and text ---
 
     def options(self) -> dict[str, Any]:
-        """All options by name, as TOML values; rules as a list of tables."""
+        """Returns all options by name, as TOML values; rules as a list of tables."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "rules"}
         rules = [
             {"match": r.match, **({"skip": True} if r.skip else {}), **dict(r.options)}
@@ -168,15 +147,11 @@ def check_pattern(option: str, pattern: str) -> None:
 
 
 def toml_value(value: Any) -> str:
-    """A Python value as inline TOML."""
+    """Returns a Python value as inline TOML."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key} = {toml_value(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(toml_value(item) for item in value) + "]"
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, str):
-        import json
-
-        return json.dumps(value)
-    return repr(value)
+    return json.dumps(value) if isinstance(value, str) else repr(value)

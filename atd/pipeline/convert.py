@@ -1,46 +1,31 @@
-"""convert(): checkpoint -> pipeline -> checkpoint, one unit at a time. The converter, under its historic name.
+"""convert(): checkpoint -> pipeline -> checkpoint, one unit at a time.
 
-Peak memory is one weight plus what its passes need, for a model of any size. A run that is cut off at any point and
-started again skips the units that are finished and ends in the same bytes. `python -m atd.convert_adaptive` is `atd
-convert`.
+Peak memory is one weight plus what its passes need, for a model of any size. A run that is cut off
+at any point and started again skips the units that are finished and ends in the same bytes.
 """
 
-import hashlib
-import json
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from atd.calibration.streams import Calibration
-from atd.calibration.text import SELF, calibration_text
+from atd.calibration.text import calibration_text
 from atd.calibration.windows import tokens_digest
 from atd.checkpoint.cache import default_cache
-from atd.checkpoint.folder import (
-    GRAPH,
-    MANIFEST,
-    REPORT,
-    check_space,
-    check_target,
-    finish,
-    open_partial,
-)
+from atd.checkpoint.folder import check_space, check_target, finish, open_partial
 from atd.checkpoint.journal import JournalEntry
-from atd.checkpoint.reader import open_tokenizer
-from atd.checkpoint.safetensors import INDEX
-from atd.checkpoint.writer import file_digest, write_file
 from atd.errors import BadInput
 from atd.ir import Graph
 from atd.models import frontend
-from atd.models.frontend import FORMAT_VERSION
-from atd.pipeline import Context, Pass, Pipeline
-from atd.pipeline.driver import figures_of, finite, sweep
+from atd.pipeline.context import Context
+from atd.pipeline.driver import rewrite_written, run_stage
+from atd.pipeline.finite import finite
+from atd.pipeline.output import tokenizer_files, write_metadata, write_summary
+from atd.pipeline.pipeline import Pipeline, Stage
 from atd.pipeline.recipe import Recipe, read_recipe, with_overrides
-from atd.progress import Progress
-from atd.version import __version__
+from atd.progress import Progress, Report, Say, unheard
 
 
 def convert(
@@ -52,222 +37,151 @@ def convert(
     calib: str | Path | Sequence[str | Path] = (),
     overwrite: bool = False,
     cache: Path | None = None,
-    say: Callable[[str], None] = print,
-    progress: Callable[[Progress], None] = lambda progress: None,
+    say: Say = print,
+    progress: Report = unheard,
 ) -> Path:
-    """Converts the checkpoint `model` (Hugging Face folder or GGUF file) into the folder `out` and returns `out`.
+    """Converts a checkpoint into a folder of N-base ternary weights and returns that folder.
 
-    recipe: a name (`atd.pipeline.recipe.recipe_names`), a TOML file, a `Recipe` or a `Pipeline`. overrides: "pass.option=value".
-    calib: UTF-8 texts for passes that need activations, or "self" for text that the model writes; else as the recipe
-    says. cache: folder for what other runs can use again (`atd.checkpoint.cache.default_cache()` by default). say, progress:
-    where lines and progress go.
-    Raises BadInput before any weight is read for whatever cannot work, RunFailed for a full disk or a failed
-    verification.
+    Args:
+      model: Hugging Face folder or GGUF file.
+      out: the folder to write. It appears whole or not at all.
+      recipe: a name (`atd.pipeline.recipe.recipe_names`), a TOML file, a `Recipe` or a `Pipeline`.
+      overrides: "pass.option=value" each.
+      calib: UTF-8 texts for passes that need activations, or "self" for text that the model
+        writes; by default what the recipe says.
+      overwrite: replace `out` if atd made it.
+      cache: folder for what other runs can use again; by default
+        `atd.checkpoint.cache.default_cache()`.
+      say: where lines for people go.
+      progress: hears how far the conversion is.
+
+    Raises:
+      BadInput: before any weight is read, for whatever cannot work.
+      RunFailed: for a full disk or a failed verification.
     """
-    if isinstance(recipe, Pipeline):
-        recipe = Recipe(recipe)
-    recipe = (
-        with_overrides(recipe, overrides)
-        if isinstance(recipe, Recipe)
-        else read_recipe(recipe, overrides)
-    )
+    recipe = _resolved(recipe, overrides, calib, say)
     source, target = Path(model), Path(out).absolute()
     cache = default_cache() if cache is None else cache
-    if given := [str(c) for c in ((calib,) if isinstance(calib, str | Path) else calib)]:
-        recipe = replace(recipe, calibration=tuple(given))
-    calibrated = recipe.pipeline.calibrated
-    if given and not calibrated:
-        say("warning: no pass of this recipe reads calibration text; --calib changes nothing")
     graph = finite(frontend.open(source), recipe.nonfinite, say)
     final = recipe.pipeline.preflight(graph)
     check_target(target, source, overwrite)
     tokenizer = tokenizer_files(source, say)
     windows = None
-    if calibrated:
-        windows = calibration_text(
-            recipe.calibration,
-            source,
-            graph,
-            cache,
-            tokens=recipe.calibration_tokens,
-            context=recipe.calibration_context,
-            seed=recipe.seed,
-            sha256=recipe.calibration_sha256,
-            say=say,
-            progress=progress,
-        )
-        for step in recipe.pipeline.passes:
-            if len(windows) < step.least_windows:
-                raise BadInput(
-                    f"pass {step.name} needs at least {step.least_windows} calibration windows, there are {len(windows)} of "
-                    f"{windows.shape[1]} tokens; set calibration_tokens to at least {step.least_windows * windows.shape[1]:,}"
-                )
+    if recipe.pipeline.calibrated:
+        windows = _calibration_windows(recipe, source, graph, cache, say, progress)
         recipe = replace(recipe, calibration_sha256=tokens_digest(windows))
+    context = Context(recipe.seed, cache=cache, say=say, progress=progress)
     with open_partial(target) as partial:
-        sweeps = recipe.pipeline.sweeps()
-        copies = len(sweeps) + sum(step.rewrites for _, after in sweeps for step in after)
-        size = sum(ref.type.nbytes for _, ref in final.weights())
-        check_space(partial, copies * size - _bytes_written(partial))
-        total = len(sweeps) * sum(int(np.prod(ref.type.shape)) for _, ref in graph.weights())
-        done, dense, figures = 0, None, {}
-
-        def advance(weights: int, unit: str) -> None:
-            nonlocal done
-            done += weights
-            progress(Progress("converting", done, total, "weights", unit))
-
-        for i, (passes, after) in enumerate(sweeps):
-            folder = partial if i == len(sweeps) - 1 else partial / f"sweep-{i}"
-            folder.mkdir(exist_ok=True)
-            calibration = (
-                None if windows is None else Calibration(windows)
-            )  # its streams start in front of the model
-            context = Context(
-                recipe.seed,
-                figures=figures,
-                calibration=calibration,
-                dense=dense,
-                cache=cache,
-                say=say,
-                advance=lambda what, done, total: progress(Progress(what, done, total, "steps")),
-            )
-            rewritten, entries = sweep(graph, passes, context, recipe, folder, advance)
-            dense, figures = context.dense, figures_of(entries)
-            _write_metadata(folder, rewritten, recipe, entries, tokenizer)
-            graph = frontend.open(folder)
-            context.written_digests = {
-                name: sha256 for entry in entries for name, sha256 in entry.tensors.items()
-            }
-            for number, step in enumerate(after):
-                keys = [entry.key for entry in entries]
-                made_from = (
-                    f"{recipe.calibration_sha256} {keys} {[str(s) for s in after[: number + 1]]}"
-                )
-                graph = _kept(
-                    step, graph, context, recipe, folder / f"after-{number}", made_from, tokenizer
-                )
-        kept = _write_summary(partial, source, recipe, entries, tokenizer, windows)
-        finish(target, partial, kept)
+        stages = recipe.pipeline.stages()
+        check_space(partial, _bytes_to_write(stages, final) - _bytes_written(partial))
+        entries = _run_stages(graph, stages, context, recipe, windows, tokenizer, partial)
+        finish(target, partial, write_summary(partial, source, recipe, entries, tokenizer, windows))
     return target
 
 
-def _kept(
-    step: Pass,
+def _resolved(
+    recipe: str | Path | Recipe | Pipeline,
+    overrides: Sequence[str],
+    calib: str | Path | Sequence[str | Path],
+    say: Say,
+) -> Recipe:
+    """The recipe with what was given besides it."""
+    if isinstance(recipe, Pipeline):
+        recipe = Recipe(recipe)
+    if isinstance(recipe, Recipe):
+        recipe = with_overrides(recipe, overrides)
+    else:
+        recipe = read_recipe(recipe, overrides)
+    texts = tuple(map(str, (calib,) if isinstance(calib, str | Path) else calib))
+    if not texts:
+        return recipe
+    if not recipe.pipeline.calibrated:
+        say("warning: no pass of this recipe reads calibration text; --calib changes nothing")
+    return replace(recipe, calibration=texts)
+
+
+def _calibration_windows(
+    recipe: Recipe, source: Path, graph: Graph, cache: Path, say: Say, progress: Report
+) -> np.ndarray:
+    """The recipe's calibration text, int32 [windows, context]; BadInput where a pass needs more of it."""
+    windows = calibration_text(
+        recipe.calibration,
+        source,
+        graph,
+        cache,
+        tokens=recipe.calibration_tokens,
+        context=recipe.calibration_context,
+        seed=recipe.seed,
+        sha256=recipe.calibration_sha256,
+        say=say,
+        progress=progress,
+    )
+    count, length = windows.shape
+    for step in recipe.pipeline.passes:
+        if count < step.least_windows:
+            raise BadInput(
+                f"pass {step.name} needs at least {step.least_windows} calibration windows, "
+                f"there are {count} of {length} tokens; "
+                f"set calibration_tokens to at least {step.least_windows * length:,}"
+            )
+    return windows
+
+
+def _run_stages(
     graph: Graph,
+    stages: Sequence[Stage],
     context: Context,
     recipe: Recipe,
-    folder: Path,
-    made_from: str,
+    windows: np.ndarray | None,
     tokenizer: dict[str, bytes],
-) -> Graph:
-    """What a pass makes of a written model, written itself, so that a run that was cut off need not do it again."""
-    key = hashlib.sha256(made_from.encode()).hexdigest()
-    mark = folder / "made_from"
-    made = mark.read_text() if mark.is_file() else ""
-    if made == f"{key} unchanged":
-        return graph
-    if made != key:
-        after = step(graph, context)
-        if after is graph:  # it only looked, or found nothing to do
-            if step.rewrites:
-                folder.mkdir(exist_ok=True)
-                write_file(mark, f"{key} unchanged")
-            return graph
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        named = after.with_units(
-            tuple(
-                unit.map_weights(lambda ref: replace(ref, source=f"{key} {ref.tensor}"))
-                for unit in after.units
+    partial: Path,
+) -> tuple[JournalEntry, ...]:
+    """Carries out all stages, the last of them into the partial folder itself; returns the entries of its units.
+
+    What a stage hands on (`Written`) goes into the context and the report of the next one.
+    """
+    figures, entries = {}, ()
+    for i, (passes, after) in enumerate(stages):
+        folder = partial if i == len(stages) - 1 else partial / f"stage-{i}"
+        folder.mkdir(exist_ok=True)
+        # The streams of a new calibration start in front of the model.
+        calibration = None if windows is None else Calibration(windows)
+        context = replace(context, calibration=calibration)
+        done = run_stage(
+            graph,
+            passes,
+            context,
+            recipe,
+            folder,
+            known=figures,
+            progress=_part(context.progress, i, len(stages)),
+        )
+        write_metadata(folder, done.graph, recipe, done.entries, tokenizer)
+        figures, entries, graph = done.figures, done.entries, frontend.open(folder)
+        context = replace(context, dense=done.dense, written_digests=done.digests)
+        for n in range(len(after)):
+            graph = rewrite_written(
+                graph, after[: n + 1], entries, context, recipe, folder / f"after-{n}", tokenizer
             )
-        )
-        rewritten, entries = sweep(
-            named, (), Context(say=context.say), recipe, folder, lambda weights, unit: None
-        )
-        _write_metadata(folder, rewritten, recipe, entries, tokenizer)
-        write_file(mark, key)
-    return frontend.open(folder)
+    return entries
 
 
-def tokenizer_files(source: Path, say: Callable[[str], None]) -> dict[str, bytes]:
-    """The tokenizer's files by name; none, with a warning, where the source has no tokenizer."""
-    try:
-        return open_tokenizer(source).files()
-    except BadInput as error:
-        say(
-            f"warning: {error}. The converted checkpoint will have no tokenizer; eval and generate need one (--tokenizer)"
-        )
-        return {}
+def _part(progress: Report, i: int, count: int) -> Report:
+    """Takes the progress of part i of `count` equal ones for that of the whole."""
+
+    def report(part: Progress) -> None:
+        assert part.total is not None
+        progress(replace(part, done=i * part.total + part.done, total=count * part.total))
+
+    return report
+
+
+def _bytes_to_write(stages: Sequence[Stage], final: Graph) -> int:
+    """How many bytes all stages write: a copy of the model each, and one for each pass that changes what was written."""
+    copies = len(stages) + sum(step.rewrites for stage in stages for step in stage.after)
+    return copies * sum(ref.type.nbytes for _, ref in final.weights())
 
 
 def _bytes_written(partial: Path) -> int:
+    """How many bytes a run that was cut off has left."""
     return sum(path.stat().st_size for path in partial.rglob("model-*.safetensors"))
-
-
-def _write_metadata(
-    folder: Path,
-    graph: Graph,
-    recipe: Recipe,
-    entries: Sequence[JournalEntry],
-    tokenizer: dict[str, bytes],
-) -> None:
-    """What a reader needs besides the shards: config, graph, index, tokenizer."""
-    weight_map = {name: entry.shard for entry in entries for name in entry.tensors}
-    quantization = {
-        "quant_method": "atd",
-        "format_version": FORMAT_VERSION,
-        "passes": [str(step) for step in recipe.pipeline.passes],
-    }
-    size = sum(ref.type.nbytes for _, ref in graph.weights())
-    files = {
-        "config.json": json.dumps(graph.config | {"quantization_config": quantization}, indent=2)
-        + "\n",
-        GRAPH: json.dumps(graph.to_json(), indent=1) + "\n",
-        INDEX: json.dumps(
-            {"metadata": {"total_size": size}, "weight_map": weight_map}, indent=1, sort_keys=True
-        )
-        + "\n",
-        **tokenizer,
-    }
-    for name, content in files.items():
-        write_file(folder / name, content)
-
-
-def _write_summary(
-    folder: Path,
-    source: Path,
-    recipe: Recipe,
-    entries: Sequence[JournalEntry],
-    tokenizer: dict[str, bytes],
-    windows: np.ndarray | None,
-) -> list[str]:
-    """recipe.toml (resolved), report.json, and the manifest of digests; returns the names of all files of the
-    checkpoint.
-
-    The report holds times and so differs from run to run; the manifest covers everything else.
-    """
-    write_file(folder / "recipe.toml", recipe.to_toml())
-    report = {"source": source.name, "nodes": [row for entry in entries for row in entry.report]}
-    write_file(folder / REPORT, json.dumps(report, indent=1) + "\n")
-    digests = {entry.shard: entry.sha256 for entry in entries}
-    for name in ("config.json", GRAPH, INDEX, "recipe.toml", *tokenizer):
-        digests[name] = file_digest(folder / name)
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "atd": __version__,
-        "jax": jax.__version__,
-        "platform": jax.default_backend(),
-        **({} if windows is None else {"calibration": _calibration(recipe, windows)}),
-        "files": dict(sorted(digests.items())),
-    }
-    write_file(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-    return [*digests, REPORT, MANIFEST]
-
-
-def _calibration(recipe: Recipe, windows: np.ndarray) -> dict:
-    """What a model was calibrated on, for its manifest."""
-    return {
-        "texts": [text if text == SELF else Path(text).name for text in recipe.calibration],
-        "tokens_sha256": recipe.calibration_sha256,
-        "windows": list(windows.shape),
-    }

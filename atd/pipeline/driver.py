@@ -1,95 +1,121 @@
-"""The sweep: passes carried out unit by unit, with a journal, so that a run that was cut off goes on where it stopped.
+"""The driver carries out one stage of a pipeline: unit by unit, with a journal, so that a run that was cut off goes on.
 
-For each unit (embedding, decoder layer, final norm and head): load a weight, rewrite it, write it, drop it; then one
-line in the journal. Peak memory is one weight plus what its passes need. With calibration the unit's new weights stay
-until the unit has run once more, and move the quantized stream on (`atd.calibration`).
+For each unit (embedding, decoder layer, final norm and head): load a weight, rewrite it, write it,
+drop it; then one line in the journal. Peak memory is one weight plus what its passes need. With
+calibration the unit's new weights stay until the unit has run once more, and move the stream of
+the quantized model on (`atd.calibration.streams`).
 """
 
 import hashlib
 import json
+import math
+import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from atd.checkpoint.journal import JournalEntry, append_journal, read_journal
-from atd.checkpoint.writer import file_digest, is_intact, write_shard, written
-from atd.errors import BadInput
+from atd.checkpoint.safetensors import shard_name
+from atd.checkpoint.writer import file_digest, is_intact, write_file, write_shard, written
 from atd.ir import Block, Graph, WeightRef
+from atd.ir.rewrite import joined_parts
+from atd.models import frontend
 from atd.models.frontend import FORMAT_VERSION
-from atd.pipeline import Context, Pass, Pipeline
+from atd.pipeline.base import Pass
+from atd.pipeline.context import Context, Figures
+from atd.pipeline.output import write_metadata
+from atd.pipeline.pipeline import Pipeline
 from atd.pipeline.recipe import Recipe
+from atd.progress import Progress, Report, unheard
 from atd.version import __version__
-from atd.weights import Dense, DenseType, bits_per_weight
+from atd.weights import DenseType, bits_per_weight
 
-_MEASURED = (
-    "node",
-    "type",
-    "weights",
-    "bits",
-    "bytes",
-)  # keys of a row of the report that no pass records
+# Keys of a row of the report that no pass records.
+_MEASURED = ("node", "type", "weights", "bits", "bytes")
 
 
-def sweep(
+@dataclass(frozen=True)
+class Written:
+    """What a stage hands on: the model that it wrote, and what the report and later stages need to know of it."""
+
+    graph: Graph
+    dense: Graph  # the model in front of the first pass that changes its function
+    entries: tuple[JournalEntry, ...]  # of each unit
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """sha256 of each stored tensor as it was in memory."""
+        return {name: sha for entry in self.entries for name, sha in entry.tensors.items()}
+
+    @property
+    def figures(self) -> dict[str, dict[str, float]]:
+        """What passes recorded for each node, up to the end of this stage."""
+        own = (*_MEASURED, "seconds")
+        rows = (row for entry in self.entries for row in entry.report)
+        return {row["node"]: {k: v for k, v in row.items() if k not in own} for row in rows}
+
+
+def run_stage(
     graph: Graph,
     passes: Sequence[Pass],
     context: Context,
     recipe: Recipe,
     folder: Path,
-    progress: Callable[[int, str], None],
-) -> tuple[Graph, list[JournalEntry]]:
-    """Carries the passes out into `folder` -> the rewritten graph and the journal's entry of each unit.
+    *,
+    known: Mapping[str, dict[str, float]] | None = None,
+    progress: Report = unheard,
+) -> Written:
+    """Carries the passes out and writes the result into `folder`, a shard per unit.
 
-    Units that the journal knows by the same key, and whose shard has the digest it had, are not done again.
-    `progress(weights, unit)` hears of each unit.
+    Units that the folder's journal knows by the same key, and whose shard has the digest it had, are
+    not done again.
+
+    Args:
+      graph: the model as it is read.
+      context: what passes may read; what they record goes to the report, and not where
+        `context.record` leads.
+      known: figures that earlier stages recorded for nodes: the report goes on from there.
+      progress: hears how many weights are done.
     """
+    figures = Figures(known or {})
+    context = replace(context, record=figures.record)
     dense, rest = prepared(graph, passes, context)
-    context.dense = dense if context.dense is None else context.dense
+    context = replace(context, dense=dense if context.dense is None else context.dense)
     pipeline = Pipeline(rest)
     rewritten = pipeline(dense, context)
     calibration = context.calibration if pipeline.calibrated else None
     journal, entries, previous = read_journal(folder), [], calibration.digest if calibration else ""
-    for i, (before, reference, after) in enumerate(
-        zip(graph.units, dense.units, rewritten.units, strict=True)
-    ):
-        shard = folder / f"model-{i + 1:05d}-of-{len(graph.units):05d}.safetensors"
+    sizes = [_weights(unit) for unit in graph.units]
+    units = zip(graph.units, dense.units, rewritten.units, strict=True)
+    for i, (before, reference, after) in enumerate(units):
+        shard = folder / shard_name(i, len(sizes))
         key = _unit_key(before, after, passes, recipe, previous)
-        entry = journal.get(shard.name)
-        finished = entry is not None and entry.key == key and is_intact(shard, entry.sha256)
+        entry = _finished(journal, shard, key)
         if calibration:
-            after = calibration.begin(reference, written(after, shard) if finished else after)
+            after = calibration.begin(reference, after if entry is None else written(after, shard))
             previous = key  # what is quantized later depends on what was quantized before
-        if entry is None or not finished:
-            started = time.perf_counter()
-            tensors = write_shard(
-                shard, [ref for node in after.nodes for ref in node.weights.values()]
-            )
-            rows = _report(after, context, time.perf_counter() - started)
-            entry = JournalEntry(
-                before.name or "epilogue", key, shard.name, file_digest(shard), tensors, rows
-            )
+        if entry is None:
+            entry = _write_unit(before.name or "epilogue", after, key, shard, figures)
             append_journal(folder, entry)
-        if calibration and i < len(graph.units) - 1:
+        if calibration and i < len(sizes) - 1:
             calibration.finish()
         entries.append(entry)
-        progress(
-            sum(int(np.prod(ref.type.shape)) for n in before.nodes for ref in n.weights.values()),
-            entry.unit,
-        )
-    return rewritten, entries
+        progress(Progress("converting", sum(sizes[: i + 1]), sum(sizes), "weights", entry.unit))
+    assert context.dense is not None
+    return Written(rewritten, context.dense, tuple(entries))
 
 
 def prepared(
     graph: Graph, passes: Sequence[Pass], context: Context
 ) -> tuple[Graph, Sequence[Pass]]:
-    """(the graph behind the passes that keep the model's function, the other passes): up to the first node or block pass
-    that asks for activations or makes a dense weight ternary.
+    """Returns (the graph behind the passes that keep the model's function, the other passes).
 
-    Passes of graph scope that ask (equalize, allocate) do so on behalf of those behind them.
+    The others begin with the first node or block pass that asks for activations or makes a dense
+    weight ternary. Passes of graph scope that ask (equalize, allocate) do so on behalf of those
+    behind them.
     """
 
     def dense_weights(graph: Graph) -> int:
@@ -105,11 +131,65 @@ def prepared(
     return graph, ()
 
 
+def rewrite_written(
+    graph: Graph,
+    passes: Sequence[Pass],
+    entries: Sequence[JournalEntry],
+    context: Context,
+    recipe: Recipe,
+    folder: Path,
+    tokenizer: Mapping[str, bytes],
+) -> Graph:
+    """Returns what the last of the passes makes of a written model: written itself, so that a run that was cut off need
+    not do it again, or the same graph where it changes nothing.
+
+    Args:
+      graph: the model as it was read again.
+      passes: those that have read the written model, the last of them now.
+      entries: the journal's entries of the written model.
+      folder: where the result goes.
+    """
+    keys, step = [entry.key for entry in entries], passes[-1]
+    made_from = f"{recipe.calibration_sha256} {keys} {[str(step) for step in passes]}"
+    key = hashlib.sha256(made_from.encode()).hexdigest()
+    mark = folder / "made_from"
+    made = mark.read_text() if mark.is_file() else ""
+    if made == f"{key} unchanged":
+        return graph
+    if made != key:
+        after = step(graph, context)
+        if after is graph:  # it only looked, or found nothing to do
+            if step.rewrites:
+                folder.mkdir(exist_ok=True)
+                write_file(mark, f"{key} unchanged")
+            return graph
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        done = run_stage(_named(after, key), (), Context(say=context.say), recipe, folder)
+        write_metadata(folder, done.graph, recipe, done.entries, tokenizer)
+        write_file(mark, key)
+    return frontend.open(folder)
+
+
+def _named(graph: Graph, key: str) -> Graph:
+    """The graph whose weights, made in memory, have this key for their identity."""
+
+    def named(ref: WeightRef) -> WeightRef:
+        return replace(ref, source=f"{key} {ref.tensor}")
+
+    return graph.with_units(tuple(unit.map_weights(named) for unit in graph.units))
+
+
+def _weights(unit: Block) -> int:
+    """How many weights the unit has."""
+    return sum(math.prod(ref.type.shape) for node in unit.nodes for ref in node.weights.values())
+
+
 def _unit_key(
     before: Block, after: Block, passes: Sequence[Pass], recipe: Recipe, previous: str
 ) -> str:
-    """Equal keys: equal bytes. Hash of the identity of all tensors that go into the unit, its text, the passes, the
-    seed, the versions that compute, and where errors propagate the unit before it."""
+    """Equal keys: equal bytes. The hash of the identity of all tensors that go into the unit, its text, the passes,
+    the seed, the versions that compute, and where errors propagate the unit before it."""
     sources = [
         ref.source
         for unit in (before, after)
@@ -122,48 +202,35 @@ def _unit_key(
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def finite(graph: Graph, nonfinite: str, say: Callable[[str], None]) -> Graph:
-    """The graph whose weights are looked at as they are read: NaN and Inf are refused by name, or become 0."""
-
-    def checked(ref: WeightRef) -> WeightRef:
-        if not isinstance(ref.type, DenseType):
-            return ref
-
-        def load() -> Dense:
-            weight = ref.load()
-            assert isinstance(weight, Dense)
-            array = np.asarray(weight.array)
-            finite = np.isfinite(array)
-            if finite.all():
-                return weight
-            place = [int(i) for i in np.argwhere(~finite)[0]]
-            found = (
-                f"{ref.tensor} holds {int((~finite).sum())} NaN or Inf values, the first at {place}"
-            )
-            if nonfinite == "refuse":
-                raise BadInput(
-                    f"{found}; the checkpoint is damaged. To convert it with zeros in their place: --nonfinite zero"
-                )
-            say(f"warning: {found}; replaced by 0")
-            return Dense(np.where(finite, array, np.zeros((), array.dtype)))
-
-        return replace(ref, load=load)
-
-    return graph.with_units(tuple(unit.map_weights(checked) for unit in graph.units))
+def _finished(journal: Mapping[str, JournalEntry], shard: Path, key: str) -> JournalEntry | None:
+    """The journal's entry of a shard that was made from the same key and is intact."""
+    entry = journal.get(shard.name)
+    if entry is None or entry.key != key or not is_intact(shard, entry.sha256):
+        return None
+    return entry
 
 
-def _report(unit: Block, context: Context, seconds: float) -> list[dict]:
-    """A row for each weight matrix: parts of a joined linear have rows of their own. `seconds` is the unit's, shared out
-    by weights; "error" and what else passes recorded for the node (predicted_kl, damping, ...) follow."""
+def _write_unit(
+    name: str, unit: Block, key: str, shard: Path, figures: Mapping[str, dict]
+) -> JournalEntry:
+    """Computes the unit's weights and writes them."""
+    started = time.perf_counter()
+    tensors = write_shard(shard, [ref for node in unit.nodes for ref in node.weights.values()])
+    rows = _report(unit, figures, time.perf_counter() - started)
+    return JournalEntry(name, key, shard.name, file_digest(shard), tensors, rows)
+
+
+def _report(unit: Block, figures: Mapping[str, dict], seconds: float) -> list[dict]:
+    """A row for each weight matrix: parts of a joined linear have rows of their own. `seconds` is the unit's, shared
+    out by weights; "error" and what else passes recorded for the node (predicted_kl, damping, ...) follow."""
     rows = []
     for node in unit.nodes:
         if "weight" not in node.weights or len(node.weights["weight"].type.shape) != 2:
             continue
         type = node.weights["weight"].type
         parts = [
-            (p.name, p.attrs["stop"] - p.attrs["start"])
-            for p in unit.nodes
-            if p.op == "slice" and p.inputs == (node.name,)
+            (part.name, part.attrs["stop"] - part.attrs["start"])
+            for part in joined_parts(unit, node)
         ]
         for name, out in parts or [(node.name, type.shape[0])]:
             full = f"{unit.name}.{name}" if unit.name else name
@@ -175,20 +242,9 @@ def _report(unit: Block, context: Context, seconds: float) -> list[dict]:
                 "bits": bits,
                 "bytes": round(bits * weights / 8),
             }
-            rows.append({"error": None} | context.figures.get(full, {}) | row)
+            rows.append({"error": None} | figures.get(full, {}) | row)
     total = sum(row["weights"] for row in rows)
     return [
         {key: row[key] for key in _MEASURED} | {"seconds": seconds * row["weights"] / total} | row
         for row in rows
     ]
-
-
-def figures_of(entries: Sequence[JournalEntry]) -> dict[str, dict]:
-    """What passes recorded for each node up to the end of a sweep: the next one's report goes on from there."""
-    return {
-        row["node"]: {
-            key: value for key, value in row.items() if key not in (*_MEASURED, "seconds")
-        }
-        for entry in entries
-        for row in entry.report
-    }

@@ -1,39 +1,50 @@
 """Pipelines: sequences of passes."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from atd.errors import BadInput
 from atd.ir import Graph
-from atd.pipeline.base import Context, Pass
+from atd.pipeline.base import Pass
+from atd.pipeline.context import Context
 from atd.pipeline.registry import parse_pass
+
+
+class Stage(NamedTuple):
+    """A part of a pipeline that ends where the model is written."""
+
+    passes: tuple[Pass, ...]  # carried out unit by unit
+    after: tuple[Pass, ...]  # read the model as it was written
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A sequence of passes; itself a function of graphs. `str()` is one pass a line."""
+    """A sequence of passes, given as passes or as their text; itself a function of graphs. `str()`: a pass per line."""
 
     passes: tuple[Pass, ...]
 
-    def __init__(self, passes):
-        object.__setattr__(
-            self, "passes", tuple(parse_pass(p) if isinstance(p, str) else p for p in passes)
-        )
+    def __init__(self, passes: Iterable[Pass | str]):
+        made = tuple(parse_pass(p) if isinstance(p, str) else p for p in passes)
+        object.__setattr__(self, "passes", made)
 
     @property
     def calibrated(self) -> bool:
-        """A pass asks for calibration activations."""
+        """Whether a pass asks for calibration activations."""
         return any("activations" in step.needs for step in self.passes)
 
     def __call__(self, graph: Graph, context: Context | None = None) -> Graph:
-        """The graph after all passes. Types change now, data on load(). Passes that re-read written files are left to `atd.convert`."""
-        context = Context() if context is None else context
+        """Returns the graph as all passes leave it, but for those that need written files, which `atd.convert` runs.
+
+        Types change now, data when a weight is loaded.
+        """
         for step in self.passes:
             if "written" not in step.needs:
                 graph = step(graph, context)
         return graph
 
     def preflight(self, graph: Graph) -> Graph:
-        """Refuses, before any weight is read, what cannot work; returns the graph as it will be."""
+        """Returns the graph as it will be. Raises BadInput, before any weight is read, for what cannot work."""
         context = Context(say=lambda line: None)
         for step in self.passes:
             if "written" not in step.needs:
@@ -45,17 +56,20 @@ class Pipeline:
                 raise BadInput(f"pass {step.name}: {reason}")
         return graph
 
-    def sweeps(self) -> list[tuple[tuple[Pass, ...], tuple[Pass, ...]]]:
-        """Cut into sweeps: (passes carried out unit by unit, then the passes that read what the sweep wrote)."""
-        sweeps: list[tuple[list[Pass], list[Pass]]] = [([], [])]
+    def stages(self) -> list[Stage]:
+        """Returns the pipeline cut into stages: a pass behind one that needs written files begins a new one."""
+        stages = [Stage((), ())]
         for step in self.passes:
-            written = "written" in step.needs
-            if not written and sweeps[-1][1]:
-                sweeps.append(([], []))
-            sweeps[-1][written].append(step)
-        if any(step.rewrites for step in sweeps[-1][1]):
-            sweeps.append(([], []))  # what they make is still to be written
-        return [(tuple(passes), tuple(after)) for passes, after in sweeps]
+            passes, after = stages[-1]
+            if "written" in step.needs:
+                stages[-1] = Stage(passes, (*after, step))
+            elif after:
+                stages.append(Stage((step,), ()))
+            else:
+                stages[-1] = Stage((*passes, step), ())
+        if any(step.rewrites for step in stages[-1].after):
+            stages.append(Stage((), ()))  # what they make is still to be written
+        return stages
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.passes))

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from atd.errors import BadInput, nearest
-from atd.pipeline import Pipeline, make_pass, toml_value
+from atd.pipeline.base import toml_value
+from atd.pipeline.pipeline import Pipeline
+from atd.pipeline.registry import make_pass
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

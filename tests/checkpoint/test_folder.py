@@ -123,7 +123,7 @@ def test_finish_replaces_whole_and_keeps_nothing_else(tmp_path):
     target = tmp_path / "out"
     for content in ("first", "second"):
         with open_partial(target) as partial:
-            (partial / "sweep-0").mkdir()
+            (partial / "stage-0").mkdir()
             write_file(partial / "data", content)
             finish(target, partial, ["data"])
         assert {p.name: p.read_text() for p in target.iterdir()} == {"data": content}

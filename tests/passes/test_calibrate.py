@@ -77,13 +77,13 @@ def test_the_divergence_falls(stories260k, calibrated, said, shared_data):
     assert start > 0.5 * before.kl_mean, "measured against the decomposed model, not the dense one?"
 
 
-def test_the_report_still_knows_the_errors_of_the_sweep_before(calibrated):
+def test_the_report_still_knows_the_errors_of_the_stage_before(calibrated):
     rows = json.loads((calibrated / "report.json").read_text())["nodes"]
     assert all(0 < row["error"] < 1 for row in rows if "layers" in row["node"])
     assert {row["error"] for row in rows if "layers" not in row["node"]} == {None}
 
 
-def test_interrupted_in_the_last_sweep(stories260k, recipe, calibrated, tmp_path, monkeypatch):
+def test_interrupted_in_the_last_stage(stories260k, recipe, calibrated, tmp_path, monkeypatch):
     """It ends in the same bytes, and what was trained is not trained again."""
     write, rewrite, runs = write_shard, Calibrate.rewrite, []
     last = partial_folder((tmp_path / "out").absolute())

@@ -1,5 +1,6 @@
 """decompose on real weights: types, figures, options."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,9 +8,10 @@ import pytest
 
 from atd.calibration.streams import Calibration, Moments
 from atd.decomposition.second_moments import proxy_loss
+from atd.ir.notes import MOMENTS, SecondMoments
 from atd.models import frontend
 from atd.passes.decompose import Decompose
-from atd.pipeline import Context
+from atd.pipeline import Context, Figures
 from tests.models.tiny import tiny_graph
 
 
@@ -24,7 +26,8 @@ from tests.models.tiny import tiny_graph
 )
 def test_errors_on_real_weights(stories15m, options, bound):
     """The relative RMSE of the mean linear of stories15M; greedy on one scale cannot reach als's bounds."""
-    graph, context = frontend.open(stories15m), Context()
+    graph, figures = frontend.open(stories15m), Figures()
+    context = Context(record=figures.record)
     step = Decompose(**options, nodes=r"model\.layers\.[03]\..*")
     errors = []
     for (name, before), (_, after) in zip(
@@ -33,7 +36,7 @@ def test_errors_on_real_weights(stories15m, options, bound):
         if after.type != before.type:
             dense, approximation = before.load().dequantize(), np.asarray(after.load().dequantize())
             errors.append(np.linalg.norm(dense - approximation) / np.linalg.norm(dense))
-            assert context.figures[name]["error"] == pytest.approx(errors[-1], rel=1e-3)
+            assert figures[name]["error"] == pytest.approx(errors[-1], rel=1e-3)
     assert len(errors) == 14
     assert np.mean(errors) < bound
 
@@ -59,12 +62,15 @@ def test_an_embedding_is_rounded_under_the_moments_left_for_it():
     graph, rng = tiny_graph(), np.random.default_rng(0)
     x = rng.standard_normal((200, 32)) @ rng.standard_normal((32, 32))
     hessian = (x.T @ x / 200).astype(np.float32)
-    weight, losses = graph.prologue.nodes[0].weights["weight"].load().dequantize(), []
-    for moments in ({}, {"model.embed_tokens": hessian}):
-        context = Context(calibration=Calibration(np.zeros((1, 8), np.int32)), moments=moments)
+    (embed,) = graph.prologue.nodes
+    weight, losses = embed.weights["weight"].load().dequantize(), []
+    context = Context(calibration=Calibration(np.zeros((1, 8), np.int32)))
+    for attrs in ({}, {MOMENTS: SecondMoments(hessian)}):
+        noted = replace(graph, prologue=graph.prologue.replace_node(replace(embed, attrs=attrs)))
         after = Decompose(method="hessian", group="row", nodes="model.embed_tokens", refits=1)(
-            graph, context
+            noted, context
         )
+        assert not after.prologue.nodes[0].attrs
         error = np.asarray(after.prologue.nodes[0].weights["weight"].load().dequantize()) - weight
         losses.append(float(proxy_loss(error, hessian).sum()))
     assert losses[1] < 0.7 * losses[0]

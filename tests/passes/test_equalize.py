@@ -15,17 +15,17 @@ from atd.passes.equalize import Equalize, scales_of, sites
 from atd.passes.fold_norms import FoldNorms
 from atd.passes.fuse import Fuse
 from atd.passes.rotate import Rotate
-from atd.pipeline import Context, Pipeline, parse_pass
+from atd.pipeline import Context, Figures, Pipeline, parse_pass
 from atd.weights import Dense, DenseType
 from tests.golden.write_gguf import GOLDEN
 from tests.models.tiny import tiny_graph
 from tests.passes.test_fold_norms import array, assert_same_function, unreadable
 
 
-def context_of(graph, windows: int = 2, length: int = 32) -> Context:
+def context_of(graph, windows: int = 2, length: int = 32, **sinks) -> Context:
     vocabulary = graph.prologue.nodes[0].weights["weight"].type.shape[0]
     tokens = np.random.default_rng(1).integers(0, vocabulary, (windows, length)).astype(np.int32)
-    return Context(calibration=Calibration(tokens), say=lambda line: None)
+    return Context(calibration=Calibration(tokens), **{"say": lambda line: None, **sinks})
 
 
 def with_outliers(graph, factor: float = 30.0):
@@ -44,9 +44,8 @@ def with_outliers(graph, factor: float = 30.0):
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3"])  # biases; norms of q and k
 def test_every_family_keeps_its_function(name):
-    graph = frontend.open(GOLDEN / name)
-    context = context_of(graph)
-    after = Equalize(grid=(0.5,))(graph, context)
+    graph, figures = frontend.open(GOLDEN / name), Figures()
+    after = Equalize(grid=(0.5,))(graph, context_of(graph, record=figures.record))
     assert_same_function(after, graph)
     scaled = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     for before, block in zip(graph.blocks, after.blocks, strict=True):
@@ -54,7 +53,7 @@ def test_every_family_keeps_its_function(name):
         for node in (node for node in before.nodes if node.op == "linear"):
             assert node.name.split(".")[-1] in scaled
             assert np.abs(array(block.node(node.name)) / array(node) - 1).max() > 0.05
-            assert context.figures[before.full_name(node)] == {"exponent": 0.5}
+            assert figures[before.full_name(node)] == {"exponent": 0.5}
 
 
 @pytest.mark.parametrize("model", ["stories260K", "stories15M"])
@@ -89,10 +88,10 @@ def outputs(graph, tokens: np.ndarray) -> np.ndarray:
 
 def test_outlying_inputs_are_found_and_their_outputs_come_closer():
     graph = with_outliers(tiny_graph(layers=1))
-    lines = []
-    context = replace(context_of(graph, windows=4), say=lines.append)
+    lines, figures = [], Figures()
+    context = context_of(graph, windows=4, say=lines.append, record=figures.record)
     after = Equalize(group=32, grid=(0.0, 0.5))(graph, context)
-    assert context.figures["model.layers.0.self_attn.q_proj"] == {"exponent": 0.5}
+    assert figures["model.layers.0.self_attn.q_proj"] == {"exponent": 0.5}
     decompose, tokens = Decompose(group=32), np.arange(40)
     dense, plain, equalized = (
         outputs(g, tokens) for g in (graph, decompose(graph), decompose(after))
@@ -105,11 +104,11 @@ def test_outlying_inputs_are_found_and_their_outputs_come_closer():
 
 
 def test_exponent_zero_leaves_the_site_as_it_is():
-    graph, lines = tiny_graph(), []
-    context = replace(context_of(graph), say=lines.append)
+    graph, lines, figures = tiny_graph(), [], Figures()
+    context = context_of(graph, say=lines.append, record=figures.record)
     assert Equalize(grid=(0.0,))(graph, context) == graph
     assert lines == ["equalize: exponent 0 at 8 sites"]
-    assert set(context.figures["model.layers.1.mlp.down_proj"].values()) == {0.0}
+    assert set(figures["model.layers.1.mlp.down_proj"].values()) == {0.0}
 
 
 def test_scales():

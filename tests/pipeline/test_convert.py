@@ -94,7 +94,7 @@ def test_a_converted_model_can_be_laid_anew(converted, tmp_path):
     assert "layout=bit-ttt/1" in (other / "atd_graph.json").read_text()
 
 
-def test_a_pipeline_with_two_sweeps(stories260k, converted, tmp_path):
+def test_a_pipeline_with_two_stages(stories260k, converted, tmp_path):
     """verify in the middle makes the driver write, re-read and go on from what was written."""
     out = convert(
         stories260k,

@@ -178,13 +178,13 @@ def test_a_broken_promise_is_named():
         Promise()(tiny_graph())
 
 
-def test_sweeps_are_cut_where_a_pass_reads_what_was_written():
+def test_stages_are_cut_where_a_pass_reads_what_was_written():
     a, b, c = Decompose(), Pack(), Verify()
-    assert Pipeline([a, b]).sweeps() == [((a, b), ())]
-    assert Pipeline([a, c, b, c]).sweeps() == [((a,), (c,)), ((b,), (c,))]
+    assert Pipeline([a, b]).stages() == [((a, b), ())]
+    assert Pipeline([a, c, b, c]).stages() == [((a,), (c,)), ((b,), (c,))]
     tune = make_pass("calibrate", {})
-    assert Pipeline([a, tune, b, c]).sweeps() == [((a,), (tune,)), ((b,), (c,))]
-    assert Pipeline([a, tune]).sweeps() == [
+    assert Pipeline([a, tune, b, c]).stages() == [((a,), (tune,)), ((b,), (c,))]
+    assert Pipeline([a, tune]).stages() == [
         ((a,), (tune,)),
         ((), ()),
     ]  # what it makes is written last

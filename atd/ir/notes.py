@@ -1,0 +1,25 @@
+"""Notes: attrs by which a pass tells later ones something. No op reads them; a graph's text shows them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+UNIT_GAIN = "unit_gain"  # of a norm whose gains are all ones: rotations commute with it
+DECISION = "ternary"  # of a dense matrix, from `allocate` to `decompose`: what it becomes, as text
+MOMENTS = "moments"  # of an embedding, likewise: `SecondMoments` that its errors are weighted by
+
+
+@dataclass(frozen=True, eq=False)
+class SecondMoments:
+    """A second moment E[x x'], float32 [in, in]: data, so its shape alone is shown, and it is not stored."""
+
+    matrix: np.ndarray
+
+    def __str__(self) -> str:
+        return f"f32[{','.join(map(str, self.matrix.shape))}]"
+
+
+def without(attrs: dict[str, Any], *names: str) -> dict[str, Any]:
+    """The attrs but for these."""
+    return {key: value for key, value in attrs.items() if key not in names}
