@@ -11,9 +11,9 @@
    the finest step there is.
 4. Linears that read the same input (q, k and v; gate and up) share one option, because `fuse` joins equal types alone;
    `fused = false` lets each have its own.
-5. The decision stays in the graph: the attr `ternary` of every dense matrix says "n=2 g=row tied f16" or "dense", and
-   `decompose`, which must follow, does that. Second moments for an embedding, which reads no activations, are left in
-   `Context.moments`.
+5. The decision stays in the graph: the attr `ternary` of every dense matrix says "n=2 g=row tied
+   f16" or "dense", and `decompose`, which must follow, does that. An embedding, which reads no
+   activations, gets the attr `moments`: second moments that its errors are weighted by.
 6. Without calibration (the check before a conversion reads data) feasibility is checked in the same way, and types come
    from a stand-in: all weights alike, and a ninth of the loss with each base.
 """
