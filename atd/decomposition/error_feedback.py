@@ -1,7 +1,10 @@
 """Error feedback: trits chosen so that the errors of a row cancel in what the layer puts out.
 
-With H = X'X / n the second moment of a layer's inputs, a row w that becomes q costs (w - q) H (w -
-q)'. Nearest assignment looks at the diagonal of H alone; here the columns are visited one after the
+With H = X'X / n the second moment of a layer's inputs, a row w that becomes q costs
+
+    (w - q) H (w - q)'
+
+Nearest assignment looks at the diagonal of H alone; here the columns are visited one after the
 other, and each is rounded to the level nearest to
 
     x_j = w_j + sum_(i != j) (w_i - q_i) M_ij

@@ -1,7 +1,8 @@
 """The values of weights: registered pytrees, each defined by its `dequantize()`."""
 
+import operator
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -68,13 +69,10 @@ def combine(trits, scales, type: TernaryType):
     def spread(i: int):
         return spread_scales(scales[..., i], type.group_size, type.shape[1])
 
+    parts = [trits[:, :, i] for i in range(type.bases)]
     if type.tied:  # exact: the integer is below 2^24, and one rounding remains
-        integers = sum(trits[:, :, i] * level_weights(type.bases)[i] for i in range(type.bases))
-        return integers * spread(0)
-    total = trits[:, :, 0] * spread(0)
-    for i in range(1, type.bases):
-        total = total + trits[:, :, i] * spread(i)
-    return total
+        parts = [sum(map(operator.mul, parts, level_weights(type.bases)))]
+    return reduce(operator.add, (part * spread(i) for i, part in enumerate(parts)))
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["codes", "scales"], meta_fields=["type"])
