@@ -82,9 +82,8 @@ class Factor(NamedTuple):
     order: jax.Array  # int32 [in]: the order in which inputs are visited
     # float32 [in, in], strictly lower triangular, inputs in that order: [j, i] = R_ij / R_jj
     feedback: jax.Array
-    damping: (
-        float  # of the diagonal, relative to its mean: what was given, or the first that was enough
-    )
+    # Of the diagonal, relative to its mean: what was given, or the first that was enough.
+    damping: float
 
 
 def factor(hessian, damping: float = DAMPING, order: bool = True) -> Factor:
@@ -97,6 +96,9 @@ def factor(hessian, damping: float = DAMPING, order: bool = True) -> Factor:
         hessian: H, float [in, in]. Inputs that are always zero are allowed.
         damping: what is added to the diagonal, relative to its mean.
         order: visit inputs by descending H_jj (act-order), else as they stand.
+
+    Returns:
+        What all linears that read these inputs share.
 
     Raises:
         BadInput: H is not finite, or is no second moment (not positive semi-definite, however

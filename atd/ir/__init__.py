@@ -9,6 +9,9 @@
     WeightRef   the tensor name and the type of a weight, known without data; `load()` is the only
                 reader.
 
+    notes       attrs by which a pass tells later passes something
+    rewrite     rewrites of graphs, nodes and weights that several passes share
+
 Every op has a jnp reference in `atd.models.ops`, so a graph runs at every stage. `str(graph)` is
 stable text, which golden tests compare. `verify` checks single assignment, slots, attrs and widths.
 `Graph.to_json` and `graph_from_json` are the stored form.

@@ -1,4 +1,7 @@
-"""Notes: attrs by which a pass tells later ones something. No op reads them; a graph's text shows them."""
+"""Notes: attrs by which a pass tells later passes something.
+
+No op reads them; the text of a graph shows them.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,14 +15,14 @@ MOMENTS = "moments"  # of an embedding, likewise: `SecondMoments` that its error
 
 @dataclass(frozen=True, eq=False)
 class SecondMoments:
-    """A second moment E[x x'], float32 [in, in]: data, so its shape alone is shown, and it is not stored."""
+    """A second moment E[x x'] as an attr: its shape alone is shown, and it is not stored."""
 
-    matrix: np.ndarray
+    matrix: np.ndarray  # float32 [in, in]
 
     def __str__(self) -> str:
         return f"f32[{','.join(map(str, self.matrix.shape))}]"
 
 
 def without(attrs: dict[str, Any], *names: str) -> dict[str, Any]:
-    """The attrs but for these."""
+    """Returns the attrs but for these."""
     return {key: value for key, value in attrs.items() if key not in names}

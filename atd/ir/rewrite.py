@@ -33,13 +33,14 @@ def joined_parts(unit: Block, node: Node) -> list[Node]:
 def map_array(
     ref: WeightRef, dtype: str, function: Callable[[np.ndarray], np.ndarray], source: str = ""
 ) -> WeightRef:
-    """Returns a reference to function(W), a dense weight of `dtype` in the shape of W, computed when it is loaded.
+    """Returns a reference to function(W), a dense weight of `dtype` in the shape of W, computed
+    when it is loaded.
 
     Args:
       ref: the weight W; the function is given its data as float32.
       dtype: "f32", "f16" or "bf16".
-      source: identity of the result for the resume key; by default that of W, for functions whose parameters stand in
-        the text of a pass.
+      source: identity of the result for the resume key; by default that of W, for functions whose
+        parameters stand in the text of a pass.
     """
 
     def load() -> Dense:

@@ -5,8 +5,7 @@ from atd.ir.ops import OPS
 
 
 def verify(graph: Graph) -> None:
-    """Checks that every block is well formed, that the widths of all values agree, and that no
-    tensor is used twice.
+    """Checks that blocks are well formed, that widths agree and that no tensor is used twice.
 
     Raises:
         InvalidGraph: a rule is broken; the message names the node and the rule.
