@@ -1,4 +1,4 @@
-"""`python -m atd` is the command `atd`."""
+"""Makes `python -m atd` the command `atd`."""
 
 from atd.cli.main import main
 

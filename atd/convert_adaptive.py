@@ -1,4 +1,4 @@
-"""`python -m atd.convert_adaptive` is `atd convert`; `convert` is that of `atd.pipeline.convert`."""
+"""Makes `python -m atd.convert_adaptive` the command `atd convert`, and offers its function."""
 
 from atd.pipeline.convert import convert
 

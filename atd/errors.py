@@ -1,14 +1,17 @@
-"""One family of exceptions. Messages name the file, the tensor, what was expected and found, and the way out."""
+"""Defines the exceptions meant for people.
+
+Their messages name the file, the tensor, what was expected and found, and the way out.
+"""
 
 
 class AtdError(Exception):
-    """Base of all errors meant for people. The CLI prints the message alone and exits with `exit_code`."""
+    """An error for people: the command line prints its message and exits with `exit_code`."""
 
     exit_code = 1
 
 
 class BadInput(AtdError):
-    """Something the user gave cannot be used: a file, an option, a recipe (exit code 2)."""
+    """What the user gave cannot be used: a file, an option, a recipe (exit code 2)."""
 
     exit_code = 2
 
@@ -18,7 +21,7 @@ class RunFailed(AtdError):
 
 
 def nearest(word: str, known) -> str:
-    """`; did you mean 'x'?` for the closest known word, else the list of what is known."""
+    """Returns "; did you mean 'x'?" for the closest known word, else a list of what is known."""
     import difflib
 
     names = sorted(known)

@@ -10,9 +10,10 @@ _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # of glibc's malloc.h
 def one_blas_thread() -> bool:
     """Has numpy's OpenBLAS compute on one thread; returns whether it will.
 
-    Conversions are several times faster so on few or busy cores: the threads of BLAS spin while they
-    wait, and take the cores from those of XLA, which compute the large products. The factorisation
-    of a 576 x 576 matrix took 240 ms of CPU time on two busy cores, and 8 ms on one thread.
+    Conversions are several times faster so on few or busy cores: the threads of BLAS spin while
+    they wait, and take the cores from those of XLA, which compute the large products. The
+    factorisation of a 576 x 576 matrix took 240 ms of CPU time on two busy cores, and 8 ms on one
+    thread.
 
     To be called before numpy is imported, for OpenBLAS reads the environment variable
     OPENBLAS_NUM_THREADS once. A variable that is set already stays as it is, and this process and

@@ -1,1 +1,1 @@
-"""The only file I/O: reading and writing checkpoints, tokenizers, and the cache folder."""
+"""Reads and writes checkpoints and tokenizers. No other room touches the files of a model."""

@@ -1,4 +1,4 @@
-"""The cache folder: what a run computed and other runs over the same model can use again."""
+"""Finds the cache folder: it holds what other runs over the same model can use again."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ from atd.errors import BadInput
 
 
 def default_cache() -> Path:
-    """$ATD_CACHE, or ~/.cache/atd."""
+    """Returns $ATD_CACHE, or ~/.cache/atd."""
     return Path(os.environ.get("ATD_CACHE") or Path.home() / ".cache" / "atd")
 
 

@@ -1,4 +1,4 @@
-"""Tensors in files, and reading bytes and JSON with errors that name the file."""
+"""Reads bytes, JSON and text with errors that name the file; describes tensors in files."""
 
 import json
 import os
@@ -13,20 +13,20 @@ from atd.errors import BadInput
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file. `dtype` is f32, f16, bf16, f64, i8, u8 or another safetensors name in small letters.
-
-    `source` identifies the bytes: file name, size, modification time, tensor name and offset. `load()` reads them.
-    """
+    """A tensor in a file, known from its header; `load()` reads it."""
 
     name: str
     shape: tuple[int, ...]
-    dtype: str
-    source: str
+    dtype: str  # f32, f16, bf16, f64, i8, u8 or another name of safetensors in small letters
+    source: str  # identifies the bytes: file name, size, modification time, tensor name, offset
     load: Callable[[], np.ndarray] = field(compare=False, repr=False)
 
 
 def read_json(file: Path) -> dict:
-    """The object in a JSON file. Raises BadInput when it cannot be read, is no object, or has a key twice."""
+    """Reads the object in a JSON file.
+
+    Raises BadInput where it cannot be read, is no object, or has a key twice.
+    """
     try:
         return json_object(read_bytes(file))
     except (ValueError, RecursionError) as error:
@@ -34,7 +34,10 @@ def read_json(file: Path) -> dict:
 
 
 def read_bytes(file: Path, start: int = 0, count: int = -1) -> bytes:
-    """`count` bytes from `start` on (-1: all; fewer where the file ends). Raises BadInput for a file it cannot read."""
+    """Reads `count` bytes from `start` on; -1 is all, and fewer come where the file ends.
+
+    Raises BadInput for a file that cannot be read.
+    """
     try:
         with file.open("rb") as stream:
             stream.seek(start)
@@ -44,7 +47,7 @@ def read_bytes(file: Path, start: int = 0, count: int = -1) -> bytes:
 
 
 def path_exists(path: Path) -> bool:
-    """Whether there is such a path. Raises BadInput when a folder on the way may not be searched."""
+    """Whether there is such a path. Raises BadInput where a folder on it may not be searched."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -55,13 +58,14 @@ def path_exists(path: Path) -> bool:
 
 
 def json_object(text: bytes) -> dict:
+    """Parses a JSON object. Raises ValueError for anything else, and where a key is given twice."""
+
     def unique(pairs: list[tuple[str, object]]) -> dict:
         found = dict(pairs)
         if len(found) < len(pairs):
             names = [name for name, _ in pairs]
-            raise ValueError(
-                f"{next(name for name in names if names.count(name) > 1)!r} stands there twice"
-            )
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"it has {twice!r} twice")
         return found
 
     value = json.loads(text, object_pairs_hook=unique)
@@ -71,10 +75,10 @@ def json_object(text: bytes) -> dict:
 
 
 def read_text(path: str | os.PathLike) -> str:
-    """The text of a UTF-8 file. Raises BadInput if absent, unreadable, not UTF-8 or empty.
+    """Reads a UTF-8 text. Raises BadInput where it is absent, unreadable, not UTF-8 or empty.
 
-    Line ends become "\\n", as in Python's text mode and so in other tools' figures: with its carriage returns left in,
-    the perplexity of stories15M on tinystories_valid_30k.txt would be 6.842 instead of 6.390.
+    Line ends become "\\n", as in Python's text mode and so in other tools' figures: with carriage
+    returns left in, a text of TinyStories has a perplexity of 6.842 instead of 6.390 (stories15M).
     """
     path = Path(path)
     if path.is_dir():

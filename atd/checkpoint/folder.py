@@ -1,12 +1,12 @@
-"""Writing a checkpoint so that nothing is lost: a partial folder beside the target, a journal, and one rename at the
-end.
+"""Writes a checkpoint so that nothing is lost: in a partial folder, which is renamed at the end.
 
-    .OUT.atd-partial/   shards, each written to a temporary name, fsynced and renamed; `journal.jsonl` with one line a
-                        finished unit; a lock
-    OUT                 appears whole, by rename; an existing OUT is moved aside first (`--overwrite`) and deleted last
+    .OUT.atd-partial/   shards, each written to a temporary name, fsynced and renamed;
+                        `journal.jsonl` with one line per finished unit; a lock
+    OUT                 appears whole, by rename; with `--overwrite` an existing OUT is moved aside
+                        first and deleted last
 
-A run that is killed leaves the partial folder; the next run with the same inputs takes up the units whose journal line
-and digest agree.
+A run that is killed leaves the partial folder; the next run with the same inputs takes up the units
+whose journal line and digest agree.
 """
 
 import fcntl
@@ -29,6 +29,7 @@ NodeReport = Mapping[str, Any]  # a row of report.json: node, type, weights, bit
 
 
 def partial_folder(target: Path) -> Path:
+    """Returns where a target is written until it is finished."""
     return target.parent / f".{target.name}.atd-partial"
 
 
@@ -37,7 +38,12 @@ def _replaced_folder(target: Path) -> Path:
 
 
 def check_target(target: Path, source: Path, overwrite: bool) -> None:
-    """Refuses a target that exists (or, with overwrite, is not a checkpoint that atd made), that is or holds the source, or cannot be written."""
+    """Raises BadInput for a target that cannot be written, and makes the folder that it lies in.
+
+    So it is where the target exists (with `overwrite`: is not a checkpoint that atd made), is or
+    holds the source or lies in it, or may not be written. A former output that a run moved aside
+    and did not replace is put back first.
+    """
     source, resolved = source.resolve(), target.resolve()
     if resolved == source or resolved in source.parents or source in resolved.parents:
         raise BadInput(
@@ -45,15 +51,14 @@ def check_target(target: Path, source: Path, overwrite: bool) -> None:
         )
     replaced = _replaced_folder(target)
     if replaced.exists() and not target.exists():
-        os.rename(
-            replaced, target
-        )  # a run was cut off between moving the old output aside and putting the new one in its place
+        os.rename(replaced, target)
     if os.path.lexists(target):
         if not overwrite:
             raise BadInput(f"{target} exists; choose another name, or replace it with --overwrite")
         if target.is_symlink() or not (target / MANIFEST).is_file():
             raise BadInput(
-                f"{target} is no checkpoint that atd made, so it is not overwritten; remove it yourself or choose another name"
+                f"{target} is no checkpoint that atd made, so it is not overwritten; "
+                "remove it yourself or choose another name"
             )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -67,32 +72,46 @@ def check_target(target: Path, source: Path, overwrite: bool) -> None:
 
 @contextmanager
 def open_partial(target: Path) -> Iterator[Path]:
-    """The partial folder of the target, made where there is none and locked against a second run."""
+    """Yields the target's partial folder, made where there is none, locked against a second run."""
     folder = partial_folder(target)
     with disk_errors(folder):
         folder.mkdir(exist_ok=True)
-        lock = (folder / LOCK).open("w")
-    with lock:
+        (folder / LOCK).touch()
+    with locked(folder / LOCK, target):
+        yield folder
+
+
+@contextmanager
+def locked(path: Path, target: Path) -> Iterator[None]:
+    """Locks a file or folder, so that no two runs write one target.
+
+    Raises BadInput where another run has the lock.
+    """
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BadInput(
                 f"another run is writing {target} now; wait for it or choose another name"
             ) from None
-        yield folder
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Refuses before the work what would fill the disk. `needed` in bytes."""
+    """Raises BadInput, before the work, where the disk has fewer than `needed` bytes free."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise BadInput(
-            f"{folder.parent}: the output needs {needed / 1e6:.1f} MB, the disk has {free / 1e6:.1f} MB free"
+            f"{folder.parent}: the output needs {needed / 1e6:.1f} MB, the disk has "
+            f"{free / 1e6:.1f} MB free; free some space or choose another folder"
         )
 
 
 def finish(target: Path, partial: Path, keep: Iterable[str]) -> None:
-    """Leaves in the partial folder the files `keep` alone, and gives it the target's name."""
+    """Deletes all but the files `keep` from the partial folder, and gives it the target's name."""
     keep = set(keep)
     with disk_errors(target):
         for path in partial.iterdir():

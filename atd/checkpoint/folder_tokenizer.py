@@ -21,9 +21,8 @@ def open_folder_tokenizer(folder: Path) -> Tokenizer:
     try:
         backend = tokenizers.Tokenizer.from_buffer(stored["tokenizer.json"])
     except Exception as error:  # the library raises bare Exception
-        raise BadInput(
-            f"{folder / 'tokenizer.json'}: is no tokenizer that the tokenizers library reads: {error}"
-        ) from None
+        file = folder / "tokenizer.json"
+        raise BadInput(f"{file}: the tokenizers library cannot read it: {error}") from None
     backend.no_truncation()
     backend.no_padding()
 
@@ -71,7 +70,7 @@ def _optional_json(file: Path) -> dict:
 
 
 def _special_tokens(*configs: dict) -> dict[str, str]:
-    """bos_token, eos_token, unk_token and pad_token as strings; the first config to have it counts."""
+    """The special tokens by key, as strings; the first config to have one counts."""
     special = {}
     for config in configs:
         for key in ("bos_token", "eos_token", "unk_token", "pad_token"):

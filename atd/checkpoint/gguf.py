@@ -1,8 +1,9 @@
-"""GGUF files as Hugging Face checkpoints: names, config and values in Hugging Face's conventions.
+"""Reads GGUF files as Hugging Face checkpoints: names, config and values in their conventions.
 
-Architectures: llama, qwen2. A quantized tensor is the float16 rounding of what `gguf.quants.dequantize` returns; F32,
-F16 and BF16 stay what they are. In the llama architecture the rows of q and k lie in interleaved pairs, those of
-(0, d/2, 1, d/2+1, ...) of each head; here they are put back in Hugging Face's halves.
+Architectures: llama, qwen2. A quantized tensor is what `gguf.quants.dequantize` returns, rounded to
+float16; F32, F16 and BF16 stay what they are. In the llama architecture the rows of q and k lie in
+interleaved pairs, (0, d/2, 1, d/2+1, ...) of each head; here they are put back in the halves of
+Hugging Face.
 """
 
 import math
@@ -39,7 +40,7 @@ _CHUNK = 1 << 24  # weights dequantized at a time: their float32 values take 64 
 
 
 def open_gguf(path: Path) -> tuple[dict, dict[str, StoredTensor]]:
-    """(config as in config.json, tensors by Hugging Face name).
+    """Reads a GGUF file: (config as in config.json, tensors by Hugging Face name).
 
     Raises BadInput for a file or a model that cannot be used.
     """
@@ -71,7 +72,7 @@ def open_gguf(path: Path) -> tuple[dict, dict[str, StoredTensor]]:
 
 
 def _hugging_face_name(name: str) -> str:
-    """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight; a name without counterpart stays."""
+    """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight; unknown names stay."""
     match = re.fullmatch(r"(?:blk\.(?P<layer>\d+)\.)?(?P<module>\w+)\.(?P<kind>weight|bias)", name)
     if match is None or match["module"] not in _MODULES:
         return name
@@ -79,13 +80,14 @@ def _hugging_face_name(name: str) -> str:
     return f"{prefix}{_MODULES[match['module']]}.{match['kind']}"
 
 
-# --- values -----------------------------------------------------------------------------------------------------------
+# --- values ---------------------------------------------------------------------------------------
 
 
 def _check_dequantizes(path: Path, entry: GGUFTensor) -> None:
     if entry.quantization not in PLAIN and not _dequantizes(entry.quantization):
         raise BadInput(
-            f"{path}: tensor {entry.name} is {entry.quantization.name}, which the package gguf does not dequantize"
+            f"{path}: tensor {entry.name} is {entry.quantization.name}, "
+            "which the package gguf does not dequantize"
         )
 
 
@@ -118,45 +120,52 @@ def _read(path: Path, entry: GGUFTensor) -> np.ndarray:
     if entry.quantization in PLAIN:
         return raw.view(DTYPES[_dtype(entry)]).reshape(entry.shape)
     inputs = entry.shape[-1]
-    raw = raw.reshape(math.prod(entry.shape[:-1]), -1)  # [rows, bytes a row]
+    raw = raw.reshape(math.prod(entry.shape[:-1]), -1)  # [rows, bytes per row]
     values = np.empty((raw.shape[0], inputs), np.float16)
     rows = max(1, _CHUNK // inputs)
     for row in range(0, raw.shape[0], rows):
-        with np.errstate(
-            over="ignore"
-        ):  # what float16 cannot hold becomes Inf, which the converter refuses by name
+        # What float16 cannot hold becomes Inf, which the converter refuses by name.
+        with np.errstate(over="ignore"):
             values[row : row + rows] = quants.dequantize(raw[row : row + rows], entry.quantization)
     return values.reshape(entry.shape)
 
 
 def halves(values: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of each head from llama.cpp's pairs, x0 y0 x1 y1 ..., to Hugging Face's halves, x0 x1 ... y0 y1 ..."""
+    """Reorders the rows of each head, llama.cpp's pairs x0 y0 x1 y1 ... to halves x0 x1 ... y0 y1.
+
+    Args:
+      values: [heads * head_dim, ...].
+      heads: their number.
+    """
     pairs = values.reshape(heads, values.shape[0] // heads // 2, 2, *values.shape[1:])
     return pairs.swapaxes(1, 2).reshape(values.shape)
 
 
-# --- config -----------------------------------------------------------------------------------------------------------
+# --- config ---------------------------------------------------------------------------------------
 
 
 def _config(path: Path, metadata: dict[str, Any], entries: dict[str, GGUFTensor]) -> dict:
     architecture = metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
         raise BadInput(
-            f"{path}: the GGUF architecture {architecture!r} is not supported; supported: {', '.join(ARCHITECTURES)}"
+            f"{path}: the GGUF architecture {architecture!r} is not supported; "
+            f"supported: {', '.join(ARCHITECTURES)}"
         )
     if metadata.get("split.count", 1) > 1:
         raise BadInput(
-            f"{path}: one part of a split GGUF file; join the parts with llama-gguf-split --merge first"
+            f"{path}: one part of a split GGUF file; "
+            "join the parts with llama-gguf-split --merge first"
         )
 
     def get(key: str, default=None) -> Any:
         value = metadata.get(f"{architecture}.{key}", default)
         if value is None:
             raise BadInput(f"{path}: its metadata has no {architecture}.{key}")
-        if isinstance(value, list):  # one value a layer
+        if isinstance(value, list):  # one value per layer
             if len(set(value)) != 1:
                 raise BadInput(
-                    f"{path}: {architecture}.{key} differs between layers ({value}), which is not supported"
+                    f"{path}: {architecture}.{key} differs between layers ({value}), "
+                    "which is not supported"
                 )
             value = value[0]
         # 9.999999747378752e-06 is the float32 of 1e-05: keep the short one
@@ -166,7 +175,8 @@ def _config(path: Path, metadata: dict[str, Any], entries: dict[str, GGUFTensor]
         raise BadInput(f"{path}: it has no tensor token_embd.weight")
     if get("expert_count", 0):
         raise BadInput(
-            f"{path}: a mixture of {get('expert_count')} experts, which is not supported; dense models are"
+            f"{path}: a mixture of {get('expert_count')} experts, which is not supported; "
+            "dense models are"
         )
     heads, hidden = get("attention.head_count"), get("embedding_length")
     head_dim = get("attention.key_length", hidden // heads)
@@ -214,7 +224,7 @@ def _rope_scaling(
     head_dim: int,
 ) -> dict | None:
     kind = get("rope.scaling.type", "none")
-    legacy = get("rope.scale_linear", 1.0)  # files from before rope.scaling.*
+    legacy = get("rope.scale_linear", 1.0)  # in files that have no rope.scaling.*
     factor = get("rope.scaling.factor", legacy)
     if kind not in ("none", "linear"):
         raise BadInput(
@@ -236,8 +246,8 @@ def _llama3_scaling(
 ) -> dict:
     """The `llama3` rope scaling that the divisors of the frequencies [head_dim/2] come from.
 
-    With c = original context / wavelength and Meta's low and high factors of 1 and 4: 1/divisor = (1 - s)/factor + s,
-    where s = (c - 1)/(4 - 1), cut to 0..1. Raises BadInput for other divisors.
+    With c = original context / wavelength and Meta's low and high factors of 1 and 4: 1/divisor =
+    (1 - s)/factor + s, where s = (c - 1)/(4 - 1), cut to 0..1. Raises BadInput for other divisors.
     """
     low, high = 1.0, 4.0
     factor = float(np.max(divisors)) if divisors.size else 1.0

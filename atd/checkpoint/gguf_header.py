@@ -1,9 +1,11 @@
-"""The header of a GGUF file: its metadata, and where each tensor lies.
+"""Reads the header of a GGUF file: its metadata, and where each tensor lies.
 
-    metadata, tensors = read_header(path)      {"general.architecture": "llama", ...}, {"token_embd.weight": ..., ...}
+    metadata, tensors = read_header(path)
+    metadata["general.architecture"], tensors["token_embd.weight"].shape
 
-Parsed here, not by `gguf.GGUFReader`: that one makes an array of every token and merge, which takes 3 s for a vocabulary
-of 49152, where this takes 0.04 s. The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+`gguf.GGUFReader` makes an array of every token and merge, which takes 3 s for a vocabulary of
+49152; this parser takes 0.04 s. The format:
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import math
@@ -18,41 +20,31 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from atd.checkpoint.files import read_bytes
 from atd.errors import BadInput
 
-PLAIN = {
-    GGMLQuantizationType[name.upper()]: name for name in ("f32", "f16", "bf16", "f64")
-}  # stored as they are
-_CODES = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}  # type -> struct's
+# Stored as they are.
+PLAIN = {GGMLQuantizationType[name.upper()]: name for name in ("f32", "f16", "bf16", "f64")}
+# Type of a metadata value -> code of struct.
+_CODES: dict[int, str] = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
 
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """A tensor in a GGUF file; `shape` is numpy's, [rows, inputs] of a matrix (the file has it the other way round)."""
+    """A tensor in a GGUF file."""
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # numpy's, [rows, inputs] of a matrix; the file has it in reverse
     quantization: GGMLQuantizationType
     offset: int  # in the file
     nbytes: int
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
-    """(metadata, tensors by name). Every tensor lies within the file, in whole rows of blocks.
+    """Reads the header of a GGUF file: (metadata, tensors by name).
 
-    Metadata values are int, float, bool, str or lists of one of them. Raises BadInput for a file that is absent,
-    truncated or damaged.
+    Metadata values are int, float, bool, str or lists of one of them. Every tensor lies within the
+    file, in whole rows of blocks.
+
+    Raises BadInput for a file that is absent, truncated or damaged.
     """
     if read_bytes(path, 0, 4) != b"GGUF":
         raise BadInput(f"{path}: not a whole GGUF file: it does not start with 'GGUF'")
@@ -66,7 +58,8 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
             ) from None
         except (KeyError, UnicodeDecodeError) as error:
             raise BadInput(
-                f"{path}: not a whole GGUF file: unknown value {error} in its header; download it again"
+                f"{path}: not a whole GGUF file: unknown value {error} in its header; "
+                "download it again"
             ) from None
 
 
@@ -75,7 +68,8 @@ def _parse(path: Path, data: mmap.mmap) -> tuple[dict[str, Any], dict[str, GGUFT
     version = cursor.number("I")
     if version not in (2, 3):
         raise BadInput(
-            f"{path}: GGUF version {version} (or a big-endian file); little-endian versions 2 and 3 are read"
+            f"{path}: GGUF version {version} (or a big-endian file); "
+            "little-endian versions 2 and 3 are read"
         )
     tensor_count, key_count = cursor.numbers("Q", 2)
     metadata = {}
@@ -86,7 +80,7 @@ def _parse(path: Path, data: mmap.mmap) -> tuple[dict[str, Any], dict[str, GGUFT
     for _ in range(tensor_count):
         name = cursor.string()
         if name in found:
-            raise BadInput(f"{path}: tensor {name} stands there twice")
+            raise BadInput(f"{path}: it has tensor {name} twice")
         shape = tuple(reversed(cursor.numbers("Q", cursor.number("I"))))
         found[name] = (shape, cursor.number("I"), cursor.number("Q"))
     alignment = metadata.get("general.alignment", 32) or 32
@@ -99,7 +93,7 @@ def _parse(path: Path, data: mmap.mmap) -> tuple[dict[str, Any], dict[str, GGUFT
 
 
 class _Cursor:
-    """Reads values one after the other; struct.error past the end."""
+    """Reads values one after the other; raises struct.error past the end."""
 
     def __init__(self, data: mmap.mmap, offset: int):
         self.data, self.offset = data, offset
@@ -117,7 +111,7 @@ class _Cursor:
         return self.strings(1)[0]
 
     def strings(self, count: int) -> list[str]:
-        """One after the other, each after its length in bytes. There are hundreds of thousands, hence no call for each."""
+        """Strings, each behind its length in bytes; one loop, as there may be 100,000 of them."""
         length, data, size = struct.Struct("<Q").unpack_from, self.data, len(self.data)
         found, end = [], self.offset
         for _ in range(count):
@@ -142,12 +136,13 @@ class _Cursor:
 def _tensor(
     path: Path, name: str, shape: tuple[int, ...], kind: int, offset: int, start: int, size: int
 ) -> GGUFTensor:
-    """Of the header's values for it, in a file of `size` bytes whose data begin at `start`."""
+    """The tensor that a header describes, in a file of `size` bytes whose data begin at `start`."""
     try:
         quantization = GGMLQuantizationType(kind)
     except ValueError:
         raise BadInput(
-            f"{path}: tensor {name} has the quantization type {kind}, which the package gguf does not know"
+            f"{path}: tensor {name} has the quantization type {kind}, "
+            "which the package gguf does not know"
         ) from None
     block, block_bytes = GGML_QUANT_SIZES[quantization]
     if not shape or shape[-1] % block:

@@ -1,8 +1,9 @@
-"""The tokenizer of a GGUF file, rebuilt from its metadata.
+"""Rebuilds the tokenizer of a GGUF file from its metadata.
 
-A GGUF file stores vocabulary, merges (or scores) and the *name* of its pre-tokenizer, not the tokenizer.
-`tokenizer.ggml.model = gpt2` is byte-level BPE, whose split of the text into words `tokenizer.ggml.pre` names; `llama`
-is SentencePiece BPE with byte fallback, whose merges follow from the scores.
+A GGUF file stores vocabulary, merges (or scores) and the *name* of its pre-tokenizer, not the
+tokenizer. `tokenizer.ggml.model = gpt2` is byte-level BPE, and `tokenizer.ggml.pre` names how it
+splits text into words; `llama` is SentencePiece BPE with byte fallback, whose merges follow from
+the scores.
 """
 
 import json
@@ -22,7 +23,10 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # gguf.TokenType
 
 
 def open_gguf_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a GGUF file. Raises BadInput for a damaged file and for a tokenizer it does not know."""
+    """Reads the tokenizer of a GGUF file.
+
+    Raises BadInput for a damaged file and a tokenizer of an unknown kind.
+    """
     header, _ = read_header(path)
     metadata = {
         key.removeprefix("tokenizer.ggml.").removeprefix("tokenizer."): value
@@ -33,12 +37,13 @@ def open_gguf_tokenizer(path: Path) -> Tokenizer:
         return _rebuild(path, metadata)
     except BadInput:
         raise
-    except Exception as error:  # the tokenizers library raises bare Exception; values of a wrong type fail anywhere
+    # The tokenizers library raises bare Exception, and values of a wrong type fail anywhere.
+    except Exception as error:
         raise BadInput(f"{path}: its vocabulary and merges make no tokenizer: {error}") from None
 
 
 def _rebuild(path: Path, metadata: dict) -> Tokenizer:
-    """From `metadata`: tokenizer.ggml.* without that prefix, and chat_template."""
+    """Builds the tokenizer that `metadata` describes: tokenizer.ggml.* without that prefix."""
     model = metadata.get("model")
     if model not in ("gpt2", "llama"):
         found = f"tokenizer.ggml.model = {model!r}" if model else "no tokenizer.ggml.model"
@@ -127,9 +132,9 @@ def _json_bytes(value: dict) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-# --- byte-level BPE ---------------------------------------------------------------------------------------------------
+# --- byte-level BPE -------------------------------------------------------------------------------
 
-# The word patterns of the published tokenizer.json files.
+# How the published tokenizer.json files split text into words.
 _LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -142,7 +147,8 @@ def _gpt2() -> pre_tokenizers.PreTokenizer:
 
 
 def _smollm() -> pre_tokenizers.PreTokenizer:
-    # Digits first, as SmolLM2's tokenizer.json and llama.cpp have it: it decides how blanks before a number are joined.
+    # Digits first, as SmolLM2's tokenizer.json and llama.cpp have it: it decides on how blanks in
+    # front of a number are joined.
     return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()])
 
 
@@ -178,12 +184,13 @@ _PRE = {
 
 
 def _byte_level(path: Path, metadata: dict, tokens: list[str]) -> tuple[tokenizers.Tokenizer, bool]:
-    """(the tokenizer without its special tokens, whether BOS goes in front unless the file says otherwise)."""
+    """(tokenizer without its special tokens, whether BOS goes in front by default)."""
     name = metadata.get("pre", "default")
     if name not in _PRE:
         known = ", ".join(sorted(_PRE))
         raise BadInput(
-            f"{path}: tokenizer.ggml.pre = {name!r} is not known, only {known}; use the model's Hugging Face folder"
+            f"{path}: tokenizer.ggml.pre = {name!r} is not known, only {known}; "
+            "use the model's Hugging Face folder"
         )
     if not isinstance(metadata.get("merges"), list):
         raise BadInput(f"{path}: tokenizer.ggml.merges is absent; byte-level BPE needs it")
@@ -201,16 +208,17 @@ def _byte_level(path: Path, metadata: dict, tokens: list[str]) -> tuple[tokenize
     return backend, pre.adds_bos
 
 
-# --- SentencePiece BPE ------------------------------------------------------------------------------------------------
+# --- SentencePiece BPE ----------------------------------------------------------------------------
 
 
 def _sentencepiece(
     path: Path, metadata: dict, tokens: list[str], types: list[int], unknown: str
 ) -> tuple[tokenizers.Tokenizer, bool]:
-    """(the tokenizer without its special tokens, whether BOS goes in front unless the file says otherwise)."""
+    """(tokenizer without its special tokens, whether BOS goes in front by default)."""
     if not isinstance(metadata.get("scores"), list) or len(metadata["scores"]) != len(tokens):
         raise BadInput(
-            f"{path}: tokenizer.ggml.scores does not give one score to each of the {len(tokens)} tokens"
+            f"{path}: tokenizer.ggml.scores does not give one score to each of the "
+            f"{len(tokens)} tokens"
         )
     merges = merges_of_scores(tokens, metadata["scores"], types)
     vocabulary = {t: i for i, t in enumerate(tokens)}
@@ -231,10 +239,11 @@ def _sentencepiece(
 def merges_of_scores(
     tokens: list[str], scores: list[float], types: list[int]
 ) -> list[tuple[str, str]]:
-    """Every split of a token in two tokens, best score first: SentencePiece joins what scores highest.
+    """Returns every split of a token in two tokens, best score first.
 
-    Equal scores go by id, as in the tokenizer.json published with Llama 2. Control, unknown and byte tokens never arise
-    from text.
+    SentencePiece joins the pair of tokens whose union scores highest. Equal scores go by id, as in
+    the tokenizer.json published with Llama 2. Control, unknown and byte tokens never arise from
+    text.
     """
     ids = {
         t: i

@@ -1,4 +1,4 @@
-"""The journal of a partial folder: one line for each finished unit, so that a run that was cut off can go on."""
+"""Keeps the journal of a partial folder: one line for each finished unit, to go on from."""
 
 import json
 import os
@@ -12,18 +12,18 @@ JOURNAL = "journal.jsonl"
 
 @dataclass(frozen=True)
 class JournalEntry:
-    """A finished unit: what it was made from (key), the shard and its digest, the digests of its tensors, its rows of the report."""
+    """A finished unit."""
 
     unit: str
-    key: str
-    shard: str
-    sha256: str
-    tensors: dict[str, str]
-    report: list[dict]
+    key: str  # a hash of what it was made from
+    shard: str  # file name
+    sha256: str  # of the shard
+    tensors: dict[str, str]  # name -> sha256
+    report: list[dict]  # its rows of report.json
 
 
 def read_journal(folder: Path) -> dict[str, JournalEntry]:
-    """The entries by shard, the last of each; a line that was cut off is no entry."""
+    """Reads the entries by shard, the last of each; a line that was cut off is no entry."""
     entries: dict[str, JournalEntry] = {}
     path = folder / JOURNAL
     for line in path.read_text().splitlines() if path.exists() else ():
@@ -36,6 +36,7 @@ def read_journal(folder: Path) -> dict[str, JournalEntry]:
 
 
 def append_journal(folder: Path, entry: JournalEntry) -> None:
+    """Writes an entry behind the others, and has the disk keep it."""
     with disk_errors(folder), (folder / JOURNAL).open("a") as file:
         file.write("\n" if file.tell() and not _ends_with_newline(folder / JOURNAL) else "")
         file.write(json.dumps(asdict(entry)) + "\n")

@@ -1,7 +1,8 @@
-"""Reading checkpoints: what tensors there are, known from the headers alone, and their data one tensor at a time.
+"""Reads checkpoints and their tokenizers: headers first, then the data one tensor at a time.
 
-A checkpoint is a Hugging Face folder (config.json with model.safetensors, or with model.safetensors.index.json and its
-shards), or one GGUF file (`atd.checkpoint.gguf`), which is presented in Hugging Face's names and config.
+A checkpoint is a Hugging Face folder (config.json with model.safetensors, or with
+model.safetensors.index.json and its shards), or one GGUF file (`atd.checkpoint.gguf`), which is
+presented in Hugging Face's names and config.
 """
 
 import os
@@ -21,21 +22,22 @@ from atd.errors import BadInput
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model: `config` in the form of Hugging Face's config.json, `tensors` by name. `read` alone reads data."""
+    """A model whose headers were read. `read` reads data."""
 
     path: Path
-    config: dict = field(repr=False)
-    tensors: dict[str, StoredTensor] = field(repr=False)
+    config: dict = field(repr=False)  # in the form of Hugging Face's config.json
+    tensors: dict[str, StoredTensor] = field(repr=False)  # by name
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor's data. Raises BadInput when the file cannot be read any more."""
+        """Reads the data of a tensor. Raises BadInput where the file cannot be read any more."""
         return self.tensors[name].load()
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """The checkpoint at `path`, a Hugging Face folder or a .gguf file; reads headers alone.
+    """Opens a Hugging Face folder or a .gguf file; reads headers alone.
 
-    Raises BadInput, naming file and tensor, for what is absent, unreadable, malformed or incomplete.
+    Raises BadInput, naming file and tensor, for what is absent, unreadable, malformed or
+    incomplete.
     """
     path = Path(path)
     if is_gguf(path):
@@ -45,18 +47,20 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def is_gguf(path: Path) -> bool:
+    """Whether the path names a GGUF file."""
     return path.suffix == ".gguf" and not path.is_dir()
 
 
 def read_config(folder: Path) -> dict:
-    """config.json of a Hugging Face folder. Raises BadInput when there is none."""
+    """Reads config.json of a Hugging Face folder. Raises BadInput where there is none."""
     if not path_exists(folder):
         raise BadInput(
             f"{folder}: no such file or folder; expected a Hugging Face folder or a .gguf file"
         )
     if not folder.is_dir():
         raise BadInput(
-            f"{folder}: not a checkpoint; expected a Hugging Face folder (config.json and {SINGLE}) or a .gguf file"
+            f"{folder}: not a checkpoint; expected a Hugging Face folder "
+            f"(config.json and {SINGLE}) or a .gguf file"
         )
     if not path_exists(folder / "config.json"):
         raise BadInput(f"{folder}: not a checkpoint: it has no config.json")
@@ -64,7 +68,10 @@ def read_config(folder: Path) -> dict:
 
 
 def open_tokenizer(path: str | os.PathLike) -> Tokenizer:
-    """The tokenizer of a Hugging Face folder or of a .gguf file. Raises BadInput if there is none it knows."""
+    """Reads the tokenizer of a Hugging Face folder or of a .gguf file.
+
+    Raises BadInput where there is none, or one of an unknown kind.
+    """
     path = Path(path)
     if path.is_dir():
         return open_folder_tokenizer(path)
@@ -74,6 +81,7 @@ def open_tokenizer(path: str | os.PathLike) -> Tokenizer:
         )
     if path.suffix != ".gguf":
         raise BadInput(
-            f"{path}: a tokenizer is read from a Hugging Face folder or a .gguf file, and this is neither"
+            f"{path}: a tokenizer is read from a Hugging Face folder or a .gguf file, "
+            "and this is neither"
         )
     return open_gguf_tokenizer(path)

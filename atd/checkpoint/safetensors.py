@@ -1,4 +1,4 @@
-"""The tensors of a Hugging Face folder: one safetensors file, or an index and its shards."""
+"""Reads the tensors of a Hugging Face folder: one safetensors file, or an index and its shards."""
 
 import struct
 from collections.abc import Callable
@@ -20,6 +20,10 @@ def shard_name(i: int, count: int) -> str:
 
 
 def folder_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Reads the headers of a folder's safetensors files: name -> tensor.
+
+    Raises BadInput for files that are absent, damaged or contradict their index.
+    """
     if path_exists(folder / SINGLE):
         return _file_tensors(folder / SINGLE)
     if not path_exists(folder / INDEX):
@@ -49,8 +53,8 @@ def folder_tensors(folder: Path) -> dict[str, StoredTensor]:
         name = lacking[0]
         more = f" (and {len(lacking) - 1} more such tensors)" if lacking[1:] else ""
         raise BadInput(
-            f"{folder / INDEX}: tensor {name} is said to be in {weight_map[name]}, but is not there{more}; "
-            f"download it again"
+            f"{folder / INDEX}: tensor {name} is said to be in {weight_map[name]}, "
+            f"but is not there{more}; download it again"
         )
     return tensors
 
@@ -66,20 +70,22 @@ def _weight_map(index: Path) -> dict[str, str]:
             f"{index}: malformed: expected an object 'weight_map' of tensor name to file name"
         )
     for shard in sorted(set(weight_map.values())):
-        # The name alone is checked: in a hub cache the files themselves are links out of the folder.
+        # Only the name is checked: in a hub cache the files themselves are links out of the folder.
         if shard in ("", ".", "..") or any(char in shard for char in "/\\\0:"):
             raise BadInput(
-                f"{index}: the shard name {shard!r} points outside the folder; expected a plain file name"
+                f"{index}: the shard name {shard!r} points outside the folder; "
+                "expected a plain file name"
             )
     return weight_map
 
 
 def _file_tensors(file: Path) -> dict[str, StoredTensor]:
-    """name -> StoredTensor of one safetensors file: 8 bytes header length, the header in JSON, the data."""
+    """The tensors of one file: the length of the header in 8 bytes, the header in JSON, data."""
     start, header, status = _header(file)
     tensors = {}
     for name, entry in header.items():
-        source = f"{file.name} {status.st_size} {status.st_mtime_ns} {name}@{start + entry['data_offsets'][0]}"
+        at = f"{name}@{start + entry['data_offsets'][0]}"
+        source = f"{file.name} {status.st_size} {status.st_mtime_ns} {at}"
         tensors[name] = StoredTensor(
             name, tuple(entry["shape"]), entry["dtype"].lower(), source, _loader(file, name)
         )
@@ -87,7 +93,10 @@ def _file_tensors(file: Path) -> dict[str, StoredTensor]:
 
 
 def _header(file: Path):
-    """(where the data starts, header without its metadata, stat of the file), validated by safetensors itself."""
+    """(where the data starts, header without its metadata, stat of the file).
+
+    The library safetensors itself validates the header.
+    """
     prefix = read_bytes(file, 0, 8)
     status = file.stat()
     if len(prefix) < 8:

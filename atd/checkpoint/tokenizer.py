@@ -1,10 +1,10 @@
-"""Tokenizers: text to token ids and back, of a Hugging Face folder or out of a GGUF file (`atd.checkpoint.gguf_tokenizer`).
+"""Turns text into token ids and back.
 
-    tokenizer = open_tokenizer("models/stories15M")      folder with tokenizer.json
-    tokenizer = open_tokenizer("SmolLM2.Q4_1.gguf")      rebuilt from its metadata
-    ids = tokenizer.encode("Once upon a time", bos=True) int32 [n]
+    tokenizer = open_tokenizer("models/stories15M")        # a folder with tokenizer.json
+    tokenizer = open_tokenizer("SmolLM2.Q4_1.gguf")        # rebuilt from its metadata
+    ids = tokenizer.encode("Once upon a time", bos=True)   # int32 [n]
 
-`Tokenizer.files()` is what a converted checkpoint needs to keep its tokenizer.
+`open_tokenizer` is in `atd.checkpoint.reader`.
 """
 
 import json
@@ -32,26 +32,27 @@ FILES = (
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Text to ids and back."""
+    """The tokenizer of a model: text to ids and back."""
 
     backend: tokenizers.Tokenizer = field(repr=False)
     bos_id: int | None  # None: there is no such token
     eos_ids: tuple[int, ...]  # generation ends at any of these
     adds_bos: bool  # the model is used to BOS in front (`encode` adds it only when asked)
     chat_template: str | None = field(repr=False)
-    special: dict[str, str] = field(
-        repr=False
-    )  # "bos_token" -> "<s>", ...: what chat templates see
+    special: dict[str, str] = field(repr=False)  # what chat templates see: "bos_token" -> "<s>"
     stored: dict[str, bytes] = field(repr=False)  # file name -> content
     name: str  # of the folder or file, for messages
 
     @property
     def vocabulary_size(self) -> int:
-        """Number of tokens, special ones included. A model's embedding may have more rows, for padding."""
+        """The number of tokens, special ones too; an embedding may have more rows, for padding."""
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, bos: bool = False) -> np.ndarray:
-        """Token ids int32 [n] of the text; with `bos`, BOS in front. Special tokens in the text get their ids."""
+        """Returns the token ids int32 [n] of a text; with `bos`, BOS in front.
+
+        Special tokens in the text get their ids. Raises BadInput for `bos` where there is none.
+        """
         ids = self.backend.encode(text, add_special_tokens=False).ids
         if bos:
             if self.bos_id is None:
@@ -60,18 +61,25 @@ class Tokenizer:
         return np.asarray(ids, np.int32)
 
     def decode(self, ids: Iterable[int], special: bool = False) -> str:
-        """The text of the ids; special tokens are left out unless `special`."""
+        """Returns the text of the ids; special tokens are left out unless `special`."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=not special)
 
     def apply_chat(self, messages: Sequence[dict], add_generation_prompt: bool = True) -> str:
-        """The text of a conversation, `[{"role": "user", "content": "..."}, ...]`, by the model's own template.
+        """Returns the text of a conversation in the model's own chat template.
 
-        Templates run in Jinja2's sandbox and see what transformers gives them: messages, tools and documents (None),
-        the special tokens, raise_exception, strftime_now, tojson.
+        Templates run in Jinja2's sandbox and see what transformers gives them: messages, tools and
+        documents (None), the special tokens, raise_exception, strftime_now, tojson.
+
+        Args:
+          messages: `[{"role": "user", "content": "..."}, ...]`.
+          add_generation_prompt: ends the text where the model is to answer.
+
+        Raises BadInput where there is no template, or it refuses the conversation.
         """
         if self.chat_template is None:
             raise BadInput(
-                f"{self.name}: the model has no chat template; give it plain text (it is a base model, most likely)"
+                f"{self.name}: the model has no chat template; "
+                "give it plain text (it is a base model, most likely)"
             )
         try:
             return _compile_template(self.chat_template).render(
@@ -87,15 +95,15 @@ class Tokenizer:
             ) from None
 
     def files(self) -> dict[str, bytes]:
-        """File name -> content: what gives a checkpoint's folder the same tokenizer. A folder's own stay as is."""
+        """Returns what gives a converted checkpoint the same tokenizer: file name -> content."""
         return dict(self.stored)
 
 
-# --- chat templates ---------------------------------------------------------------------------------------------------
+# --- chat templates -------------------------------------------------------------------------------
 
 
 def _compile_template(text: str) -> jinja2.Template:
-    """The environment that transformers renders chat templates in; they are untrusted code, hence the sandbox."""
+    """Compiles a template as transformers does; sandboxed, for it is untrusted code."""
 
     def raise_exception(message: str):
         raise jinja2.TemplateError(message)

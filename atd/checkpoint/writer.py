@@ -1,4 +1,4 @@
-"""Writing files whole or not at all: safetensors shards one weight at a time, and the digests of what was written."""
+"""Writes files whole or not at all, shards of weights one at a time, and digests them."""
 
 import errno
 import hashlib
@@ -30,31 +30,34 @@ _SAFETENSORS_DTYPES = {
 
 
 def digest(array) -> str:
-    """sha256 of the array's bytes in row-major order."""
+    """Returns the sha256 of an array's bytes in row-major order."""
     return hashlib.sha256(
         memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
     ).hexdigest()
 
 
 def file_digest(path: Path) -> str:
+    """Returns the sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
+    """Turns an OSError into RunFailed with the path and the way out."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise RunFailed(
-                f"{path}: the disk is full. What is finished is kept: free some space and run the same command again"
+                f"{path}: the disk is full. What is finished is kept: "
+                "free some space and run the same command again"
             ) from error
         raise RunFailed(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def write_file(path: Path, content: bytes | str) -> None:
-    """Whole or not at all: a temporary name, fsync, rename."""
+    """Writes a file whole or not at all: under a temporary name, then fsync, then rename."""
     temporary = path.with_name(f"{path.name}.tmp")
     with disk_errors(path):
         with temporary.open("wb") as file:
@@ -70,11 +73,13 @@ def write_json(path: Path, value: object) -> None:
 
 
 def sync_file(file) -> None:
+    """Has the disk keep what was written to an open file."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
+    """Has the disk keep the names in a folder."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -83,18 +88,17 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_shard(path: Path, refs: Iterable[WeightRef]) -> dict[str, str]:
-    """Loads the weights one after the other and writes them as a safetensors file; returns the digest of each stored
-    tensor.
+    """Writes weights as a safetensors file, one after the other; returns tensor name -> sha256.
 
-    The header needs types alone, so no more than one weight is in memory (safetensors' own writer holds a whole file).
+    The header needs types alone, so only one weight is in memory at a time; the writer of the
+    library safetensors holds a whole file.
     """
     refs = list(refs)
     fields = [field for ref in refs for field in stored(ref.tensor, ref.type).values()]
     header: dict[str, Any] = {"__metadata__": {"format": "pt", "producer": "atd"}}
     offset = 0
-    for name, shape, dtype in sorted(
-        fields, key=lambda f: (-f[2].itemsize, f[0])
-    ):  # wide dtypes in front: every tensor stays aligned
+    # Wide dtypes in front keep every tensor aligned.
+    for name, shape, dtype in sorted(fields, key=lambda f: (-f[2].itemsize, f[0])):
         end = offset + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         header[name] = {
             "dtype": _SAFETENSORS_DTYPES[dtype.name],
@@ -113,9 +117,8 @@ def write_shard(path: Path, refs: Iterable[WeightRef]) -> dict[str, str]:
         for ref in refs:
             weight = ref.load()
             for field, (name, shape, dtype) in stored(ref.tensor, ref.type).items():
-                array = np.ascontiguousarray(getattr(weight, field)).reshape(
-                    shape
-                )  # (0-d arrays become 1-d above)
+                # ascontiguousarray makes 1-d arrays of 0-d ones.
+                array = np.ascontiguousarray(getattr(weight, field)).reshape(shape)
                 if array.dtype != dtype:
                     raise RunFailed(f"{name}: its type says {dtype}, its data is {array.dtype}")
                 digests[name] = digest(array)
@@ -139,7 +142,7 @@ def _write_at(file, position: int, content) -> None:
 
 
 def written(unit: Block, shard: Path) -> Block:
-    """The unit with its weights as they lie in a shard that `write_shard` wrote."""
+    """Returns the unit with its weights as they lie in a shard that `write_shard` wrote."""
 
     def from_shard(ref: WeightRef) -> WeightRef:
         def load():
@@ -155,5 +158,5 @@ def written(unit: Block, shard: Path) -> Block:
 
 
 def is_intact(path: Path, sha256: str) -> bool:
-    """The file is there and has this digest."""
+    """Whether the file is there and has this digest."""
     return path.is_file() and file_digest(path) == sha256

@@ -27,8 +27,8 @@ def demo(
 
     Args:
         out: Folder for the converted model and the picture; a former demo there is replaced.
-        recipe: The recipe to convert with: datafree2, datafree3, greedy3, adaptive and so on, or the
-            path of a .toml file.
+        recipe: The recipe to convert with: datafree2, datafree3, greedy3, adaptive and so on, or
+            the path of a .toml file.
         data: A UTF-8 text to evaluate on; by default the help topics of Python, which are on every
             machine.
         tokens: The number of tokens of the text to evaluate on.
@@ -76,7 +76,8 @@ def convert(
             write; by default what the recipe says.
         bits: The average bits per weight of the decoder's linears, scales and padding included;
             embedding and head stay dense.
-        budget: The size of the whole checkpoint, embedding and head included, such as 3.9GB or 75MB.
+        budget: The size of the whole checkpoint, embedding and head included, such as 3.9GB or
+            75MB.
     """
     from dataclasses import replace
 

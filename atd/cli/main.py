@@ -67,7 +67,7 @@ def main(prefix: tuple[str, ...] = ()) -> None:
 
 
 def _for_people(error: Exception) -> AtdError | None:
-    """The error in words for people; None where it is a fault of ours, whose traceback is wanted."""
+    """The error in words for people; None for a fault of atd, whose traceback is wanted."""
     if isinstance(error, AtdError):
         return error
     if isinstance(error, OSError):

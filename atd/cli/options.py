@@ -46,8 +46,8 @@ Calib = Annotated[
     UseAppendAction[tuple[str, ...]],
     tyro.conf.arg(
         metavar="TEXT",
-        help="A UTF-8 text to calibrate on, or self: text that the model writes. By default what the "
-        "recipe says, which is self unless it names files. Give the option again to mix several.",
+        help="A UTF-8 text to calibrate on, or self: text that the model writes. By default what "
+        "the recipe says, which is self unless it names files. Give it again to mix several.",
     ),
 ]
 Json = Annotated[

@@ -39,8 +39,8 @@ def evaluate(
         data: A UTF-8 text.
         against: The dense model to compare with.
         bos: Put the begin-of-sequence token in front of each window, as one of its tokens.
-        convention: standard scores whole windows; llama.cpp scores only the second half of each, BOS
-            in front, as llama-perplexity does.
+        convention: standard scores whole windows; llama.cpp scores only the second half of each,
+            BOS in front, as llama-perplexity does.
         batch: The number of windows that run together.
     """
     from functools import partial
@@ -169,21 +169,21 @@ def bench(
 ) -> None:
     """Measure the speed and memory of a model, or tune the kernels for this GPU.
 
-    `atd bench OUT --against MODEL` compares a converted model with the one it was made from: time to
-    first token, tokens per second, peak memory. Figures are medians, and the models take turns.
+    `atd bench OUT --against MODEL` compares a converted model with the one it was made from: time
+    to first token, tokens per second, peak memory. Figures are medians, and the models take turns.
     `atd bench --tune` measures kernel settings on the GPU of this machine and keeps the fastest for
     all later runs.
 
     Args:
         model: The model to measure; not needed with --tune.
         against: The dense model to compare with.
-        dtype: The dtype of dense matrices and of the cache; by default bfloat16 on a GPU and float32
-            on a CPU.
+        dtype: The dtype of dense matrices and of the cache; by default bfloat16 on a GPU and
+            float32 on a CPU.
         prompt: The number of tokens of the prompt.
         steps: The number of tokens to decode after it, one sequence, greedy.
         repeats: How many times each model is measured.
-        one_jit: Also decode in one compiled loop, to see what the calls from the host cost. It takes
-            a while to compile.
+        one_jit: Also decode in one compiled loop, to see what the calls from the host cost. It
+            takes a while to compile.
         tune: Search for the fastest kernel settings of this GPU and keep them.
         minutes: The time limit of --tune in minutes. What was left out is listed, and a run with
             more minutes does it.

@@ -53,10 +53,10 @@ def allocation_rows(
 
 
 def allocation_table(rows: Sequence[NodeReport]) -> Table:
-    """Shows N of each matrix, blocks by kinds of linears, and bits, size and predicted KL per block.
+    """Shows N of each matrix, blocks by kinds of linears; bits, size and predicted KL per block.
 
-    Where the matrices differ in their scales, kind and group size of these stand behind N. Embedding
-    and head follow, and the whole model last.
+    Where the matrices differ in their scales, kind and group size of these stand behind N.
+    Embedding and head follow, and the whole model last.
 
     Args:
       rows: of report.json; those without a predicted KL were not decided on and are left out.

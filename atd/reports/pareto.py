@@ -38,8 +38,8 @@ class Mark:
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
     """Returns the indices of the (bits, KL) on the Pareto front, by rising bits.
 
-    A point is on it if no other is as good in both figures and better in one. Equal points are on it
-    together; a KL that is no finite number never is.
+    A point is on it if no other is as good in both figures and better in one. Equal points are on
+    it together; a KL that is no finite number never is.
     """
     finite = [i for i, (bits, kl) in enumerate(points) if math.isfinite(bits) and math.isfinite(kl)]
 
@@ -68,8 +68,8 @@ def pareto_figure(panels: Mapping[str, Sequence[Mark]], note: str = "") -> Any:
       panels: title -> marks.
       note: stands below, to say what the labels mean.
 
-    Returns a matplotlib Figure. Raises BadInput where matplotlib is missing or a panel has no finite
-    KL.
+    Returns a matplotlib Figure. Raises BadInput where matplotlib is missing or a panel has no
+    finite KL.
     """
     shown = {
         title: [mark for mark in marks if math.isfinite(mark.kl)] for title, marks in panels.items()
@@ -161,7 +161,8 @@ def _label(
         best = None
         for distance in _DISTANCES:
             for angle in (45, 0, 315, 135, 180, 225, 90, 270, 22, 338, 158, 202, 68, 112, 248, 292):
-                # The middle of the box, such that its edge is `distance` away: half a box further along x and y.
+                # The middle of the box, such that its edge is `distance` away: half a box further
+                # along x and y.
                 right, up = math.cos(math.radians(angle)), math.sin(math.radians(angle))
                 shift = (
                     (distance * pixels + reach / 2) * right + box.width / 2 * _towards(right),

@@ -10,7 +10,7 @@ from atd.checkpoint.folder import NodeReport
 from atd.errors import BadInput
 from atd.reports.tables import three_digits
 
-# Okabe and Ito's colours, which stay apart for every kind of colour vision, and a marker each besides.
+# Okabe and Ito's colours, which differ for every kind of colour vision, each with a marker.
 _KINDS = {
     "q_proj": ("#0072B2", "o"),
     "k_proj": ("#56B4E9", "s"),
@@ -80,7 +80,8 @@ def layers_picture(report: Sequence[NodeReport], path: str | Path) -> None:
             outside.append(row)
     if not lines:
         raise BadInput(
-            "the report has no rows of blocks (nodes named like model.layers.0.self_attn.q_proj): nothing to draw"
+            "the report has no rows of blocks (nodes named like model.layers.0.self_attn.q_proj): "
+            "nothing to draw"
         )
     rows = [row for points in lines.values() for _, row in points]
     panels = [("bits", "bits per weight")]

@@ -1,4 +1,4 @@
-"""Tables for people: models side by side, a graph by layer. They are printed on `console`, stdout."""
+"""Shows models side by side, and a graph by layer. Tables are printed on `console`, stdout."""
 
 import math
 from collections.abc import Sequence
@@ -88,7 +88,7 @@ def _or_dash(value: float | None, form: str) -> str:
 
 
 def graph_table(graph: Graph, nodes: bool = False) -> Table:
-    """Shows type, bits and size of each unit (`nodes`: of each weight), and of the whole model last.
+    """Shows type, bits and size of each unit (`nodes`: each weight), and of the whole model last.
 
     It needs the types alone and reads no weight.
     """
@@ -129,7 +129,7 @@ def _unit_name(graph: Graph, unit: Block) -> str:
 
 
 def _summary(types: Sequence[WeightType]) -> str:
-    """The types of the matrices without shapes, frequent ones first: "6 x packed n=2, 1 x dense"."""
+    """The types of the matrices without shapes, by frequency: "6 x packed n=2, 1 x dense"."""
     kinds: dict[str, int] = {}
     for type in types:
         if len(type.shape) > 1 or all(len(t.shape) == 1 for t in types):

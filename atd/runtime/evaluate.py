@@ -1,23 +1,25 @@
-"""Evaluation: perplexity, and the distance of a converted model from the dense one on the same positions.
+"""Evaluates a model: perplexity, and the distance from the dense one on the same positions.
 
-The tokens are cut into floor(n / context) windows that do not overlap; a remainder is left out. Each window is run by
-itself, and over all scored positions
+The tokens are cut into floor(n / context) windows that do not overlap; a remainder is left out.
+Each window is run by itself, and over all scored positions
 
     perplexity  = exp(mean of -log p(token t | tokens before it in its window))
-    KL          = sum_v p_dense(v) (log p_dense(v) - log p(v)) in nats: mean, median and 99 % quantile
-    top-1       = the share of positions at which both models like the same token best
+    KL          = sum_v p_dense(v) (log p_dense(v) - log p(v)) in nats: mean, median, 99 % quantile
+    top-1       = the share of positions at which both models give one token the most probability
 
 Conventions (`Evaluation` names the one used, for their figures cannot be compared):
 
-    standard    that of papers: all context - 1 shifted tokens of a window are scored. With BOS, a window is BOS and
-                context - 1 tokens of text.
-    llama.cpp   that of `llama-perplexity`: BOS in front of the text and again in place of each window's first token
-                (if the model has one); of a window only the tokens context/2 + 1 ... context - 1 are scored, so that
-                each has at least half a window before it.
+    standard    that of papers: all context - 1 shifted tokens of a window are scored. With BOS, a
+                window is BOS and context - 1 tokens of text.
+    llama.cpp   that of `llama-perplexity`: BOS in front of the text and again in place of each
+                window's first token (if the model has one); of a window only the tokens
+                context/2 + 1 ... context - 1 are scored, so that each has at least half a window
+                before it.
 
-Logits never exist for more than a few positions: the hidden states [B, T, D] of a batch of windows are computed, then
-the head and the log-softmax run over chunks of `positions` of them, for both models at once. So the peak is a few times
-2 models x positions x vocabulary x 4 bytes, whatever B and T.
+Logits never exist for more than a few positions: the hidden states [B, T, D] of a batch of windows
+are computed, then the head and the log-softmax run over chunks of `positions` of them, for both
+models at once. So the peak is a few times 2 models x positions x vocabulary x 4 bytes, whatever B
+and T.
 """
 
 import dataclasses
@@ -37,47 +39,56 @@ CONVENTIONS = ("standard", "llama.cpp")
 
 
 class Model(Protocol):
-    """What is evaluated: a pytree with these (an `atd.load`ed model is one). `hidden` sees to its own compilation."""
+    """A pytree that can be evaluated, such as what `atd.load` returns."""
 
     @property
-    def vocabulary(self) -> int: ...
+    def vocabulary(self) -> int:
+        """The number of tokens V."""
+        ...
 
     @property
-    def max_context(self) -> int | None: ...
+    def max_context(self) -> int | None:
+        """How many positions the model was made for; None: any number."""
+        ...
 
     def hidden(self, tokens, /) -> Any:
-        """int32 [B, T] -> float32 [B, T, D], the state in front of the head."""
+        """Computes the residual stream in front of the head: int32 [B, T] -> float32 [B, T, D].
+
+        It sees to its own compilation.
+        """
 
     def logits(self, hidden, /) -> Any:
-        """float32 [P, D] -> float32 [P, V]."""
+        """Applies the head: float32 [P, D] -> float32 [P, V]."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures and all that is needed to compare them. Those against another model are None when there was none."""
+    """Figures and the conditions that they hold under; those against another model may be None."""
 
     perplexity: float
-    against_perplexity: float | None
+    against_perplexity: float | None  # of the other model
     kl_mean: float | None  # nats
     kl_median: float | None
     kl_99: float | None  # 99 % quantile
     top1_agreement: float | None  # 0..1
     windows: int
     positions: int  # scored
-    context: int  # tokens a window, BOS included
+    context: int  # tokens per window, BOS included
     bos: bool
     convention: str
     tokens: int  # given, before the cut into windows
     seconds: float  # all of it, compilation included
-    tokens_per_second: float  # through the model, or both at once; without the first batch, which compiles, if there are more
+    tokens_per_second: float  # through all models; not counting the first batch, which compiles
 
     def conditions(self) -> str:
-        """What must be said beside the figures: "30 windows of 256 tokens, no BOS, 7,650 positions scored"."""
+        """Returns "30 windows of 256 tokens, no BOS, 7,650 positions scored" and the like."""
         bos = "BOS in front" if self.bos else "no BOS"
         convention = "" if self.convention == "standard" else f", {self.convention}'s convention"
-        return f"{self.windows} windows of {self.context} tokens, {bos}, {self.positions:,} positions scored{convention}"
+        scored = f"{self.positions:,} positions scored"
+        return f"{self.windows} windows of {self.context} tokens, {bos}, {scored}{convention}"
 
     def to_json(self) -> dict:
+        """Returns all fields by name."""
         return dataclasses.asdict(self)
 
 
@@ -93,19 +104,22 @@ def evaluate(
     convention: str = "standard",
     progress: Report = unheard,
 ) -> Evaluation:
-    """Evaluates `model` on the ids of one text, and with `against` (the dense model) the distance between the two.
+    """Evaluates a model on one text, and with `against` its distance from that one.
 
     Args:
-      tokens: int [n], without BOS.
-      context: tokens a window, BOS included.
-      bos_id: puts BOS in front of each window; None: no BOS.
+      model: what `atd.load` returns, or another `Model`.
+      tokens: ids of the text, int [n], without BOS.
+      context: tokens per window, BOS included.
+      against: the dense model to compare with.
+      bos_id: the token to put in front of each window; None: no BOS.
       batch: windows that run together. The last batch is padded, so that nothing compiles twice.
       positions: positions whose logits exist at a time.
+      convention: "standard" or "llama.cpp", see the module.
       progress: hears of the tokens done after each batch.
 
-    Raises BadInput for a text that is shorter than a window, ids outside the vocabulary, models of different
-    vocabularies, and a context under 2 or beyond the positions that the model was made for: past them the figures would
-    say more about the rope than about the weights.
+    Raises BadInput for a text that is shorter than a window, ids outside the vocabulary, models of
+    different vocabularies, and a context under 2 or beyond the positions that the model was made
+    for: past them the figures would say more about the rope than about the weights.
     """
     if batch < 1 or positions < 1:
         raise BadInput(f"batch is {batch} and positions is {positions}; both must be at least 1")
@@ -120,9 +134,8 @@ def evaluate(
     for start in range(0, len(windows), batch):
         part = windows[start : start + batch]
         padded = np.pad(part, ((0, batch - len(part)), (0, 0)))
-        hidden, against_hidden = (
-            m and m.hidden(padded)[:, first:-1] for m in (model, against)
-        )  # [batch, scored, D]
+        # [batch, scored, D] each
+        hidden, against_hidden = (m and m.hidden(padded)[:, first:-1] for m in (model, against))
         scores = _score(
             model, against, hidden, against_hidden, padded[:, first + 1 :], positions=positions
         )
@@ -157,7 +170,7 @@ def _perplexity(nll: np.ndarray) -> float:
 
 
 def _distance(against_nll=None, kl=None, same=None) -> dict[str, float | None]:
-    """The fields of an Evaluation that compare two models, of float64 [positions] each."""
+    """The fields of an Evaluation that compare two models, from float64 [positions] each."""
     if against_nll is None or kl is None or same is None:
         return dict.fromkeys(
             ("against_perplexity", "kl_mean", "kl_median", "kl_99", "top1_agreement")
@@ -174,7 +187,11 @@ def _distance(against_nll=None, kl=None, same=None) -> dict[str, float | None]:
 def cut(
     tokens: np.ndarray, context: int, bos_id: int | None, convention: str = "standard"
 ) -> tuple[np.ndarray, int]:
-    """(windows int32 [W, context], first): positions first ... context - 2 of each are scored, t on the token t + 1."""
+    """Cuts a text into windows: (int32 [W, context], first).
+
+    Positions first ... context - 2 of each window are scored, position t on the token t + 1. Raises
+    BadInput for a text that is shorter than a window, and as `evaluate` does for other arguments.
+    """
     if convention not in CONVENTIONS:
         raise BadInput(f"unknown convention {convention!r}; known: {', '.join(CONVENTIONS)}")
     if context < 2:
@@ -184,14 +201,17 @@ def cut(
         fresh, first = context, context // 2
         if first == context - 1:
             raise BadInput(
-                "a context of 2 tokens scores nothing under llama.cpp's convention; at least 3 are needed"
+                "a context of 2 tokens scores nothing under llama.cpp's convention; "
+                "at least 3 are needed"
             )
     else:
         fresh, first = context - (bos_id is not None), 0
     count = len(tokens) // fresh
     if count == 0:
-        what = f"{len(tokens)} tokens are too few for one window of {context}: at least {fresh} are needed"
-        raise BadInput(f"{what}; give a longer text or a smaller --context")
+        raise BadInput(
+            f"{len(tokens)} tokens are too few for one window of {context}: "
+            f"at least {fresh} are needed; give a longer text or a smaller --context"
+        )
     windows = tokens[: count * fresh].reshape(count, fresh).astype(np.int32)
     if bos_id is None:
         return windows, first
@@ -206,31 +226,37 @@ def _check(model: Model, against: Model | None, windows: np.ndarray, context: in
     sizes = [m.vocabulary for m in models]
     if len(set(sizes)) > 1:
         raise BadInput(
-            f"the models' vocabularies differ: {sizes[0]} and {sizes[1]} tokens; compare conversions of one model"
+            f"the models' vocabularies differ: {sizes[0]} and {sizes[1]} tokens; "
+            "compare conversions of one model"
         )
     low, high = int(windows.min()), int(windows.max())
     if low < 0 or high >= sizes[0]:
         wrong = high if high >= sizes[0] else low
         raise BadInput(
-            f"token id {wrong} lies outside the model's vocabulary of {sizes[0]}: the tokenizer is another model's"
+            f"token id {wrong} lies outside the model's vocabulary of {sizes[0]}: "
+            "the tokenizer is another model's"
         )
     for limit in (m.max_context for m in models):
         if limit is not None and context > limit:
             raise BadInput(
-                f"a context of {context} is beyond the {limit} positions the model was made for; give --context {limit}"
+                f"a context of {context} is beyond the {limit} positions the model was made for; "
+                f"give --context {limit}"
             )
 
 
 @partial(jax.jit, static_argnames=("positions",))
 def _score(model, against, hidden, against_hidden, targets, positions: int):
-    """hidden [B, S, D] of either model, targets int32 [B, S] -> float32s [B, S]: nll; and if there is another model,
-    its nll, KL(against || model), same top-1."""
+    """Scores positions: hidden [B, S, D] of either model, targets int32 [B, S] -> float32s [B, S].
+
+    They are the negative log-likelihood, and where there is another model its own, KL(against ||
+    model), and whether the top-1 is the same.
+    """
     count = targets.size
     positions = min(positions, count)
     chunks = -(-count // positions)
 
     def chunked(values):
-        """[B, S, ...] -> [chunks, positions, ...], zeros at the end."""
+        """Cuts [B, S, ...] into [chunks, positions, ...], with zeros at the end."""
         flat = values.reshape(count, *values.shape[2:])
         flat = jnp.pad(flat, ((0, chunks * positions - count), *((0, 0),) * (flat.ndim - 1)))
         return flat.reshape(chunks, positions, *flat.shape[1:])
@@ -247,8 +273,7 @@ def _score(model, against, hidden, against_hidden, targets, positions: int):
         same = jnp.argmax(log_p, axis=1) == jnp.argmax(log_q, axis=1)
         return nll, against_nll, kl, same.astype(jnp.float32)
 
-    inputs = jax.tree.map(
-        chunked, (targets, hidden, against_hidden)
-    )  # no hidden states of a model that is not there
+    # None for the hidden states of a model that is not there.
+    inputs = jax.tree.map(chunked, (targets, hidden, against_hidden))
     scores = jax.lax.map(score, inputs)  # each [chunks, positions]
     return tuple(s.reshape(-1)[:count].reshape(targets.shape) for s in scores)

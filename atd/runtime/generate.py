@@ -1,4 +1,4 @@
-"""Text generation: token ids in, token ids out, greedy or sampled with a seed."""
+"""Generates text: token ids in, token ids out, greedy or sampled with a seed."""
 
 import math
 from collections.abc import Callable, Collection, Sequence
@@ -26,19 +26,26 @@ def generate(
     on_token: Callable[[int], None] | None = None,
     progress: Report = unheard,
 ) -> list[int]:
-    """The tokens that the model puts after a prompt, a stop token included when one ends it.
+    """Goes on from a prompt.
 
-    With temperature 0 each token is the likeliest. Otherwise it is drawn from softmax(logits / temperature), cut to the
-    `top_k` likeliest tokens (0: all) and then to the likeliest that hold `top_p` of the probability together. The same
-    seed draws the same tokens. Where the model's context (max_position_embeddings) ends before max_new_tokens, so does
-    the text.
+    With temperature 0 each token is the likeliest. Otherwise it is drawn from
+    softmax(logits / temperature), cut to the `top_k` likeliest tokens (0: all) and then to the
+    likeliest that hold `top_p` of the probability together.
 
     Args:
+      model: what `atd.load` returns.
+      prompt_tokens: ids of the prompt, at least one.
+      max_new_tokens: the text ends after this number of tokens, or where the model's context
+        (max_position_embeddings) ends.
+      seed: the same one draws the same tokens.
+      stop_tokens: the text ends with any of these.
       on_token: called with each token as it is made.
       progress: hears of the tokens made.
 
-    Raises BadInput: an empty prompt, one that fills the model's context or holds ids outside its vocabulary,
-    options out of range.
+    Returns the new tokens, a stop token included where one ends the text.
+
+    Raises BadInput for an empty prompt, one that fills the model's context or holds ids outside its
+    vocabulary, and options out of range.
     """
     limit = _check(model, prompt_tokens, max_new_tokens, temperature, top_k, top_p, seed)
     length = len(prompt_tokens) + min(max_new_tokens, limit - len(prompt_tokens))
@@ -77,7 +84,7 @@ def _check(
     top_p: float,
     seed: int,
 ) -> int:
-    """How many tokens fit, prompt included; raises BadInput for what `generate` cannot do."""
+    """The number of tokens that fit, prompt included; raises BadInput as `generate` says."""
     for what, value, good, expected in (
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
         (
@@ -103,22 +110,22 @@ def _check(
     limit = model.max_context or len(prompt) + max_new_tokens
     if len(prompt) >= limit:
         raise BadInput(
-            f"the prompt has {len(prompt)} tokens and leaves no room in the model's context of {limit}; shorten it"
+            f"the prompt has {len(prompt)} tokens and leaves no room in the model's context of "
+            f"{limit}; shorten it"
         )
     return limit
 
 
 @partial(jax.jit, static_argnames=("top_k", "greedy", "nucleus"))
 def _pick(logits, key, temperature, top_p, top_k: int, greedy: bool, nucleus: bool):
-    """logits [B, V] -> tokens int32 [B]."""
+    """Draws a token for each row of logits [B, V]: int32 [B]."""
     if greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / temperature
     if top_k == 0 and not nucleus:
         return jax.random.categorical(key, logits).astype(jnp.int32)
-    logits, tokens = jax.lax.top_k(
-        logits, min(top_k or logits.shape[-1], logits.shape[-1])
-    )  # [B, K], likeliest first
+    kept = min(top_k or logits.shape[-1], logits.shape[-1])
+    logits, tokens = jax.lax.top_k(logits, kept)  # [B, K], likeliest first
     if nucleus:
         probabilities = jax.nn.softmax(logits)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities

@@ -1,1 +1,1 @@
-"""Studies: grids of recipes and options over one model, and the experiment with a Gaussian matrix."""
+"""Compares many conversions: grids of recipes and options over one model, and a random matrix."""

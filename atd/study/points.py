@@ -26,7 +26,7 @@ class Point:
 
     @property
     def digest(self) -> str:
-        """sha256 of the resolved recipe without its description: equal digests mean equal weights."""
+        """sha256 of the resolved recipe without its description: equal ones mean equal weights."""
         return digest_of(replace(self.recipe, description="").to_toml())
 
     @property
@@ -54,8 +54,8 @@ def grid(recipes: Sequence[str], vary: Sequence[str] = (), say: Say = print) -> 
       recipes: names, or paths of .toml files.
       vary: the values of options, each "pass.option=value,value,...".
 
-    Raises BadInput for no recipe, a `vary` of another form or given twice, a pass that a recipe does
-    not have, and options and values that do not exist.
+    Raises BadInput for no recipe, a `vary` of another form or given twice, a pass that a recipe
+    does not have, and options and values that do not exist.
     """
     if not recipes:
         raise BadInput("a study needs at least one recipe: --recipe adaptive --recipe datafree2")

@@ -118,8 +118,8 @@ def _front(rows: Sequence[StudyRow], text: str) -> set[int]:
 def study_table(rows: Sequence[StudyRow]) -> Table:
     """Shows finished rows of one setting by rising bits, with a "●" for those on the Pareto front.
 
-    With one text it has all figures, with several perplexity and mean KL on each; results.csv has the
-    rest. With two short options it fits 80 columns.
+    With one text it has all figures, with several perplexity and mean KL on each; results.csv has
+    the rest. With two short options it fits 80 columns.
     """
     rows = sorted(rows, key=lambda row: (number(row, "bits_per_weight"), row["folder"]))
     options, texts = _options(rows), _texts(rows)

@@ -1,4 +1,4 @@
-"""Runs a study: converts one model by each point of a grid of recipes and options, and evaluates it.
+"""Runs a study: converts and evaluates one model by each point of a grid of recipes and options.
 
     rows, failed = run_study(model, out, ["ternary2"], ["decompose.bases=1,2,3"], data=["text.txt"])
     study_table(rows), study_picture(rows, out / "pareto.png")
@@ -6,19 +6,18 @@
 OUT holds results.csv and a folder for each point. A row stands for its key: a hash of the resolved
 recipe without its description, of all tensors of the model, of the texts and of how they are
 evaluated, and of the version of atd. A point that has a row is not done again, so a study that was
-cut off goes on, and one that grew does what is new; conversions that were cut off go on as well. The
-folder of a point keeps recipe.toml, report.json, config.json and the manifest with the digests of its
-weights: `atd convert MODEL DIR --recipe OUT/POINT/recipe.toml` makes them again, to the byte.
+cut off goes on, and one that grew does what is new; conversions that were cut off go on as well.
+The folder of a point keeps recipe.toml, report.json, config.json and the manifest with the digests
+of its weights: `atd convert MODEL DIR --recipe OUT/POINT/recipe.toml` makes them again, to the
+byte.
 """
 
-import fcntl
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from atd.checkpoint.folder import MANIFEST, REPORT, check_target, read_manifest
+from atd.checkpoint.folder import MANIFEST, REPORT, check_target, locked, read_manifest
 from atd.checkpoint.writer import is_intact
 from atd.errors import AtdError, BadInput, RunFailed
 from atd.pipeline.convert import convert
@@ -205,19 +204,10 @@ def _opened(out: Path, model: Path) -> Iterator[list[StudyRow]]:
         )
     # Outside the model's folder, and writable; this makes `out`.
     check_target(out / "point", model, overwrite=False)
-    folder = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BadInput(
-                f"another study is writing {out} now; wait for it or choose another name"
-            ) from None
+    with locked(out, out):
         if not (out / RESULTS).exists():
             write_results(out / RESULTS, [])  # from here on this is a study's folder
         yield read_results(out / RESULTS)
-    finally:
-        os.close(folder)
 
 
 def _complete(rows: Sequence[StudyRow], out: Path) -> None:

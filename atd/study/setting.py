@@ -62,7 +62,7 @@ class Setting:
         return digest_of(self.digest, point.digest, self.calibration_digests(point))
 
     def folder(self, point: Point) -> str:
-        """The name of the point's folder: a label, and a digest of all that its weights depend on."""
+        """The name of the point's folder: a label, and a digest of what its weights depend on."""
         made_of = self.identity, point.digest, self.calibration_digests(point), __version__
         label = re.sub(r"[^\w.=+-]+", "_", point.label.replace(" ", "-")).strip("._")[:120]
         return f"{label}-{digest_of(*made_of)[:8]}"

@@ -29,7 +29,15 @@ COMMANDS = [
 
 
 def test_help_teaches_without_importing_jax():
-    code = "import sys; sys.argv = ['atd', '--help']\nfrom atd.cli.main import main\ntry: main()\nexcept SystemExit: print('jax' in sys.modules)"
+    code = """
+import sys
+sys.argv = ["atd", "--help"]
+from atd.cli.main import main
+try:
+    main()
+except SystemExit:
+    print("jax" in sys.modules or "numpy" in sys.modules)
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.splitlines()[-1] == "False"
     for command in COMMANDS:
@@ -152,7 +160,8 @@ def test_an_allocation_is_shown_and_drawn(atd, stories260k, text, tmp_path, monk
     monkeypatch.setattr(console, "width", 140)
     recipe = tmp_path / "small.toml"
     recipe.write_text(
-        'calibration_tokens = 2048\ncalibration_context = 128\n[[passes]]\nname = "allocate"\nbits = 3.4\ntokens = 512\n'
+        "calibration_tokens = 2048\ncalibration_context = 128\n"
+        '[[passes]]\nname = "allocate"\nbits = 3.4\ntokens = 512\n'
         '[[passes]]\nname = "decompose"\n[[passes]]\nname = "pack"\n[[passes]]\nname = "fuse"\n'
     )
     out = tmp_path / "o"

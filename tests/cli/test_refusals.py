@@ -1,4 +1,4 @@
-"""Bad input: exit code 2, one clear line that names what is wrong, no traceback, nothing written."""
+"""Bad input: exit code 2, one line that names what is wrong, no traceback, nothing written."""
 
 import json
 import os

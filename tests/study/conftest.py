@@ -8,7 +8,15 @@ import pytest
 from atd.study.results import StudyRow
 from atd.study.run import run_study
 
-FAST = '[[passes]]\nname = "decompose"\nmethod = "greedy"\nbases = {bases}\ngroup = "tensor"\n[[passes]]\nname = "pack"\n'
+FAST = """
+[[passes]]
+name = "decompose"
+method = "greedy"
+bases = {bases}
+group = "tensor"
+[[passes]]
+name = "pack"
+"""
 
 
 @pytest.fixture(scope="session")

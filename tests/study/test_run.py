@@ -23,7 +23,7 @@ FIGURES = Evaluation(9.5, 5.9, 0.5, 0.25, 3.0, 0.7, 4, 252, 64, False, "standard
 
 @pytest.fixture
 def stubbed(monkeypatch):
-    """Nothing is loaded or evaluated; conversions are real, and counted by the names of their folders."""
+    """Loads and evaluates nothing; conversions are real, counted by the names of their folders."""
     done = []
 
     def counted(model, out, recipe, **options):
@@ -250,7 +250,7 @@ def test_two_studies_do_not_share_a_folder(studied, stories260k, fast, texts, st
     folder = os.open(studied[0], os.O_RDONLY)
     fcntl.flock(folder, fcntl.LOCK_EX)
     try:
-        with pytest.raises(BadInput, match="another study is writing"):
+        with pytest.raises(BadInput, match="another run is writing"):
             study(stories260k, studied[0], fast, texts)
     finally:
         os.close(folder)
