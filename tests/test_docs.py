@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from atd.models import frontend
-from atd.pipeline import pass_class, registered, toml_value
+from atd.pipeline import Pipeline, pass_class, registered, toml_value
 from atd.pipeline.convert import convert
 from atd.pipeline.recipe import Recipe, recipe_names
 from atd.weights.layouts import LAYOUTS
@@ -58,17 +58,23 @@ def test_bytes_of_the_example_are_those_that_pack_writes(reader):
         assert np.array_equal(LAYOUTS[layout].pack(trits), reader.packed)
 
 
-@pytest.mark.parametrize(
-    "options",
-    ["bases=2", "bases=3 group=32", "bases=1 scales=tied group=row", "bases=4 group=tensor"],
-)
-def test_reader_of_the_page_reads_what_convert_writes(reader, options, tmp_path):
-    overrides = [f"decompose.{option}" for option in options.split()]
-    source = ROOT / "tests/golden/llama_gqa"
-    out = convert(source, tmp_path / "out", "datafree2", overrides=overrides, say=lambda line: None)
+def test_reader_of_the_page_reads_what_convert_writes(reader, tmp_path):
+    rules = (
+        "{match = '.*q_proj', bases = 3, group = 32}, "
+        "{match = '.*gate_proj', bases = 1, scales = 'tied', group = 'row'}, "
+        "{match = '.*down_proj', bases = 4, group = 'tensor'}"
+    )
+    pipeline = Pipeline([f"decompose{{bases = 2, group = 48, rules = [{rules}]}}", "pack"])
+    out = convert(
+        ROOT / "tests/golden/llama_gqa", tmp_path / "out", pipeline, say=lambda line: None
+    )
+    types = set()
     for _, ref in frontend.open(out).weights():
         found = reader.read(out, ref.tensor, str(ref.type))
         np.testing.assert_array_equal(found, np.asarray(ref.load().dequantize(np.float32)))
+        types.add(str(ref.type).partition(" layout")[0])
+    assert {f"packed n={options}" for options in ("1 g=row tied", "2 g=48 free")} < types
+    assert {f"packed n={options}" for options in ("3 g=32 free", "4 g=tensor free")} < types
 
 
 def test_every_layout_has_a_row():
