@@ -141,9 +141,9 @@ def chunks(count: int, size: int) -> list[slice]:
 
 
 def take(array: np.ndarray, chunk: slice) -> np.ndarray:
-    """Returns the groups of a chunk: int8 as they are, others as float32.
+    """Returns the groups (or rows) of a chunk: int8 as they are, others as float32.
 
-    Zeros fill a last chunk that reaches beyond the groups.
+    Zeros fill a last chunk that reaches beyond the array: every chunk has the same shape.
     """
     part = array[chunk]
     part = part if part.dtype == np.int8 else part.astype(np.float32, copy=False)

@@ -46,7 +46,7 @@ import numpy as np
 from jax import lax
 from numpy.typing import DTypeLike
 
-from atd.decomposition.chunks import group_size
+from atd.decomposition.chunks import group_size, take
 from atd.decomposition.least_squares import RIDGE, als
 from atd.decomposition.levels import (
     ascending_levels,
@@ -173,7 +173,8 @@ def decompose(
     count = ROWS if jax.default_backend() == "cpu" else out
 
     def carry(start: int) -> tuple[np.ndarray, np.ndarray]:
-        rows, scale = _rows(weight, start, count), _rows(scales, start, count)
+        chunk = slice(start, start + count)
+        rows, scale = take(weight, chunk), take(scales, chunk)
         target = _columns(rows, factor.order)
         sweep = partial(_sweep, target, order=factor.order, **options)
         quantized = sweep(target, matrix=factor.feedback, scales=scale)
@@ -216,13 +217,8 @@ def _descent(hessian, order):
     return jnp.fill_diagonal(matrix / nonzero(jnp.diagonal(matrix))[:, None], 0.0, inplace=False)
 
 
-# --- rows and columns: weight [rows, in] as it is stored; target and quantized [in, rows] in the or
-
-
-def _rows(array: np.ndarray, start: int, count: int) -> np.ndarray:
-    """Takes `count` rows, filled up with zeros: every chunk has the same shape."""
-    part = array[start : start + count]
-    return np.pad(part, [(0, count - len(part))] + [(0, 0)] * (part.ndim - 1))
+# --- rows and columns -----------------------------------------------------------------------------
+# Weights are [rows, in] as they are stored; target and quantized [in, rows] in the order of visits.
 
 
 @jax.jit
