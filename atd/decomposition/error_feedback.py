@@ -82,8 +82,9 @@ class Factor(NamedTuple):
     order: jax.Array  # int32 [in]: the order in which inputs are visited
     # float32 [in, in], strictly lower triangular, inputs in that order: [j, i] = R_ij / R_jj
     feedback: jax.Array
-    # Of the diagonal, relative to its mean: what was given, or the first that was enough.
-    damping: float
+    damping: (
+        float  # of the diagonal, relative to its mean: what was given, or the first that was enough
+    )
 
 
 def factor(hessian, damping: float = DAMPING, order: bool = True) -> Factor:
@@ -96,9 +97,6 @@ def factor(hessian, damping: float = DAMPING, order: bool = True) -> Factor:
         hessian: H, float [in, in]. Inputs that are always zero are allowed.
         damping: what is added to the diagonal, relative to its mean.
         order: visit inputs by descending H_jj (act-order), else as they stand.
-
-    Returns:
-        What all linears that read these inputs share.
 
     Raises:
         BadInput: H is not finite, or is no second moment (not positive semi-definite, however
@@ -168,14 +166,14 @@ def decompose(
     scales = np.asarray(scales, np.float32)
 
     hessian = damped(hessian, factor.damping)
-    descent = _descent(hessian, factor.order)
+    descent = descent_matrix(hessian, factor.order)
     options = {"bases": bases, "size": group_size(weight, group), "tied": tied}
     count = ROWS if jax.default_backend() == "cpu" else out
 
     def carry(start: int) -> tuple[np.ndarray, np.ndarray]:
         chunk = slice(start, start + count)
         rows, scale = take(weight, chunk), take(scales, chunk)
-        target = _columns(rows, factor.order)
+        target = visit_order(rows, factor.order)
         sweep = partial(_sweep, target, order=factor.order, **options)
         quantized = sweep(target, matrix=factor.feedback, scales=scale)
         for _ in range(sweeps):
@@ -211,7 +209,7 @@ def _feedback(hessian, order, damping):
 
 
 @jax.jit
-def _descent(hessian, order):
+def descent_matrix(hessian, order):
     """Row j, column i: H_ij / H_jj for i != j, in the order of visits."""
     matrix = hessian[order][:, order]
     return jnp.fill_diagonal(matrix / nonzero(jnp.diagonal(matrix))[:, None], 0.0, inplace=False)
@@ -222,58 +220,84 @@ def _descent(hessian, order):
 
 
 @jax.jit
-def _columns(rows, order):
+def visit_order(rows, order):
     """[rows, in] -> [in, rows] in the order of visits."""
     return rows.T[order]
 
 
 def stored_order(quantized, order):
-    """[in, rows] in the order of visits -> [rows, in]."""
-    return jnp.zeros_like(quantized).at[order].set(quantized, unique_indices=True).T
+    """[in, rows, ...] in the order of visits -> [rows, in, ...]."""
+    stored = jnp.zeros_like(quantized).at[order].set(quantized, unique_indices=True)
+    return stored.swapaxes(0, 1)
 
 
 # --- one sweep over all columns -------------------------------------------------------------------
 
 
-@partial(jax.jit, static_argnames=("bases", "size", "tied"))
-def _sweep(target, quantized, *, matrix, scales, order, bases, size, tied):
-    """Rounds the columns of [in, rows] one after the other, column j to the level nearest to
+def sweep_columns(target, quantized, kept, *, matrix, nearest):
+    """Rounds the columns of [in, rows] one after the other, column j to what is nearest to
 
         target_j + sum_i matrix[j, i] (target_i - quantized_i)
 
     where quantized_i is new for the columns before it.
 
-    matrix: [in, in] with a diagonal of zeros. scales: float32 [rows, groups, N or 1].
+    Args:
+        target, quantized: float32 [in, rows] in the order of visits.
+        kept: arrays [in, ...] of what else belongs to a column, or ().
+        matrix: float32 [in, in] with a diagonal of zeros.
+        nearest: (x float32 [rows], j, a column of `kept`) -> (its value float32 [rows], `kept` anew).
+
+    Returns:
+        `quantized` and `kept` after the sweep.
     """
     inputs = len(target)
     block = min(BLOCK, inputs)
-    group = order // size
-    levels = _levels(scales, tied)
-    nearest = partial(_nearest_tied, top=top_level(bases)) if tied else _nearest_free
+
+    def cut(arrays, start):
+        return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, block), arrays)
+
+    def put(arrays, parts, start):
+        def put_one(array, part):
+            return lax.dynamic_update_slice_in_dim(array, part, start, axis=0)
+
+        return jax.tree.map(put_one, arrays, parts)
 
     def sweep_block(number, carry):
-        quantized, error = carry
+        quantized, error, kept = carry
         # The last block reaches back into the one before it: error feedback finds there what it
         # found, descent descends once more.
         start = jnp.minimum(number * block, inputs - block)
-        matrix_rows, old = (lax.dynamic_slice_in_dim(a, start, block) for a in (matrix, quantized))
+        matrix_rows, old, block_target, columns = cut((matrix, quantized, target, kept), start)
         within = lax.dynamic_slice_in_dim(matrix_rows, start, block, axis=1)
-        block_target = lax.dynamic_slice_in_dim(target, start, block)
         corrected = block_target + matmul(matrix_rows, error)  # by errors before this block's sweep
 
         def sweep_column(j, carry):
-            new, change = carry  # change of the error: old - new
+            new, change, columns = carry  # change of the error: old - new
             x = corrected[j] + matmul(within[j], change)
-            value = nearest(x, levels[group[start + j]])
-            return new.at[j].set(value), change.at[j].set(old[j] - value)
+            value, column = nearest(x, start + j, jax.tree.map(lambda a: a[j], columns))
+            columns = jax.tree.map(lambda a, b: a.at[j].set(b), columns, column)
+            return new.at[j].set(value), change.at[j].set(old[j] - value), columns
 
-        new, _ = lax.fori_loop(0, block, sweep_column, (old, jnp.zeros_like(old)))
-        return (
-            lax.dynamic_update_slice_in_dim(quantized, new, start, axis=0),
-            lax.dynamic_update_slice_in_dim(error, block_target - new, start, axis=0),
-        )
+        first = (old, jnp.zeros_like(old), columns)
+        new, _, columns = lax.fori_loop(0, block, sweep_column, first)
+        return put((quantized, error, kept), (new, block_target - new, columns), start)
 
-    return lax.fori_loop(0, -(-inputs // block), sweep_block, (quantized, target - quantized))[0]
+    carry = (quantized, target - quantized, kept)
+    quantized, _, kept = lax.fori_loop(0, -(-inputs // block), sweep_block, carry)
+    return quantized, kept
+
+
+@partial(jax.jit, static_argnames=("bases", "size", "tied"))
+def _sweep(target, quantized, *, matrix, scales, order, bases, size, tied):
+    """`sweep_columns` to the levels of each weight's group; scales: float32 [rows, groups, N or 1]."""
+    group = order // size
+    levels = _levels(scales, tied)
+    round_to = partial(_nearest_tied, top=top_level(bases)) if tied else _nearest_free
+
+    def nearest(x, j, kept):
+        return round_to(x, levels[group[j]]), kept
+
+    return sweep_columns(target, quantized, (), matrix=matrix, nearest=nearest)[0]
 
 
 def _levels(scales, tied):

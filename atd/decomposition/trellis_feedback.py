@@ -1,0 +1,216 @@
+"""Error feedback with a trellis code: the visits of `atd.decomposition.error_feedback`, a column of
+rows at a time.
+
+Only the snap is another: a column's trits are found by Viterbi over its rows instead of each row by
+itself (`atd.decomposition.trellis`). The first visit finds the state at the seam of each segment;
+later visits keep it, so that their cost cannot rise. There is one scale per row; its first value is
+the row's root mean square, for which the taps were made."""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from numpy.typing import DTypeLike
+
+from atd.decomposition.error_feedback import (
+    Factor,
+    descent_matrix,
+    stored_order,
+    sweep_columns,
+    visit_order,
+)
+from atd.decomposition.levels import round_scales
+from atd.decomposition.second_moments import checked_moment, damped, matmul
+from atd.decomposition.trellis import snap_column
+from atd.errors import BadInput
+from atd.weights.codes import Code
+
+ROWS = 1024  # of a chunk on a CPU, about: wide enough for vectors, small enough for the cache
+LANES = 1024  # segments, of all columns that are searched together without second moments
+LEAST_SEGMENTS = 4  # of a chunk, where there are so many: vectors run over segments
+
+
+def decompose(
+    weight,
+    factor: Factor,
+    hessian,
+    *,
+    code: Code,
+    length: int,
+    dtype: DTypeLike = np.float16,
+    sweeps: int = 1,
+    refits: int = 2,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Minimises sum_rows (w - q) H (w - q)' over what the code can make of one scale per row.
+
+    Feedback, `sweeps` of coordinate descent, then `refits` rounds of (scales in closed form, one
+    more sweep).
+
+    Args:
+        weight: float [out, in].
+        factor: that of `hessian`.
+        hessian: H float32 [in, in].
+        code: the code; its period divides `out` and `length`.
+        length: rows per segment.
+        dtype: of the scales that are stored.
+
+    Returns:
+        (trits int8 [out / period, in, code.trits], scales `dtype` [out, 1, 1]).
+
+    Raises:
+        BadInput: weights that are not finite; a scale that overflows `dtype`; second moments of
+        another width.
+    """
+    (weight, scales), hessian = _with_scales(weight, dtype), checked_moment(hessian)
+    out, inputs = weight.shape
+    if len(hessian) != inputs or len(factor.order) != inputs:
+        raise BadInput(
+            f"second moments of {len(hessian)} inputs (factor: {len(factor.order)}) "
+            f"for weights of {inputs}"
+        )
+    hessian = damped(hessian, factor.damping)
+    descent = descent_matrix(hessian, factor.order)
+    options = {"code": code, "length": length, "order": factor.order}
+
+    def carry(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        rows, scale = weight[start:stop], scales[start:stop]
+        target = visit_order(rows, factor.order)
+        found = _sweep(target, target, None, matrix=factor.feedback, scale=scale, **options)
+        for _ in range(sweeps):
+            found = _sweep(target, *found[:2], matrix=descent, scale=scale, **options)
+        for _ in range(refits):
+            quantized, scale = _refit(rows, found[0], scale, hessian, factor.order, np.dtype(dtype))
+            found = _sweep(target, quantized, found[1], matrix=descent, scale=scale, **options)
+        return np.asarray(stored_order(found[2], factor.order)), np.asarray(scale)
+
+    return _in_chunks(carry, out, length, dtype)
+
+
+def nearest(
+    weight, *, code: Code, length: int, dtype: DTypeLike = np.float16, refits: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """Minimises sum (w - q)^2 over what the code can make of one scale per row: no second moments
+    are needed.
+
+    Each column is searched by itself; then `refits` rounds of (scales in closed form, search).
+    Arguments, results and errors are those of `decompose`.
+    """
+    weight, scales = _with_scales(weight, dtype)
+    options = {"code": code, "length": length, "dtype": np.dtype(dtype), "refits": refits}
+
+    def carry(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        trits, scale = _nearest(weight[start:stop], scales[start:stop], **options)
+        return np.asarray(trits), np.asarray(scale)
+
+    return _in_chunks(carry, len(weight), length, dtype)
+
+
+@partial(jax.jit, static_argnames=("code", "length", "dtype", "refits"))
+def _nearest(weight, scale, *, code: Code, length: int, dtype, refits: int):
+    """weight [rows, in], scale [rows] -> (trits int8 [rows / P, in, M], scales [rows])."""
+    rows, inputs = weight.shape
+    count = max(1, LANES // max(1, rows // length))  # columns that are searched together
+    columns = jnp.pad(weight.T, ((0, -inputs % count), (0, 0))).reshape(-1, count, rows)
+
+    def searched(scale, seams=None):
+        """(trits, values, seams), [batches, count, ...] each."""
+        given = (columns,) if seams is None else (columns, seams)
+        search = jax.vmap(lambda x, seam=None: snap_column(x, scale, code, length, seam))
+        return lax.map(lambda some: search(*some), given)
+
+    trits, values, seams = searched(scale)
+    for _ in range(refits):
+        v = values.reshape(-1, rows)[:inputs].T / jnp.where(scale > 0, scale, 1.0)[:, None]
+        right, gram = jnp.sum(v * weight, axis=1), jnp.sum(v * v, axis=1)
+        scale = _better_scale(right, gram, scale, dtype)
+        trits, values, seams = searched(scale, seams)
+    return trits.reshape(-1, *trits.shape[2:])[:inputs].swapaxes(0, 1), scale
+
+
+def _with_scales(weight, dtype: DTypeLike) -> tuple[np.ndarray, jax.Array]:
+    """The weights in float32, and their rows' root mean squares as `dtype` stores them."""
+    weight = np.asarray(weight, np.float32)
+    if not np.isfinite(weight).all():
+        raise BadInput("the weights have entries that are NaN or infinite")
+    scales = round_scales(jnp.sqrt(jnp.mean(jnp.square(weight), axis=1)), np.dtype(dtype))
+    if not bool(jnp.isfinite(scales).all()):
+        raise BadInput(f"a scale overflows {np.dtype(dtype).name}; store scales in f32")
+    return weight, scales
+
+
+def _better_scale(right, gram, scale, dtype):
+    """right / gram as `dtype` stores it, where it is positive and lowers s^2 gram - 2 s right; else
+    the scale that was.
+    """
+    new = round_scales(right / jnp.where(gram > 0, gram, 1.0), dtype)
+    lower = new * (new * gram - 2 * right) < scale * (scale * gram - 2 * right)
+    return jnp.where((new > 0) & lower, new, scale)
+
+
+def _in_chunks(
+    carry: Callable[[int, int], tuple[np.ndarray, np.ndarray]],
+    out: int,
+    length: int,
+    dtype: DTypeLike,
+) -> tuple[np.ndarray, np.ndarray]:
+    """carry(start, stop) -> (trits, scales [rows]) for all chunks of rows, a core each, joined."""
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        parts = list(threads.map(carry, *zip(*_chunks(out, length), strict=True)))
+    trits, fitted = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return trits, fitted.astype(dtype)[:, None, None]
+
+
+def _chunks(out: int, length: int) -> list[tuple[int, int]]:
+    """(start, stop) of rows that are worked on together: whole segments, about as many for each
+    core.
+    """
+    if jax.default_backend() != "cpu":
+        return [(0, out)]
+    segments = max(1, out // length)
+    most = max(1, ROWS // length)
+    cores = os.cpu_count() or 1
+    each = min(most, max(LEAST_SEGMENTS, -(-segments // cores)))
+    starts = [*range(0, segments * length, each * length)]
+    return list(zip(starts, [*starts[1:], out], strict=True))
+
+
+@partial(jax.jit, static_argnames=("code", "length"))
+def _sweep(target, quantized, seams, *, matrix, scale, order, code: Code, length: int):
+    """`sweep_columns` with the code -> (quantized [in, rows], seams int32 [in, segments], trits
+    int8 [in, rows / P, M]).
+
+    seams None: they are found.
+    """
+    rows = target.shape[1]
+    segments = max(1, -(-rows // length))
+    kept = jnp.zeros((len(target), segments), jnp.int32) if seams is None else seams
+    trits = jnp.zeros((len(target), rows // code.period, code.trits), jnp.int8)
+
+    def nearest(x, j, column):
+        known = None if seams is None else column[0]
+        found, value, seam = snap_column(x, scale, code, length, known)
+        return value, (seam, found)
+
+    quantized, kept = sweep_columns(
+        target, quantized, (kept, trits), matrix=matrix, nearest=nearest
+    )
+    return quantized, *kept
+
+
+@partial(jax.jit, static_argnames="dtype")
+def _refit(weight, quantized, scale, hessian, order, dtype):
+    """Scales in closed form: with v = q / s fixed, s = v H w' / v H v'. -> (quantized, scales).
+
+    A row keeps its scale where the new one is not positive, or its cost would not fall once it is
+    rounded.
+    """
+    values = stored_order(quantized / jnp.where(scale > 0, scale, 1.0), order)  # [rows, in]
+    projected = matmul(values, hessian)
+    right, gram = (jnp.sum(projected * a, axis=1) for a in (weight, values))
+    kept = _better_scale(right, gram, scale, dtype)
+    return visit_order(values * kept[:, None], order), kept
