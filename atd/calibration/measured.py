@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from atd.calibration.moments import dense_moments
-from atd.calibration.sensitivity import HEAD, Candidate, Candidates
+from atd.calibration.sensitivity import HEAD, Candidates
 from atd.calibration.windows import windows_holding
 from atd.decomposition import error_feedback, least_squares
+from atd.decomposition.options import Candidate
 from atd.ir import Graph
 from atd.models.execute import dense_weights, forward, structure_of
 from atd.models.ops import Weights

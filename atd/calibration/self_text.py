@@ -13,9 +13,6 @@ Special tokens are drawn like any others: a text that ends is followed by the mo
 in the packed documents of its training.
 """
 
-import hashlib
-import io
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,13 +21,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atd.checkpoint.cache import make_cache
+from atd.checkpoint.cache import Cache, cache_key
 from atd.checkpoint.tokenizer import Tokenizer
-from atd.checkpoint.writer import write_file
 from atd.errors import BadInput, RunFailed
 from atd.ir import Graph
 from atd.models import frontend
-from atd.models.model import Cache, Model, load
+from atd.models.model import Cache as KeyValues
+from atd.models.model import Model, load
 from atd.progress import Progress, Report, unheard
 
 VERSION = 1  # of what is drawn for a seed: part of the cache's key
@@ -101,12 +98,12 @@ def cached_self_text(
     tokens: int,
     context: int,
     seed: int = 0,
-    cache: Path | None = None,
+    cache: Cache | None = None,
     progress: Report = unheard,
 ) -> np.ndarray:
-    """Returns `self_text` of a checkpoint or graph, drawn once and kept in the folder `cache` as one .npy file.
+    """Returns `self_text` of a checkpoint or graph, drawn once and kept in the cache.
 
-    The file's name is the hash of all that the windows depend on: the graph, the identity of its tensors, tokens, context
+    The key is the hash of all that the windows depend on: the graph, the identity of its tensors, tokens, context
     and seed. A graph with weights made in memory has no such identity and is not cached; cache None: neither.
 
     Raises: BadInput for tokens, context or seed that are out of range, or a cache folder that cannot be written to,
@@ -117,19 +114,16 @@ def cached_self_text(
         graph.config.get("max_position_embeddings"), tokens, context, seed, None
     )
     sources = [ref.source for _, ref in graph.weights()]
-    path = None
+    key = None
     if cache is not None and all(sources):
-        key = [VERSION, str(graph), sources, sorted(special_ids(tokenizer)), windows, context, seed]
-        path = cache / f"self-text-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.npy"
-        if (kept := _read(path, (windows, context))) is not None:
-            return kept
-        make_cache(cache)
+        ids = sorted(special_ids(tokenizer))
+        key = cache_key("self-text", [VERSION, str(graph), sources, ids, windows, context, seed])
+        if (kept := cache.load(key)) is not None:
+            return kept["windows"]
     model = load(graph, backend="xla-unpacked")
     text = self_text(model, tokenizer, tokens=tokens, context=context, seed=seed, progress=progress)
-    if path is not None:
-        content = io.BytesIO()
-        np.save(content, text)
-        write_file(path, content.getvalue())
+    if cache is not None and key is not None:
+        cache.save(key, {"windows": text})
     return text
 
 
@@ -205,7 +199,7 @@ def _draw(
     return np.stack([np.asarray(token) for token in drawn], axis=1)
 
 
-def _longer(cache: Cache, length: int) -> Cache:
+def _longer(cache: KeyValues, length: int) -> KeyValues:
     """The cache with room for `length` tokens."""
     room = ((0, 0), (0, 0), (0, length - cache.length), (0, 0))  # [B, kv_heads, length, head_dim]
     blocks = jax.tree.map(lambda slots: jnp.pad(slots, room), cache.blocks)
@@ -239,12 +233,3 @@ def pick(logits, columns, position):
     likely = jnp.max(jnp.where(within > 0, jnp.arange(RUN), 0), axis=1)
     token = run[:, 0] * RUN + jnp.minimum(place, likely)
     return jnp.where(jnp.isfinite(ends[:, -1]), token, -1).astype(jnp.int32)
-
-
-def _read(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
-    """The windows in the file; None where it is absent or holds anything else."""
-    try:
-        text = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        return None
-    return text if text.shape == shape and text.dtype == np.int32 else None

@@ -30,6 +30,7 @@ import numpy as np
 from atd.calibration.moments import BATCH, dense_moments
 from atd.calibration.windows import windows_holding
 from atd.decomposition import error_feedback, least_squares
+from atd.decomposition.options import Candidate
 from atd.ir import Graph
 from atd.models.execute import Structure, dense_weights, output, run, structure_of
 from atd.models.ops import Weights
@@ -44,7 +45,6 @@ LEFT = {1: 1.0, 2: 0.95, 3: 0.95, 4: 0.95}
 # against 1.3 times elsewhere (stories15M, ten budgets).
 BEYOND = {1: 1.5}
 
-Candidate = TernaryType | DenseType
 Candidates = Mapping[str, Sequence[Candidate]]  # full name of a node -> what its matrix may become
 
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from atd.calibration.self_text import cached_self_text
 from atd.calibration.windows import cut_windows, tokens_digest
+from atd.checkpoint.cache import Cache
 from atd.checkpoint.files import read_text
 from atd.checkpoint.reader import open_tokenizer
 from atd.errors import BadInput
@@ -20,7 +21,7 @@ def calibration_text(
     texts: Sequence[str],
     source: Path,
     graph: Graph,
-    cache: Path,
+    cache: Cache,
     *,
     tokens: int,
     context: int,
@@ -35,7 +36,7 @@ def calibration_text(
       texts: files, or SELF for text that the model writes.
       source: the checkpoint, for its tokenizer.
       graph: its graph, which writes SELF.
-      cache: a folder where what it writes is kept.
+      cache: where what it writes is kept.
       context: tokens per window; the model's, where that is shorter.
       seed: of what the model writes.
       sha256: that the windows must have; "": any.

@@ -1,23 +1,71 @@
-"""Finds the cache folder: it holds what other runs over the same model can use again."""
+"""The cache: arrays that a run computed and other runs over the same model can use again."""
 
+import hashlib
+import io
+import json
 import os
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from atd.checkpoint.writer import write_file
 from atd.errors import BadInput
 
 
 def default_cache() -> Path:
-    """Returns $ATD_CACHE, or ~/.cache/atd."""
+    """Returns the folder $ATD_CACHE, or ~/.cache/atd."""
     return Path(os.environ.get("ATD_CACHE") or Path.home() / ".cache" / "atd")
 
 
-def make_cache(folder: Path) -> None:
-    """Makes the cache folder. Raises BadInput where it cannot be made or written to."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(
-            f"{folder}: the cache folder cannot be made: {error.strerror}; set ATD_CACHE to another"
-        ) from None
-    if not os.access(folder, os.W_OK):
-        raise BadInput(f"{folder}: the cache folder cannot be written to; set ATD_CACHE to another")
+def cache_key(name: str, made_from: Any) -> str:
+    """Returns a key of the cache: a name, and the hash of a JSON value that says what the entry is made from."""
+    return f"{name}-{hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]}"
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A folder of entries, one file of named arrays per key."""
+
+    folder: Path
+
+    def load(self, key: str) -> dict[str, np.ndarray] | None:
+        """Returns the arrays under the key; None where there are none, or they are damaged.
+
+        Raises:
+            BadInput: there are none, and the folder could not take any: known before they are
+                computed.
+        """
+        try:
+            with np.load(self._file(key), allow_pickle=False) as arrays:
+                return dict(arrays)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+            self._make_folder()
+            return None
+
+    def save(self, key: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Stores the arrays under the key, whole or not at all."""
+        self._make_folder()
+        content = io.BytesIO()
+        np.savez(content, **arrays)  # type: ignore[arg-type]  no array is called allow_pickle
+        write_file(self._file(key), content.getvalue())
+
+    def _file(self, key: str) -> Path:
+        return self.folder / f"{key}.npz"
+
+    def _make_folder(self) -> None:
+        """Makes the folder. Raises BadInput where it cannot be made or written to."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInput(
+                f"{self.folder}: the cache folder cannot be made: {error.strerror}; "
+                "set ATD_CACHE to another"
+            ) from None
+        if not os.access(self.folder, os.W_OK):
+            raise BadInput(
+                f"{self.folder}: the cache folder cannot be written to; set ATD_CACHE to another"
+            )

@@ -12,6 +12,8 @@ from atd.weights.layouts import LAYOUTS
 
 DENSE = "dense"  # the decision of a matrix that stays as it is
 
+Candidate = TernaryType | DenseType  # what a matrix may become
+
 
 def ternary_types(
     shape: Sequence[int],

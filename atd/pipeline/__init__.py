@@ -12,7 +12,8 @@ entry-point group `atd.passes`:
     halve = "my_package:Halve"
 """
 
-from atd.pipeline.base import Pass, Rule, check_pattern, toml_value
+from atd.pipeline.base import Pass, Rule, toml_value
+from atd.pipeline.checks import check_pattern
 from atd.pipeline.context import Context, Figures
 from atd.pipeline.pipeline import Pipeline, Stage
 from atd.pipeline.registry import ENTRY_POINTS, make_pass, parse_pass, pass_class, registered

@@ -138,14 +138,6 @@ class Pass:
         return f"{self.name}{toml_value(self.options())}"
 
 
-def check_pattern(option: str, pattern: str) -> None:
-    """Raises BadInput where the value of an option is no regular expression."""
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise BadInput(f"{option} {pattern!r} is no regular expression: {error}") from None
-
-
 def toml_value(value: Any) -> str:
     """Returns a Python value as inline TOML."""
     if isinstance(value, dict):

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from atd.calibration.streams import Calibration
+from atd.checkpoint.cache import Cache
 from atd.ir import Graph
 from atd.progress import Report, Say, unheard
 
@@ -42,7 +42,7 @@ class Context:
       calibration: text, and second moments of what reaches each linear; given to passes that need "activations".
       dense: the model in front of the first pass that changes its function; given to passes that need "written".
       written_digests: sha256 of each stored tensor as it was in memory when it was written; likewise.
-      cache: folder for what other runs over the same model can use again, or None.
+      cache: arrays that other runs over the same model can use again, or None.
 
     Sinks:
       say: lines for people.
@@ -55,7 +55,7 @@ class Context:
     calibration: Calibration | None = None
     dense: Graph | None = None
     written_digests: Mapping[str, str] = field(default_factory=dict)
-    cache: Path | None = None
+    cache: Cache | None = None
     say: Say = print
     progress: Report = unheard
     record: Record = unrecorded

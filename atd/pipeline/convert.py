@@ -13,7 +13,7 @@ import numpy as np
 from atd.calibration.streams import Calibration
 from atd.calibration.text import calibration_text
 from atd.calibration.windows import tokens_digest
-from atd.checkpoint.cache import default_cache
+from atd.checkpoint.cache import Cache, default_cache
 from atd.checkpoint.folder import check_space, check_target, finish, open_partial
 from atd.checkpoint.journal import JournalEntry
 from atd.errors import BadInput
@@ -61,16 +61,16 @@ def convert(
     """
     recipe = _resolved(recipe, overrides, calib, say)
     source, target = Path(model), Path(out).absolute()
-    cache = default_cache() if cache is None else cache
     graph = finite(frontend.open(source), recipe.nonfinite, say)
     final = recipe.pipeline.preflight(graph)
     check_target(target, source, overwrite)
     tokenizer = tokenizer_files(source, say)
+    store = Cache(default_cache() if cache is None else cache)
     windows = None
     if recipe.pipeline.calibrated:
-        windows = _calibration_windows(recipe, source, graph, cache, say, progress)
+        windows = _calibration_windows(recipe, source, graph, store, say, progress)
         recipe = replace(recipe, calibration_sha256=tokens_digest(windows))
-    context = Context(recipe.seed, cache=cache, say=say, progress=progress)
+    context = Context(recipe.seed, cache=store, say=say, progress=progress)
     with open_partial(target) as partial:
         stages = recipe.pipeline.stages()
         check_space(partial, _bytes_to_write(stages, final) - _bytes_written(partial))
@@ -101,7 +101,7 @@ def _resolved(
 
 
 def _calibration_windows(
-    recipe: Recipe, source: Path, graph: Graph, cache: Path, say: Say, progress: Report
+    recipe: Recipe, source: Path, graph: Graph, cache: Cache, say: Say, progress: Report
 ) -> np.ndarray:
     """The recipe's calibration text, int32 [windows, context]; BadInput where a pass needs more of it."""
     windows = calibration_text(

@@ -13,7 +13,7 @@ from atd.calibration.self_text import (
     special_ids,
     start_ids,
 )
-from atd.checkpoint.cache import default_cache
+from atd.checkpoint.cache import Cache
 from atd.checkpoint.reader import open_tokenizer
 from atd.checkpoint.tokenizer import Tokenizer
 from atd.errors import BadInput, RunFailed
@@ -138,7 +138,7 @@ def test_the_cache_is_written_once_and_read(stories260k, tmp_path, monkeypatch):
 
     def get(words: Tokenizer | None = words, tokens=64, context=16, seed=1):
         return cached_self_text(
-            stories260k, words, tokens=tokens, context=context, seed=seed, cache=folder
+            stories260k, words, tokens=tokens, context=context, seed=seed, cache=Cache(folder)
         )
 
     monkeypatch.setattr(module, "load", lambda graph, backend: None)
@@ -162,16 +162,9 @@ def test_the_cache_is_written_once_and_read(stories260k, tmp_path, monkeypatch):
 
 
 def test_weights_without_an_identity_are_not_cached(tmp_path):
-    windows = cached_self_text(tiny_graph(), None, tokens=8, context=8, cache=tmp_path)
+    windows = cached_self_text(tiny_graph(), None, tokens=8, context=8, cache=Cache(tmp_path))
     assert windows.shape == (1, 8)
     assert not list(tmp_path.iterdir())
-
-
-def test_default_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("ATD_CACHE", str(tmp_path))
-    assert default_cache() == tmp_path
-    monkeypatch.delenv("ATD_CACHE")
-    assert default_cache().parts[-2:] == (".cache", "atd")
 
 
 @pytest.mark.parametrize(
@@ -191,13 +184,15 @@ def test_refusals(model, options, words, tmp_path):
     with pytest.raises(BadInput, match=words):
         self_text(model, None, **options)
     with pytest.raises(BadInput, match=words):
-        cached_self_text(tiny_graph(), None, **options, cache=tmp_path)
+        cached_self_text(tiny_graph(), None, **options, cache=Cache(tmp_path))
 
 
 def test_a_cache_folder_that_cannot_be(stories260k, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInput, match=r"cache folder cannot be made.*ATD_CACHE"):
-        cached_self_text(stories260k, None, tokens=8, context=8, cache=tmp_path / "file" / "folder")
+        cached_self_text(
+            stories260k, None, tokens=8, context=8, cache=Cache(tmp_path / "file" / "folder")
+        )
 
 
 def test_a_model_that_gives_nan_is_refused():

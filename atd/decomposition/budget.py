@@ -1,0 +1,95 @@
+"""A budget of bytes over the matrices of a model: what they may become, and what was decided."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from atd.decomposition.allocation import Choice, allocate, total_bytes
+from atd.decomposition.options import Candidate, stored_bytes
+from atd.weights import DenseType
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What was decided: the type of every matrix that was a choice, what that takes and what it loses."""
+
+    types: dict[str, Candidate]  # name -> what the matrix becomes, before packing
+    losses: dict[str, float]  # name -> predicted KL, nats per position
+    used: int  # bytes of all that the budget is for
+    budget: int
+    weights: int  # how many weights `used` is for
+
+    @property
+    def predicted_kl(self) -> float:
+        """The sum of the predicted losses, nats per position."""
+        return math.fsum(self.losses.values())
+
+    @property
+    def bits(self) -> float:
+        """Bits per weight, over what the budget is for."""
+        return 8 * self.used / self.weights
+
+    def __str__(self) -> str:
+        share = f"{self.used:,} of {self.budget:,} bytes ({self.used / self.budget:.2%})"
+        return f"{self.bits:.3f} bits a weight, {share}, predicted KL {self.predicted_kl:.4f}"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is to be decided, in shapes and bytes."""
+
+    candidates: Mapping[str, tuple[Candidate, ...]]  # name -> what the matrix may become
+    choices: Sequence[
+        tuple[str, ...]
+    ]  # matrices that get the same option, all with as many candidates
+    fixed: int  # bytes of what counts and is no choice
+    budget: int
+    weights: int  # how many weights the budget is for
+    layout: str  # that trits will be packed in: its padding counts
+
+    def bytes_of(self, names: Sequence[str]) -> tuple[int, ...]:
+        """Returns the bytes of each option of a choice, summed over its matrices."""
+        sizes = ([stored_bytes(type, self.layout) for type in self.candidates[n]] for n in names)
+        return tuple(sum(column) for column in zip(*sizes, strict=True))
+
+    @property
+    def least(self) -> int:
+        """Bytes with the smallest option everywhere."""
+        return self.fixed + sum(min(self.bytes_of(names)) for names in self.choices)
+
+    def solved(self, losses: Sequence[np.ndarray]) -> Allocation:
+        """Returns the allocation of the least sum of losses within the budget, exactly.
+
+        Args:
+            losses: of each choice, nats per position, [matrices, options].
+        """
+        choices = [
+            Choice(names, self.bytes_of(names), tuple(map(float, found.sum(axis=0))))
+            for names, found in zip(self.choices, losses, strict=True)
+        ]
+        taken = allocate(choices, self.budget - self.fixed)
+        types, shares = {}, {}
+        for names, option, found in zip(self.choices, taken, losses, strict=True):
+            types |= {name: self.candidates[name][option] for name in names}
+            shares |= dict(zip(names, found[:, option].tolist(), strict=True))
+        used = self.fixed + total_bytes(choices, taken)
+        assert used <= self.budget, "an allocation above its budget"
+        return Allocation(types, shares, used, self.budget, self.weights)
+
+    def stand_in_losses(self) -> list[np.ndarray]:
+        """Returns losses of each choice, [matrices, options], where nothing is known of weights and text."""
+        return [
+            np.array([[stand_in_loss(type) for type in self.candidates[name]] for name in names])
+            for names in self.choices
+        ]
+
+
+def stand_in_loss(type: Candidate) -> float:
+    """Returns a loss for an option when nothing is known: a ninth per base, less for finer groups and free scales."""
+    if isinstance(type, DenseType):
+        return 0.0
+    finer = 0.97 if type.group == "row" else 0.85 + 0.02 * math.log2(type.group_size / 32)
+    free = 1.0 if type.tied else 0.97
+    return math.prod(type.shape) * 9.0**-type.bases * min(finer, 0.97) * free

@@ -1,0 +1,55 @@
+"""Checks of the values of options. Each raises BadInput that names the option, what it is and what it may be."""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from atd.errors import BadInput, nearest
+
+LEAST_GROUP = 32
+_DTYPES = ("f32", "f16", "bf16")
+
+
+def check_known(option: str, value: str, known: Iterable[str]) -> None:
+    """The value is one of the known words."""
+    if value not in (known := list(known)):
+        raise BadInput(f"{option} {value!r} is unknown{nearest(value, known)}")
+
+
+def check_dtype(option: str, value: str) -> None:
+    """The value is a dtype that weights and scales are stored in."""
+    check_known(option, value, _DTYPES)
+
+
+def check_pattern(option: str, pattern: str) -> None:
+    """The value is a regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise BadInput(f"{option} {pattern!r} is no regular expression: {error}") from None
+
+
+def check_group(option: str, value: Any) -> None:
+    """The value is a group size, "row" or "tensor"."""
+    if value not in ("row", "tensor") and not _is_group_size(value):
+        raise BadInput(
+            f"{option} must be a size of at least {LEAST_GROUP}, 'row' or 'tensor', not {value!r}"
+        )
+
+
+def check_groups(option: str, values: tuple) -> None:
+    """The values are group sizes or "row", and there is one at least."""
+    if not values or not all(value == "row" or _is_group_size(value) for value in values):
+        raise BadInput(
+            f"{option} must be sizes of at least {LEAST_GROUP}, or 'row', not {list(values)}"
+        )
+
+
+def check_bases(option: str, values: tuple) -> None:
+    """The values are numbers of bases, and there is one at least."""
+    if not values or not all(type(n) is int and 1 <= n <= 4 for n in values):
+        raise BadInput(f"{option} must be some of 1, 2, 3 and 4, not {list(values)}")
+
+
+def _is_group_size(value: Any) -> bool:
+    return type(value) is int and value >= LEAST_GROUP

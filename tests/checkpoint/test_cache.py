@@ -1,0 +1,51 @@
+"""The cache: what was saved comes back, and what is damaged counts as absent."""
+
+import numpy as np
+import pytest
+
+from atd.checkpoint.cache import Cache, cache_key, default_cache
+from atd.errors import BadInput
+
+ARRAYS = {"losses model.layers.0.mlp": np.arange(3.0), "ids": np.array([[1, 2]], np.int32)}
+
+
+def test_what_was_saved_comes_back(tmp_path):
+    cache = Cache(tmp_path / "a" / "b")
+    assert cache.load("x") is None
+    cache.save("x", ARRAYS)
+    found = cache.load("x")
+    assert found is not None
+    assert found.keys() == ARRAYS.keys()
+    for name, array in ARRAYS.items():
+        assert found[name].dtype == array.dtype
+        np.testing.assert_array_equal(found[name], array)
+    assert cache.load("y") is None
+
+
+@pytest.mark.parametrize("length", [0, 2, 100, 300])
+def test_damaged_entries_count_as_absent(tmp_path, length):
+    cache = Cache(tmp_path)
+    cache.save("x", ARRAYS)
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:length])
+    assert cache.load("x") is None
+
+
+def test_keys_say_what_the_entry_is_and_what_it_is_made_from():
+    key = cache_key("windows", [1, "graph", None])
+    assert key.startswith("windows-")
+    assert key == cache_key("windows", [1, "graph", None])
+    assert key != cache_key("windows", [2, "graph", None])
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInput, match=r"cache folder cannot be made.*ATD_CACHE"):
+        Cache(tmp_path / "file" / "folder").load("x")
+
+
+def test_default_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("ATD_CACHE", str(tmp_path))
+    assert default_cache() == tmp_path
+    monkeypatch.delenv("ATD_CACHE")
+    assert default_cache().parts[-2:] == (".cache", "atd")
