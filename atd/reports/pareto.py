@@ -23,6 +23,8 @@ _LOOKS = (
 )
 _LEAST = 1e-8  # nats: what float32 logits cannot tell from 0, which a log axis has no place for
 _DISTANCES = (5, 8, 13, 20, 30, 42, 58)  # of a label from its point, in typographic points
+_NEAR = 13  # labels that are further away are tied to their points
+_ANGLES = (45, 0, 315, 135, 180, 225, 90, 270, 22, 338, 158, 202, 68, 112, 248, 292)
 
 
 @dataclass(frozen=True)
@@ -140,72 +142,95 @@ def _label(
     axis: Any, renderer: Any, marks: Sequence[Mark], line: Sequence[int], kinds: Sequence[str]
 ) -> None:
     """Puts each label near its point, where it covers no point, no other label and no line."""
-    from matplotlib.path import Path as Outline
-    from matplotlib.transforms import Bbox
-
-    pixels = renderer.points_to_pixels(1)
-    at = axis.transData.transform([(mark.bits, max(mark.kl, _LEAST)) for mark in marks])
-    reach = 4.5 * pixels  # half a marker and a little air
-    taken = [Bbox.from_extents(x - reach, y - reach, x + reach, y + reach) for x, y in at]
-    stair = [
-        corner
-        for a, b in itertools.pairwise(line)
-        for corner in (at[a], (at[b][0], at[a][1]), at[b])
-    ]
-    strokes = [Outline(stair)] if stair else []
-    frame = axis.get_window_extent(renderer)
+    space = _Space(axis, renderer, marks, line)
     for i in [*line, *(i for i in range(len(marks)) if i not in line)]:
-        text = axis.annotate(marks[i].label, (marks[i].bits, max(marks[i].kl, _LEAST)), fontsize=8)
-        box = text.get_window_extent(renderer)
-        text.remove()
-        best = None
-        for distance in _DISTANCES:
-            for angle in (45, 0, 315, 135, 180, 225, 90, 270, 22, 338, 158, 202, 68, 112, 248, 292):
-                # The middle of the box, such that its edge is `distance` away: half a box further
-                # along x and y.
-                right, up = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-                shift = (
-                    (distance * pixels + reach / 2) * right + box.width / 2 * _towards(right),
-                    (distance * pixels + reach / 2) * up + box.height / 2 * _towards(up),
-                )
-                middle = at[i] + shift
-                found = Bbox.from_bounds(
-                    middle[0] - box.width / 2, middle[1] - box.height / 2, box.width, box.height
-                ).padded(1.2 * pixels)
-                if not _inside(found, frame) or any(found.overlaps(other) for other in taken):
-                    continue
-                leader = Outline([at[i], middle])
-                crossed = sum(stroke.intersects_bbox(found, filled=False) for stroke in strokes)
-                crossed += sum(
-                    leader.intersects_bbox(o, filled=False) for k, o in enumerate(taken) if k != i
-                )
-                gaps = [_gap(found, point) for point in at]
-                doubtful = sum(
-                    gap < 1.5 * gaps[i] for k, gap in enumerate(gaps) if k != i
-                )  # whose label is it?
-                cost = distance + 25 * crossed + 15 * doubtful
-                if best is None or cost < best[0]:
-                    best = cost, found, middle, leader, distance
-        if best is None:
+        place = space.take(i, marks[i])
+        if place is None:
             continue
-        _, found, middle, leader, distance = best
-        taken.append(found)
+        offset, far = place
         # A label that stands far off is tied to its point.
         tie = {"arrowstyle": "-", "color": "#999999", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3}
-        if distance > 13:
-            strokes.append(leader)
         axis.annotate(
             marks[i].label,
-            (marks[i].bits, max(marks[i].kl, _LEAST)),
-            xytext=tuple((middle - at[i]) / pixels),
+            _position(marks[i]),
+            xytext=offset,
             textcoords="offset points",
             ha="center",
             va="center",
             fontsize=8,
             color=_ink(marks[i].kind, kinds),
             fontweight="bold" if i in line else "normal",
-            arrowprops=tie if distance > 13 else None,
+            arrowprops=tie if far else None,
         )
+
+
+def _position(mark: Mark) -> tuple[float, float]:
+    return mark.bits, max(mark.kl, _LEAST)
+
+
+class _Space:
+    """The space around the points in which labels find their places, in pixels."""
+
+    def __init__(self, axis: Any, renderer: Any, marks: Sequence[Mark], line: Sequence[int]):
+        from matplotlib.path import Path as Outline
+        from matplotlib.transforms import Bbox
+
+        self.axis, self.renderer = axis, renderer
+        self.pixels = renderer.points_to_pixels(1)
+        self.reach = 4.5 * self.pixels  # half a marker and a little air
+        self.at = axis.transData.transform([_position(mark) for mark in marks])
+        self.frame = axis.get_window_extent(renderer)
+        self.taken = [
+            Bbox.from_extents(*(point - self.reach), *(point + self.reach)) for point in self.at
+        ]
+        stair = [
+            corner
+            for a, b in itertools.pairwise(line)
+            for corner in (self.at[a], (self.at[b][0], self.at[a][1]), self.at[b])
+        ]
+        self.strokes = [Outline(stair)] if stair else []
+
+    def take(self, i: int, mark: Mark) -> tuple[tuple[float, float], bool] | None:
+        """Takes the best free place: (offset of its middle in points, whether it is far off)."""
+        text = self.axis.annotate(mark.label, _position(mark), fontsize=8)
+        size = text.get_window_extent(self.renderer)
+        text.remove()
+        places = itertools.product(_DISTANCES, _ANGLES)
+        found = [place for d, a in places if (place := self._place(i, size, d, a))]
+        if not found:
+            return None
+        _, box, leader, middle, distance = min(found, key=lambda place: place[0])
+        self.taken.append(box)
+        if distance > _NEAR:
+            self.strokes.append(leader)
+        x, y = (middle - self.at[i]) / self.pixels
+        return (x, y), distance > _NEAR
+
+    def _place(self, i: int, size: Any, distance: float, angle: float):
+        """(cost, box, line to the point, middle, distance) of a label; None without room for it."""
+        from matplotlib.path import Path as Outline
+        from matplotlib.transforms import Bbox
+
+        # The middle of the box is half a box further along x and y, so that its edge is `distance`
+        # away.
+        right, up = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+        away = distance * self.pixels + self.reach / 2
+        shift = (
+            away * right + size.width / 2 * _towards(right),
+            away * up + size.height / 2 * _towards(up),
+        )
+        middle = self.at[i] + shift
+        corner = middle[0] - size.width / 2, middle[1] - size.height / 2
+        box = Bbox.from_bounds(*corner, size.width, size.height).padded(1.2 * self.pixels)
+        if not _inside(box, self.frame) or any(box.overlaps(other) for other in self.taken):
+            return None
+        leader = Outline([self.at[i], middle])
+        others = [box for k, box in enumerate(self.taken) if k != i]
+        crossed = sum(stroke.intersects_bbox(box, filled=False) for stroke in self.strokes)
+        crossed += sum(leader.intersects_bbox(other, filled=False) for other in others)
+        gaps = [_gap(box, point) for point in self.at]
+        doubtful = sum(gap < 1.5 * gaps[i] for k, gap in enumerate(gaps) if k != i)  # whose is it?
+        return distance + 25 * crossed + 15 * doubtful, box, leader, middle, distance
 
 
 def _ink(kind: str, kinds: Sequence[str]) -> Any:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,34 @@ def layers_picture(report: Sequence[NodeReport], path: str | Path) -> None:
     Raises BadInput where matplotlib is missing, no row belongs to a block or the picture cannot be
     written.
     """
+    lines, outside = _by_kind(report)
+    rows = [row for points in lines.values() for _, row in points]
+    panels = [("bits", "bits per weight")]
+    if any(row["error"] is not None for row in rows):
+        panels.append(("error", "relative error"))
+    blocks = 1 + max(block for points in lines.values() for block, _ in points)
+    figure = new_figure(min(16, 6 + 0.22 * blocks), 1.2 + 3 * len(panels))
+    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for axis, (figure_name, label) in zip(axes, panels, strict=True):
+        _draw_kinds(axis, lines, figure_name)
+        _style(axis, blocks, label)
+        axis.set_ylim(0, 1.1 * max(row[figure_name] or 0 for row in rows))
+    weights = sum(row["weights"] for row in rows)
+    mean = sum(row["bits"] * row["weights"] for row in rows) / weights
+    axes[0].axhline(mean, color="#333333", linewidth=0.9, linestyle="--", label=f"mean {mean:.2f}")
+    axes[0].legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+    axes[-1].set_xlabel("block")
+    axes[-1].xaxis.get_major_locator().set_params(integer=True)
+    notes = [f"{len(rows)} linears, {three_digits(weights)} weights, {mean:.2f} bits per weight"]
+    notes += [f"{row['node'].split('.')[-1]} {row['bits']:.2f} bits" for row in outside]
+    axes[0].set_title("; ".join(notes), loc="left", fontsize=10)
+    save_figure(figure, path)
+
+
+def _by_kind(
+    report: Sequence[NodeReport],
+) -> tuple[dict[str, list[tuple[int, NodeReport]]], list[NodeReport]]:
+    """(kind of linear -> its (block, row) in order, rows outside the blocks)."""
     lines: dict[str, list[tuple[int, NodeReport]]] = {}
     outside = []
     for row in report:
@@ -83,55 +111,46 @@ def layers_picture(report: Sequence[NodeReport], path: str | Path) -> None:
             "the report has no rows of blocks (nodes named like model.layers.0.self_attn.q_proj): "
             "nothing to draw"
         )
-    rows = [row for points in lines.values() for _, row in points]
-    panels = [("bits", "bits per weight")]
-    if any(row["error"] is not None for row in rows):
-        panels.append(("error", "relative error"))
+    known = list(_KINDS)
+    order = {kind: known.index(kind) if kind in known else len(known) for kind in lines}
+    return {
+        kind: sorted(lines[kind], key=lambda point: point[0])
+        for kind in sorted(lines, key=lambda kind: (order[kind], kind))
+    }, outside
 
-    blocks = 1 + max(block for points in lines.values() for block, _ in points)
-    figure = new_figure(min(16, 6 + 0.22 * blocks), 1.2 + 3 * len(panels))
-    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-    kinds = sorted(
-        lines, key=lambda kind: (list(_KINDS).index(kind) if kind in _KINDS else len(_KINDS), kind)
-    )
-    for axis, (key, label) in zip(axes, panels, strict=True):
-        for i, kind in enumerate(kinds):
-            colour, marker = _KINDS.get(kind, _OTHER_KIND)
-            points = sorted(
-                (block, math.nan if row[key] is None else row[key]) for block, row in lines[kind]
-            )
-            # Most kinds have equal bits, so their points stand side by side. Errors differ, and
-            # how they go on from block to block is what counts.
-            shift, linestyle = (
-                (0.13 * (i - (len(kinds) - 1) / 2), "none") if key == "bits" else (0, "-")
-            )
-            axis.plot(
-                [block + shift for block, _ in points],
-                [value for _, value in points],
-                color=colour,
-                marker=marker,
-                markersize=5,
-                markeredgecolor="white",
-                markeredgewidth=0.3,
-                linestyle=linestyle,
-                linewidth=1,
-                label=kind.removesuffix("_proj"),
-            )
-        for block in range(0, blocks, 2):
-            axis.axvspan(block - 0.5, block + 0.5, color="#F4F4F4", linewidth=0, zorder=0)
-        axis.set_ylabel(label)
-        axis.grid(axis="y", color="#DDDDDD", linewidth=0.6)
-        axis.set_axisbelow(True)
-        axis.set_xlim(-0.6, blocks - 0.4)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.set_ylim(0, 1.1 * max(row[key] for row in rows if row[key] is not None))
-    weights = sum(row["weights"] for row in rows)
-    mean = sum(row["bits"] * row["weights"] for row in rows) / weights
-    axes[0].axhline(mean, color="#333333", linewidth=0.9, linestyle="--", label=f"mean {mean:.2f}")
-    axes[-1].set_xlabel("block")
-    axes[-1].xaxis.get_major_locator().set_params(integer=True)
-    axes[0].legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
-    notes = [f"{len(rows)} linears, {three_digits(weights)} weights, {mean:.2f} bits per weight"]
-    notes += [f"{row['node'].split('.')[-1]} {row['bits']:.2f} bits" for row in outside]
-    axes[0].set_title("; ".join(notes), loc="left", fontsize=10)
-    save_figure(figure, path)
+
+def _draw_kinds(
+    axis: Any, lines: Mapping[str, Sequence[tuple[int, NodeReport]]], figure_name: str
+) -> None:
+    """Draws a figure of each kind of linear over the blocks.
+
+    Most kinds have equal bits, so their points stand side by side. Errors differ, and how they go
+    on from block to block is what counts, so theirs are joined.
+    """
+    for i, (kind, points) in enumerate(lines.items()):
+        colour, marker = _KINDS.get(kind, _OTHER_KIND)
+        side_by_side = figure_name == "bits"
+        shift = 0.13 * (i - (len(lines) - 1) / 2) if side_by_side else 0
+        values = [row[figure_name] for _, row in points]
+        axis.plot(
+            [block + shift for block, _ in points],
+            [math.nan if value is None else value for value in values],
+            color=colour,
+            marker=marker,
+            markersize=5,
+            markeredgecolor="white",
+            markeredgewidth=0.3,
+            linestyle="none" if side_by_side else "-",
+            linewidth=1,
+            label=kind.removesuffix("_proj"),
+        )
+
+
+def _style(axis: Any, blocks: int, label: str) -> None:
+    for block in range(0, blocks, 2):
+        axis.axvspan(block - 0.5, block + 0.5, color="#F4F4F4", linewidth=0, zorder=0)
+    axis.set_ylabel(label)
+    axis.grid(axis="y", color="#DDDDDD", linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.set_xlim(-0.6, blocks - 0.4)
+    axis.spines[["top", "right"]].set_visible(False)

@@ -7,6 +7,7 @@ others are single words.
 
 import csv
 import io
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -122,52 +123,54 @@ def study_table(rows: Sequence[StudyRow]) -> Table:
     the rest. With two short options it fits 80 columns.
     """
     rows = sorted(rows, key=lambda row: (number(row, "bits_per_weight"), row["folder"]))
-    options, texts = _options(rows), _texts(rows)
-    lines = [_conditions(row, text) for text in texts for row in rows[:1]]
-    lines = [f"({n}) {line}" if len(lines) > 1 else line for n, line in enumerate(lines, 1)]
-    result = Table(
+    options, texts = short_options(_options(rows)), _texts(rows)
+    single = len(texts) == 1
+    conditions = [_conditions(row, text) for text in texts for row in rows[:1]]
+    if not single:
+        conditions = [f"({n}) {line}" for n, line in enumerate(conditions, 1)]
+    table = Table(
         box=SIMPLE_HEAD,
         show_edge=False,
         padding=(0, 1, 0, 0),
-        caption="\n".join([*lines, "● Pareto front"]),
+        caption="\n".join([*conditions, "● Pareto front"]),
     )
-    result.add_column("recipe", overflow="fold", min_width=_room(row["recipe"] for row in rows))
+    table.add_column("recipe", overflow="fold", min_width=_room(row["recipe"] for row in rows))
+    for option, title in options.items():
+        room = _room([title, *(row.get(option, "") for row in rows)])
+        table.add_column(title, justify="right", overflow="fold", min_width=room)
     calibrated = len({row.get("calib_sha256", "") for row in rows}) > 1
-    for option, title in short_options(options).items():
-        room = max(_room(row.get(option, "") for row in rows), _room([title]))
-        result.add_column(title, justify="right", overflow="fold", min_width=room)
     if calibrated:
-        result.add_column("calib", justify="right", overflow="fold")
-    single = len(texts) == 1
-    titles = ["bits/\nweight", *(["size"] if single else [])]
-    for n in range(1, len(texts) + 1):
-        on = "" if single else f"\n({n})"
-        titles += [
-            f"perplexity{on}",
-            "KL\nmean" if single else f"KL{on}",
-            *(["KL\n99 %", "top-1"] if single else []),
-        ]
-    for title in titles:
-        result.add_column(title, justify="right", no_wrap=True)
+        table.add_column("calib", justify="right", overflow="fold")
+    for title in _figure_titles(len(texts)):
+        table.add_column(title, justify="right", no_wrap=True)
     fronts = {text: _front(rows, text) for text in texts}
     for i, row in enumerate(rows):
         cells = [row["recipe"], *(row.get(option) or "–" for option in options)]
         cells += [Path(row.get("calib", "")).stem or "–"] if calibrated else []
-        cells += [
-            f"{number(row, 'bits_per_weight'):.2f}",
-            *([sizes(number(row, "bytes"))] if single else []),
-        ]
+        cells.append(f"{number(row, 'bits_per_weight'):.2f}")
+        cells += [sizes(number(row, "bytes"))] if single else []
         for text in texts:
-            perplexity, kl = number(row, f"perplexity:{text}"), number(row, f"kl_mean:{text}")
-            cells.append(f"{perplexity:.3f}" if perplexity < 1000 else f"{perplexity:,.0f}")
-            cells.append(f"{kl:#.3g}{' ●' if i in fronts[text] else '  '}")
-            if single:
-                cells += [
-                    f"{number(row, f'kl_99:{text}'):#.3g}",
-                    f"{number(row, f'top1:{text}'):.1%}",
-                ]
-        result.add_row(*cells)
-    return result
+            cells += _figure_cells(row, text, on_front=i in fronts[text])[: 4 if single else 2]
+        table.add_row(*cells)
+    return table
+
+
+def _figure_titles(texts: int) -> list[str]:
+    if texts == 1:
+        return ["bits/\nweight", "size", "perplexity", "KL\nmean", "KL\n99 %", "top-1"]
+    of_texts = [(f"perplexity\n({n})", f"KL\n({n})") for n in range(1, texts + 1)]
+    return ["bits/\nweight", *itertools.chain(*of_texts)]
+
+
+def _figure_cells(row: StudyRow, text: str, on_front: bool) -> list[str]:
+    """Perplexity, mean and 99 % quantile of KL, and top-1 agreement on a text."""
+    perplexity, kl = number(row, f"perplexity:{text}"), number(row, f"kl_mean:{text}")
+    return [
+        f"{perplexity:.3f}" if perplexity < 1000 else f"{perplexity:,.0f}",
+        f"{kl:#.3g}{' ●' if on_front else '  '}",
+        f"{number(row, f'kl_99:{text}'):#.3g}",
+        f"{number(row, f'top1:{text}'):.1%}",
+    ]
 
 
 def _room(cells: Iterable[str]) -> int:
