@@ -1,7 +1,7 @@
 """Shows how bits were allocated over the matrices of a model: as a table and as a picture."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -9,47 +9,12 @@ from rich.table import Table
 
 from atd.checkpoint.folder import NodeReport
 from atd.errors import BadInput
-from atd.ir import Graph
 from atd.reports.plots import new_figure, save_figure
 from atd.reports.tables import sizes
-from atd.weights import PackedType, TernaryType, bits_per_weight, parse_type, ternary_of
-from atd.weights.layouts import DEFAULT_LAYOUT, LAYOUTS
+from atd.weights import parse_type, ternary_of
 
 _BLOCK = re.compile(r"(.*\.\d+)\..*?([^.]+)")
 _ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def allocation_rows(
-    graph: Graph, figures: Mapping[str, Mapping], layout: str = DEFAULT_LAYOUT
-) -> list[dict]:
-    """Returns the rows of a graph that was decomposed, but not packed and written yet.
-
-    Args:
-      figures: node -> figures, of which `predicted_kl` is taken.
-      layout: what the weights will be packed in; it decides on their bytes.
-    """
-    rows = []
-    for unit in graph.units:
-        for node in unit.nodes:
-            name = unit.full_name(node)
-            if "weight" in node.weights and name in figures:
-                type = node.weights["weight"].type
-                type = (
-                    PackedType(type, LAYOUTS[layout].name)
-                    if isinstance(type, TernaryType)
-                    else type
-                )
-                weights = type.shape[0] * type.shape[1]
-                row = {
-                    "node": name,
-                    "type": str(type),
-                    "weights": weights,
-                    "bits": bits_per_weight(type),
-                }
-                rows.append(
-                    {**row, "bytes": type.nbytes, "predicted_kl": figures[name].get("predicted_kl")}
-                )
-    return rows
 
 
 def allocation_table(rows: Sequence[NodeReport]) -> Table:

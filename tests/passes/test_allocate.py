@@ -1,12 +1,10 @@
-"""allocate: budgets kept to the byte, decisions that decompose follows, refusals before data is read, table and picture."""
+"""allocate: budgets kept to the byte, decisions that decompose follows, refusals before data is read."""
 
-import io
 import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from atd.checkpoint.cache import Cache
 from atd.checkpoint.files import read_text
@@ -19,7 +17,6 @@ from atd.passes import allocate as module
 from atd.passes.allocate import Allocate
 from atd.passes.decompose import Decompose
 from atd.pipeline import Context, Figures, Pipeline, Rule, make_pass, parse_pass
-from atd.reports.allocation import allocation_picture, allocation_rows, allocation_table
 from atd.runtime.compare import graph_size
 from atd.weights import PackedType
 from tests.models.tiny import tiny_graph
@@ -269,23 +266,3 @@ def test_better_than_chance_on_a_real_model(stories260k, shared_data):
     )
     assert seen.used <= seen.budget
     assert seen.predicted_kl < blind_kl
-
-
-def test_table_and_picture(windows, tmp_path):
-    figures = Figures()
-    graph = Pipeline([Allocate(budget="30kB", groups=(32, "row")), "decompose"])(
-        tiny_graph(), context_of(windows, record=figures.record)
-    )
-    rows = allocation_rows(graph, figures)
-    console = Console(file=io.StringIO(), width=120)
-    console.print(allocation_table(rows))
-    text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert re.search(r"^1 ", text, re.MULTILINE)
-    assert "model.embed_tokens" in text
-    assert re.search(r"\b[123](/32)?\b", text)
-    allocation_picture(rows, tmp_path / "who.png")
-    assert (tmp_path / "who.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(BadInput, match="nothing was allocated"):
-        allocation_table([{**row, "predicted_kl": None} for row in rows])
-    with pytest.raises(BadInput, match="cannot be written"):
-        allocation_picture(rows, tmp_path / "who.nothing")
