@@ -64,7 +64,7 @@ def decompose(
 
     Raises:
         BadInput: weights that are not finite; a scale that overflows `dtype`; second moments of
-        another width.
+            another width.
     """
     (weight, scales), hessian = _with_scales(weight, dtype), checked_moment(hessian)
     out, inputs = weight.shape
