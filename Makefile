@@ -57,7 +57,7 @@ check: $(VENV)/.test
 # Programs for devices that are not here can be written to jax's compilation cache, but not read from it.
 FOR_GPUS := JAX_PLATFORMS=cpu JAX_ENABLE_COMPILATION_CACHE=false .venv-gpu-check/bin/python -m pytest
 gpu-check: .venv-gpu-check/.ready
-	$(FOR_GPUS) -n 2 tests/kernels/test_aot.py tests/kernels/test_triton_compiled.py tests/kernels/test_mosaic.py
+	$(FOR_GPUS) -n 2 tests/kernels/tuning/test_aot.py tests/kernels/ptx tests/kernels/triton/test_compiled.py tests/kernels/mosaic
 	$(FOR_GPUS) -n 2 tests/kernels/test_matmul.py -k "$(EMULATED)"
 
 .venv-gpu-check/.ready: pyproject.toml constraints.txt

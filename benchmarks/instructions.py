@@ -1,9 +1,12 @@
-"""Instructions a weight of the Triton kernel for one token, compiled without a GPU, and the speed they allow: a model, no measurement.
+"""Instructions per weight of the Triton kernel for one token, compiled without a GPU, and the speed
+they allow.
 
-    make gpu-check && JAX_PLATFORMS=cpu PYTHONPATH=. .venv-gpu-check/bin/python benchmarks/instructions.py [--device H200]
+    make gpu-check && JAX_PLATFORMS=cpu PYTHONPATH=. .venv-gpu-check/bin/python
+    benchmarks/instructions.py [--device H200]
 
-Llama-3-8B's 14336 x 4096 by default. The model: a kernel is bound by its bytes (codes and scales at the bandwidth that a copy
-reaches) or by its instructions (4 warps a cycle and multiprocessor), whichever takes longer; bf16 by its bytes.
+The speed is modelled, not measured: a kernel is bound by its bytes (codes and scales at the
+bandwidth that a copy reaches) or by its instructions (4 warps per cycle and multiprocessor),
+whichever takes longer; bf16 by its bytes. The matrix is Llama-3-8B's 14336 x 4096 by default.
 """
 
 import argparse
@@ -12,12 +15,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from atd.kernels import prefixes
-from atd.kernels import settings as tuning
-from atd.kernels.triton import backend as triton
+from atd.kernels.settings import heuristic
+from atd.kernels.triton import gemv
+from atd.kernels.triton.backend import way_of
+from atd.kernels.triton.geometry import Geometry
+from atd.kernels.tuning import aot
 from atd.weights import PackedType, TernaryType, bits_per_weight
-from atd.weights.layouts import LAYOUTS
-from tests.kernels import aot
 
 CASES = [
     (n, tied, group)
@@ -31,18 +34,17 @@ CLOCK = {"H200": 1.75e9, "H100": 1.75e9, "A10": 1.5e9, "L4": 1.6e9}  # Hz under 
 
 
 def instructions(device: str, type: TernaryType) -> tuple[float, aot.Compiled]:
-    """(instructions of a thread in the main loop for each weight it multiplies, machine code)."""
-    settings, plan = tuning.heuristic(type, 1), prefixes.plan(type.bases, type.tied)
-    shape = jax.ShapeDtypeStruct
-    codes = LAYOUTS[triton.LAYOUT].codes_shape(*type.shape, type.bases)
-    function = partial(triton.gemv, type=type, settings=settings, interpret=False)
+    """Returns (instructions of a thread in the main loop per weight that it multiplies, machine
+    code)."""
+    g = Geometry(type, 1, heuristic(type, 1).gemv)
     operands = (
-        shape((1, type.shape[1]), jnp.bfloat16),
-        shape(codes, jnp.uint32),
-        shape(type.scales_shape, jnp.float16),
+        jax.ShapeDtypeStruct((1, type.shape[1]), jnp.bfloat16),
+        jax.ShapeDtypeStruct(PackedType(type, "tiles").codes_shape, jnp.uint32),
+        jax.ShapeDtypeStruct(type.scales_shape, jnp.float16),
     )
-    compiled = aot.compile_for(device, function, *operands, kernel=triton.gemv_name(type, 1))
-    weights = 2 * settings.gemv.row_blocks * settings.gemv.unroll * plan.piece_params
+    function = partial(gemv.matmul, type=type, shape=g.shape)
+    compiled = aot.compile_for(device, function, *operands, kernel=g.name)
+    weights = 2 * g.shape.row_blocks * g.shape.unroll * g.plan.piece_params
     return aot.main_loop_instructions(compiled.sass).total() / weights, compiled
 
 
@@ -54,24 +56,23 @@ def main() -> None:
     parser.add_argument("--shape", type=int, nargs=2, default=(14336, 4096), metavar=("OUT", "IN"))
     arguments = parser.parse_args()
     device = aot.DEVICES[arguments.device]
-    issued = (
-        4 * 32 * device.multiprocessors * CLOCK[arguments.device]
-    )  # instructions of a thread, a second
+    # Instructions of threads per second.
+    issued = 4 * 32 * device.multiprocessors * CLOCK[arguments.device]
     copied = COPY[arguments.device]
+    out, inputs = arguments.shape
+    print(f"{device.name}, {out} x {inputs}, jax {jax.__version__}: modelled, nothing has run\n")
     print(
-        f"{device.name}, {arguments.shape[0]} x {arguments.shape[1]}, jax {jax.__version__}: a model, nothing has run\n"
-    )
-    print(
-        "| N | scales | group | bits | instructions a weight | registers | spills | bound by | modelled, x bf16 |"
+        "| N | scales | group | bits | instructions per weight | registers | spills | bound by "
+        "| modelled, x bf16 |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for bases, tied, group in CASES:
-        type = TernaryType(tuple(arguments.shape), bases, group, tied, "f16")
-        if triton.path(tuning.heuristic(type, 1), type, 1) != "gemv":
+        type = TernaryType((out, inputs), bases, group, tied, "f16")
+        if way_of(heuristic(type, 1), type, 1) != "gemv":
             continue  # more groups in a step than the kernel has columns for
         count, compiled = instructions(arguments.device, type)
-        bits = bits_per_weight(PackedType(type, triton.LAYOUT))
-        by_bytes, by_instructions = copied / (bits / 8), issued / count  # weights a second
+        bits = bits_per_weight(PackedType(type, "tiles"))
+        by_bytes, by_instructions = copied / (bits / 8), issued / count  # weights per second
         bound, speed = min(
             ("bytes", by_bytes), ("instructions", by_instructions), key=lambda way: way[1]
         )

@@ -1,20 +1,21 @@
-"""Packed matrices against bf16, matrix by matrix, on this machine's GPU: microseconds, times bf16, bandwidth.
+"""Packed matrices against bf16, matrix by matrix, on this machine's GPU: microseconds, times bf16,
+bandwidth.
 
-    python benchmarks/matmul.py                     the matrices of Llama-3-8B and SmolLM2-135M, N = 2, 1, 3, up to 8 minutes
-    python benchmarks/matmul.py --tune              no table: search for this GPU's settings, written to kernels/tuned/
+    python benchmarks/matmul.py            the matrices of Llama-3-8B and SmolLM2-135M, N = 2, 1, 3
+    python benchmarks/matmul.py --tune     no table: search for this GPU's settings, and keep them
     python benchmarks/matmul.py --matrices 'llama3-8b gate_up' --bases 2 --tokens 1 16
-    python benchmarks/matmul.py --tiny              whether it runs, on any machine, in seconds
+    python benchmarks/matmul.py --tiny     whether it runs, on any machine, in seconds
 
-It needs jax and numpy alone. bf16 is `jnp.dot` in the same run, on whatever XLA takes for it (cuBLAS or its own). Both
-sides are timed as `atd.kernels.tuning.timing` says: weights out of memory and not out of the L2, without the host, everything
-counted that a multiplication does (its activations are prepared anew each time). The first of each matrix, N and way of
-computing is compared with XLA first. GB/s are of the packed bytes, scales and padding included; `of copy` is that over
-the bandwidth of copying 1 GB, bytes read and written, measured here as well.
+It needs jax and numpy alone. bf16 is `jnp.dot` in the same run, on whatever XLA takes for it
+(cuBLAS or its own). Both sides are timed as `atd.kernels.tuning.timing` says: weights out of memory
+and not out of the L2, without the host, everything counted that a multiplication does (its
+activations are prepared anew each time). The first of each matrix, N and way of computing is
+compared with XLA first. GB/s are of the packed bytes, scales and padding included; `of copy` is
+that over the bandwidth of copying 1 GB, bytes read and written, measured here as well.
 """
 
 import argparse
 import json
-import os
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -28,12 +29,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from atd.errors import AtdError, BadInput
 from atd.kernels import matmul as kernels
-from atd.kernels import settings as tuning
-from atd.kernels import xla
-from atd.kernels.triton import backend as triton
-from atd.kernels.tuning import search as tune
-from atd.kernels.tuning import timing
+from atd.kernels import settings, xla
+from atd.kernels.packed import device_kind
+from atd.kernels.triton.backend import way_of
+from atd.kernels.tuning import search, timing
 from atd.kernels.tuning.timing import TINY, Effort, Stack
 from atd.weights import DenseType, TernaryType, Weight
 
@@ -59,38 +60,48 @@ TOKENS = (1, 2, 4, 8, 16, 64, 256, 2048)
 TINY_TOKENS = (1, 20, 300)  # one of each way
 TINY_BASES = (2,)
 BASES = (2, 1, 3)  # what matters most comes first, if time should run out
-CHECKED = 1e-2  # largest root mean square error over that of the result: bf16 activations, weights and results
+# Largest root mean square error over that of the result: of bf16 activations, weights and results.
+CHECKED = 1e-2
 
 
 @dataclass(frozen=True)
 class Row:
-    """A figure. type: a weight type's text."""
+    """A figure.
+
+    Attributes:
+        type: the text of the weight's type.
+        way: gemv, gemm or decode for triton, else the backend's name.
+    over_bf16: times as fast as bf16.
+    of_copy: bytes per second over those of copying.
+    error: of the first of its kind, against XLA.
+    """
 
     matrix: str
     type: str
     tokens: int
-    way: str  # gemv, gemm or decode for triton, else the backend's name
+    way: str
     microseconds: float
     bf16_microseconds: float
     over_bf16: float
     bytes_per_second: float
     of_copy: float
-    error: float | None  # of the first of its kind, against XLA
+    error: float | None
 
 
 def product(x: jax.Array, weight: Any) -> jax.Array:
-    """bf16 [M, in] times bf16 [out, in] -> bf16."""
+    """Multiplies bf16 [M, in] by bf16 [out, in] -> bf16."""
     return jnp.dot(x, weight.array.T)
 
 
 def way(backend: str, type: TernaryType, tokens: int) -> str:
+    """Returns gemv, gemm or decode for triton, else the backend's name."""
     if not backend.startswith("triton"):
         return backend
-    return triton.path(tuning.settings(jax.devices()[0].device_kind, type, tokens), type, tokens)
+    return way_of(settings.choose(device_kind(), type, tokens), type, tokens)
 
 
 def error_of(multiply: timing.Multiply, x: jax.Array, weight: Weight) -> jax.Array:
-    """Root mean square of the difference from XLA over that of XLA's result."""
+    """Returns the root mean square of the difference from XLA over that of XLA's result."""
     wanted = xla.matmul(x.astype(jnp.float32), weight)
     return jnp.sqrt(
         jnp.mean((multiply(x, weight).astype(jnp.float32) - wanted) ** 2) / jnp.mean(wanted**2)
@@ -104,7 +115,8 @@ def measure(
     effort: Effort,
     checks: dict[int, jax.Array],
 ) -> tuple[dict[int, float], dict[int, Any]]:
-    """(seconds by tokens, errors by the tokens of `checks`); a text in the place of what failed."""
+    """Returns (seconds by tokens, errors by the tokens of `checks`); a text in the place of what
+    failed."""
     # The self-test runs once, while there are no threads yet.
     jax.eval_shape(multiply, next(iter(xs.values())), matrices.weights[0])
     chains = {tokens: timing.chain(multiply, x, matrices, effort) for tokens, x in xs.items()}
@@ -123,7 +135,10 @@ def measure(
 
 
 def attempt(program: Any, use: Any) -> Any:
-    """use(program), or the message of what went wrong in compiling or running it: one failure must not end the run."""
+    """Returns use(program), or the message of what went wrong in compiling or running it.
+
+    One failure must not end the run.
+    """
     if isinstance(program, Exception):
         return f"does not compile: {str(program).splitlines()[0]}"
     try:
@@ -141,10 +156,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     all_tokens = options.tokens or (TINY_TOKENS if options.tiny else TOKENS)
     deadline = time.monotonic() + 60 * options.minutes
     bandwidth = timing.copy_bytes_per_second(1 << 20 if options.tiny else timing.COPY_BYTES)
-    print(
-        f"{jax.devices()[0].device_kind}, jax {jax.__version__}: copies {bandwidth / 1e9:.0f} GB/s",
-        flush=True,
-    )
+    print(f"{device_kind()}, jax {jax.__version__}: copies {bandwidth / 1e9:.0f} GB/s", flush=True)
     multiply = partial(kernels.matmul, backend=options.backend)
     dense: dict[str, dict[int, Any]] = {}
     rows, failures, left_out = [], [], []
@@ -175,10 +187,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 times, errors = measure(
                     multiply, xs, held, effort, {tokens: xs[tokens] for tokens in sorted(checks)}
                 )
-            except (
-                ValueError,
-                RuntimeError,
-            ) as error:  # refused, or the self-test found wrong results
+            except AtdError as error:  # refused, or the self-test found wrong results
                 failures.append(f"{name} N={bases}: {error}")
                 continue
             for tokens in xs:
@@ -208,7 +217,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 flush=True,
             )
     return {
-        "device": jax.devices()[0].device_kind,
+        "device": device_kind(),
         "jax": jax.__version__,
         "backend": options.backend,
         "activations": options.activations,
@@ -220,7 +229,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """A row for each matrix and N; for each number of tokens, microseconds and how many times as fast as bf16."""
+    """Returns a table with a row for each matrix and N.
+
+    For each number of tokens, microseconds and how many times as fast as bf16.
+    """
     rows = [Row(**row) for row in results["rows"]]
     if not rows:
         return "no figures"
@@ -256,10 +268,10 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    out = os.environ.get("OUT")
-    tuned = Path(out) if out else None
     parser.add_argument("--bases", type=int, nargs="+", help="N, in this order (2 1 3)")
-    parser.add_argument("--free", action="store_true", help="a scale a base instead of tied ones")
+    parser.add_argument(
+        "--free", action="store_true", help="one scale per base instead of tied ones"
+    )
     parser.add_argument(
         "--group",
         type=group,
@@ -284,21 +296,18 @@ def parse() -> argparse.Namespace:
         metavar="NAME",
         help=f"of {', '.join(names)} (all but the head)",
     )
-    parser.add_argument("--minutes", type=float, default=8, help="begin nothing after so long (8)")
-    parser.add_argument(
-        "--json", type=Path, default=tuned and tuned / "matmul.json", help="file ($OUT/matmul.json)"
-    )
+    parser.add_argument("--minutes", type=float, default=8, help="time limit in minutes (8)")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--tiny", action="store_true", help="a small matrix, timed without care")
     parser.add_argument(
         "--tune", action="store_true", help="search for this GPU's settings instead"
     )
     parser.add_argument(
-        "--copy", type=Path, default=tuned, help="folder for a copy of what --tune writes ($OUT)"
+        "--copy", type=Path, metavar="FOLDER", help="folder for a copy of what --tune writes"
     )
     options = parser.parse_args()
-    options.backend = options.backend or (
-        "triton-interpret" if triton.device_refuses() else "triton"
-    )
+    runs = kernels.PACKED["triton"].device_refuses() is None
+    options.backend = options.backend or ("triton" if runs else "triton-interpret")
     return options
 
 
@@ -307,34 +316,38 @@ def group(text: str) -> str | int:
 
 
 def main() -> int:
-    """The exit code: 1 where anything failed or was wrong."""
+    """Returns the exit code: 1 where anything failed or was wrong, 2 for what cannot be run
+    here."""
     options = parse()
-    if options.tune:
-        if reason := triton.device_refuses():
-            print(f"--tune: {reason}", file=sys.stderr)
-            return 2
-        path, left_out = tune.tune(
-            options.minutes, partial(print, flush=True), options.tokens or tune.TOKENS
-        )
-        print(
-            f"{path}: written"
-            + (f"; for want of time without {', '.join(left_out)}" if left_out else "")
-        )
-        if options.copy:
-            (options.copy / path.name).write_text(path.read_text())
-        return 0
+    try:
+        return tune(options) if options.tune else show(options)
+    except AtdError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def tune(options: argparse.Namespace) -> int:
+    """Searches for this GPU's settings, and says where they are."""
+    say, all_tokens = partial(print, flush=True), options.tokens or search.TOKENS
+    path, left_out = search.tune(options.minutes, say, all_tokens)
+    rest = f"; no time for (--minutes): {', '.join(left_out)}" if left_out else ""
+    print(f"{path}: written; every later run on this GPU uses it{rest}")
+    if options.copy:
+        (options.copy / path.name).write_text(path.read_text())
+    return 0
+
+
+def show(options: argparse.Namespace) -> int:
+    """Measures, and prints the table and what failed."""
     if options.backend == "triton-interpret" and not options.tiny:
-        print(
-            f"the kernels do not run here ({triton.device_refuses()}); see --tiny, or --backend xla",
-            file=sys.stderr,
-        )
-        return 2
+        reason = kernels.PACKED["triton"].device_refuses()
+        raise BadInput(f"the kernels do not run here ({reason}); see --tiny, or --backend xla")
     results = run(options)
     print(table(results))
     for failure in results["failures"]:
         print(f"FAILED  {failure}")
     if results["left_out"]:
-        print(f"left out for want of time (--minutes): {', '.join(results['left_out'])}")
+        print(f"no time for (--minutes): {', '.join(results['left_out'])}")
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
     return 1 if results["failures"] else 0

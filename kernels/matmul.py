@@ -1,16 +1,18 @@
 """`matmul(x, weight)`: y = x W^T for a weight of any type, on the backend that suits it.
 
-    xla                always works, and defines the result: fp32 products of x with `weight.dequantize()`, added in fp32
+    xla                always works, and defines the result: x W^T with `weight.dequantize()` in
+                       float32
     triton             packed weights on NVIDIA GPUs from compute capability 8.0
     triton-interpret   the same on a CPU, run by jax's interpreter: for tests
-    mosaic             packed weights with a scale a row, on Hopper; only where it is asked for, until it is measured
+    mosaic             packed weights with one scale per row, on Hopper; only where it is named
     mosaic-interpret   the same on a CPU: for tests
 
-A backend has `supports(x, weight) -> str | None`, the reason why it cannot run or None, and `matmul(x, weight)`;
-Triton's takes what comes before and after a product of few tokens into its kernels (`fused`). All see static shapes and
-types alone, so the choice is made while tracing. A backend that was named and cannot run raises with its reason: it is
-never replaced silently. Without a name the first of PREFERENCE that supports the call runs, and the logger
-`atd.kernels` says which at level INFO, and why not one before it.
+A backend has `supports(x, weight) -> str | None`, the reason why it cannot run or None, and
+`matmul(x, weight)`; Triton's takes what comes before and after a product of few tokens into its
+kernels (`fused`). All see static shapes and types alone, so the choice is made while tracing. A
+backend that was named and cannot run raises with its reason: it is never replaced silently. Without
+a name the first of PREFERENCE that supports the call runs, and the logger `atd.kernels` says which
+at level INFO, and why not one before it.
 """
 
 import logging
@@ -19,25 +21,32 @@ from typing import Any
 import jax
 import numpy as np
 
+from atd.errors import BadInput
 from atd.kernels import packed, xla
 from atd.kernels.mosaic.backend import Mosaic
-from atd.kernels.triton import attention as triton_attention
-from atd.kernels.triton.backend import Norm, Triton
+from atd.kernels.triton import attention
+from atd.kernels.triton.backend import Triton
+from atd.kernels.triton.fold import Norm
 from atd.weights import Dense, Weight
 
+# Those with kernels for packed weights.
 PACKED: dict[str, packed.Backend] = {
     "triton": Triton(),
     "triton-interpret": Triton(interpret=True),
     "mosaic": Mosaic(),
     "mosaic-interpret": Mosaic(interpret=True),
-}  # those with kernels for packed weights
+}
 BACKENDS: dict[str, Any] = {"xla": xla, **PACKED}
 PREFERENCE = ("triton", "xla")
 _log = logging.getLogger("atd.kernels")
 
 
 def resolve(x, weight: Weight, backend: str | None = None):
-    """The backend that `matmul` calls. Raises ValueError, with the reason, for a named one that cannot run this call."""
+    """Returns the backend that `matmul` calls.
+
+    Raises:
+        BadInput: a named backend is unknown, or cannot run this call, with the reason.
+    """
     if backend is None:
         for name in PREFERENCE:
             reason = BACKENDS[name].supports(x, weight)
@@ -46,18 +55,27 @@ def resolve(x, weight: Weight, backend: str | None = None):
             if reason is None:
                 return BACKENDS[name]
     if backend not in BACKENDS:
-        raise ValueError(f"unknown matmul backend {backend!r}; known: {', '.join(BACKENDS)}")
+        raise BadInput(f"unknown matmul backend {backend!r}; known: {', '.join(BACKENDS)}")
     if reason := BACKENDS[backend].supports(x, weight):
-        raise ValueError(
-            f"matmul backend {backend!r} cannot multiply x {x.dtype}{list(x.shape)} by {weight.type}: {reason}"
+        raise BadInput(
+            f"matmul backend {backend!r} cannot multiply x {x.dtype}{list(x.shape)} by "
+            f"{weight.type}: {reason}"
         )
     return BACKENDS[backend]
 
 
 def matmul(x: jax.Array, weight: Weight, *, backend: str | None = None) -> jax.Array:
-    """x [..., in] times weight [out, in] -> [..., out] in x's dtype, summed in float32.
+    """Multiplies x [..., in] by weight [out, in], summed in float32.
 
-    Raises ValueError for a width of x that is not the weight's, and for a named backend that is unknown or cannot run.
+    Args:
+        backend: a name of BACKENDS; by default the first of PREFERENCE that can.
+
+    Returns:
+        x W^T [..., out] in x's dtype.
+
+    Raises:
+        ValueError: the width of x is not the weight's.
+        BadInput: the named backend is unknown or cannot run this call.
     """
     if x.shape[-1] != weight.type.shape[1]:
         raise ValueError(
@@ -77,20 +95,33 @@ def fused(
     *,
     backend: str | None = None,
 ) -> jax.Array | None:
-    """`matmul` of x [..., in], normed if so asked, plus a residual [..., out]; or, gated, silu(gate) * up [..., out / 2] of gate
-    and up in one matrix: all in the same kernels. None where the backend has none for these tokens and weight."""
+    """Multiplies as `matmul` does, with what comes before and after in the same kernels.
+
+    Args:
+        x: activations [..., in].
+        weight: [out, in].
+        norm: applied to x first.
+        residual: [..., out], added to the product.
+        gated: whether the weight is a gate above an up matrix, of which silu(gate) * up is
+            computed.
+
+    Returns:
+        [..., out], or [..., out / 2] where it is gated, in x's dtype; None where the backend has no
+        such kernels for these tokens and this weight.
+    """
     rows = x.reshape(-1, x.shape[-1])
     chosen = resolve(rows, weight, backend)
     if not isinstance(chosen, Triton) or not chosen.fuses(rows, weight, gated):
         return None
     added = None if residual is None else residual.reshape(rows.shape[0], -1)
-    return chosen.matmul(rows, weight, norm, added, gated).reshape(*x.shape[:-1], -1)
+    y = chosen.matmul(rows, weight, norm=norm, residual=added, gated=gated)
+    return y.reshape(*x.shape[:-1], -1)
 
 
 def attend(
-    q: triton_attention.Part,
-    k: triton_attention.Part,
-    v: triton_attention.Part,
+    q: attention.Part,
+    k: attention.Part,
+    v: attention.Part,
     positions: jax.Array,
     cache: tuple[jax.Array, jax.Array],
     frequencies: np.ndarray,
@@ -99,16 +130,21 @@ def attend(
     *,
     backend: str | None = None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]] | None:
-    """`triton_attention.attend` of q, k and v of one token of each sequence; None where the backend has no such kernel."""
+    """Attends to one new token of each sequence as `triton.attention.attend` does.
+
+    None where the backend has no such kernel.
+    """
     chosen = BACKENDS.get(backend or PREFERENCE[0])
-    if not isinstance(chosen, Triton) or chosen.device_refuses() or triton_attention.refuses(cache):
+    if not isinstance(chosen, Triton) or chosen.device_refuses() or attention.refuses(cache):
         return None
-    interpret = chosen.interpret
-    return triton_attention.attend(
-        q, k, v, positions, cache, frequencies, heads, window, interpret=interpret
+    return attention.attend(
+        q, k, v, positions, cache, frequencies, heads, window, interpret=chosen.interpret
     )
 
 
 def take_rows(weight: Weight, rows: jax.Array) -> jax.Array:
-    """weight.dequantize()[rows]: int32 [...] -> float32 [..., in], with no more than these rows unpacked."""
+    """Returns weight.dequantize()[rows], float32 [..., in], for rows int32 [...].
+
+    No other rows are unpacked.
+    """
     return xla.take_rows(weight, rows)

@@ -1,5 +1,7 @@
-"""What the backends with kernels for packed weights share: what they take and in which layout, the ways to multiply that
-are theirs only in part, and the self-test. No backend is imported here, and none imports another.
+"""What the backends with kernels for packed weights share.
+
+What they take and in which layout, the ways to multiply that are theirs only in part, and the
+self-test. No backend is imported here, and none imports another.
 """
 
 import functools
@@ -12,98 +14,124 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from atd.errors import RunFailed
 from atd.kernels import prefixes, xla
 from atd.weights import Packed, PackedType, Ternary, TernaryType, Weight
 from atd.weights.layouts import LAYOUTS, tiles_of, words_of, words_of_tiles
 
-READABLE = (
-    "tiles",
-    "words",
-    "aligned",
-    "interleaved",
-)  # one of which a backend reads as it lies; the others it copies
+# A backend reads one of these layouts as it lies, and copies the others.
+READABLE = ("tiles", "words", "aligned", "interleaved")
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A backend of `atd.kernels.matmul` that has kernels for packed weights; `matmul` and `device_refuses` are its own.
+    """A backend of `atd.kernels.matmul` that has kernels for packed weights.
 
-    interpret: run on the CPU, by jax, with twins of what its interpreter does not have.
+    A subclass brings `name`, the `layout` in which it reads weights as they lie, the GPUs that it
+    `allows`, what it `needs` there, and `multiply`.
+
+    Attributes:
+        interpret: whether its kernels run on a CPU, in jax's interpreter, with twins of what that
+            does not have.
     """
 
     interpret: bool = False
-    layout = "words"  # in which weights are read as they lie
+    name = ""
+    layout = "words"
+    needs = ""
 
-    def device_refuses(self) -> str | None:
-        """Why it cannot run on this process's device, or None."""
+    def allows(self, capability: tuple[int, int]) -> bool:
+        """Returns whether the kernels run on a GPU of this compute capability, (8, 0) for 8.0."""
         raise NotImplementedError
 
+    def multiply(self, x: jax.Array, weight: Packed) -> jax.Array:
+        """Multiplies as `matmul` does, without a self-test."""
+        raise NotImplementedError
+
+    def matmul(self, x: jax.Array, weight: Weight, **fused) -> jax.Array:
+        """Multiplies x [M, in] by weight [out, in] -> [M, out] in x's dtype.
+
+        Args:
+            fused: what else `multiply` of the backend takes.
+
+        Raises:
+            RunFailed: this device's results are not those of the XLA backend (`self_test`).
+        """
+        assert isinstance(weight, Packed)
+        type = weight.type.ternary
+        if not self.interpret and jax.default_backend() == "gpu":
+            self_test(self.__class__, type.bases, type.tied)
+        return self.multiply(x, weight, **fused)
+
+    def device_refuses(self) -> str | None:
+        """Returns why the kernels cannot run on this process's device, or None."""
+        if self.interpret:
+            return None
+        device = jax.devices()[0]
+        if device.platform != "gpu" or not hasattr(device, "compute_capability"):
+            return (
+                f"it needs an NVIDIA GPU and this process runs on {device.platform}; "
+                "backend 'xla' runs there"
+            )
+        major, minor = (int(n) for n in str(device.compute_capability).split("."))
+        if self.allows((major, minor)):
+            return None
+        capability = device.compute_capability
+        return f"{device.device_kind} has compute capability {capability} and {self.needs}"
+
     def refuses(self, dtype, type) -> str | None:
-        """Why it cannot multiply activations of a dtype by a weight of a type, on any device, or None."""
-        return refuses(dtype, type)
+        """Returns why a product with activations of a dtype is none of its, or None."""
+        if not isinstance(type, PackedType) or type.layout not in READABLE:
+            return (
+                f"it multiplies weights packed in layout {', '.join(READABLE)}; repack, or use "
+                "backend 'xla'"
+            )
+        if type.ternary.bases > prefixes.MAX_BASES:
+            return (
+                f"it multiplies up to {prefixes.MAX_BASES} bases, not {type.ternary.bases}; "
+                "backend 'xla' multiplies any"
+            )
+        if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+            return f"it takes activations in float32, bfloat16 or float16, not {dtype}"
+        return None
 
     def supports(self, x: jax.Array, weight: Weight) -> str | None:
-        """Why it cannot multiply these here, or None."""
+        """Returns why x cannot be multiplied by the weight here, or None."""
         return self.device_refuses() or self.refuses(x.dtype, weight.type)
 
     def prepare(self, weight: Weight) -> Weight:
-        """The weight as it is read where it lies, or as it is where it is not read at all."""
+        """Returns the weight in `layout`, or as it is where the backend does not take it."""
+        if self.refuses(jnp.dtype(jnp.float32), weight.type) or not isinstance(weight, Packed):
+            return weight
         return prepare(weight, self.layout)
 
-
-def refuses(dtype, type) -> str | None:
-    """Why such kernels cannot multiply activations of a dtype by a weight of a type, or None."""
-    if not isinstance(type, PackedType) or type.layout not in READABLE:
-        return f"it multiplies weights packed in layout {', '.join(READABLE)}; repack, or use backend 'xla'"
-    if type.ternary.bases > prefixes.MAX_BASES:
-        return f"it multiplies up to {prefixes.MAX_BASES} bases, not {type.ternary.bases}; backend 'xla' multiplies any"
-    if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        return f"it takes activations in float32, bfloat16 or float16, not {dtype}"
-    return None
-
-
-def capability_refuses(allows: Callable[[tuple[int, int]], bool], needs: str) -> str | None:
-    """Why kernels that run where `allows` the compute capability cannot on this process's device, or None."""
-    device = jax.devices()[0]
-    if device.platform != "gpu" or not hasattr(device, "compute_capability"):
-        return f"it needs an NVIDIA GPU and this process runs on {device.platform}; backend 'xla' runs there"
-    major, minor = (int(n) for n in str(device.compute_capability).split("."))
-    if not allows((major, minor)):
-        return (
-            f"{device.device_kind} has compute capability {device.compute_capability} and {needs}"
-        )
-    return None
+    def largest_difference(self, bases: int, tied: bool) -> float:
+        """Returns the difference from XLA of a small product: the function of this name."""
+        return largest_difference(self.multiply, bases, tied)
 
 
 def device_kind() -> str:
-    """The device's name as in `settings`: "NVIDIA H200"; "cpu" where there is no GPU."""
+    """Returns the device's name as in `settings`: "NVIDIA H200"; "cpu" where there is no GPU."""
     return jax.devices()[0].device_kind
 
 
-def prepare(weight: Weight, layout: str) -> Weight:
-    """The weight in the layout in which it is read where it lies, or as it is where it is not read at all."""
-    if (
-        refuses(jnp.dtype(jnp.float32), weight.type)
-        or not isinstance(weight, Packed)
-        or weight.type.layout == layout
-    ):
+def prepare(weight: Packed, layout: str) -> Packed:
+    """Returns a weight in one of the READABLE layouts as one in `words` or `tiles`."""
+    if weight.type.layout == layout:
         return weight
     ternary, codes = weight.type.ternary, weight.codes
     match weight.type.layout:
         case "tiles":
-            words = words_of_tiles(codes, ternary.shape[1], ternary.bases)[: ternary.shape[0]]
+            words = words_of_tiles(codes, *ternary.shape, ternary.bases)
         case "words":
             words = codes
         case _:
             words = words_of(codes, ternary.shape[1], ternary.bases)
-    return Packed(
-        tiles_of(words, ternary.bases) if layout == "tiles" else words,
-        weight.scales,
-        PackedType(ternary, layout),
-    )
+    codes = tiles_of(words, ternary.bases) if layout == "tiles" else words
+    return Packed(codes, weight.scales, PackedType(ternary, layout))
 
 
-# --- ways to multiply -------------------------------------------------------------------------------------------------
+# --- ways to multiply -------------------------------------------------------------------------
 
 
 def by_prefixes(
@@ -114,38 +142,42 @@ def by_prefixes(
     products: Callable[[jax.Array], jax.Array],
     most_columns: int,
 ) -> jax.Array:
-    """x [M, in] times a matrix with a scale a row, or one for all -> float32 [M, out], by a kernel that multiplies prefixes:
+    """Multiplies x [M, in] by a matrix with one scale per row, or one for all.
 
-    products(coefficients of `prefixes.fold`, of so few tokens that they have at most most_columns columns)
-      -> int32 [columns, out].
+    Args:
+        words: of the matrix, in layout `words`.
+        scales: [rows or 1, 1, N or 1].
+        type: of the matrix [out, in].
+        products: coefficients of `prefixes.fold` -> int32 [columns, out], of so few tokens that
+            they have at most
+            most_columns columns.
+
+    Returns:
+        float32 [M, out].
     """
     plan = prefixes.plan(type.bases, type.tied)
     most = most_columns // prefixes.columns(plan, 1)  # tokens of a call
     results = []
     for start in range(0, x.shape[0], most):
-        coefficients, largest = prefixes.fold(
-            plan, x[start : start + most], plan.steps(words.shape[1])
-        )
+        part, steps = x[start : start + most], plan.steps(words.shape[1])
+        coefficients, largest = prefixes.fold(plan, part, steps)
         found = products(coefficients)
-        results.append(prefixes.join(plan, found, coefficients.shape[0], largest))  # [M, sums, out]
-    return scaled(jnp.concatenate(results), scales)
-
-
-def scaled(sums: jax.Array, scales: jax.Array) -> jax.Array:
-    """sums float32 [M, sums, out] by scales [rows or 1, 1, sums] -> [M, out]. Products and sums that XLA fuses into what follows."""
+        results.append(prefixes.join(plan, found, coefficients.shape[0], largest))
+    sums = jnp.concatenate(results)  # [M, sums, out]
     wide = scales[:, 0].astype(jnp.float32)  # [rows, sums]
     return functools.reduce(operator.add, [sums[:, f] * wide[:, f] for f in range(sums.shape[1])])
 
 
 def can_be_exact(type: TernaryType) -> bool:
-    """Whether a row is integers, which 16 bits hold, times one scale."""
+    """Returns whether each row is integers, which 16 bits hold, times one scale."""
     return type.tied and type.scales_shape[1] == 1
 
 
 def decode_once(x: jax.Array, weight: Packed) -> jax.Array:
-    """x W^T in float32, x and W [out, in] in x's 16 bits, bfloat16 where x is float32: as a dense model's products have them.
+    """Multiplies x [M, in] by weight [out, in] in x's 16 bits -> float32 [M, out].
 
-    Tied weights with a scale a row are decoded into integers, which 16 bits hold exactly.
+    As a dense model does; in bfloat16 where x is float32. Tied weights with one scale per row are
+    decoded into integers, which 16 bits hold exactly.
     """
     ternary, scales = weight.type.ternary, jnp.asarray(weight.scales)
     integers = can_be_exact(ternary)
@@ -155,41 +187,47 @@ def decode_once(x: jax.Array, weight: Packed) -> jax.Array:
     return y * scales[:, 0, 0].astype(jnp.float32) if integers else y
 
 
-# --- self-test --------------------------------------------------------------------------------------------------------
+# --- self-test --------------------------------------------------------------------------------
 
 
-def self_test(
-    backend: str, difference: Callable[[int, bool], float], bases: int, tied: bool
-) -> None:
-    """Raises RuntimeError where difference(bases, tied) is that of a kernel which computes something else.
+@functools.cache
+def self_test(kind: type[Backend], bases: int, tied: bool) -> None:
+    """Multiplies small matrices of N bases on this device and compares with XLA, once per process.
 
-    In a thread of its own, which knows nothing of the program that is being traced here: within that trace kernels cannot run.
+    The kernels rely on which thread holds which element, which their compilers keep but do not
+    promise. The comparison runs in a thread of its own, which knows nothing of the program that is
+    being traced here: within that trace kernels cannot run.
+
+    Raises:
+        RunFailed: the results are not those of XLA.
     """
+    backend = kind()
     with ThreadPoolExecutor(1) as apart:
-        worst = apart.submit(difference, bases, tied).result()
+        worst = apart.submit(backend.largest_difference, bases, tied).result()
     if not worst <= 1e-3:  # NaN as well
-        raise RuntimeError(
-            f"backend {backend!r} computes wrong results on {device_kind()} with jax {jax.__version__}: "
-            f"N = {bases}, {'tied' if tied else 'free'}, off by {worst:.1e} of the result's size; use backend 'xla'"
+        raise RunFailed(
+            f"backend {backend.name!r} computes wrong results on {device_kind()} with jax "
+            f"{jax.__version__}: N = {bases}, {'tied' if tied else 'free'}, off by {worst:.1e} of "
+            "the result's size; use backend 'xla'"
         )
 
 
 def largest_difference(
     multiply: Callable[[jax.Array, Packed], jax.Array], bases: int, tied: bool
 ) -> float:
-    """Between a product of two tokens and XLA's, on random numbers, over the root mean square of XLA's result."""
+    """Returns the largest difference of a product of two tokens, on random numbers, from XLA's.
+
+    In units of the root mean square of XLA's result.
+    """
     random = np.random.default_rng(0)
     ternary = TernaryType((80, 1000), bases, "row", tied, "f16")
     trits = random.integers(-1, 2, (*ternary.shape, bases)).astype(np.int8)
     scales = jnp.asarray(random.uniform(0.5, 1, ternary.scales_shape), jnp.float16)
-    packed = Packed(
-        jnp.asarray(LAYOUTS["aligned"].pack(trits)), scales, PackedType(ternary, "aligned")
-    )
-    x = jnp.asarray(random.standard_normal((2, 1000)), jnp.bfloat16).astype(
-        jnp.float32
-    )  # some ways take 16 bits
+    codes = jnp.asarray(LAYOUTS["aligned"].pack(trits))
+    packed = Packed(codes, scales, PackedType(ternary, "aligned"))
+    x = random.standard_normal((2, 1000))
+    x = jnp.asarray(x, jnp.bfloat16).astype(jnp.float32)  # some ways take 16 bits
     wanted = jax.jit(xla.matmul)(x, Ternary(jnp.asarray(trits), scales, ternary))
-    found = jax.jit(lambda x, packed: multiply(x, packed))(
-        x, packed
-    )  # a function of its own, so never one from a cache
+    # A function of its own, so never one from a cache.
+    found = jax.jit(lambda x, packed: multiply(x, packed))(x, packed)
     return float(jnp.abs(found - wanted).max() / jnp.sqrt(jnp.mean(wanted**2)))

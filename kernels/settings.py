@@ -1,30 +1,97 @@
-"""Which way a multiplication goes and in what shapes: given explicitly > tuned on this GPU > a rule of thumb.
+"""Settings of the Triton backend: which way it multiplies, and in what shapes.
 
-`kernels/tuned/<device>.json` is written by `atd bench --tune` on the device that it names. A device without one takes the
-rule of thumb, which was made without a GPU: from counted instructions and bytes, see docs/kernels.md.
+Those that are given explicitly go before those that were tuned on this GPU, and these before a rule
+of thumb.
+
+`atd bench --tune` measures on the device that it runs on and writes to the user's file,
+`user_file(device)`. The package brings files for some devices, `kernels/tuned/<device>.json`; for
+the same matrix and number of tokens, an entry of the user's file goes before one of the package. A
+device that is in neither takes `heuristic`.
 """
 
 import json
 import math
+import os
 import re
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from atd.kernels.triton.gemm import Tiles, unit
-from atd.kernels.triton.gemv import Shape
+from atd.errors import BadInput
 from atd.weights import TernaryType
-from atd.weights.layouts import LAYOUTS
+from atd.weights.layouts import LAYOUTS, TILE_ROWS, unit
 
-FOLDER = Path(__file__).parent / "tuned"
-SHARED_BYTES = 96 << 10  # of a block, on GPUs that have least of it: A10, RTX 30xx, L4, RTX 40xx
+PACKAGED = Path(__file__).parent / "tuned"
+SHARED_BYTES = 96 << 10  # per block, on GPUs that have least of it: A10, RTX 30xx, L4, RTX 40xx
 MOST_SHARED_BYTES = 227 << 10  # on those that have most: H100, H200
+MOST_WARPS = 16  # per block
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How `triton.gemv` cuts its work into blocks of threads. All are powers of two.
+
+    Attributes:
+        warps: of a block.
+        row_warps: how many of them have rows of their own; the others share these rows and take
+            turns at their steps.
+        row_blocks: groups of 16 rows of a warp, which share its activations.
+        unroll: steps of a warp in one turn of its loop.
+    """
+
+    warps: int = 4
+    row_warps: int = 1
+    row_blocks: int = 1
+    unroll: int = 1
+
+    @property
+    def splits(self) -> int:
+        """Warps that take turns at the steps of a row."""
+        return self.warps // self.row_warps
+
+    @property
+    def rows(self) -> int:
+        """Rows of a block."""
+        return TILE_ROWS * self.row_blocks * self.row_warps
+
+    def paired(self) -> "Shape":
+        """Returns the shape for a gate above an up matrix, in which a warp has rows of both.
+
+        Twice the rows: half as many steps in a turn of the loop, and as many more warps to share
+        them.
+        """
+        if self.row_blocks > 1:
+            return self
+        warps = min(MOST_WARPS, 2 * self.warps)
+        return replace(self, row_blocks=2, warps=warps, unroll=max(1, self.unroll // 2))
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How `triton.gemm` cuts its work. Rows, tokens and units are powers of two of at least 16.
+
+    Attributes:
+        rows, tokens: of the tile of results that a block computes.
+        units: of each row that a block takes in one turn of its loop.
+        warps: of a block.
+        stages: turns whose operands are loaded ahead.
+    """
+
+    rows: int = 64
+    tokens: int = 32
+    units: int = 32
+    warps: int = 4
+    stages: int = 2
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Up to gemv_tokens tokens go by `triton_gemv`, up to gemm_tokens by the tiles of `triton_gemm`."""
+    """Which way a product goes, and in what shapes.
+
+    Up to gemv_tokens tokens go by `triton.gemv`, up to gemm_tokens by `triton.gemm`, and more by
+    `triton.decode`.
+    """
 
     gemv: Shape = field(default_factory=Shape)
     gemv_tokens: int = 16
@@ -32,9 +99,20 @@ class Settings:
     gemm_tokens: int = 64
 
 
-def settings(device: str, type: TernaryType, tokens: int) -> Settings:
-    """For so many tokens times a matrix of this type: the tuned ones of the nearest matrix, or `heuristic`. The shape of a
-    gemv goes with the size of the matrix and is taken from one of about the same size alone."""
+def choose(device: str, type: TernaryType, tokens: int) -> Settings:
+    """Returns the tuned settings of the nearest matrix, or `heuristic` where there are none.
+
+    The shape of a gemv goes with the size of the matrix, and is taken from a matrix of about the
+    same size alone.
+
+    Args:
+        device: its name, such as "NVIDIA H200".
+        type: of the matrix [out, in].
+        tokens: that it is multiplied by.
+
+    Raises:
+        BadInput: a file of the device's settings cannot be read.
+    """
     entries, usual = tuned(device), heuristic(type, tokens)
     if not entries:
         return usual
@@ -42,100 +120,147 @@ def settings(device: str, type: TernaryType, tokens: int) -> Settings:
     found: Settings = entry["settings"]
     if max(_octaves(entry, kind_of(type, tokens), name) for name in ("out", "in")) > 0.6:
         found = replace(found, gemv=usual.gemv)
-    # Tiles of another kind of matrix may take more shared memory for this one; what they took for theirs is there.
+    # Tiles of another kind of matrix may take more shared memory for this one; what they took for
+    # theirs is there.
     room = max(SHARED_BYTES, shared_bytes(found.tiles, entry["bases"]))
     return replace(found, tiles=_fit(found.tiles, type.bases, room))
 
 
 def heuristic(type: TernaryType, tokens: int) -> Settings:
-    """As many warps to a row as make 4096 of them, 31 on each multiprocessor of an H200, where that was fastest; but no more
-    than have two steps to do. Tiles as wide as the tokens, or as the shared memory allows, and with a scale a row two of them
-    side by side: decoding once moves 4 bytes a weight more, an H200 takes a tile's 5 instructions two or three times meanwhile."""
+    """Returns settings for a device that is not tuned, from counted instructions and bytes.
+
+    As many warps per row as make 4096 of them, 31 on each multiprocessor of an H200, but no more
+    than have two steps to do. Tiles as wide as the tokens, or as the shared memory allows. With one
+    scale per row, decoding once pays off beyond two such tiles: it moves 4 bytes more per weight.
+    """
     groups, steps = (LAYOUTS["tiles"].codes_shape(*type.shape, type.bases)[i] for i in range(2))
     warps = 2 ** min(4, max(0, round(math.log2(4096 / groups))), int(math.log2(max(1, steps / 2))))
-    tiles = Tiles(
-        rows=64, tokens=min(128, max(16, 1 << (tokens - 1).bit_length())), units=32, warps=4
-    )
-    # Rows of a few steps have nothing to unroll. Beyond 8 tokens there are more activations than codes to load: two groups of rows share them.
-    row_blocks, unroll = (
-        (2, 1) if tokens > 8 else (1, 2 if steps >= 8 and type.scales_shape[1] == 1 else 1)
-    )
+    width = min(128, max(16, 1 << (tokens - 1).bit_length()))
+    tiles = _fit(Tiles(rows=64, tokens=width, units=32, warps=4), type.bases, SHARED_BYTES)
+    per_row = type.scales_shape[1] == 1
+    if tokens > 8:  # more activations than codes to load: two groups of rows share them
+        row_blocks, unroll = 2, 1
+    else:  # rows of a few steps have nothing to unroll
+        row_blocks, unroll = 1, 2 if steps >= 8 and per_row else 1
     shape = Shape(warps=warps, row_blocks=row_blocks, unroll=unroll)
-    tiles = _fit(tiles, type.bases, SHARED_BYTES)
-    return Settings(
-        shape,
-        tiles=tiles,
-        gemm_tokens=max(64, 2 * tiles.tokens if type.scales_shape[1] == 1 else 0),
-    )
+    return Settings(shape, tiles=tiles, gemm_tokens=max(64, 2 * tiles.tokens if per_row else 0))
 
 
 def _fit(tiles: Tiles, bases: int, room: int) -> Tiles:
-    """The tiles, narrower or with fewer units where they take more shared memory than there is."""
+    """The tiles, narrower or with fewer units where they take more bytes than there is room."""
     while shared_bytes(tiles, bases) > room and (tiles.units > 16 or tiles.tokens > 16):
-        narrower = tiles.units <= 16 or tiles.tokens > 32
-        tiles = (
-            replace(tiles, tokens=tiles.tokens // 2)
-            if narrower
-            else replace(tiles, units=tiles.units // 2)
-        )
+        if tiles.units <= 16 or tiles.tokens > 32:
+            tiles = replace(tiles, tokens=tiles.tokens // 2)
+        else:
+            tiles = replace(tiles, units=tiles.units // 2)
     return tiles
 
 
 def shared_bytes(tiles: Tiles, bases: int) -> int:
-    """Shared memory that a block of tiles takes: the activations of all planes and the codes of a step, once a stage.
-    Within a few per cent of what Triton asks for."""
+    """Returns the shared memory of a block in bytes, within some per cent of what Triton asks for.
+
+    It holds the activations of all planes and the codes of a turn, once per stage.
+    """
     words, params = unit(bases)
     return tiles.stages * tiles.units * (2 * params * tiles.tokens + 4 * words * tiles.rows)
 
 
-def file_of(device: str) -> Path:
-    """Where the settings of a device lie: its name in lower case, words joined by dashes."""
-    return FOLDER / (re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json")
+# --- files ------------------------------------------------------------------------------------
+
+
+def user_file(device: str) -> Path:
+    """Returns where `write` puts the settings of a device: $ATD_CACHE/tuned/<device>.json.
+
+    Without ATD_CACHE the folder is $XDG_CACHE_HOME/atd, or ~/.cache/atd.
+    """
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("ATD_CACHE") or caches / "atd") / "tuned" / _file_name(device)
+
+
+def _file_name(device: str) -> str:
+    """The device's name in lower case, words joined by dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json"
 
 
 def kind_of(type: TernaryType, tokens: int) -> dict[str, Any]:
-    """What an entry is of, as it stands in the file."""
+    """Returns what an entry is of, as it stands in the file."""
     grouped = type.scales_shape[1] > 1
     kind = {"bases": type.bases, "tied": type.tied, "grouped": grouped}
     return kind | {"out": type.shape[0], "in": type.shape[1], "tokens": tokens}
 
 
-@cache
 def tuned(device: str) -> tuple[dict[str, Any], ...]:
-    """The entries of a device's file: `kind_of` and settings, and microseconds by way. Raises ValueError for a file that
-    cannot be read."""
-    path = file_of(device)
-    if not path.exists():
-        return ()
+    """Returns the entries of a device, each with `kind_of`, settings, and microseconds by way.
+
+    Raises:
+        BadInput: a file cannot be read.
+    """
+    files = PACKAGED / _file_name(device), user_file(device)
+    return tuple({_key(entry): entry for path in files for entry in entries_of(path)}.values())
+
+
+@cache
+def entries_of(path: Path) -> tuple[dict[str, Any], ...]:
+    """Returns the entries of a file; none where there is no file.
+
+    Raises:
+        BadInput: the file cannot be read.
+    """
     try:
         return tuple(_parse(entry) for entry in json.loads(path.read_text())["entries"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path}: not a file of tuned settings ({error!r}); delete it or write it anew: atd bench --tune"
+    except FileNotFoundError:
+        return ()
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise BadInput(
+            f"{path}: not a file of tuned settings ({error!r}); delete it, or write it anew with "
+            "atd bench --tune"
         ) from None
 
 
 def kept(device: str, version: str) -> tuple[dict[str, Any], ...]:
-    """The entries of a device's file if they were measured with this version of jax and can be read, else none."""
+    """Returns the entries of the user's file that `write` keeps.
+
+    All of them, if they were measured with this version of jax and can be read, else none.
+    """
+    path = user_file(device)
     try:
-        return tuned(device) if json.loads(file_of(device).read_text())["jax"] == version else ()
-    except (OSError, KeyError, TypeError, ValueError):
+        return entries_of(path) if json.loads(path.read_text())["jax"] == version else ()
+    except (BadInput, OSError, KeyError, TypeError, ValueError):
         return ()
 
 
 def write(device: str, version: str, entries: list[dict[str, Any]]) -> Path:
-    """Writes the entries (settings as `Settings`) of a device, measured with a version of jax, one a line, and those that
-    are `kept`."""
-    path = file_of(device)
-    path.parent.mkdir(exist_ok=True)
+    """Writes entries to the user's file, one per line, together with those that are `kept`.
+
+    Args:
+        device: its name, such as "NVIDIA H200".
+        version: of jax, with which they were measured.
+        entries: each with `kind_of`, settings, and microseconds by way.
+
+    Returns:
+        The file.
+
+    Raises:
+        BadInput: the file cannot be written.
+    """
+    path = user_file(device)
     rows = {
         _key(entry): entry | {"settings": asdict(entry["settings"])}
         for entry in (*kept(device, version), *entries)
     }
     lines = ",\n".join(f"  {json.dumps(row)}" for _, row in sorted(rows.items()))
     head = f'{{\n "device": {json.dumps(device)},\n "jax": {json.dumps(version)},\n "entries": [\n'
-    path.write_text(f"{head}{lines}\n ]\n}}\n")
-    tuned.cache_clear()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(f"{head}{lines}\n ]\n}}\n")
+        part.replace(path)
+    except OSError as error:
+        raise BadInput(
+            f"{path}: the settings cannot be written: {error.strerror}; set ATD_CACHE to another "
+            "folder"
+        ) from None
+    entries_of.cache_clear()
     return path
 
 
@@ -144,13 +269,13 @@ def _key(entry: dict[str, Any]) -> tuple:
 
 
 def _parse(entry: dict[str, Any]) -> dict[str, Any]:
-    _key(entry)  # all of it is there
+    """An entry with its settings as `Settings`. Raises ValueError for what no kernel can take."""
     values = entry["settings"]
-    return entry | {
-        "settings": Settings(
-            **values | {"gemv": Shape(**values["gemv"]), "tiles": Tiles(**values["tiles"])}
-        )
-    }
+    shape, tiles = Shape(**values["gemv"]), Tiles(**values["tiles"])
+    counts = [*asdict(shape).values(), *asdict(tiles).values(), *_key(entry)[3:]]
+    if not all(isinstance(count, int) and count > 0 for count in counts):
+        raise ValueError(f"no positive integers: {entry}")
+    return entry | {"settings": Settings(**values | {"gemv": shape, "tiles": tiles})}
 
 
 def _octaves(entry: dict[str, Any], kind: dict[str, Any], name: str) -> float:
@@ -162,8 +287,5 @@ def _distance(entry: dict[str, Any], type: TernaryType, tokens: int) -> float:
     kind = kind_of(type, tokens)
     penalties = {"grouped": 8, "bases": 3, "tied": 2}
     shape = (_octaves(entry, kind, "out") + _octaves(entry, kind, "in")) / 2
-    return (
-        _octaves(entry, kind, "tokens")
-        + shape
-        + sum(far for name, far in penalties.items() if entry[name] != kind[name])
-    )
+    far = sum(penalty for name, penalty in penalties.items() if entry[name] != kind[name])
+    return _octaves(entry, kind, "tokens") + shape + far

@@ -1,17 +1,19 @@
-"""The XLA backend, which defines the result: weights stay in memory as stored; a chunk of rows is dequantized at a
-time.
+"""The XLA backend: it multiplies by weights of every type on every device, and defines the result.
 
-On a CPU the time goes into moving bytes between registers, not into arithmetic, so what is dequantized is never put
-back in the order of the inputs. The codes of a row fall apart into *planes* of equal length: plane p holds the p-th
-parameter of every byte (or cell of N bytes), and
+Weights stay in memory as stored; a chunk of rows is dequantized and multiplied at a time.
+
+On a CPU the time goes into moving bytes between registers, not into arithmetic, so what is
+dequantized is never put back in the order of the inputs. The codes of a row fall apart into
+*planes* of equal length: plane p holds the p-th parameter of every byte (or cell of N bytes), and
 
     y = sum_p W_p x_p,        W_p [rows, cells], x_p = the columns of x that plane p holds,
 
-where all of W_p comes out of one vectorised expression over the codes, and the activations, which are few, are permuted
-instead of the weights. 4096 x 4096, N = 2, M = 1 on 2 cores of an EPYC 9004, interleaved: 8 ms (a scale a row) to 12.5
-ms (G = 128), where unpacking in the order of the inputs took 47 ms and a dense float32 matrix takes 3 ms.
+where all of W_p comes out of one vectorised expression over the codes, and the activations, which
+are few, are permuted instead of the weights. That is about four times as fast as unpacking in the
+order of the inputs.
 
-On a GPU a dense matrix of 16 bits takes its activations in the same 16 bits, as its library's products do.
+On a GPU a dense matrix of 16 bits takes its activations in the same 16 bits, as its library's
+products do.
 """
 
 import math
@@ -27,7 +29,7 @@ from jax import lax
 
 from atd.weights import Dense, Packed, Ternary, TernaryType, Weight, combine, level_weights
 from atd.weights.groups import spread_scales
-from atd.weights.layouts import LAYOUTS, TRITS_PER_BYTE, words_of_tiles
+from atd.weights.layouts import LAYOUTS, TRITS_PER_BYTE, bytes_of, words_of_tiles
 
 CHUNK_BYTES = {"cpu": 2 << 20}  # of float32 weights at a time: what stays in a core's cache
 CHUNK_BYTES_ELSEWHERE = 64 << 20
@@ -37,28 +39,27 @@ Cut = Callable[[Array], jax.Array]  # takes some rows of an array [out, ...]
 
 
 def supports(x: jax.Array, weight: Weight) -> str | None:
-    """None: everything."""
+    """Returns None: it multiplies everything."""
     return None
 
 
 def matmul(x: jax.Array, weight: Weight) -> jax.Array:
-    """x [M, in] times weight [out, in] -> [M, out] in x's dtype."""
+    """Multiplies x [M, in] by weight [out, in] -> [M, out] in x's dtype."""
     wide = x.astype(jnp.float32)
     match weight:
         case Dense(array) if array.dtype == jnp.float32:
             y = _dot(array, wide.T).T  # in this order: x W^T of one row is 20 times slower on CPU
         case Dense(array) if array.dtype.itemsize == 2 and jax.default_backend() == "gpu":
             y = tensor_cores(x, jnp.asarray(array))
-        case Dense(
-            array
-        ):  # x keeps its precision; and XLA's 16-bit dot on CPU is ten times slower than this
+        case Dense(array):
+            # x keeps its precision; and XLA's 16-bit dot on CPU is ten times slower than this.
             y = _by_rows([wide], array.shape[0], lambda cut: [cut(array).astype(jnp.float32)])
         case Ternary(trits, scales, type):
-            y = _by_rows(
-                [wide],
-                type.shape[0],
-                lambda cut: [combine(cut(trits), _cut_scales(cut, scales), type)],
-            )
+
+            def weights(cut: Cut) -> Sequence[Array]:
+                return [combine(cut(trits), _cut_scales(cut, scales), type)]
+
+            y = _by_rows([wide], type.shape[0], weights)
         case Packed() if weight.type.layout in ("words", "tiles"):
             y = _packed(wide, _as_bytes(weight))
         case Packed() if weight.type.layout == "hf-bitnet":
@@ -71,61 +72,63 @@ def matmul(x: jax.Array, weight: Weight) -> jax.Array:
 def tensor_cores(
     x: jax.Array, array: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32
 ) -> jax.Array:
-    """x in the matrix's 16 bits times the matrix, summed in float32, in dtype: what a GPU has a library for."""
-    return lax.dot_general(
-        x.astype(array.dtype), array, (((1,), (1,)), ((), ())), preferred_element_type=dtype
-    )
+    """Multiplies x [M, in] by a matrix [out, in] of 16 bits, in these 16 bits.
+
+    Returns [M, out] in dtype, summed in float32.
+    """
+    x, dimensions = x.astype(array.dtype), (((1,), (1,)), ((), ()))
+    return lax.dot_general(x, array, dimensions, preferred_element_type=dtype)
 
 
 def take_rows(weight: Weight, rows: jax.Array) -> jax.Array:
-    """weight.dequantize()[rows]: int32 [...] -> float32 [..., in]."""
+    """Returns weight.dequantize()[rows], float32 [..., in], for rows int32 [...].
+
+    No other rows are unpacked.
+    """
     flat = rows.reshape(-1)
     match weight:
         case Dense(array):
             taken = jnp.asarray(array)[flat].astype(jnp.float32)
-        case Packed(codes, scales, type) if (
-            LAYOUTS[type.layout].row_separable or type.layout == "tiles"
-        ):
-            ternary, codes, layout = type.ternary, jnp.asarray(codes), LAYOUTS[type.layout]
-            if type.layout == "tiles":
-                of_rows, layout = (
-                    words_of_tiles(codes, ternary.shape[1], ternary.bases, flat),
-                    LAYOUTS["words"],
-                )
-            else:
-                of_rows = codes[flat]
-            trits = layout.unpack(of_rows, ternary.shape[1], ternary.bases)
-            taken = combine(trits, _cut_scales(lambda a: a[flat], jnp.asarray(scales)), ternary)
-        case Packed():
-            return take_rows(weight.unpack(), rows)
+        case Packed(codes, scales, type):
+            layout, (_, inputs) = LAYOUTS[type.layout], type.shape
+            trits = layout.take(jnp.asarray(codes), flat, inputs, type.ternary.bases)
+            taken = _combine_rows(trits, scales, type.ternary, flat)
         case Ternary(trits, scales, type):
-            taken = combine(
-                jnp.asarray(trits)[flat], _cut_scales(lambda a: a[flat], jnp.asarray(scales)), type
-            )
-    return jnp.asarray(taken).reshape(*rows.shape, -1)
+            taken = _combine_rows(jnp.asarray(trits)[flat], scales, type, flat)
+    return taken.reshape(*rows.shape, -1)
 
 
-# --- rows in chunks ---------------------------------------------------------------------------------------------------
+def _combine_rows(trits: jax.Array, scales: Array, type: TernaryType, rows: jax.Array) -> jax.Array:
+    """Weights float32 [n, in] of some rows, int [n], of which the trits are given."""
+    return jnp.asarray(combine(trits, _cut_scales(lambda a: a[rows], jnp.asarray(scales)), type))
+
+
+# --- rows in chunks ---------------------------------------------------------------------------
 
 
 def _cut_scales(cut: Cut, scales: Array) -> jax.Array:
-    """The scales [rows or 1, groups, N or 1] of the rows that `cut` takes; one row of them serves all."""
+    """The scales [rows or 1, groups, N or 1] of the rows that `cut` takes; one row serves all."""
     return jnp.asarray(scales) if scales.shape[0] == 1 else cut(scales)
 
 
 def _dot(a: Array, b: Array) -> jax.Array:
-    """In float32 throughout: without the precision, GPUs would round the factors to 10 bits (TF32)."""
+    """A product in float32: without the precision, GPUs would round the factors to TF32."""
     return jnp.dot(a, b, precision=lax.Precision.HIGHEST)
 
 
 def _by_rows(
     planes_of_x: list[jax.Array], out: int, planes_of_w: Callable[[Cut], Sequence[Array]]
 ) -> jax.Array:
-    """sum_p x_p W_p^T, chunk of rows by chunk -> float32 [M, out].
+    """Computes sum_p x_p W_p^T, chunk of rows by chunk -> float32 [M, out].
 
-    planes_of_x: [M, columns] each. planes_of_w(cut) -> float32 [rows, columns] each, where cut(array) takes the chunk's
-    rows of an array [out, ...]. The last chunk ends with the last row, so where the chunks do not divide the rows it
-    repeats some of the one before: no padding, no copy.
+    The last chunk ends with the last row, so where the chunks do not divide the rows it repeats
+    some of the one before: no padding, no copy.
+
+    Args:
+        planes_of_x: [M, columns] each.
+        out: rows of the matrix.
+        planes_of_w: cut -> float32 [rows, columns] each, where cut(array) takes the chunk's rows of
+            an array [out, ...].
     """
     width = sum(x.shape[1] for x in planes_of_x)
     limit = CHUNK_BYTES.get(jax.default_backend(), CHUNK_BYTES_ELSEWHERE)
@@ -133,10 +136,11 @@ def _by_rows(
     transposed = [x.T for x in planes_of_x]  # [columns, M]
 
     def chunk(start):
-        # The barrier keeps XLA from fusing the decoding into the dot's loop, where it would not be vectorised.
-        weights = lax.optimization_barrier(
-            planes_of_w(lambda array: lax.dynamic_slice_in_dim(array, start, rows))
-        )
+        def cut(array: Array) -> jax.Array:
+            return lax.dynamic_slice_in_dim(array, start, rows)
+
+        # Without it XLA fuses the decoding into the dot's loop, where it is not vectorised.
+        weights = lax.optimization_barrier(planes_of_w(cut))
         products = [_dot(w, x) for w, x in zip(weights, transposed, strict=True)]
         return reduce(operator.add, products)  # [rows, M]
 
@@ -146,33 +150,33 @@ def _by_rows(
 
     if rows == out:
         return chunk(0).T
-    return lax.fori_loop(
-        0, -(-out // rows), body, jnp.zeros((out, planes_of_x[0].shape[0]), jnp.float32)
-    ).T
+    y = jnp.zeros((out, planes_of_x[0].shape[0]), jnp.float32)
+    return lax.fori_loop(0, -(-out // rows), body, y).T
 
 
-# --- packed -----------------------------------------------------------------------------------------------------------
+# --- packed -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Planes:
-    """Which columns lie together: input (a * count + p) * run + m is column a * run + m of plane p."""
+    """Which columns lie together: input (a count + p) run + m is column a run + m of plane p.
+
+    Attributes:
+        trits: codes of each base [rows, cells] -> (plane, base) -> trits int.
+    """
 
     count: int
     run: int
-    trits: Callable[
-        [list[jax.Array]], Callable[[int, int], jax.Array]
-    ]  # codes of each base [rows, cells] -> (plane, base) -> trits int
+    trits: Callable[[list[jax.Array]], Callable[[int, int], jax.Array]]
 
     def of(self, array: jax.Array, plane: int) -> jax.Array:
-        """[rows, padded inputs] -> [rows, columns of this plane]."""
-        return array.reshape(array.shape[0], -1, self.count, self.run)[:, :, plane].reshape(
-            array.shape[0], -1
-        )
+        """Takes the columns of a plane: [rows, padded inputs] -> [rows, columns]."""
+        planes = array.reshape(array.shape[0], -1, self.count, self.run)
+        return planes[:, :, plane].reshape(array.shape[0], -1)
 
 
 def _base_3(codes: list[jax.Array]):
-    """Digit j of byte n is trit 5n + j of the cell, whose trits lie parameter-major: see `atd.weights.layouts`."""
+    """Digit j of byte n is trit 5 n + j of the cell (layout `interleaved`)."""
     digits = []
     for byte in codes:
         rest = byte.astype(jnp.int32)
@@ -207,31 +211,28 @@ _PLANES = {
 
 
 def _as_bytes(weight: Packed) -> Packed:
-    """A weight in layout `words` as one in `aligned`, whose bytes are the same; one in `tiles` becomes one in `words` first."""
-    words = jnp.asarray(weight.codes)
-    if weight.type.layout == "tiles":
-        out, inputs = weight.type.shape
-        words = words_of_tiles(words, inputs, weight.type.ternary.bases)[:out]
-    codes = lax.bitcast_convert_type(words, jnp.uint8)  # [out, words, 4]
-    codes = codes.reshape(codes.shape[0], -1, weight.type.ternary.bases)
-    return Packed(codes, weight.scales, replace(weight.type, layout="aligned"))
+    """A weight in layout `words` or `tiles` as one of bytes, which lie as those of `aligned` do."""
+    words, type = jnp.asarray(weight.codes), weight.type
+    if type.layout == "tiles":
+        words = words_of_tiles(words, *type.shape, type.ternary.bases)
+    codes = bytes_of(words, type.ternary.bases)
+    return Packed(codes, weight.scales, replace(type, layout="aligned"))
 
 
 def _packed(x: jax.Array, weight: Packed) -> jax.Array:
+    """x [M, in] times a weight in one of the layouts of _PLANES -> float32 [M, out]."""
     type = weight.type.ternary
     out, inputs = type.shape
     planes = _PLANES[weight.type.layout]
-    width = planes.count * (
-        math.prod(weight.codes.shape[1:]) // type.bases
-    )  # the inputs and the layout's padding
+    # The inputs and the layout's padding.
+    width = planes.count * (math.prod(weight.codes.shape[1:]) // type.bases)
     x = jnp.pad(x, ((0, 0), (0, width - inputs)))
 
     def planes_of_w(cut: Cut) -> Sequence[Array]:
         codes, scales = cut(weight.codes), _cut_scales(cut, weight.scales)
-        trits = planes.trits(
-            [codes[:, :, base].reshape(codes.shape[0], -1) for base in range(type.bases)]
-        )
-        # Widened while they are few: without the barrier XLA converts each scale again for each weight.
+        of_bases = [codes[:, :, base].reshape(len(codes), -1) for base in range(type.bases)]
+        trits = planes.trits(of_bases)
+        # Widened while they are few: without the barrier XLA converts each scale for each weight.
         wide = lax.optimization_barrier(scales.astype(jnp.float32))
         spread = [spread_scales(wide[..., i], type.group_size, width) for i in range(wide.shape[2])]
         return [_combine_plane(trits, spread, planes, plane, type) for plane in range(planes.count)]
@@ -242,32 +243,26 @@ def _packed(x: jax.Array, weight: Packed) -> jax.Array:
 def _combine_plane(
     trits, spread: list[jax.Array], planes: _Planes, plane: int, type: TernaryType
 ) -> jax.Array:
-    """`atd.weights.combine` for the columns of one plane: the same operations in the same order, so the same floats."""
+    """`atd.weights.combine` for the columns of a plane: the same operations in the same order."""
 
     def scale(i: int):
         return planes.of(spread[i], plane) if spread[i].shape[1] > 1 else spread[i]
 
+    parts = [trits(plane, i) for i in range(type.bases)]
     if type.tied:
         levels = level_weights(type.bases).astype(int)
-        integers = reduce(operator.add, [trits(plane, i) * levels[i] for i in range(type.bases)])
-        return integers.astype(jnp.float32) * scale(0)
-    total = trits(plane, 0).astype(jnp.float32) * scale(0)
-    for i in range(1, type.bases):
-        total = total + trits(plane, i).astype(jnp.float32) * scale(i)
-    return total
+        parts = [reduce(operator.add, map(operator.mul, parts, levels))]
+    return reduce(operator.add, (t.astype(jnp.float32) * scale(i) for i, t in enumerate(parts)))
 
 
 def _hf_bitnet(x: jax.Array, weight: Packed) -> jax.Array:
-    """Field i of packed row r is row i * out/4 + r: four matrices of out/4 rows, one below the other."""
+    """Field i of packed row r is row i out/4 + r: four matrices, one below the other."""
     type = weight.type.ternary
     quarter = type.shape[0] // 4
 
     def block(i: int) -> jax.Array:
-        scales = (
-            weight.scales
-            if weight.scales.shape[0] == 1
-            else weight.scales[i * quarter : (i + 1) * quarter]
-        )
+        rows = slice(i * quarter, (i + 1) * quarter)
+        scales = _cut_scales(lambda array: array[rows], weight.scales)
 
         def planes_of_w(cut: Cut) -> Sequence[Array]:
             trits = ((cut(weight.codes) >> (2 * i)) & 3).astype(jnp.int8) - 1

@@ -74,10 +74,10 @@ def test_matmul(tmp_path):
 
 
 def test_matmul_says_what_it_leaves_out_and_refuses_what_does_not_run(tmp_path):
-    assert "left out for want of time (--minutes): tiny N=3" in run(
+    assert "no time for (--minutes): tiny N=3" in run(
         "matmul.py", "--tiny", "--bases", 3, "--minutes", -1, "--json", tmp_path / "f.json"
     )
-    assert "--tune: it needs an NVIDIA GPU" in run("matmul.py", "--tune", code=2)
+    assert "nothing to tune here: it needs an NVIDIA GPU" in run("matmul.py", "--tune", code=2)
     assert "the kernels do not run here" in run("matmul.py", code=2)
 
 

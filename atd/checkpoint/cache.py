@@ -17,8 +17,9 @@ from atd.errors import BadInput
 
 
 def default_cache() -> Path:
-    """Returns the folder $ATD_CACHE, or ~/.cache/atd."""
-    return Path(os.environ.get("ATD_CACHE") or Path.home() / ".cache" / "atd")
+    """Returns the folder $ATD_CACHE, or $XDG_CACHE_HOME/atd, or ~/.cache/atd."""
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("ATD_CACHE") or caches / "atd")
 
 
 def cache_key(name: str, made_from: Any) -> str:

@@ -11,7 +11,7 @@ import tyro
 from tyro.conf import Positional
 
 from atd.cli.options import Backend, Context, Json, Model, Tokenizer, Tokens, app, check_writable
-from atd.errors import BadInput, RunFailed
+from atd.errors import BadInput
 
 
 @app.command(name="eval")
@@ -222,14 +222,8 @@ def bench(
 def _tune(minutes: float) -> None:
     from functools import partial
 
-    from atd.kernels.triton import backend as triton
-    from atd.kernels.tuning import search
+    from atd.kernels.tuning.search import tune
 
-    if reason := triton.device_refuses():
-        raise BadInput(f"--tune: {reason}")
-    try:
-        path, left_out = search.tune(minutes, partial(print, flush=True))
-    except OSError as error:
-        raise RunFailed(f"the settings cannot be written: {error}") from None
-    rest = f"; left out for want of time (--minutes): {', '.join(left_out)}" if left_out else ""
+    path, left_out = tune(minutes, partial(print, flush=True))
+    rest = f"; no time for (--minutes): {', '.join(left_out)}" if left_out else ""
     print(f"{path}: written; every later run on this GPU uses it{rest}")

@@ -24,7 +24,6 @@ from flax import nnx
 from atd.errors import BadInput, nearest
 from atd.ir import Block, Graph, WeightRef
 from atd.kernels.matmul import PACKED
-from atd.kernels.triton import backend as triton
 from atd.models import execute, ops
 from atd.models.ops import Weights
 from atd.progress import Progress, Report, unheard
@@ -72,7 +71,7 @@ def load(
             "xla-unpacked"
             if jax.default_backend() == "cpu"
             else "xla"
-            if triton.device_refuses()
+            if PACKED["triton"].device_refuses()
             else "triton"
         )
         return Model(graph, held, None, dtype, progress)

@@ -87,8 +87,8 @@ class Packed:
     def unpack(self) -> Ternary:
         """Returns the same weight with its trits one per byte."""
         ternary = self.type.ternary
-        trits = LAYOUTS[self.type.layout].unpack(self.codes, ternary.shape[1], ternary.bases)
-        return Ternary(trits[: ternary.shape[0]], self.scales, ternary)
+        trits = LAYOUTS[self.type.layout].unpack(self.codes, *ternary.shape, ternary.bases)
+        return Ternary(trits, self.scales, ternary)
 
     def dequantize(self, dtype: Any = np.float32):
         """Returns the weights [out, in] in `dtype`."""

@@ -1,21 +1,26 @@
-"""Attention of one new token of each sequence, in one Pallas kernel for Triton: XLA takes six launches for it, rope of q and
-of k, two updates of the cache, scores and softmax, mix, and for so little work a launch costs more than the work.
+"""Attention of one new token of each sequence, in one Pallas kernel for Triton.
 
     q, k   rotated to their position
     cache  k and v written into the place of their position, where the cache lies
     mixed  softmax(q k^T / sqrt(head_dim)) v over the places up to it
 
-A block of threads has one head of keys, and one or a few of the query heads that attend to it. It reads the cache in
-tiles [places, features], 16 bytes a thread, and every row of the tiles keeps a softmax of its own: the largest score so far,
-the sum of its weights and of its weighted values. So rows, and the warps that hold them, need nothing of one another until
-the end, where they are joined, together with the new token. That one never comes out of the cache, where another block may
+XLA takes six launches for it: rope of q and of k, two updates of the cache, scores and softmax,
+mix. For so little work a launch costs more than the work.
+
+A block of threads has one head of keys, and one or a few of the query heads that attend to it. It
+reads the cache in *tiles* [places, features], 16 bytes per thread, and every row of the tiles keeps
+a softmax of its own: the largest score so far, the sum of its weights and of its weighted values.
+So rows, and the warps that hold them, need nothing of one another until the end, where they are
+joined, together with the new token. That one never comes out of the cache, where another block may
 not have written it yet. Tiles beyond the position are not read.
 
-In a long cache several blocks share the places of a head; what they find is joined by a second, small kernel.
+In a long cache several blocks share the places of a head; what they find is joined by a second,
+small kernel.
 """
 
 import functools
 import math
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -32,12 +37,10 @@ PROGRAMS = 128  # blocks that a GPU runs at once, about: one a multiprocessor
 MOST_QUERIES = 4  # of a block; more do not fit the registers
 LONG = 1024  # places of a cache that one block reads alone
 LEAST_SHARE = 512  # places for each of several blocks
-FLOOR = (
-    -1e30
-)  # of the largest score: finite, so that a row without a place has weights of 0 and not NaN
+FLOOR = -1e30  # of the largest score: finite, so that a row without a place weighs 0 and not NaN
 
-# An angle without its whole turns. They are taken off in three steps, 2 pi being the sum of three numbers: exact enough up to
-# angles of 10^5.
+# An angle without its whole turns. They are taken off in three steps, 2 pi being the sum of three
+# numbers: exact enough up to angles of 10^5.
 IN_A_TURN = """{
 .reg .f32 turns;
 mul.rn.f32 turns, $1, 0f3E22F983;
@@ -49,7 +52,7 @@ fma.rn.f32 $0, turns, 0fA8C234C5, $0;
 
 
 def refuses(cache: tuple[jax.Array, jax.Array]) -> str | None:
-    """Why the kernel cannot attend to this cache, or None."""
+    """Returns why the kernel cannot attend to this cache, or None."""
     head_dim = cache[0].shape[-1]
     if cache[0].dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         return f"it reads caches in float32, bfloat16 or float16, not {cache[0].dtype}"
@@ -58,6 +61,56 @@ def refuses(cache: tuple[jax.Array, jax.Array]) -> str | None:
     if cache[0].size >= 2**31:
         return "it counts the elements of a cache in 32 bits"
     return None
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """One attention of a new token of each sequence.
+
+    Attributes:
+        batch: sequences.
+        heads, kv_heads: of queries, and of keys and values.
+        head_dim: features of a head.
+        length: places of the cache.
+        window: places that a token attends to, its own included; 0: all up to its own.
+        starts, widths: of q, k and v: the first feature in its array, and the features of that
+            array.
+        splits: blocks of threads that share the places of a head.
+        rows: places of a tile.
+        interpret: whether jax's interpreter runs the kernel, in which PTX is replaced by its twins
+            in jnp.
+    """
+
+    batch: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    length: int
+    window: int
+    starts: tuple[int, int, int]
+    widths: tuple[int, int, int]
+    splits: int
+    rows: int
+    interpret: bool = False
+
+    @property
+    def group(self) -> int:
+        """Query heads that attend to one head of keys."""
+        return self.heads // self.kv_heads
+
+    @property
+    def queries(self) -> int:
+        """Query heads of a block."""
+        return queries_of(self.batch * self.heads, self.group, self.splits)
+
+    @property
+    def tiles(self) -> int:
+        """Tiles that a block reads in one turn of its loop."""
+        return max(1, min(4 if self.queries == 1 else 2, 128 // self.rows))
+
+    @property
+    def padded_dim(self) -> int:
+        return pl.next_power_of_2(self.head_dim)
 
 
 def attend(
@@ -73,22 +126,29 @@ def attend(
     splits: int | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """(softmax(q k^T / sqrt(head_dim)) v [B, 1, heads x head_dim] in q's dtype, the cache with the new k and v).
+    """Computes softmax(q k^T / sqrt(head_dim)) v, and updates the cache where it lies.
 
-    q, k, v: heads side by side, before rope; k and v of kv_heads. positions int32 [B, 1], of the new tokens. cache: k, v [B,
-    kv_heads, length, head_dim], which is written in place. frequencies float32 [head_dim / 2], angles a position. window: as
-    in `atd.models.ops.attention`, which with `rope` and `update_cache` defines all this. splits: blocks that share the
-    places of a head, instead of as many as suit the cache.
+    `atd.models.ops.attention`, `rope` and `update_cache` define the result.
+
+    Args:
+        q, k, v: heads side by side, before rope; k and v of kv_heads.
+        positions: of the new tokens, int32 [B, 1].
+        cache: k and v [B, kv_heads, length, head_dim], which are written in place.
+        frequencies: angles per position, float32 [head_dim / 2].
+        heads: of queries.
+        window: places that a token attends to, its own included; 0: all up to its own.
+        splits: blocks that share the places of a head, instead of as many as suit the cache.
+
+    Returns:
+        ([B, 1, heads x head_dim] in q's dtype, the cache with the new k and v).
     """
     batch, kv_heads, length, head_dim = cache[0].shape
-    group = heads // kv_heads
     splits = splits or splits_of(batch * kv_heads, length)
-    queries = queries_of(batch * heads, group, splits)
-    rows = max(1, WARPS * 32 * 16 // cache[0].dtype.itemsize // pl.next_power_of_2(head_dim))
-    kernel = functools.partial(
-        _kernel, starts=(q[1], k[1], v[1]), widths=(q[0].shape[-1], k[0].shape[-1], v[0].shape[-1]), group=group,
-        queries=queries, kv_heads=kv_heads, length=length, head_dim=head_dim, window=window, rows=rows,
-        tiles=max(1, min(4 if queries == 1 else 2, 128 // rows)), splits=splits, interpret=interpret,
+    at_once = WARPS * 32 * 16 // cache[0].dtype.itemsize  # elements, of 16 bytes per thread
+    g = Geometry(
+        batch=batch, heads=heads, kv_heads=kv_heads, head_dim=head_dim, length=length,
+        window=window, starts=(q[1], k[1], v[1]), widths=tuple(x.shape[-1] for x, _ in (q, k, v)),
+        splits=splits, rows=max(1, at_once // pl.next_power_of_2(head_dim)), interpret=interpret,
     )  # fmt: skip
     shape = jax.ShapeDtypeStruct
     cache_shapes = [shape((c.size,), c.dtype) for c in cache]
@@ -99,156 +159,155 @@ def attend(
         found_shapes = [shape((size,), jnp.float32) for size in (parts * head_dim, parts, parts)]
     angles = jnp.asarray(np.concatenate([frequencies, frequencies]))  # of both features of a pair
     inputs = [positions, angles, q[0], k[0], v[0], *cache]
+    caches_in, caches_out = len(inputs) - 2, len(found_shapes)
     *found, new_k, new_v = pl.pallas_call(
-        kernel,
+        functools.partial(_kernel, g=g),
         out_shape=[*found_shapes, *cache_shapes],
-        grid=(batch, heads // queries, splits),
-        input_output_aliases={
-            len(inputs) - 2: len(found_shapes),
-            len(inputs) - 1: len(found_shapes) + 1,
-        },
+        grid=(batch, heads // g.queries, splits),
+        input_output_aliases={caches_in + i: caches_out + i for i in range(2)},
         compiler_params=plt.CompilerParams(num_warps=WARPS, num_stages=1),
         interpret=interpret,
         name=name(head_dim),
     )(*(x.reshape(-1) for x in inputs))
-    mixed = found[0] if splits == 1 else _joined(found, splits, head_dim, q[0].dtype, interpret)
-    return mixed.reshape(batch, 1, heads * head_dim), (
-        new_k.reshape(cache[0].shape),
-        new_v.reshape(cache[1].shape),
-    )
+    mixed = found[0] if splits == 1 else _joined(g, found, q[0].dtype)
+    new = new_k.reshape(cache[0].shape), new_v.reshape(cache[1].shape)
+    return mixed.reshape(batch, 1, heads * head_dim), new
 
 
 def name(head_dim: int) -> str:
-    """The kernel's in traces and dumps."""
+    """Returns the kernel's name in traces and dumps."""
     return f"attention_d{head_dim}"
 
 
 def splits_of(kv_programs: int, length: int) -> int:
-    """Blocks that share the places of a head of keys, of so many heads and sequences: enough that all blocks fill a GPU."""
+    """Returns how many blocks share the places of a head of keys, enough to fill a GPU.
+
+    Args:
+        kv_programs: heads of keys of all sequences.
+        length: places of the cache.
+    """
     if length <= LONG:
         return 1
     return max(1, min(PROGRAMS // kv_programs, length // LEAST_SHARE))
 
 
 def queries_of(heads: int, group: int, splits: int) -> int:
-    """Query heads of a block, a divisor of the group. In a short cache as few as a GPU has room for, which is fastest though
-    keys are read several times, out of the L2; in a long one as many as there may be."""
+    """Returns the query heads of a block, a divisor of the group.
+
+    In a short cache as few as a GPU has room for, which is fastest though keys are read several
+    times, out of the L2; in a long one as many as there may be.
+    """
     divisors = [n for n in range(1, min(group, MOST_QUERIES) + 1) if group % n == 0]
     few = (n for n in divisors if heads // n <= PROGRAMS)
     return next(few, divisors[-1]) if splits == 1 else divisors[-1]
 
 
 def _kernel(
-    positions_ref, angles_ref, q_ref, k_ref, v_ref, k_cache_ref, v_cache_ref, *out_refs, starts: tuple[int, int, int],
-    widths: tuple[int, int, int], group: int, queries: int, kv_heads: int, length: int, head_dim: int, window: int,
-    rows: int, tiles: int, splits: int, interpret: bool,
-):  # fmt: skip
+    positions_ref, angles_ref, q_ref, k_ref, v_ref, k_cache_ref, v_cache_ref, *out_refs, g: Geometry
+):
     *found_refs, new_k_ref, new_v_ref = out_refs
     batch, part, split = (pl.program_id(axis) for axis in range(3))
-    first_head = part * queries
-    kv_head = lax.div(first_head, group)
-    cache_at = (batch * kv_heads + kv_head) * length
-    feature, half = lax.iota(jnp.int32, pl.next_power_of_2(head_dim)), head_dim // 2
-    used = feature < head_dim
+    first_head = part * g.queries
+    kv_head = lax.div(first_head, g.group)
+    cache_at = (batch * g.kv_heads + kv_head) * g.length
+    feature, half = lax.iota(jnp.int32, g.padded_dim), g.head_dim // 2
+    used = feature < g.head_dim
     position = positions_ref[batch]
 
-    # Tiles of this block: number split, split + splits, ... of those from the window's beginning to the position.
-    tile_places = rows * tiles
-    first = jnp.maximum(position - window + 1, 0) if window else 0
-    last = jnp.minimum(position, length)  # the new token's own place is not read
-    first_tile = lax.div(first, tile_places) + split if window else split
-    turns = lax.div(
-        jnp.maximum(last - first_tile * tile_places, 0) + (tile_places * splits - 1),
-        tile_places * splits,
-    )
-    shape = rows, feature.size
+    # Tiles of this block: number split, split + splits, ... of those from the window's beginning to
+    # the position.
+    tile_places = g.rows * g.tiles
+    first = jnp.maximum(position - g.window + 1, 0) if g.window else 0
+    last = jnp.minimum(position, g.length)  # the new token's own place is not read
+    first_tile = lax.div(first, tile_places) + split if g.window else split
+    of_turn = tile_places * g.splits
+    turns = lax.div(jnp.maximum(last - first_tile * tile_places, 0) + (of_turn - 1), of_turn)
+    shape = g.rows, feature.size
     row, column = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
 
     def seen(row: jax.Array, turn, tile: int) -> tuple[jax.Array, jax.Array]:
         """(places of rows, which of them are attended to)."""
-        place = (first_tile + turn * splits) * tile_places + tile * rows + row
+        place = (first_tile + turn * g.splits) * tile_places + tile * g.rows + row
         return place, (place >= first) & (place < last)
 
     def read(turn) -> list[list[jax.Array]]:
-        """k of each tile of a turn, and v of each: [rows, features], 0 where nothing is attended to."""
+        """k of each tile of a turn, and v of each: [rows, features], 0 where nothing is attended
+        to."""
 
         def load(ref, tile: int) -> jax.Array:
             place, mine = seen(row, turn, tile)
-            at, mask = (cache_at + place) * head_dim + column, mine & (column < head_dim)
+            at, mask = (cache_at + place) * g.head_dim + column, mine & (column < g.head_dim)
             return plt.load(ref.at[at], mask=mask, other=jnp.zeros((), ref.dtype))
 
-        return [[load(ref, tile) for tile in range(tiles)] for ref in (k_cache_ref, v_cache_ref)]
+        return [[load(ref, tile) for tile in range(g.tiles)] for ref in (k_cache_ref, v_cache_ref)]
 
     ahead = read(0)  # on its way while q and k are rotated
 
     def load_new(ref, part: int, head, feature: jax.Array) -> jax.Array:
         """One head of the new token's q, k or v."""
-        at = batch * widths[part] + starts[part] + head * head_dim + feature
+        at = batch * g.widths[part] + g.starts[part] + head * g.head_dim + feature
         return plt.load(ref.at[at], mask=used, other=jnp.zeros((), ref.dtype)).astype(jnp.float32)
 
     angle = position.astype(jnp.float32) * plt.load(angles_ref.at[feature], mask=used, other=0.0)
-    cos, sin = _cos_sin(angle, interpret)
+    cos, sin = _cos_sin(angle, g.interpret)
 
     def rotated(ref, part: int, head) -> jax.Array:
-        other = load_new(ref, part, head, jnp.where(feature < half, feature + half, feature - half))
-        turned = (
-            load_new(ref, part, head, feature) * cos
-            + jnp.where(feature < half, -other, other) * sin
-        )
+        partner = jnp.where(feature < half, feature + half, feature - half)
+        other = load_new(ref, part, head, partner)
+        straight = load_new(ref, part, head, feature) * cos
+        turned = straight + jnp.where(feature < half, -other, other) * sin
         return turned.astype(ref.dtype).astype(jnp.float32)  # as it would be in memory
 
-    writes = (
-        (first_head == kv_head * group) & (split == 0) & (position < length)
-    )  # one block of those with this head
+    # One block of those with this head writes.
+    writes = (first_head == kv_head * g.group) & (split == 0) & (position < g.length)
 
     def stored(ref, new: jax.Array) -> jax.Array:
         """The new token's k or v as the cache holds it."""
         new = new.astype(ref.dtype)
-        plt.store(ref.at[(cache_at + position) * head_dim + feature], new, mask=used & writes)
+        plt.store(ref.at[(cache_at + position) * g.head_dim + feature], new, mask=used & writes)
         return new.astype(jnp.float32)
 
     new_k = stored(new_k_ref, rotated(k_ref, 1, kv_head))
     new_v = stored(new_v_ref, load_new(v_ref, 2, kv_head, feature))
-    unit = math.log2(math.e) / math.sqrt(head_dim)  # weights are powers of 2
-    qs = [rotated(q_ref, 0, first_head + i) * unit for i in range(queries)]
+    factor = math.log2(math.e) / math.sqrt(g.head_dim)  # weights are powers of 2
+    qs = [rotated(q_ref, 0, first_head + i) * factor for i in range(g.queries)]
     new_scores = [jnp.where(split == 0, jnp.sum(q * new_k), -jnp.inf) for q in qs]
 
     def turn(i, carry):
         states, now = carry
         ahead = read(i + 1)
-        mine = [seen(lax.iota(jnp.int32, rows), i, tile)[1] for tile in range(tiles)]
-        ks, vs = ([_wide(tile, interpret) for tile in tiles] for tiles in now)
-        return tuple(
-            _attended(q, ks, vs, mine, state, interpret)
-            for q, state in zip(qs, states, strict=True)
-        ), ahead
+        mine = [seen(lax.iota(jnp.int32, g.rows), i, tile)[1] for tile in range(g.tiles)]
+        ks, vs = ([_wide(tile, g.interpret) for tile in tiles] for tiles in now)
+        attended = functools.partial(_attended, ks=ks, vs=vs, mine=mine, interpret=g.interpret)
+        return tuple(attended(q, state) for q, state in zip(qs, states, strict=True)), ahead
 
     nothing = (
-        jnp.full((rows,), FLOOR, jnp.float32),
-        jnp.zeros((rows,), jnp.float32),
+        jnp.full((g.rows,), FLOOR, jnp.float32),
+        jnp.zeros((g.rows,), jnp.float32),
         jnp.zeros(shape, jnp.float32),
     )
-    states, _ = lax.fori_loop(0, turns, turn, ((nothing,) * queries, ahead))
+    states, _ = lax.fori_loop(0, turns, turn, ((nothing,) * g.queries, ahead))
 
     for i, (largest, total, mixed) in enumerate(states):
         largest_of_all = jnp.maximum(jnp.max(largest), new_scores[i])
-        scale, new_weight = (
-            jnp.exp2(largest - largest_of_all),
-            jnp.exp2(new_scores[i] - largest_of_all),
-        )
+        scale = jnp.exp2(largest - largest_of_all)
+        new_weight = jnp.exp2(new_scores[i] - largest_of_all)
         total = jnp.sum(total * scale) + new_weight
         found = jnp.sum(mixed * scale[:, None], axis=0) + new_weight * new_v
-        head = (batch * (kv_heads * group) + first_head + i) * splits + split
-        if splits == 1:
+        head = (batch * (g.kv_heads * g.group) + first_head + i) * g.splits + split
+        if g.splits == 1:
             found = (found / total).astype(q_ref.dtype)
         else:
             found_refs[1][head] = largest_of_all
             found_refs[2][head] = total
-        plt.store(found_refs[0].at[head * head_dim + feature], found, mask=used)
+        plt.store(found_refs[0].at[head * g.head_dim + feature], found, mask=used)
 
 
 def _cos_sin(angle: jax.Array, interpret: bool) -> tuple[jax.Array, jax.Array]:
-    """Within 2^-20. Triton has each thread compute them for all features of its tile: too much for the exact functions."""
+    """(cos, sin) within 2^-20.
+
+    Triton has each thread compute them for all features of its tile: too much for the exact ones.
+    """
     if interpret:
         return jnp.cos(angle), jnp.sin(angle)
     rest = _computed(IN_A_TURN, angle)
@@ -261,7 +320,7 @@ def _power_of_2(x: jax.Array, interpret: bool) -> jax.Array:
 
 
 def _wide(x: jax.Array, interpret: bool) -> jax.Array:
-    """x in float32. bfloat16 is its upper half: one instruction an element, of which Triton makes two."""
+    """x in float32. bfloat16 is its upper half: one instruction, of which Triton makes two."""
     if interpret or x.dtype != jnp.bfloat16:
         return x.astype(jnp.float32)
     text = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
@@ -287,10 +346,15 @@ def _computed(
 
 
 def _attended(
-    q, ks: list[jax.Array], vs: list[jax.Array], mine: list[jax.Array], state, interpret: bool
+    q, state, *, ks: list[jax.Array], vs: list[jax.Array], mine: list[jax.Array], interpret: bool
 ):
-    """The state of one query, (largest score [rows], sum of weights [rows], weighted values [rows, features]), after more
-    tiles: k and v [rows, features], and which rows count [rows], of each."""
+    """The state of one query after more tiles.
+
+    Args:
+        state: (largest score [rows], sum of weights [rows], weighted values [rows, features]).
+        ks, vs: [rows, features] of each tile.
+        mine: which rows count, [rows] of each tile.
+    """
     largest, total, mixed = state
     scores = [
         jnp.where(m, jnp.sum(q[None] * k, axis=1), -jnp.inf) for k, m in zip(ks, mine, strict=True)
@@ -304,36 +368,38 @@ def _attended(
     return new_largest, total, mixed
 
 
-def _joined(
-    found: list[jax.Array], splits: int, head_dim: int, dtype, interpret: bool
-) -> jax.Array:
-    """What the blocks of each head found, weighted values [heads x splits x head_dim], largest scores and sums of weights
-    [heads x splits] -> [heads x head_dim]."""
-    heads = found[1].size // splits
+def _joined(g: Geometry, found: list[jax.Array], dtype) -> jax.Array:
+    """Joins what the blocks of each head found -> [heads x head_dim] of all sequences.
+
+    found: weighted values [heads x splits x head_dim], largest scores and sums of weights [heads x
+    splits].
+    """
+    heads = g.batch * g.heads
 
     def kernel(mixed_ref, largest_ref, total_ref, joined_ref):
         head = pl.program_id(0)
-        shape = pl.next_power_of_2(splits), pl.next_power_of_2(head_dim)
+        shape = pl.next_power_of_2(g.splits), g.padded_dim
         split, feature = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
         each = lax.iota(jnp.int32, shape[0])
-        largest = plt.load(largest_ref.at[head * splits + each], mask=each < splits, other=FLOOR)
-        total = plt.load(total_ref.at[head * splits + each], mask=each < splits, other=0.0)
-        at = (head * splits + split) * head_dim + feature
-        mixed = plt.load(mixed_ref.at[at], mask=(split < splits) & (feature < head_dim), other=0.0)
+
+        def of_each(ref, other: float) -> jax.Array:
+            return plt.load(ref.at[head * g.splits + each], mask=each < g.splits, other=other)
+
+        largest, total = of_each(largest_ref, FLOOR), of_each(total_ref, 0.0)
+        at = (head * g.splits + split) * g.head_dim + feature
+        mask = (split < g.splits) & (feature < g.head_dim)
+        mixed = plt.load(mixed_ref.at[at], mask=mask, other=0.0)
         scale = jnp.exp2(largest - jnp.max(largest))
         joined = jnp.sum(mixed * scale[:, None], axis=0) / jnp.sum(total * scale)
         feature = lax.iota(jnp.int32, shape[1])
-        plt.store(
-            joined_ref.at[head * head_dim + feature],
-            joined.astype(joined_ref.dtype),
-            mask=feature < head_dim,
-        )
+        place = joined_ref.at[head * g.head_dim + feature]
+        plt.store(place, joined.astype(joined_ref.dtype), mask=feature < g.head_dim)
 
     return pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct((heads * head_dim,), dtype),
+        out_shape=jax.ShapeDtypeStruct((heads * g.head_dim,), dtype),
         grid=(heads,),
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
-        interpret=interpret,
+        interpret=g.interpret,
         name="attention_join",
     )(*found)

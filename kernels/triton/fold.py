@@ -1,9 +1,10 @@
-"""Activations folded, rounded and cut into bytes for `triton_gemv`, in one Pallas kernel: `prefixes.fold` and `fragments` are
-three of XLA's, and for a token a launch costs as much as the arithmetic of a layer.
+"""Activations folded, rounded and cut into bytes for `gemv`, in one Pallas kernel.
 
-Every block looks for the largest |x| of each token itself (a few kB, out of the cache), then makes its share of the words.
-A norm in front of the product is computed on the way: it would be two more launches. For more than SEARCHED tokens that is
-more work than launches, and XLA does both before.
+`prefixes.fold` and `prefixes.fragments`, which define the result, are three kernels of XLA's, and
+for one token a launch costs as much as the arithmetic of a layer. Every block looks for the largest
+|x| of each token itself (some kB, out of the cache), then makes its share of the words. A norm in
+front of the product is computed on the way: it would be two more launches. For more than SEARCHED
+tokens that is more work than launches, and XLA does both first.
 """
 
 import functools
@@ -14,96 +15,73 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from atd.kernels.prefixes import THREADS_A_ROW, Plan
-from atd.kernels.triton.gemv import BYTES, Columns
+from atd.kernels.prefixes import THREADS_PER_ROW, Plan
+from atd.kernels.triton.geometry import BYTES, Geometry
 from atd.kernels.triton.ptx import divided, launch_next, plt
 
 SEARCHED = 2  # tokens
-SIZE = 128  # words of a block, one a thread: what a block takes is its time, there are enough multiprocessors
+SIZE = 128  # words of a block, one per thread: few, because there are multiprocessors enough
 WARPS = 4
-CHUNK = 16384  # elements that a block looks at together for the largest: 128 a thread, all asked for at once; of a normed token half as many
+CHUNK = 16384  # elements a block looks at together for the largest; half as many of a normed token
 LEAST = 2.0**-104  # largest |x| for which limit / |x| is finite; a token of less is zeros
-ROUNDS, ROUNDS_BITS = (
-    1.5 * 2.0**23,
-    0x4B400000,
-)  # x + ROUNDS has the bits ROUNDS_BITS + round(x), |x| < 2^22
+ROUNDS = 1.5 * 2.0**23  # x + ROUNDS has the bits ROUNDS_BITS + round(x), |x| < 2^22
+ROUNDS_BITS = 0x4B400000
 SIGNED = 0x808080  # added to a coefficient, it makes its three bytes count from 0 on
 
 
 @dataclass(frozen=True, eq=False)
 class Norm:
-    """An RMS norm, in float32: x / sqrt(mean(x^2) + eps) * gain of x [M, in], gain [in]."""
+    """An RMS norm in float32: x / sqrt(mean(x^2) + eps) * gain, of x [M, in] and gain [in]."""
 
     gain: jax.Array
     eps: float
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """By XLA."""
+        """Computes it outside of any kernel."""
         wide = x.astype(jnp.float32)
-        return (
-            wide
-            * lax.rsqrt(jnp.mean(wide * wide, axis=1, keepdims=True) + self.eps)
-            * self.gain.astype(jnp.float32)
-        )
+        mean_square = jnp.mean(wide * wide, axis=1, keepdims=True)
+        return wide * lax.rsqrt(mean_square + self.eps) * self.gain.astype(jnp.float32)
 
 
-def fold(
-    plan: Plan,
-    x: jax.Array,
-    steps: int,
-    columns: Columns,
-    group_size: int | None = None,
-    norm: Norm | None = None,
-    *,
-    interpret: bool = False,
-) -> tuple[jax.Array, jax.Array]:
-    """x [M, in], normed if so asked -> (uint32 words in the order of `triton_gemv.multiply`, largest |x|
-    float32 [M]), as `prefixes.fold` has it.
+def fold(g: Geometry, x: jax.Array, norm: Norm | None = None) -> tuple[jax.Array, jax.Array]:
+    """Folds activations x [tokens, in] for `gemv.multiply`.
 
-    The order: steps, prefix words / 4, sets of columns, columns kept of each, 4 threads, 4 prefix words.
+    Returns:
+        (words, largest |x| float32 [tokens], which is NaN for a token with an infinity or a NaN).
+        The words, uint32, are in the order: steps, prefix words / 4, sets of columns, columns kept
+        of each, 4 threads, 4 prefix words.
     """
     known = []  # the largest of each token, where XLA looks for them
-    if columns.tokens > SEARCHED:
+    if g.tokens > SEARCHED:
         x, norm = x.astype(jnp.float32) if norm is None else norm(x), None
         known = [jnp.max(jnp.abs(x), axis=1)]
     gain = [] if norm is None else [norm.gain.astype(jnp.float32)]
-    words = steps * plan.words * columns.sets * columns.kept * THREADS_A_ROW
-    kernel = functools.partial(
-        _kernel,
-        plan=plan,
-        columns=columns,
-        inputs=x.shape[1],
-        group_size=group_size,
-        eps=0.0 if norm is None else norm.eps,
-        searches=not known,
-        interpret=interpret,
-    )
-    shapes = (
+    sets, kept = g.columns.sets, g.columns.kept
+    words = g.padded_steps * g.plan.words * sets * kept * THREADS_PER_ROW
+    shapes = [
         jax.ShapeDtypeStruct((words,), jnp.uint32),
-        jax.ShapeDtypeStruct((columns.tokens,), jnp.float32),
-    )
+        jax.ShapeDtypeStruct((g.tokens,), jnp.float32),
+    ]
     folded, *found = pl.pallas_call(
-        kernel,
+        functools.partial(_kernel, g=g, eps=0.0 if norm is None else norm.eps),
         out_shape=shapes[: 1 if known else 2],
         grid=(-(-words // SIZE),),
         compiler_params=plt.CompilerParams(num_warps=WARPS, num_stages=1),
-        interpret=interpret,
-        name=f"ternary_fold_n{plan.bases}{'tied' if plan.tied else 'free'}",
-    )(x.reshape(-1), _table(plan), *gain, *known)
+        interpret=g.interpret,
+        name=f"ternary_fold_{g.plan}",
+    )(x.reshape(-1), _table(g.plan), *gain, *known)
     return folded, found[0] if found else jnp.where(jnp.isfinite(known[0]), known[0], jnp.nan)
 
 
-def _kernel(
-    x_ref, table_ref, *rest_refs, plan: Plan, columns: Columns, inputs: int, group_size: int | None, eps: float,
-    searches: bool, interpret: bool,
-):  # fmt: skip
+def _kernel(x_ref, table_ref, *rest_refs, g: Geometry, eps: float):
+    searches = g.tokens <= SEARCHED
     *gain_ref, folded_ref, largest_ref = rest_refs if searches else (*rest_refs[1:], rest_refs[0])
-    tokens = columns.tokens
+    plan, columns = g.plan, g.columns
     index = pl.program_id(0) * SIZE + lax.iota(jnp.int32, SIZE)
-    step_params = THREADS_A_ROW * plan.piece_params
+    step_params = THREADS_PER_ROW * plan.piece_params
 
     rest, in_quad = divided(index, 4)
-    rest, thread = divided(rest, THREADS_A_ROW)
+    rest, thread = divided(rest, THREADS_PER_ROW)
     rest, column = divided(rest, columns.kept)
     rest, set_ = divided(rest, columns.sets)
     step, quad = divided(rest, plan.words // 4)
@@ -111,17 +89,16 @@ def _kernel(
     octet, byte = divided(set_, BYTES)
     token, sum_, slot, byte_of_column = columns.of(octet, column)
     byte = byte if columns.apart else byte_of_column
-    used = token < tokens
+    used = token < g.tokens
 
     def load(token, parameter, mask) -> tuple[jax.Array, ...]:
         """What is given of a parameter, float32: x, and the norm's gain."""
 
         def of(ref, at) -> jax.Array:
-            return plt.load(ref.at[at], mask=mask, other=jnp.zeros((), ref.dtype)).astype(
-                jnp.float32
-            )
+            zero = jnp.zeros((), ref.dtype)
+            return plt.load(ref.at[at], mask=mask, other=zero).astype(jnp.float32)
 
-        return of(x_ref, token * inputs + parameter), *(of(ref, parameter) for ref in gain_ref)
+        return of(x_ref, token * g.inputs + parameter), *(of(ref, parameter) for ref in gain_ref)
 
     def made(given: tuple[jax.Array, ...]) -> jax.Array:
         """The activations, but for a norm's factor for the token."""
@@ -132,24 +109,25 @@ def _kernel(
         entry = plt.load(table_ref.at[(sum_ * plan.words + word) * 4 + b], mask=used, other=0)
         terms = []
         for i in range(2):
-            parameter = (step * THREADS_A_ROW + thread) * plan.piece_params + (
-                (entry >> (8 * i)) & 255
-            )
-            mine = used & (parameter < inputs)
-            if group_size is not None:
-                group, first = (divided(k, group_size)[0] for k in (parameter, step * step_params))
+            piece = (step * THREADS_PER_ROW + thread) * plan.piece_params
+            parameter = piece + ((entry >> (8 * i)) & 255)
+            mine = used & (parameter < g.inputs)
+            if g.group_size is not None:
+                group, first = (
+                    divided(k, g.group_size)[0] for k in (parameter, step * step_params)
+                )
                 mine &= group - first == slot
             terms.append((made(load(token, parameter, mine)), (entry >> (16 + 8 * i)) & 255))
         return terms
 
     bytes_ = [byte_of(b) for b in range(4)]  # on their way before anything waits
-    of_token = (
-        jnp.ones((SIZE,), jnp.float32)
-        if searches
-        else plt.load(largest_ref.at[token], mask=used, other=1.0)
-    )
-    for t in range(tokens if searches else 0):
-        largest, mean_square = _largest(functools.partial(load, t), made, inputs, bool(gain_ref))
+    if searches:
+        of_token = jnp.ones((SIZE,), jnp.float32)
+    else:
+        of_token = plt.load(largest_ref.at[token], mask=used, other=1.0)
+    for t in range(g.tokens if searches else 0):
+        of_this = functools.partial(load, t)
+        largest, mean_square = _largest(of_this, made, g.inputs, bool(gain_ref))
         of_token = jnp.where(token == t, largest, of_token)
         factor = 1.0 if mean_square is None else lax.rsqrt(mean_square + eps)
         largest_ref[t] = jnp.where(largest < jnp.inf, largest * factor, jnp.nan)
@@ -159,7 +137,7 @@ def _kernel(
     def rounded(x: jax.Array) -> jax.Array:
         return lax.bitcast_convert_type(x * scale + jnp.float32(ROUNDS), jnp.int32) - ROUNDS_BITS
 
-    found = launch_next(bytes_[0][0][1], interpret).astype(jnp.uint32)  # zeros so far
+    found = launch_next(bytes_[0][0][1], g.interpret).astype(jnp.uint32)  # zeros so far
     for b, ((first, times), (second, second_times)) in enumerate(bytes_):
         value = rounded(first) * times - rounded(second) * second_times
         chosen = (((value + SIGNED) >> (8 * byte)) & 255) ^ 128
@@ -168,13 +146,13 @@ def _kernel(
 
 
 def _table(plan: Plan) -> jax.Array:
-    """int32 [sums x words x 4]: both parameters and both factors of each coefficient, a byte each."""
+    """Both parameters and both factors of each coefficient in bytes: int32 [sums x words x 4]."""
     (first, second), (times, second_times) = plan.param, plan.factor
     return jnp.asarray(first | second << 8 | times << 16 | second_times << 24).reshape(-1)
 
 
 def _largest(load, made, count: int, normed: bool) -> tuple[jax.Array, jax.Array | None]:
-    """(max |x|, infinity where one is NaN; mean square of what is given, of count elements, where that is asked for)."""
+    """(max |x|, infinity where one is NaN; mean square of the count elements, if normed)."""
     size = min(CHUNK // (1 + normed), pl.next_power_of_2(count))
     offsets = lax.iota(jnp.int32, size)
 
@@ -183,9 +161,8 @@ def _largest(load, made, count: int, normed: bool) -> tuple[jax.Array, jax.Array
         given = load(at, at < count)
         value = made(given)
         finite = jnp.where(value == value, jnp.abs(value), jnp.inf)  # a NaN counts as infinite
-        return jnp.maximum(found[0], finite), *(
-            squares + given[0] * given[0] for squares in found[1:]
-        )
+        squares = (total + given[0] * given[0] for total in found[1:])
+        return jnp.maximum(found[0], finite), *squares
 
     chunks = -(-count // size)
     zero = (jnp.zeros((size,), jnp.float32),) * (1 + normed)

@@ -1,6 +1,9 @@
-"""Random matrices made on the device, for measuring: packed ones hold independent trits, 0, +1 and -1 alike often, in the
-layout that the GPU kernels read. Rows repeat after BLOCK rows, so that a matrix takes no more memory while it is made than
-afterwards. Scales keep a product as large as its activations."""
+"""Random matrices made on the device, for measuring.
+
+Packed ones hold independent trits, each value equally often, in the layout that the GPU kernels
+read. Rows repeat after BLOCK rows, so that a matrix takes no more memory while it is made than
+afterwards. Scales keep a product as large as its activations.
+"""
 
 import math
 from functools import partial
@@ -24,7 +27,7 @@ BLOCK = 1024
 
 
 def random_weight(type: TernaryType | DenseType, seed: int, layout: str = "tiles") -> Weight:
-    """A `Packed` in layout tiles or words for a ternary type, a `Dense` for a dense one."""
+    """Returns a `Packed` in layout tiles or words for a ternary type, a `Dense` for a dense one."""
     key = jax.random.key(seed, impl="rbg")  # compiles at once, and runs as fast as memory takes it
     if isinstance(type, DenseType):
         return Dense(_normal(key, type))
@@ -43,18 +46,15 @@ def _normal(key: jax.Array, type: DenseType) -> jax.Array:
 def _codes_and_scales(key: jax.Array, type: PackedType) -> tuple[jax.Array, jax.Array]:
     of_codes, of_scales = jax.random.split(key)
     rows, *of_row = type.codes_shape
-    values = jax.random.randint(
-        of_codes, (min(BLOCK, rows), *of_row, 4), 0, 243, jnp.uint8
-    )  # five trits each
+    shape = min(BLOCK, rows), *of_row, 4
+    values = jax.random.randint(of_codes, shape, 0, 243, jnp.uint8)  # five trits each
     codes = jax.lax.bitcast_convert_type(jnp.asarray(DENSE_CODES)[values], jnp.uint32)
     ternary = type.ternary
     levels = level_weights(ternary.bases) if ternary.tied else [1.0] * ternary.bases
-    size = 1 / math.sqrt(
-        2 / 3 * sum(level**2 for level in levels) * ternary.shape[1]
-    )  # a trit's variance is 2/3
-    scales = jax.random.uniform(
-        of_scales, ternary.scales_shape, jnp.float32, 0.5 * size, 1.5 * size
-    )
+    variance = 2 / 3 * sum(level**2 for level in levels)  # 2/3 of a trit
+    size = 1 / math.sqrt(variance * ternary.shape[1])
+    shape = ternary.scales_shape
+    scales = jax.random.uniform(of_scales, shape, jnp.float32, 0.5 * size, 1.5 * size)
     return _repeat(codes, rows), scales.astype(DTYPES[ternary.dtype])
 
 

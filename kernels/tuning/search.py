@@ -1,15 +1,16 @@
-"""The search for this GPU's `Settings`: each way to multiply in its fastest shape, and from how many tokens on the next way
-is faster. `atd bench --tune` or `python benchmarks/matmul.py --tune`.
+"""The search for the fastest settings on this GPU: `atd bench --tune` or `python
+benchmarks/matmul.py --tune`.
 
-For each matrix, in an order that puts first what matters most, and for each number of tokens:
+For each matrix, in an order that puts first what matters most, and for each number of tokens, each
+way to multiply is measured in its fastest shape:
 
     gemv     all SHAPES for ALL_SHAPES tokens; between them the shape that was found
-    gemm     tiles, one dimension after the other from the rule of thumb: the best value of each is kept
+    gemm     tiles, one dimension after the other from the rule of thumb: the best value is kept
     decode   as it is
 
-A way that is fastest for a number of tokens and for all fewer that were measured is taken up to there, and the fastest for
-the most tokens up to where the rule of thumb has it. The order of trials
-is fixed, the first of equally fast ones is taken: the same times make the same file.
+A way that is fastest for a number of tokens and for all fewer that were measured is taken up to
+there, and the fastest for the most tokens up to where the rule of thumb has it. The order of trials
+is fixed, and of equally fast ones the first is taken: the same times make the same file.
 """
 
 import time
@@ -22,10 +23,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atd.kernels import settings as tuning
-from atd.kernels.settings import Settings
-from atd.kernels.triton import backend as triton
-from atd.kernels.triton.gemv import Shape
+from atd.errors import BadInput
+from atd.kernels import settings
+from atd.kernels.packed import device_kind
+from atd.kernels.settings import Settings, Shape, Tiles
+from atd.kernels.triton.backend import Triton, way_of
 from atd.kernels.tuning import timing
 from atd.kernels.tuning.timing import Effort
 from atd.weights import TernaryType
@@ -50,28 +52,28 @@ TILES = {
     "stages": (1, 2, 3),
 }
 EFFORT = Effort(call_seconds=0.004, repeats=5)
-NEVER, ALWAYS = 0, 1 << 30
+NEVER, ALWAYS = 0, 1 << 30  # numbers of tokens up to which a way is taken
 
 
 @dataclass(frozen=True)
 class Problem:
-    """So many tokens times a matrix."""
+    """Some tokens times a matrix of a type."""
 
     type: TernaryType
     tokens: int
 
 
-Clock = Callable[
-    [Problem, Sequence[Settings]], list[float]
-]  # seconds, infinity for what does not run
+# Seconds of each; infinity for what does not run.
+Clock = Callable[[Problem, Sequence[Settings]], list[float]]
 
 
 def matrices() -> list[TernaryType]:
-    """What is tuned: Llama-3-8B's fused shapes and small ones, tied row scales before free ones and groups."""
-    large, small = (
-        [(28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096)],
-        [(3072, 576), (576, 1536)],
-    )
+    """Returns what is tuned: Llama-3-8B's fused shapes and small ones.
+
+    Tied scales per row come before free ones and groups.
+    """
+    large = [(28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096)]
+    small = [(3072, 576), (576, 1536)]
 
     def of(shapes, bases: int, tied: bool = True, group: int | str = "row") -> list[TernaryType]:
         return [TernaryType(shape, bases, group, tied, "f16") for shape in shapes]
@@ -84,35 +86,42 @@ def matrices() -> list[TernaryType]:
 def tune(
     minutes: float = 8, say: Callable[[str], None] = print, all_tokens: Sequence[int] = TOKENS
 ) -> tuple[Path, list[str]]:
-    """Searches on this device and writes its file -> (the file, what the time did not allow). What the file holds already,
-    measured with this version of jax, is not measured again: a second call goes on where the first one ended.
+    """Searches on this device and writes the user's file of it (`settings.user_file`).
 
-    Raises RuntimeError, before anything is done, where the kernels do not run.
+    What the file holds already, measured with this version of jax, is not measured again: a second
+    call goes on where the first one ended.
+
+    Args:
+        minutes: time limit; a matrix that was begun is finished.
+        say: takes a line per matrix.
+        all_tokens: numbers of tokens to measure.
+
+    Returns:
+        (the file, the matrices for which there was no time).
+
+    Raises:
+        BadInput: the kernels do not run here, or the file cannot be written.
     """
-    if reason := triton.device_refuses():
-        raise RuntimeError(f"there is nothing to tune here: {reason}")
-    device = jax.devices()[0].device_kind
-    kept = tuning.kept(device, jax.__version__)
+    if reason := Triton().device_refuses():
+        raise BadInput(f"there is nothing to tune here: {reason}")
+    device = device_kind()
+    kept = settings.kept(device, jax.__version__)
     kinds = [type for type in matrices() if not _is_kept(type, kept, all_tokens)]
     if len(kinds) < len(matrices()):
-        say(
-            f"{len(matrices()) - len(kinds)} of {len(matrices())} are in {tuning.file_of(device)}; delete it to begin anew"
-        )
-    entries, left_out = search(
-        kinds, DeviceClock(), minutes=minutes, say=say, all_tokens=all_tokens
-    )
-    return tuning.write(device, jax.__version__, entries), left_out
+        done, file = len(matrices()) - len(kinds), settings.user_file(device)
+        say(f"{done} of {len(matrices())} are in {file}; delete it to begin anew")
+    entries, left_out = search(kinds, DeviceClock(), minutes, say, all_tokens)
+    return settings.write(device, jax.__version__, entries), left_out
 
 
 def search(
     kinds: Sequence[TernaryType],
     clock: Clock,
-    *,
     minutes: float,
     say: Callable[[str], None],
     all_tokens: Sequence[int] = TOKENS,
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """(entries for `tuning.write`, the matrices that were not begun when the time was over)."""
+    """Returns (entries for `settings.write`, the matrices for which there was no time)."""
     started, trials = time.monotonic(), 0
     entries, left_out = [], []
 
@@ -129,21 +138,20 @@ def search(
         found = of_matrix(type, counted, all_tokens)
         entries += found
         passed = max(time.monotonic() - started, 1e-9)
-        say(
-            f"{i + 1}/{len(kinds)} {name}: {summary(found)}  [{trials} trials, {trials / passed:.1f}/s]"
-        )
+        rate = f"{trials} trials, {trials / passed:.1f}/s"
+        say(f"{i + 1}/{len(kinds)} {name}: {summary(found)}  [{rate}]")
     return entries, left_out
 
 
 def of_matrix(type: TernaryType, clock: Clock, all_tokens: Sequence[int]) -> list[dict[str, Any]]:
-    """An entry for each number of tokens."""
+    """Returns an entry for each number of tokens."""
     best: dict[int, Settings] = {}
     seconds: dict[int, dict[str, float]] = {}
     gemv, tiled = None, None
     for tokens in all_tokens:
-        problem, chosen = Problem(type, tokens), tuning.heuristic(type, tokens)
+        problem, chosen = Problem(type, tokens), settings.heuristic(type, tokens)
         times = seconds[tokens] = {}
-        has_gemv = triton.path(Settings(gemv_tokens=ALWAYS), type, tokens) == "gemv"
+        has_gemv = way_of(Settings(gemv_tokens=ALWAYS), type, tokens) == "gemv"
         if has_gemv and tokens <= GEMV_UP_TO:
             only = replace(gemv or chosen, gemv_tokens=ALWAYS)
             grid = [replace(only, gemv=shape) for shape in SHAPES]
@@ -157,29 +165,30 @@ def of_matrix(type: TernaryType, clock: Clock, all_tokens: Sequence[int]) -> lis
             (times["decode"],) = clock(problem, [decode])
         best[tokens] = replace(chosen, gemv=(gemv or chosen).gemv)
     gemv_tokens, gemm_tokens = crossovers(seconds)
-    usual = tuning.heuristic(type, all_tokens[-1])
+    usual = settings.heuristic(type, all_tokens[-1])
     if gemv_tokens == all_tokens[-1]:  # where it ends was not seen
         gemv_tokens = max(gemv_tokens, usual.gemv_tokens)
     if gemm_tokens == all_tokens[-1]:
         gemm_tokens = max(gemm_tokens, usual.gemm_tokens)
     return [
-        tuning.kind_of(type, tokens)
-        | {"settings": replace(best[tokens], gemv_tokens=gemv_tokens, gemm_tokens=gemm_tokens)}
+        settings.kind_of(type, tokens)
         | {
-            "microseconds": {
-                way: round(1e6 * value, 2)
-                for way, value in seconds[tokens].items()
-                if value < np.inf
-            }
+            "settings": replace(best[tokens], gemv_tokens=gemv_tokens, gemm_tokens=gemm_tokens),
+            "microseconds": _microseconds(seconds[tokens]),
         }
         for tokens in all_tokens
     ]
 
 
+def _microseconds(seconds: dict[str, float]) -> dict[str, float]:
+    """Of the ways that run."""
+    return {way: round(1e6 * value, 2) for way, value in seconds.items() if value < np.inf}
+
+
 def fastest(
     clock: Clock, problem: Problem, candidates: Sequence[Settings]
 ) -> tuple[Settings, float]:
-    """The first of the fastest."""
+    """Returns the first of the fastest, and its seconds."""
     times = clock(problem, candidates)
     at = min(range(len(times)), key=times.__getitem__)
     return candidates[at], times[at]
@@ -188,30 +197,33 @@ def fastest(
 def best_tiles(
     clock: Clock, problem: Problem, start: Settings, dimensions: Iterable[str] = TILES
 ) -> tuple[Settings, float]:
-    """One dimension of the tiles after the other. No wider than twice the tokens: the rest would be padding."""
+    """Searches one dimension of the tiles after the other, and returns the best and its seconds.
+
+    No wider than twice the tokens: the rest would be padding.
+    """
     known: dict[Settings, float] = {}
     best = replace(start, gemv_tokens=NEVER, gemm_tokens=ALWAYS)
     for dimension in dimensions:
-        fit = [
-            v
-            for v in TILES[dimension]
-            if dimension != "tokens" or v == 16 or v <= 2 * problem.tokens
-        ]
-        tried = [best.tiles, *(replace(best.tiles, **{dimension: value}) for value in fit)]
-        room = [
-            t
-            for t in tried
-            if tuning.shared_bytes(t, problem.type.bases) <= tuning.MOST_SHARED_BYTES
-        ]
-        candidates = [replace(best, tiles=tiles) for tiles in room]
+        values = TILES[dimension]
+        if dimension == "tokens":
+            values = [width for width in values if width <= max(16, 2 * problem.tokens)]
+        tried = [best.tiles, *(replace(best.tiles, **{dimension: value}) for value in values)]
+        candidates = [replace(best, tiles=tiles) for tiles in tried if _has_room(tiles, problem)]
         new = [each for each in dict.fromkeys(candidates) if each not in known]
         known |= dict(zip(new, clock(problem, new), strict=True))
         best = min(dict.fromkeys(candidates), key=known.__getitem__)
     return best, known[best]
 
 
+def _has_room(tiles: Tiles, problem: Problem) -> bool:
+    return settings.shared_bytes(tiles, problem.type.bases) <= settings.MOST_SHARED_BYTES
+
+
 def crossovers(seconds: dict[int, dict[str, float]]) -> tuple[int, int]:
-    """(gemv_tokens, gemm_tokens): each way is taken up to the last number of tokens before it is not the fastest."""
+    """Returns (gemv_tokens, gemm_tokens), of the seconds by way by tokens.
+
+    Each way is taken up to the last number of tokens before it is not the fastest.
+    """
 
     def up_to(way: str, start: int) -> int:
         last = start
@@ -227,23 +239,24 @@ def crossovers(seconds: dict[int, dict[str, float]]) -> tuple[int, int]:
 
 
 def summary(entries: Sequence[dict[str, Any]]) -> str:
-    """The crossovers, and what one token takes."""
-    first, settings = entries[0], entries[0]["settings"]
-    shape = ", ".join(f"{name} {value}" for name, value in asdict(settings.gemv).items())
+    """Returns a text with the crossovers, and what the fewest tokens take."""
+    first, chosen = entries[0], entries[0]["settings"]
+    shape = ", ".join(f"{name} {value}" for name, value in asdict(chosen.gemv).items())
     times = ", ".join(f"{way} {value} us" for way, value in first["microseconds"].items())
-    return f"{first['tokens']} token: {times} ({shape}); gemv to {settings.gemv_tokens}, gemm to {settings.gemm_tokens}"
+    crossover = f"gemv to {chosen.gemv_tokens}, gemm to {chosen.gemm_tokens}"
+    return f"{first['tokens']} token: {times} ({shape}); {crossover}"
 
 
 def _is_kept(type: TernaryType, kept: Sequence[dict[str, Any]], all_tokens: Sequence[int]) -> bool:
     """Whether there are entries for all these numbers of tokens."""
-    kinds = [tuning.kind_of(type, tokens) for tokens in all_tokens]
+    kinds = [settings.kind_of(type, tokens) for tokens in all_tokens]
     return all(
         any(kind == {name: entry[name] for name in kind} for entry in kept) for kind in kinds
     )
 
 
 class DeviceClock:
-    """Times on this device. Keeps the matrices of the type that it was last asked for."""
+    """Measures on this device. Keeps the matrices of the type that it was last asked for."""
 
     def __init__(self, effort: Effort = EFFORT, interpret: bool = False):
         self._effort, self._interpret = effort, interpret
@@ -253,21 +266,15 @@ class DeviceClock:
         if self._type != problem.type or self._stack is None:
             self._stack = None  # frees the memory before more is taken
             self._type, self._stack = problem.type, timing.stack(problem.type, self._effort)
-        random = np.random.default_rng(0).standard_normal(
-            (problem.tokens, problem.type.shape[1]), np.float32
-        )
-        x, held = jnp.asarray(random), self._stack
-        chains = [
-            timing.chain(self._with(settings), x, held, self._effort) for settings in candidates
-        ]
+        size = problem.tokens, problem.type.shape[1]
+        x = jnp.asarray(np.random.default_rng(0).standard_normal(size, np.float32))
+        backends = [Triton(self._interpret, candidate) for candidate in candidates]
+        chains = [timing.chain(b.multiply, x, self._stack, self._effort) for b in backends]
         compiled = timing.compile_all([chain.lower for chain in chains])
         return [
             self._seconds(program, chain.trips, x)
             for program, chain in zip(compiled, chains, strict=True)
         ]
-
-    def _with(self, settings: Settings) -> timing.Multiply:
-        return lambda x, weight: triton.multiply(x, weight, settings, self._interpret)
 
     def _seconds(self, program: Any, trips: int, x: jax.Array) -> float:
         assert self._stack is not None

@@ -1,4 +1,5 @@
-"""Prefixes: every byte and pair of bytes, plans against trits, the fold of activations, the limits of int8 and int32."""
+"""Prefixes: every byte and pair of bytes, plans against trits, the fold of activations, the limits
+of int8 and int32."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -42,7 +43,8 @@ def test_tied_weights_need_few_prefixes(bases, tied, needed):
 
 
 def products(plan: prefixes.Plan, x: np.ndarray, trits: np.ndarray):
-    """The sums by prefixes in numpy, int64 [M, sums, rows], and the integers that x became [M, in]."""
+    """The sums by prefixes in numpy, int64 [M, sums, rows], and the integers that x became [M,
+    in]."""
     codes = LAYOUTS["words"].pack(trits)
     steps = plan.steps(codes.shape[1])
     coefficients, largest = prefixes.fold(plan, jnp.asarray(x), steps)
@@ -123,7 +125,8 @@ def test_three_signed_bytes_hold_every_coefficient_and_give_it_back(bases, tied)
 
 
 def test_int32_holds_any_sum_of_a_row():
-    """|prefix| <= 121 times |byte| <= 128, as many as trits need at most: 2^31 is reached at 138,000 inputs a base."""
+    """|prefix| <= 121 times |byte| <= 128, as many as trits need at most: 2^31 is reached at
+    138,000 inputs a base."""
     assert 121 * 128 * 100_000 < 2**31
 
 

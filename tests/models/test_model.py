@@ -186,9 +186,9 @@ def test_kernels_of_gpus_write_the_same_tokens(backend, group):
 )
 def test_the_attention_kernel_writes_the_same_tokens(graph, length, monkeypatch):
     """Sequences of different lengths, step by step; everything but attention is XLA's."""
-    calls, attend = [], kernels.triton_attention.attend
+    calls, attend = [], kernels.attention.attend
     monkeypatch.setattr(
-        kernels.triton_attention, "attend", lambda *a, **b: (calls.append(a), attend(*a, **b))[1]
+        kernels.attention, "attend", lambda *a, **b: (calls.append(a), attend(*a, **b))[1]
     )
     results = []
     for backend in ("triton-interpret", "xla"):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from atd.errors import BadInput
-from atd.kernels.triton import backend as triton
+from atd.kernels.matmul import PACKED
 from atd.models.model import load
 from atd.models.random_model import SHAPES, random_graph
 from atd.progress import Progress
@@ -108,5 +108,9 @@ def test_the_command_compares_and_writes(atd, stories260k, tmp_path):
 def test_the_command_refuses(atd):
     code, _, err = atd("bench")
     assert (code, err) == (2, "error: give a MODEL to measure, or --tune\n")
-    if reason := triton.device_refuses():
-        assert atd("bench", "--tune") == (2, "", f"error: --tune: {reason}\n")
+    if reason := PACKED["triton"].device_refuses():
+        assert atd("bench", "--tune") == (
+            2,
+            "",
+            f"error: there is nothing to tune here: {reason}\n",
+        )

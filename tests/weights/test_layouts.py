@@ -1,4 +1,5 @@
-"""Layouts: every code of every cell, every byte, bytes worked out by hand from FORMATS.md, GGUF's own coder as an oracle."""
+"""Layouts: every code of every cell, every byte, bytes worked out by hand from FORMATS.md, GGUF's
+own coder as an oracle."""
 
 from itertools import product
 
@@ -15,7 +16,6 @@ from atd.weights.layouts import (
     DENSE_CODES,
     LAYOUTS,
     TILE_ROWS,
-    repack,
     tiles_of,
     words_of_tiles,
 )
@@ -41,15 +41,16 @@ def accepted(name: str, out: int, bases: int) -> bool:
 
 
 def padded_rows(name: str, out: int) -> int:
-    """Rows that `unpack` returns of a matrix of so many."""
+    """Returns the rows that the codes of a matrix of `out` rows hold."""
     return -(-out // TILE_ROWS) * TILE_ROWS if name == "tiles" else out
 
 
-# --- every code of every cell ----------------------------------------------------------------------------------------
+# --- every code of every cell -----------------------------------------------------------------
 
 
 def numbered_cells(start: int, stop: int, bases: int) -> np.ndarray:
-    """Cells start..stop of all 3^(5 bases) of them: trits [stop - start, 5, bases], the digits of the cell's number."""
+    """Cells start..stop of all 3^(5 bases) of them: trits [stop - start, 5, bases], the digits of
+    the cell's number."""
     number = np.arange(start, stop, dtype=np.int32)
     trits = np.empty((len(number), 5 * bases), np.int8)
     for j in reversed(range(5 * bases)):
@@ -63,7 +64,7 @@ def check_interleaved(trits: np.ndarray) -> None:
     codes = layout.pack(trits)
     assert codes.shape == (len(trits), 1, bases)
     assert codes.dtype == np.uint8
-    np.testing.assert_array_equal(layout.unpack(codes, 5, bases), trits)
+    np.testing.assert_array_equal(layout.unpack(codes, len(trits), 5, bases), trits)
     assert layout.invalid_bytes(codes) == 0
 
 
@@ -92,28 +93,32 @@ def test_every_2_bit_cell(bases):
             trits = np.zeros((1, inputs, bases), np.int8)
             trits[0, :: inputs // 4, base] = four
             layout = LAYOUTS[name]
-            np.testing.assert_array_equal(layout.unpack(layout.pack(trits), inputs, bases), trits)
+            np.testing.assert_array_equal(
+                layout.unpack(layout.pack(trits), 1, inputs, bases), trits
+            )
         if bases == 1:
             trits = four.reshape(4, 1, 1)
             layout = LAYOUTS["hf-bitnet"]
-            np.testing.assert_array_equal(layout.unpack(layout.pack(trits), 1, 1), trits)
+            np.testing.assert_array_equal(layout.unpack(layout.pack(trits), 4, 1, 1), trits)
 
 
-# --- every byte ------------------------------------------------------------------------------------------------------
+# --- every byte -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "name", [name for name in NAMES if name not in ("words", "tiles")]
 )  # bytes of aligned
 def test_every_byte(name):
-    """pack writes exactly the valid bytes, unpack makes trits of all 256, and a valid byte comes back as it was."""
+    """pack writes exactly the valid bytes, unpack makes trits of all 256, and a valid byte comes
+    back as it was."""
     layout = LAYOUTS[name]
     inputs = CELL[name]
-    shape = layout.codes_shape(1024 if name == "hf-bitnet" else 256, inputs, 1)  # 256 rows of codes
+    out = 256 * layout.multiple_of_rows
+    shape = layout.codes_shape(out, inputs, 1)  # 256 rows of codes
     codes = np.broadcast_to(
         np.arange(256, dtype=np.uint8).reshape(-1, *[1] * (len(shape) - 1)), shape
     )
-    packed = layout.pack(np.clip(layout.unpack(codes, inputs, 1), -1, 1))
+    packed = layout.pack(np.clip(layout.unpack(codes, out, inputs, 1), -1, 1))
     np.testing.assert_array_equal(
         (packed == codes).reshape(256, -1).all(axis=1), layout.valid_bytes
     )
@@ -134,17 +139,20 @@ def test_dense_digits_fall_out_by_multiplication():
     assert 0 not in DENSE_CODES
 
 
-# --- by hand ---------------------------------------------------------------------------------------------------------
+# --- by hand ----------------------------------------------------------------------------------
 
 
 def test_interleaved_by_hand():
-    # one base, trits -1 0 1 0 1: digits 0 1 2 1 2, v = 27 + 18 + 3 + 2 = 50, q = ceil(256 * 50 / 243) = 53
+    # one base, trits -1 0 1 0 1: digits 0 1 2 1 2, v = 27 + 18 + 3 + 2 = 50,
+    # q = ceil(256 * 50 / 243) = 53
     trits = np.array([-1, 0, 1, 0, 1], np.int8).reshape(1, 5, 1)
     assert LAYOUTS["interleaved"].pack(trits).tolist() == [[[53]]]
-    # two bases, parameters (1,1) (0,0) (0,0) (0,0) (0,-1): bytes of digits 2 2 1 1 1 and 1 1 1 1 0, v = 229 and 120, q = 242 and 127
+    # two bases, parameters (1,1) (0,0) (0,0) (0,0) (0,-1): bytes of digits 2 2 1 1 1 and 1 1 1 1 0,
+    # v = 229 and 120, q = 242 and 127
     trits = np.array([[1, 1], [0, 0], [0, 0], [0, 0], [0, -1]], np.int8)[None]
     assert LAYOUTS["interleaved"].pack(trits).tolist() == [[[242, 127]]]
-    # all -1 is v = 0, stored as 1; padding is zero trits: one weight of +1 is digits 2 1 1 1 1, v = 202, q = 213
+    # all -1 is v = 0, stored as 1; padding is zero trits: one weight of +1 is digits 2 1 1 1 1,
+    # v = 202, q = 213
     assert LAYOUTS["interleaved"].pack(np.full((1, 5, 1), -1, np.int8)).item() == 1
     assert LAYOUTS["interleaved"].pack(np.ones((1, 1, 1), np.int8)).item() == 213
 
@@ -158,7 +166,7 @@ def test_bit_ttt_by_hand():
         [np.array([1, 0, 0, 0]), np.array([0, -1, 0, 0]), np.array([0, 0, 0, 1])], axis=-1
     )[None].astype(np.int8)
     assert LAYOUTS["bit-ttt"].pack(trits).tolist() == [[[0b1, 0b10_00, 0b01_00_00_00]]]
-    assert LAYOUTS["bit-ttt"].unpack(np.full((1, 1, 1), 0xFF, np.uint8), 4, 1).tolist() == [
+    assert LAYOUTS["bit-ttt"].unpack(np.full((1, 1, 1), 0xFF, np.uint8), 1, 4, 1).tolist() == [
         [[0]] * 4
     ]  # unused: reads as 0
 
@@ -197,7 +205,7 @@ def test_tq2_0_is_ggufs():
     np.testing.assert_array_equal(dequantize(ours, GGMLQuantizationType.TQ2_0), trits[..., 0] * 0.5)
 
 
-# --- laws ------------------------------------------------------------------------------------------------------------
+# --- laws -------------------------------------------------------------------------------------
 
 
 @settings(max_examples=150, deadline=None)
@@ -216,13 +224,13 @@ def test_round_trip(name, out, inputs, bases, seed):
     codes = layout.pack(trits)
     assert codes.shape == layout.codes_shape(out, inputs, bases)
     assert codes.dtype == layout.dtype
-    unpacked = layout.unpack(codes, inputs, bases)
+    unpacked = layout.unpack(codes, out, inputs, bases)
     assert unpacked.dtype == np.int8
-    assert len(unpacked) == padded_rows(name, out)
-    np.testing.assert_array_equal(unpacked[:out], trits)
-    assert not unpacked[out:].any()  # nor is there anything in rows of padding
+    np.testing.assert_array_equal(unpacked, trits)
+    padded = layout.unpack(codes, padded_rows(name, out), inputs, bases)
+    assert not padded[out:].any()  # nor is there anything in rows of padding
     assert layout.invalid_bytes(codes) == 0
-    rest = layout.unpack(codes, -(-inputs // CELL[name]) * CELL[name], bases)[:, inputs:]
+    rest = layout.unpack(codes, out, -(-inputs // CELL[name]) * CELL[name], bases)[:, inputs:]
     assert not rest.any()  # the padding is zero trits
     if layout.row_separable:
         np.testing.assert_array_equal(layout.pack(trits[out // 2 :]), codes[out // 2 :])
@@ -238,16 +246,17 @@ def test_numpy_and_jax_agree(name, shape):
     ours = layout.pack(jnp.asarray(trits))
     assert ours.dtype == layout.dtype
     np.testing.assert_array_equal(ours, codes)
-    unpacked = layout.unpack(jnp.asarray(codes), *shape[1:])
+    unpacked = layout.unpack(jnp.asarray(codes), *shape)
     assert unpacked.dtype == jnp.int8
-    np.testing.assert_array_equal(unpacked[: shape[0]], trits)
+    np.testing.assert_array_equal(unpacked, trits)
     every = np.arange(256, dtype=layout.dtype)[:, None]  # invalid bytes too are read alike
     every = every * 0x01010101 if layout.dtype == np.uint32 else every
     codes = np.broadcast_to(
         every.reshape(-1, *[1] * (codes.ndim - 1)), (256, *codes.shape[1:])
     ).copy()
+    out = padded_rows(name, 1) * 256 * layout.multiple_of_rows
     np.testing.assert_array_equal(
-        layout.unpack(jnp.asarray(codes), *shape[1:]), layout.unpack(codes, *shape[1:])
+        layout.unpack(jnp.asarray(codes), out, *shape[1:]), layout.unpack(codes, out, *shape[1:])
     )
 
 
@@ -261,7 +270,7 @@ def test_wide_rows_end_on_16_bytes(inputs, bases, most):
     assert codes[0].size % 16 == 0
     assert codes.size <= (1 + most / 100) * 1.6 / 8 * trits.size
     np.testing.assert_array_equal(codes[:, : strict.shape[1]], strict)
-    assert not LAYOUTS["interleaved"].unpack(codes, 5 * codes.shape[1], bases)[:, inputs:].any()
+    assert not LAYOUTS["interleaved"].unpack(codes, 3, 5 * codes.shape[1], bases)[:, inputs:].any()
     words = LAYOUTS["words"].pack(trits)
     np.testing.assert_array_equal(words.view(np.uint8), codes.reshape(3, -1))  # the same bytes
 
@@ -297,18 +306,27 @@ def test_where_tiles_have_the_words_of_rows(out, inputs, bases):
     assert (tiles[others] == 0x80808080).all()  # five trits of 0 a byte
 
     for form in (np.asarray, jnp.asarray):
-        found = np.asarray(words_of_tiles(form(tiles), inputs, bases))
-        assert found.shape == (padded_rows("tiles", out), words.shape[1])
-        np.testing.assert_array_equal(found[:out], words)
-        some = np.array([out - 1, 0, out // 2, 0])
-        np.testing.assert_array_equal(
-            words_of_tiles(form(tiles), inputs, bases, form(some)), words[some]
-        )
+        found = np.asarray(words_of_tiles(form(tiles), out, inputs, bases))
+        np.testing.assert_array_equal(found, words)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("out", "inputs", "bases"), [(20, 333, 1), (20, 37, 2), (36, 500, 3)])
+def test_some_rows_are_unpacked_alone(name, out, inputs, bases):
+    layout = LAYOUTS[name]
+    bases = layout.only_bases or bases
+    trits = random_trits(out, inputs, bases)
+    rows = np.array([out - 1, 0, out // 2, 0, 7])
+    for form in (np.asarray, jnp.asarray):
+        found = layout.take(form(layout.pack(trits)), form(rows), inputs, bases)
+        assert found.dtype == np.int8
+        np.testing.assert_array_equal(found, trits[rows])
 
 
 @pytest.mark.parametrize("bases", [1, 2, 3])
 def test_32_threads_load_128_words_in_a_row_of_tiles(bases):
-    """Thread 4 g + t: piece t of row g, then of row g + 8; a piece is 4 words, or 12 for N = 3, which are 3 loads."""
+    """Thread 4 g + t: piece t of row g, then of row g + 8; a piece is 4 words, or 12 for N = 3,
+    which are 3 loads."""
     inputs, piece = 4096, 12 if bases == 3 else 4
     _, steps, loads, size = LAYOUTS["tiles"].codes_shape(32, inputs, bases)
     count = LAYOUTS["words"].codes_shape(32, inputs, bases)[1]
@@ -335,19 +353,18 @@ def test_tiles_of_wide_rows_waste_two_per_cent_at_most(inputs, bases):
 
 
 @pytest.mark.parametrize(("source", "target"), list(product(NAMES, NAMES)))
-def test_repack(source, target):
-    out = TILE_ROWS  # rows of padding would stay
+def test_trits_go_from_each_layout_to_each(source, target):
+    out = 20  # no multiple of the 16 rows of tiles
     for inputs, bases in ((1, 1), (37, 1), (300, 1), (131, 2), (40, 3), (13, 4)):
         if accepted(source, out, bases) and accepted(target, out, bases):
             trits = random_trits(out, inputs, bases)
-            codes = repack(LAYOUTS[source].pack(trits), inputs, bases, source, target)
-            np.testing.assert_array_equal(codes, LAYOUTS[target].pack(trits))
-            back = repack(codes, inputs, bases, target, source)
-            np.testing.assert_array_equal(back, LAYOUTS[source].pack(trits))
+            codes = LAYOUTS[source].pack(trits)
+            other = LAYOUTS[target].pack(LAYOUTS[source].unpack(codes, out, inputs, bases))
+            np.testing.assert_array_equal(other, LAYOUTS[target].pack(trits))
 
 
 @pytest.mark.parametrize(
-    ("out", "bases", "reason"), [(8, 2, "holds one base, not 2"), (6, 1, "multiple of 4, not 6")]
+    ("out", "bases", "reason"), [(8, 2, "holds N = 1, not N = 2"), (6, 1, "multiple of 4, not 6")]
 )
 def test_what_hf_bitnet_refuses(out, bases, reason):
     assert reason in str(LAYOUTS["hf-bitnet"].refuses(out, 5, bases))

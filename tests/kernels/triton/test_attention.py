@@ -1,4 +1,5 @@
-"""Attention of one token in one kernel, in interpret mode against float64, and on a GPU where there is one."""
+"""Attention of one token in one kernel, in interpret mode against float64, and on a GPU where there
+is one."""
 
 import math
 from functools import partial
@@ -9,31 +10,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atd.kernels.triton import attention as triton_attention
-from atd.kernels.triton import backend as triton
+from atd.kernels.triton import attention
+from atd.kernels.triton.backend import Triton
 from atd.models import ops
 from tests.kernels.matrices import lowered_for, unoptimized
 
 THETA = 10000.0
 NAMES = ("heads", "kv_heads", "head_dim", "length", "positions", "dtype", "options")
 CASES = [
-    (
-        4,
-        1,
-        64,
-        300,
-        (0, 150, 299),
-        "bfloat16",
-        {},
-    ),  # nothing in the cache, something, the last place
+    # nothing in the cache, something, the last place
+    (4, 1, 64, 300, (0, 150, 299), "bfloat16", {}),
     (2, 2, 128, 140, (64, 63, 65), "bfloat16", {}),  # a turn's tiles end at 64
     (3, 1, 48, 140, (129, 1), "float16", {}),
-    (6, 2, 128, 70, (69,), "float32", {}),
     (8, 1, 8, 40, (17, 39), "float32", {}),  # the size of heads of test models
-    (4, 1, 64, 300, (3, 257), "bfloat16", {"window": 5}),
     (3, 1, 80, 300, (299, 100), "bfloat16", {"window": 130, "splits": 2}),
-    (8, 1, 64, 300, (0, 299, 130), "bfloat16", {"splits": 3}),
     (4, 2, 64, 2048, (1500,), "bfloat16", {}),  # a long cache
+]
+SLOW_CASES = [
+    (6, 2, 128, 70, (69,), "float32", {}),
+    (4, 1, 64, 300, (3, 257), "bfloat16", {"window": 5}),
+    (8, 1, 64, 300, (0, 299, 130), "bfloat16", {"splits": 3}),
 ]
 
 
@@ -54,7 +50,7 @@ def attend(qkv, positions, cache, *, heads, window=0, splits=None, interpret=Fal
     q, k, v = ((qkv, start * head_dim) for start in (0, heads, heads + kv_heads))
     frequencies = ops.rope_frequencies(head_dim, THETA, ())
     options = {"splits": splits, "interpret": interpret}
-    return triton_attention.attend(q, k, v, positions, cache, frequencies, heads, window, **options)
+    return attention.attend(q, k, v, positions, cache, frequencies, heads, window, **options)
 
 
 def interpreted(*operands, **options):
@@ -73,7 +69,8 @@ def rotated(x: np.ndarray, position: int) -> np.ndarray:
 
 
 def wanted(q: np.ndarray, k: np.ndarray, v: np.ndarray, position: int, window: int) -> np.ndarray:
-    """q [heads, head_dim], k, v [kv_heads, length, head_dim], as the cache holds them -> [heads, head_dim], float64."""
+    """q [heads, head_dim], k, v [kv_heads, length, head_dim], as the cache holds them -> [heads,
+    head_dim], float64."""
     seen = slice(max(0, position - window + 1) if window else 0, position + 1)
     k, v = (x[:, seen].astype(np.float64).repeat(len(q) // len(k), axis=0) for x in (k, v))
     scores = np.einsum("hd,hsd->hs", q, k) / math.sqrt(q.shape[1])
@@ -81,7 +78,9 @@ def wanted(q: np.ndarray, k: np.ndarray, v: np.ndarray, position: int, window: i
     return np.einsum("hs,hsd->hd", weights / weights.sum(axis=1, keepdims=True), v)
 
 
-@pytest.mark.parametrize(NAMES, CASES)
+@pytest.mark.parametrize(
+    NAMES, [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES)]
+)
 def test_it_attends(heads, kv_heads, head_dim, length, positions, dtype, options):
     qkv, at, cache = operands(heads, kv_heads, head_dim, length, positions, dtype)
     mixed, new = interpreted(qkv, at, cache, heads=heads, **options)
@@ -109,18 +108,17 @@ def test_it_attends(heads, kv_heads, head_dim, length, positions, dtype, options
         np.testing.assert_allclose(found, expected, atol=3e-6 * np.abs(expected).max())
 
 
-@pytest.mark.skipif(bool(triton.device_refuses()), reason=str(triton.device_refuses()))
-@pytest.mark.parametrize(NAMES, CASES)
-def test_a_gpu_finds_the_same(heads, kv_heads, head_dim, length, positions, dtype, options):
-    given = operands(heads, kv_heads, head_dim, length, positions, dtype)
-    mixed, new = jax.jit(partial(attend, heads=heads, **options))(*given)
-    expected, expected_new = interpreted(*given, heads=heads, **options)
-    np.testing.assert_allclose(mixed, expected, atol=2e-5 * np.abs(np.asarray(expected)).max())
-    for found, wanted in zip(new, expected_new, strict=True):
+@pytest.mark.skipif(bool(Triton().device_refuses()), reason=str(Triton().device_refuses()))
+def test_a_gpu_finds_the_same():
+    for heads, kv_heads, head_dim, length, positions, dtype, options in CASES + SLOW_CASES:
+        given = operands(heads, kv_heads, head_dim, length, positions, dtype)
+        mixed, new = jax.jit(partial(attend, heads=heads, **options))(*given)
+        expected, expected_new = interpreted(*given, heads=heads, **options)
+        np.testing.assert_allclose(mixed, expected, atol=2e-5 * np.abs(np.asarray(expected)).max())
         epsilon = float(jnp.finfo(dtype).eps)
-        np.testing.assert_allclose(
-            *(np.asarray(x, np.float32) for x in (found, wanted)), atol=1e-5, rtol=2 * epsilon
-        )
+        for found, wanted in zip(new, expected_new, strict=True):
+            found, wanted = (np.asarray(x, np.float32) for x in (found, wanted))
+            np.testing.assert_allclose(found, wanted, atol=1e-5, rtol=2 * epsilon)
 
 
 @pytest.mark.parametrize(
@@ -136,33 +134,34 @@ def test_a_gpu_finds_the_same(heads, kv_heads, head_dim, length, positions, dtyp
     ],
 )
 def test_query_heads_of_a_block_divide_the_group(heads, group, splits, queries):
-    assert triton_attention.queries_of(heads, group, splits) == queries
+    assert attention.queries_of(heads, group, splits) == queries
 
 
 def test_blocks_share_long_caches_alone():
-    assert [triton_attention.splits_of(8, n) for n in (1, 1024, 2048, 8192, 131072)] == [
+    assert [attention.splits_of(8, n) for n in (1, 1024, 2048, 8192, 131072)] == [
         1,
         1,
         4,
         16,
         16,
     ]
-    assert triton_attention.splits_of(256, 8192) == 1
+    assert attention.splits_of(256, 8192) == 1
 
 
 def test_what_it_refuses():
     def cache(*shape, dtype=jnp.float32) -> Any:
         return (jax.ShapeDtypeStruct(shape, dtype),) * 2
 
-    assert triton_attention.refuses(cache(1, 2, 10, 96)) is None
-    assert "not float64" in (triton_attention.refuses(cache(1, 2, 10, 64, dtype=np.float64)) or "")
-    assert "not 512" in (triton_attention.refuses(cache(1, 2, 10, 512)) or "")
-    assert "32 bits" in (triton_attention.refuses(cache(64, 8, 32768, 128)) or "")
+    assert attention.refuses(cache(1, 2, 10, 96)) is None
+    assert "not float64" in (attention.refuses(cache(1, 2, 10, 64, dtype=np.float64)) or "")
+    assert "not 512" in (attention.refuses(cache(1, 2, 10, 512)) or "")
+    assert "32 bits" in (attention.refuses(cache(64, 8, 32768, 128)) or "")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_lowers_for_cuda(dtype):
-    """One kernel, which writes into the cache that it is given; a second one where blocks share a long cache."""
+    """One kernel, which writes into the cache that it is given; a second one where blocks share a
+    long cache."""
     shape = jax.ShapeDtypeStruct
     for head_dim, length, kernels in ((128, 1024, 1), (96, 200, 1), (64, 4096, 2)):
         cache = shape((2, 2, length, head_dim), dtype)
@@ -170,5 +169,5 @@ def test_lowers_for_cuda(dtype):
         function = partial(attend, heads=6, window=50)
         text = lowered_for("NVIDIA H200", function, qkv, shape((2, 1), jnp.int32), (cache, cache))
         assert text.count("custom_call @") == kernels
-        assert triton_attention.name(head_dim) in text
+        assert attention.name(head_dim) in text
         assert text.count("output_operand_alias<") == 2

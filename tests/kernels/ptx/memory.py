@@ -1,11 +1,12 @@
-"""Instructions that reach memory or other threads of the warp: loads, stores, copies, shuffles, matrices. See ptx_emulator.py."""
+"""Instructions that reach memory or other threads of the warp: loads, stores, copies, shuffles,
+matrices. See emulator.py."""
 
 import re
 
 import numpy as np
 
-from tests.kernels.ptx_machine import ARRAY_SPAN, WARP, Machine, opcode
-from tests.kernels.ptx_text import (
+from tests.kernels.ptx.machine import ARRAY_SPAN, WARP, Machine, opcode
+from tests.kernels.ptx.text import (
     TYPES,
     EmulationError,
     Instruction,
@@ -58,7 +59,8 @@ def _space(parts: tuple[str, ...]) -> str:
 
 @opcode("cp")
 def _copy(machine: Machine, instruction: Instruction):
-    """cp.async from global to shared memory, done at once; zeros where fewer bytes are taken, or the source ignored."""
+    """cp.async from global to shared memory, done at once; zeros where fewer bytes are taken, or
+    the source ignored."""
     parts = instruction.parts
     if parts[:2] in {("async", "commit_group"), ("async", "wait_group"), ("async", "wait_all")}:
         return
@@ -120,7 +122,8 @@ def _reduce_over_warp(machine: Machine, instruction: Instruction):
 
 @opcode("ldmatrix")
 def _load_matrices(machine: Machine, instruction: Instruction):
-    """Lanes 8 m to 8 m + 7 hold the addresses of matrix m's rows; register m of a lane is two elements of 16 bits."""
+    """Lanes 8 m to 8 m + 7 hold the addresses of matrix m's rows; register m of a lane is two
+    elements of 16 bits."""
     targets, place = vector(instruction.operands[0]), instruction.operands[1]
     if "m8n8" not in instruction.parts or "b16" not in instruction.parts:
         raise EmulationError("only m8n8 of 16 bits")

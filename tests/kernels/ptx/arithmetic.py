@@ -1,12 +1,12 @@
-"""Instructions that compute: d = f(a, b, ...), thread by thread. See ptx_emulator.py."""
+"""Instructions that compute: d = f(a, b, ...), thread by thread. See emulator.py."""
 
 from collections.abc import Callable
 
 import ml_dtypes
 import numpy as np
 
-from tests.kernels.ptx_machine import OPCODES, Machine, opcode
-from tests.kernels.ptx_text import FLOATS, PACKED, TYPES, EmulationError, Instruction, constant
+from tests.kernels.ptx.machine import OPCODES, Machine, opcode
+from tests.kernels.ptx.text import FLOATS, PACKED, TYPES, EmulationError, Instruction, constant
 
 
 def elementwise(
@@ -67,7 +67,8 @@ def _in_floats(
 
 
 def _rounded(value: np.ndarray, type: np.dtype, mode: str | None) -> np.ndarray:
-    """To the nearest, or in the direction of mode: then value is one of a wider type, rounded to odd."""
+    """To the nearest, or in the direction of mode: then value is one of a wider type, rounded to
+    odd."""
     nearest = value.astype(type, copy=False)
     if mode is None:
         return nearest
@@ -87,7 +88,8 @@ def _without_subnormal(value: np.ndarray) -> np.ndarray:
 
 
 def _odd_sum(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """a + b in float64, rounded to odd where it isn't exact: rounded again to fewer bits, it is rounded correctly."""
+    """a + b in float64, rounded to odd where it isn't exact: rounded again to fewer bits, it is
+    rounded correctly."""
     sum = a + b
     back = sum - a
     error = (a - (sum - back)) + (b - back)
@@ -276,8 +278,9 @@ def _convert(machine: Machine, instruction: Instruction):
 
 
 COMPARISONS = {
-    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
-    "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal,
+    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal,
+    "gt": np.greater, "ge": np.greater_equal, "lo": np.less, "ls": np.less_equal,
+    "hi": np.greater, "hs": np.greater_equal,
 }  # fmt: skip
 BOOLEANS = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
 

@@ -1,5 +1,4 @@
-"""The tools that check GPU kernels without a GPU, proven on a small kernel of their own: trits packed five to a byte, as
-signed prefixes, times int8 activations on the tensor cores, summed over warps through shared memory."""
+"""The emulator, instruction by instruction, and on compiled kernels."""
 
 import warnings
 
@@ -10,209 +9,30 @@ import pytest
 from jax import lax
 from jax.experimental import pallas as pl
 
-from tests.kernels import aot
-from tests.kernels.ptx_emulator import EmulationError, run_ptx
+from atd.kernels.tuning import aot
+from tests.kernels.ptx.emulator import EmulationError, run_ptx
+from tests.kernels.ptx.pallas import emulated_pallas_call
+from tests.kernels.ptx.small_kernel import (
+    COLUMNS,
+    INPUTS,
+    LANES,
+    ROWS,
+    WORDS,
+    fragments,
+    multiply,
+    pack,
+    shapes,
+    unpack,
+)
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
     from jax.experimental.pallas import triton as plt
 
-DIGITS = 5  # trits a byte
-WARPS, LANES = 4, 32
-ROWS, INPUTS, COLUMNS = 16, 160, 8  # what a warp multiplies in a step
-WORDS = 4  # of codes, a lane and step
-X_WORDS = 12  # of activations: 2 a digit, the rest is padding
-WEIGHTS = ROWS * INPUTS // LANES
-
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"
 )
 needs_compiler = pytest.mark.skipif(bool(aot.missing()), reason=str(aot.missing()))
-
-
-# The kernel ------------------------------------------------------------------------------------------------------------
-
-
-def assembly() -> tuple[str, str]:
-    """-> (instructions, constraints) of a step: codes, activations, sums -> sums."""
-    sums = [f"${i}" for i in range(4)]
-    codes, x, sums_before = (
-        [f"${start + i}" for i in range(count)] for start, count in ((4, 4), (8, 12), (20, 4))
-    )
-    lines = ["{ .reg .b32 even<4>, odd<4>, a<4>, p, q;"]
-    lines += [
-        f"mov.b32 {after}, {before};" for after, before in zip(sums, sums_before, strict=True)
-    ]
-    for i, code in enumerate(codes):
-        lines.append(f"and.b32 even{i}, {code}, 0x00ff00ff; prmt.b32 odd{i}, {code}, 0, 0x4341;")
-    for digit in range(DIGITS):
-        factor = 3 ** (digit + 1)
-        addend = np.int32(np.uint32((128 - 128 * factor) * 0x10001 & 0xFFFFFFFF))
-        for i in range(4):
-            lines.append(
-                f"mad.lo.s32 p, even{i}, {factor}, {addend}; mad.lo.s32 q, odd{i}, {factor}, {addend};"
-            )
-            lines.append(f"prmt.b32 a{i}, p, q, 0x7351;")
-        lines.append(
-            f"mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {{{', '.join(sums)}}}, {{a0, a1, a2, a3}}, "
-            f"{{{x[2 * digit]}, {x[2 * digit + 1]}}}, {{{', '.join(sums)}}};"
-        )
-    return "\n".join([*lines, "}"]), ",".join(["=&r"] * 4 + ["r"] * 20)
-
-
-def multiply(codes: jax.Array, x: jax.Array) -> jax.Array:
-    """codes uint32 [blocks, steps, lanes, words], x uint32 [steps, x words / 4, lanes, 4] -> int32 [blocks, lanes, 4]."""
-    blocks, steps = codes.shape[:2]
-    instructions, constraints = assembly()
-
-    def kernel(codes_ref, x_ref, sums_ref):
-        block = pl.program_id(0)
-        index = lax.iota(jnp.int32, WARPS * LANES * WORDS)
-        warp, word = (f(index, jnp.full_like(index, LANES * WORDS)) for f in (lax.div, lax.rem))
-
-        def turn(i, sums):
-            step = i * WARPS + warp
-
-            def load(ref, row):
-                return plt.load(
-                    ref.at[row * LANES * WORDS + word], mask=step < steps, other=jnp.uint32(0)
-                )
-
-            return plt.elementwise_inline_asm(
-                instructions,
-                args=[
-                    load(codes_ref, block * steps + step),
-                    *(load(x_ref, step * 3 + i) for i in range(3)),
-                    sums,
-                ],
-                constraints=constraints,
-                pack=4,
-                result_shape_dtypes=[jax.ShapeDtypeStruct(index.shape, jnp.int32)],
-            )[0]
-
-        sums = lax.fori_loop(0, -(-steps // WARPS), turn, jnp.zeros_like(index))
-        words = LANES * WORDS
-        sums_ref[pl.ds(block * words, words)] = jnp.sum(sums.reshape(WARPS, words), axis=0)
-
-    sums = pl.pallas_call(
-        kernel,
-        name="ternary",
-        grid=(blocks,),
-        out_shape=jax.ShapeDtypeStruct((blocks * LANES * WORDS,), jnp.int32),
-        compiler_params=plt.CompilerParams(num_warps=WARPS, num_stages=1),
-    )(codes.reshape(-1), x.reshape(-1))
-    return sums.reshape(blocks, LANES, WORDS)
-
-
-# Its arguments and results in the order of the matrix instruction: lane 4 g + t, word (k half, row half), byte b of it
-# is row g + 8 (row half), byte column 16 (k half) + 4 t + b; weight 32 digit + byte column of a step.
-
-
-def pack(trits: np.ndarray) -> np.ndarray:
-    """int8 [blocks * 16, steps * 160] -> codes."""
-    value = (trits.reshape(len(trits), -1, DIGITS, 32).astype(np.int64) + 1).swapaxes(
-        2, 3
-    ) @ 3 ** np.arange(5)[::-1]
-    code = np.maximum((256 * value + 242) // 243, 1).astype(
-        np.uint8
-    )  # 1 for 0: else the lower half borrows
-    code = code.reshape(-1, 2, 8, code.shape[1], 2, 4, 4)  # block, row half, g, step, k half, t, b
-    code = np.ascontiguousarray(code.transpose(0, 3, 2, 5, 4, 1, 6))
-    return code.view(np.uint32).reshape(*code.shape[:2], LANES, WORDS)
-
-
-def fragments(x: np.ndarray) -> np.ndarray:
-    """[8, steps * 160] of integers up to 31 -> x. Of prefix j: x_j - 3 x_(j+1), so that prefixes need not be told apart."""
-    x = x.reshape(COLUMNS, -1, DIGITS, 32).astype(np.int64)
-    x = x - 3 * np.pad(x[:, :, 1:], ((0, 0), (0, 0), (0, 1), (0, 0)))
-    x = (
-        x.astype(np.int8).reshape(COLUMNS, -1, DIGITS, 2, 4, 4).transpose(1, 0, 4, 2, 3, 5)
-    )  # step, g, t, digit, half, b
-    words = np.ascontiguousarray(x).view(np.uint32).reshape(-1, LANES, 2 * DIGITS)
-    words = np.pad(words, ((0, 0), (0, 0), (0, X_WORDS - 2 * DIGITS)))
-    return np.ascontiguousarray(words.reshape(-1, LANES, 3, 4).swapaxes(1, 2))
-
-
-def unpack(sums: np.ndarray) -> np.ndarray:
-    """int32 [blocks, lanes, 4] -> [blocks * 16, 8]"""
-    sums = sums.reshape(-1, 8, 4, 2, 2).transpose(0, 3, 1, 2, 4)  # block, row half, g, t, column
-    return sums.reshape(-1, COLUMNS)
-
-
-def shapes(blocks: int, steps: int) -> list[jax.ShapeDtypeStruct]:
-    return [
-        jax.ShapeDtypeStruct((blocks, steps, LANES, WORDS), jnp.uint32),
-        jax.ShapeDtypeStruct((steps, X_WORDS // 4, LANES, 4), jnp.uint32),
-    ]
-
-
-# Compiled --------------------------------------------------------------------------------------------------------------
-
-
-@needs_compiler
-@pytest.mark.parametrize("device", ["H100", "A10", "L4"])
-def test_machine_code_of_a_device(device):
-    compiled = aot.compile_for(device, multiply, *shapes(3, 18))
-    loop = aot.main_loop_instructions(compiled.sass)
-    assert compiled.name == "ternary"
-    assert compiled.grid == (3, 1, 1)
-    assert f".target sm_{''.join(map(str, aot.DEVICES[device].capability))}" in compiled.ptx
-    assert "EXIT" in compiled.sass
-    assert compiled.spill_bytes == 0
-    assert 20 < compiled.registers < 64
-    assert loop["IMMA.16832.S8.S8"] == DIGITS
-    assert sum(count for opcode, count in loop.items() if opcode.startswith("LDG.E.128")) >= 3
-    assert loop.total() < 1.4 * WEIGHTS
-
-
-@needs_compiler
-def test_one_kernel_of_two_and_its_spills():
-    def small(x_ref, y_ref):
-        y_ref[...] = x_ref[...] + 1
-
-    def large(x_ref, y_ref):
-        parts = [x_ref[pl.ds(i * 4096, 4096)] for i in range(4)]
-        y_ref[...] = lax.fori_loop(
-            0, 9, lambda i, sum: sum * parts[0] + parts[1] * parts[2], parts[3]
-        )
-
-    def function(x):
-        shape = jax.ShapeDtypeStruct((4096,), jnp.float32)
-        for kernel, warps in ((large, 1), (small, 8)):
-            params = plt.CompilerParams(num_warps=warps, num_stages=1)
-            x = pl.pallas_call(
-                kernel, out_shape=shape, compiler_params=params, name=kernel.__name__
-            )(x)
-        return x
-
-    shape = jax.ShapeDtypeStruct((16384,), jnp.float32)
-    assert aot.compile_for("A10", function, shape, kernel="large").spill_bytes > 0
-    assert aot.compile_for("A10", function, shape, kernel="small").spill_bytes == 0
-    with pytest.raises(aot.GpuCheckError, match=r"which kernel is None\? .*large"):
-        aot.compile_for("A10", function, shape)
-
-
-def test_longest_loop_of_machine_code():
-    sass = """
-        /*0000*/                   S2R R9, SR_TID.X ;
-.L_x_1:
-        /*0010*/                   IMAD R1, R2, R3, R4 ;
-.L_x_2:
-        /*0020*/                   LDG.E.128 R4, desc[UR4][R4.64] ;
-        /*0030*/              @P0  BRA `(.L_x_2) ;
-        /*0040*/             @!UP0 UIADD3 UR4, UR4, 0x1, URZ ;
-        /*0050*/              @!P0 BRA `(.L_x_3) ;
-        /*0060*/                   NOP ;
-        /*0070*/              @P1  BRA `(.L_x_1) ;
-.L_x_3:
-        /*0080*/                   EXIT ;
-.L_x_0:
-        /*0090*/                   BRA `(.L_x_0);"""
-    assert aot.main_loop_instructions(sass) == {"IMAD": 1, "LDG.E.128": 1, "UIADD3": 1, "BRA": 3}
-    assert aot.main_loop_instructions(sass.replace("BRA", "FOO")).total() == 10 - 1
-
-
-# Emulated --------------------------------------------------------------------------------------------------------------
 
 
 def numbers(blocks: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
@@ -240,7 +60,7 @@ def test_emulated_kernel_multiplies_exactly(device, steps):
 @needs_compiler
 def test_pallas_call_emulated_under_jit(monkeypatch):
     trits, x = numbers(2, 6)
-    monkeypatch.setattr(pl, "pallas_call", aot.emulated_pallas_call("L4"))
+    monkeypatch.setattr(pl, "pallas_call", emulated_pallas_call("L4"))
     sums = jax.jit(lambda codes, x: multiply(codes, x) + 1)(pack(trits), fragments(x))
     np.testing.assert_array_equal(unpack(np.asarray(sums) - 1), trits.astype(np.int64) @ x.T)
 
@@ -248,14 +68,12 @@ def test_pallas_call_emulated_under_jit(monkeypatch):
 @needs_compiler
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
 def test_emulated_matrix_product_of_triton(dtype):
-    """What Triton itself makes of a product: copies ahead into shared memory, ldmatrix, 16-bit matrix instructions."""
+    """What Triton itself makes of a product: copies ahead into shared memory, ldmatrix, 16-bit
+    matrix instructions."""
     random = np.random.default_rng(0)
+    size = 30 if dtype == "int8" else 1
     a, b = (
-        np.asarray(
-            jnp.asarray(random.standard_normal(shape) * (30 if dtype == "int8" else 1)).astype(
-                dtype
-            )
-        )
+        np.asarray(jnp.asarray(size * random.standard_normal(shape)).astype(dtype))
         for shape in ((64, 128), (128, 64))
     )
     sums = jnp.int32 if dtype == "int8" else jnp.float32
@@ -290,7 +108,7 @@ def test_emulated_matrix_product_of_triton(dtype):
     np.testing.assert_allclose(c, exact, rtol=0, atol=0 if dtype == "int8" else 1e-4)
 
 
-# Emulated, of PTX written by hand --------------------------------------------------------------------------------------
+# --- emulated, of PTX written by hand ---------------------------------------------------------
 
 
 def launch(body: str, *arrays: np.ndarray, threads=32, grid=(1,)):

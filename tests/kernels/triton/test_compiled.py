@@ -1,6 +1,8 @@
-"""The Triton kernels as machine code, compiled without a GPU: no spills, wide loads, few instructions a weight.
+"""The Triton kernels as machine code, compiled without a GPU: no spills, wide loads, few
+instructions a weight.
 
-Skipped where the CUDA plugin is not installed (`make gpu-check` installs it). Counts are those of ptxas 13.5.
+Skipped where the CUDA plugin is not installed (`make gpu-check` installs it). Counts are those of
+ptxas 13.5.
 """
 
 import re
@@ -11,27 +13,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atd.kernels import prefixes
-from atd.kernels.settings import Settings
-from atd.kernels.triton import attention as triton_attention
-from atd.kernels.triton import backend as triton
-from atd.kernels.triton import decode as triton_decode
-from atd.kernels.triton import fold as triton_fold
-from atd.kernels.triton import gemm as triton_gemm
-from atd.kernels.triton import gemv as triton_gemv
-from atd.kernels.triton.gemm import Tiles
-from atd.kernels.triton.gemv import Shape
+from atd.kernels.settings import Settings, Shape, Tiles
+from atd.kernels.triton import attention, decode, fold, gemm, gemv
+from atd.kernels.triton.gemm import Units
+from atd.kernels.triton.geometry import Geometry
+from atd.kernels.tuning import aot
 from atd.weights import TernaryType
 from atd.weights.layouts import LAYOUTS
-from tests.kernels import aot
-from tests.kernels.test_triton_attention import attend, interpreted, operands
+from tests.kernels.ptx.pallas import emulated_pallas_call
+from tests.kernels.triton.test_attention import attend, interpreted, operands
 
-pytestmark = pytest.mark.skipif(bool(aot.missing()), reason=str(aot.missing()))
+if reason := aot.missing():
+    pytest.skip(reason, allow_module_level=True)
 OUT = INPUTS = 4096
 ONE_TOKEN = Settings(Shape(warps=4))
 
 
-CODES = {bases: LAYOUTS[triton.LAYOUT].codes_shape(OUT, INPUTS, bases) for bases in (1, 2, 3, 4)}
+CODES = {bases: LAYOUTS["tiles"].codes_shape(OUT, INPUTS, bases) for bases in (1, 2, 3, 4)}
 
 
 def compiled_gemv(
@@ -42,18 +40,18 @@ def compiled_gemv(
     settings: Settings = ONE_TOKEN,
     gated: bool = False,
 ) -> tuple[aot.Compiled, float]:
-    """(machine code, instructions in the loop for each weight)."""
+    """Returns (machine code, instructions in the loop per weight)."""
     type = TernaryType((OUT, INPUTS), bases, "row", tied, "f16")
-    function = partial(triton.gemv, type=type, settings=settings, interpret=False, gated=gated)
-    shape = jax.ShapeDtypeStruct
+    shape = settings.gemv.paired() if gated else settings.gemv
+    g = Geometry(type, tokens, shape, gated)
+    function = partial(gemv.matmul, type=type, shape=settings.gemv, gated=gated)
     operands = (
-        shape((tokens, INPUTS), jnp.bfloat16),
-        shape(CODES[bases], jnp.uint32),
-        shape(type.scales_shape, jnp.float16),
+        jax.ShapeDtypeStruct((tokens, INPUTS), jnp.bfloat16),
+        jax.ShapeDtypeStruct(CODES[bases], jnp.uint32),
+        jax.ShapeDtypeStruct(type.scales_shape, jnp.float16),
     )
-    compiled = aot.compile_for(device, function, *operands, kernel=triton.gemv_name(type, tokens))
-    cut = settings.gemv.paired() if gated else settings.gemv
-    weights = 2 * cut.row_blocks * cut.unroll * prefixes.plan(bases, tied).piece_params
+    compiled = aot.compile_for(device, function, *operands, kernel=g.name)
+    weights = 2 * shape.row_blocks * shape.unroll * g.plan.piece_params
     return compiled, aot.main_loop_instructions(compiled.sass).total() / weights
 
 
@@ -151,11 +149,10 @@ def test_decoding_does_not_spill_and_writes_sixteen_bytes_at_a_time(
     device, exact, bases, group, tied
 ):
     type = TernaryType((OUT, INPUTS), bases, group, tied, "f16")
+    rows = decode.Geometry(Units(type), 0, OUT, exact)
     compiled = aot.compile_for(
         device,
-        lambda codes, scales: triton_decode.decoded(
-            codes, scales, type, jnp.bfloat16, 0, OUT, exact
-        ),
+        lambda codes, scales: decode.decoded(rows, codes, scales, jnp.bfloat16),
         jax.ShapeDtypeStruct(CODES[bases], jnp.uint32),
         jax.ShapeDtypeStruct(type.scales_shape, jnp.float16),
         kernel=f"ternary_decode_n{bases}",
@@ -175,36 +172,31 @@ def test_tiles_do_not_spill_and_take_few_instructions_a_weight(device, group, ti
     type = TernaryType((OUT, INPUTS), 2, group, tied, "f16")
     compiled = aot.compile_for(
         device,
-        partial(triton_gemm.matmul, type=type, tiles=tiles),
+        partial(gemm.matmul, type=type, tiles=tiles),
         jax.ShapeDtypeStruct((16, INPUTS), jnp.bfloat16),
         jax.ShapeDtypeStruct(CODES[2], jnp.uint32),
         jax.ShapeDtypeStruct(type.scales_shape, jnp.float16),
         kernel="ternary_gemm_n2",
     )
     assert compiled.spill_bytes == 0
-    weights = (
-        tiles.rows * tiles.units * triton_gemm.unit(2)[1] / (32 * tiles.warps)
-    )  # of a thread, in a step
+    # Of a thread, in a step.
+    weights = tiles.rows * tiles.units * Units(type).params / (32 * tiles.warps)
     assert aot.main_loop_instructions(compiled.sass).total() / weights < most
 
 
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize(
-    ("bases", "tied", "group"), [(2, True, None), (3, False, None), (2, False, 128)]
+    ("bases", "tied", "group"), [(2, True, "row"), (3, False, "row"), (2, False, 128)]
 )
 def test_folding_does_not_spill(bases, tied, group, normed):
-    plan = prefixes.plan(bases, tied)
-    columns = triton_gemv.columns(plan, 1, 32, group)
+    g = Geometry(TernaryType((OUT, INPUTS), bases, group, tied, "f16"), 1, Shape())
     x = jax.ShapeDtypeStruct((1, INPUTS), jnp.float32)
     gains = [jax.ShapeDtypeStruct((INPUTS,), jnp.float32)] if normed else []
 
-    def fold(x, *gains):
-        norm = triton_fold.Norm(*gains, eps=1e-5) if gains else None
-        return triton_fold.fold(plan, x, 32, columns, group, norm)
+    def folded(x, *gains):
+        return fold.fold(g, x, fold.Norm(*gains, eps=1e-5) if gains else None)
 
-    compiled = aot.compile_for(
-        "H200", fold, x, *gains, kernel=f"ternary_fold_n{bases}{'tied' if tied else 'free'}"
-    )
+    compiled = aot.compile_for("H200", folded, x, *gains, kernel=f"ternary_fold_{g.plan}")
     assert compiled.spill_bytes == 0
 
 
@@ -228,7 +220,7 @@ def test_attention_reads_sixteen_bytes_at_a_time(
         shape((batch, 1, (heads + 2 * kv_heads) * head_dim), jnp.float32),
         shape((batch, 1), jnp.int32),
         *[shape((batch, kv_heads, length, head_dim), dtype)] * 2,
-        kernel=triton_attention.name(head_dim),
+        kernel=attention.name(head_dim),
     )
     loop = aot.main_loop_instructions(compiled.sass)
     assert compiled.spill_bytes == 0
@@ -273,7 +265,7 @@ def test_attention_writes_where_the_cache_lies(length):
 def test_attention_as_ptx(heads, kv_heads, head_dim, length, position, dtype, options, monkeypatch):
     given = operands(heads, kv_heads, head_dim, length, (position,), dtype)
     expected, expected_new = interpreted(*given, heads=heads, **options)
-    monkeypatch.setattr(triton_attention.pl, "pallas_call", aot.emulated_pallas_call("L4"))
+    monkeypatch.setattr(attention.pl, "pallas_call", emulated_pallas_call("L4"))
     mixed, new = attend(*given, heads=heads, **options)
     np.testing.assert_allclose(mixed, expected, atol=2e-6 * np.abs(np.asarray(expected)).max())
     for found, wanted in zip(new, expected_new, strict=True):

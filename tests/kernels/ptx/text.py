@@ -1,4 +1,4 @@
-"""PTX as a program: instructions, registers, labels, parameters. See ptx_emulator.py."""
+"""PTX as a program: instructions, registers, labels, parameters. See emulator.py."""
 
 import re
 from collections.abc import Iterator
@@ -133,7 +133,8 @@ class Parser:
 
     @staticmethod
     def statements(ptx: str, start: int) -> Iterator[tuple[int, str]]:
-        """Of the body that starts there: (line, text) of each instruction, directive, label, and brace of a scope."""
+        """Of the body that starts there: (line, text) of each instruction, directive, label, and
+        brace of a scope."""
         depth, end = 1, start
         while depth:
             piece = re.compile(r"\s*([{}]|[\w$]+:(?!:)|[^;{}]*(?:\{[^{}]*\}[^;{}]*)*;)").match(

@@ -1,11 +1,12 @@
-"""What a block of threads has, and how instructions reach it: registers, memory, branches. See ptx_emulator.py."""
+"""What a block of threads has, and how instructions reach it: registers, memory, branches. See
+emulator.py."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from tests.kernels.ptx_text import (
+from tests.kernels.ptx.text import (
     TYPES,
     Address,
     Constant,
@@ -121,7 +122,8 @@ class Machine:
             return np.ones((1, 1), np.bool_)
         return self.read(instruction.guard, "pred") ^ instruction.negated
 
-    # Registers hold bits, as unsigned integers of their own width; what is read is of the type asked for.
+    # Registers hold bits, as unsigned integers of their own width; what is read is of the type
+    # asked for.
 
     def read(self, operand: Operand, type: str) -> np.ndarray:
         wanted = TYPES[type]
@@ -201,7 +203,8 @@ class Machine:
     def places(
         self, space: str, operand: Operand, size: int, active: np.ndarray
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """(memory, threads, offsets): by array of global memory, who of the active threads accesses it, and where."""
+        """(memory, threads, offsets): by array of global memory, who of the active threads accesses
+        it, and where."""
         wide = (
             isinstance(operand, Address)
             and isinstance(operand.base, Register)

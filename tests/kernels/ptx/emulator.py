@@ -1,19 +1,23 @@
-"""Runs the PTX of a kernel on a CPU: all threads of many blocks in step, each register a numpy array [blocks, threads].
+"""Runs the PTX of a kernel on a CPU: all threads of many blocks in step, each register a numpy
+array [blocks, threads].
 
-What compilers make of Pallas-Triton kernels, not all of PTX: an instruction that is not known here raises with its line,
-and so does an access outside of an array or not aligned. All threads of a block must branch the same way; blocks may
-part. Threads run in step, so a missing barrier goes unnoticed; what nobody wrote is poison.
+What compilers make of Pallas-Triton kernels, not all of PTX: an instruction that is not known here
+raises with its line, and so does an access outside of an array or not aligned. All threads of a
+block must branch the same way; blocks may part. Threads run in step, so a missing barrier goes
+unnoticed; what nobody wrote is poison.
 
-Parts: ptx_text.py reads, ptx_machine.py holds registers and memory, ptx_arithmetic.py and ptx_memory.py are the opcodes.
+Parts: text.py reads, machine.py holds registers and memory, arithmetic.py and memory.py are the
+opcodes. pallas.py runs Pallas kernels this way.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from tests.kernels import ptx_arithmetic, ptx_memory  # noqa: F401 -- they enter their opcodes
-from tests.kernels.ptx_machine import POISON, Blocks, Machine
-from tests.kernels.ptx_text import EmulationError, Parser
+import tests.kernels.ptx.arithmetic
+import tests.kernels.ptx.memory  # noqa: F401 -- they enter their opcodes
+from tests.kernels.ptx.machine import POISON, Blocks, Machine
+from tests.kernels.ptx.text import EmulationError, Parser
 
 __all__ = ["POISON", "EmulationError", "run_ptx"]
 THREADS_AT_A_TIME = 1 << 15
@@ -27,8 +31,15 @@ def run_ptx(
     kernel: str | None = None,
     shared_bytes: int = 48 << 10,
 ) -> None:
-    """Launches the kernel (the only one, or that of this name) on arrays, its parameters in order: inputs and outputs,
-    which are written in place. shared_bytes is what a launch adds to the shared memory that the PTX declares."""
+    """Launches a kernel.
+
+    Args:
+        ptx: with the kernel.
+        grid: of blocks.
+        arrays: the kernel's parameters in order, inputs and outputs, which are written in place.
+        kernel: its name, where there is more than one.
+        shared_bytes: what the launch adds to the shared memory that the PTX declares.
+    """
     program = Parser(ptx, kernel).program
     if len(arrays) != len(program.parameters):
         raise EmulationError(

@@ -1,9 +1,8 @@
-"""Pallas kernels, for Triton and for Mosaic, compiled for NVIDIA GPUs on a machine without one: their PTX, their machine
-code, what of the register file they take.
+"""Ahead-of-time compilation of Pallas kernels for NVIDIA GPUs on a machine without one.
 
-XLA compiles for a described device as soon as the CUDA plugin is installed (extra gpu-check), and dumps the PTX where
-`xla_dump_emitter_re` asks for it (jax 0.11 and newer; 0.10 did so unasked). ptxas turns that into machine code and names
-registers and spills; nvdisasm lists it.
+It gives a kernel's PTX, its machine code, and its registers. XLA compiles for a described device
+where the CUDA plugin is installed (extra gpu-check), and dumps the PTX. ptxas turns that into
+machine code and names registers and spills; nvdisasm lists it.
 """
 
 import importlib
@@ -15,41 +14,38 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from unittest import mock
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-import pytest
-from jax.experimental import pallas as pl
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tests.kernels.ptx_emulator import POISON, run_ptx
-
-PALLAS_CALL = pl.pallas_call
-
-
-class GpuCheckError(RuntimeError):
-    """The tools are not there, or did not do what is expected of them."""
+from atd.errors import RunFailed
 
 
 @dataclass(frozen=True)
 class Device:
+    """A GPU to compile for.
+
+    Attributes:
+        capability: compute capability, (8, 0) for 8.0.
+        bandwidth: of its memory, bytes/s.
+    """
+
     name: str
     capability: tuple[int, int]
     multiprocessors: int
     shared_bytes_per_multiprocessor: int
-    bandwidth: float  # bytes/s
+    bandwidth: float
     memory_bytes: float
     l2_bytes: int
 
     def target_config(self) -> str:
-        """XLA's GpuTargetConfigProto as text."""
+        """Returns XLA's GpuTargetConfigProto as text."""
         major, minor = self.capability
         threads = 1536 if (major, minor) in {(8, 6), (8, 9), (12, 0)} else 2048
         return f"""
@@ -91,19 +87,26 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Compiled:
-    name: str  # of the kernel
+    """A compiled kernel.
+
+    Attributes:
+        registers: per thread.
+        spill_bytes: of stores and loads together.
+        shared_bytes: asked for at launch; what the PTX itself declares is on top.
+        grid: (0, 0, 0) for Mosaic's kernels, which keep it, and what they ask for, to themselves.
+    """
+
+    name: str
     ptx: str
     sass: str
-    registers: int  # a thread
-    spill_bytes: int  # stores and loads together
-    shared_bytes: int  # asked for at launch; what the PTX itself declares is on top
-    grid: tuple[
-        int, int, int
-    ]  # (0, 0, 0) for Mosaic's kernels, which keep it, and what they ask for, to themselves
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    grid: tuple[int, int, int]
 
 
 def missing() -> str | None:
-    """Why nothing can be compiled here; None where it can."""
+    """Returns why nothing can be compiled here, or None."""
     plugin = _plugin()
     if plugin is None:
         return "needs the CUDA plugin of jax: pip install 'atd-jax[gpu-check]'"
@@ -119,26 +122,32 @@ def missing() -> str | None:
 def compile_for(
     device: str, function: Callable, *shapes: jax.ShapeDtypeStruct, kernel: str | None = None
 ) -> Compiled:
-    """Compiles function, of arguments of these shapes and dtypes, for DEVICES[device]. kernel is the name of the one
-    looked for: that of the `pallas_call`, or of the function within; Mosaic adds "_mosaic_gpu_kernel". It may be left out
-    where XLA makes no other."""
+    """Compiles one kernel of a function for DEVICES[device].
+
+    Args:
+        shapes: of the function's arguments, and their dtypes.
+        kernel: the name of the kernel: that of the `pallas_call`, or of the function within; Mosaic
+            adds
+            "_mosaic_gpu_kernel". It may be left out where XLA makes no other.
+
+    Raises:
+        RunFailed: the tools are not there, or did not do what is expected of them.
+    """
     if reason := missing():
-        raise GpuCheckError(reason)
+        raise RunFailed(reason)
     mesh = _mesh(device)
     whole = NamedSharding(mesh, PartitionSpec())
     arguments = [jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=whole) for shape in shapes]
     with (
         tempfile.TemporaryDirectory() as folder,
         jax.sharding.set_mesh(mesh),
-        pytest.MonkeyPatch.context() as patch,
+        mock.patch.dict(os.environ, MOSAIC_GPU_DUMP_PTX="1", MOSAIC_GPU_DUMP_TO=folder),
     ):
-        patch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
-        patch.setenv("MOSAIC_GPU_DUMP_TO", folder)
         lowered = jax.jit(function).trace(*arguments).lower()
         lowered.compile(
             compiler_options={
                 "xla_dump_to": folder,
-                "xla_dump_emitter_re": "ptx",  # ".*" dumps Triton's passes too, and takes 4 s instead of .1
+                "xla_dump_emitter_re": "ptx",  # ".*" dumps Triton's passes too, which takes 4 s
                 "xla_gpu_cuda_data_dir": str(_tool("ptxas").parents[1]),
             }
         )
@@ -147,7 +156,7 @@ def compile_for(
     entries = {name: ptx for ptx in modules for name in re.findall(r"\.entry\s+(\w+)", ptx)}
     chosen = [name for name in entries if kernel in (None, name)]
     if len(chosen) != 1:
-        raise GpuCheckError(f"which kernel is {kernel}? There are: {[*entries]}")
+        raise RunFailed(f"which kernel is {kernel}? There are: {[*entries]}")
     name, ptx = chosen[0], entries[chosen[0]]
     sass, registers, spill_bytes = _assemble(ptx, name)
     grid, shared_bytes = _launch(launches, name)
@@ -155,7 +164,7 @@ def compile_for(
 
 
 def program_for(device: str, function: Callable, *arguments, **options) -> jax.stages.Compiled:
-    """All that XLA makes of a function, of trees of shapes, for DEVICES[device]: its text, its memory. options: of jax.jit."""
+    """Compiles a whole function, of trees of shapes, for DEVICES[device]. options: of jax.jit."""
     mesh = _mesh(device)
     whole = NamedSharding(mesh, PartitionSpec())
     shapes = jax.tree.map(
@@ -168,41 +177,11 @@ def program_for(device: str, function: Callable, *arguments, **options) -> jax.s
         )
 
 
-def emulated_pallas_call(device: str) -> Callable:
-    """To be put in the place of `pl.pallas_call`: compiles each kernel for DEVICES[device] and runs its PTX in the emulator,
-    under jit as well. What a kernel does not write is poison."""
-
-    def pallas_call(kernel: Callable, out_shape, **options) -> Callable:
-        call = PALLAS_CALL(kernel, out_shape, **options)
-        outputs = jax.tree.leaves(out_shape)
-
-        def emulate(*arguments):
-            shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in map(jnp.asarray, arguments)]
-            with ThreadPoolExecutor(1) as elsewhere:  # no mesh may be set where jit traces
-                compiled = elsewhere.submit(compile_for, device, call, *shapes).result()
-
-            def run(*inputs):
-                results = [
-                    np.full(x.shape, POISON, "u1").repeat(x.dtype.itemsize).view(x.dtype)
-                    for x in outputs
-                ]
-                results = [
-                    result.reshape(x.shape) for result, x in zip(results, outputs, strict=True)
-                ]
-                arrays = [np.ascontiguousarray(x) for x in inputs] + results
-                run_ptx(compiled.ptx, compiled.grid, arrays, shared_bytes=compiled.shared_bytes)
-                return jax.tree.unflatten(jax.tree.structure(out_shape), results)
-
-            return jax.pure_callback(run, out_shape, *arguments)
-
-        return emulate
-
-    return pallas_call
-
-
 def main_loop_instructions(sass: str) -> Counter[str]:
-    """How often each instruction ("LDG.E.128", "IMAD", ...) stands in the longest loop, from the target of a backward
-    branch to the branch. Without a loop: in all of the code."""
+    """Counts the instructions ("LDG.E.128", "IMAD", ...) of the longest loop, or of all the code.
+
+    A loop is what lies between the target of a backward branch and the branch.
+    """
     instructions: list[str] = []
     labels: dict[str, int] = {}
     longest = 0, 0
@@ -213,24 +192,19 @@ def main_loop_instructions(sass: str) -> Counter[str]:
             r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line
         ):
             instructions.append(instruction[1])
-            target = (
-                re.search(r"`\((\.L_\w+)\)", instruction[2])
-                if instruction[1].startswith("BRA")
-                else None
-            )
-            start, end = (
-                labels.get(target[1], len(instructions)) if target else len(instructions),
-                len(instructions),
-            )
-            if end - start > max(
-                longest[1] - longest[0], 1
-            ):  # a branch to itself is the trap behind the last EXIT
+            if not instruction[1].startswith("BRA"):
+                continue
+            target, end = re.search(r"`\((\.L_\w+)\)", instruction[2]), len(instructions)
+            start = labels.get(target[1], end) if target else end
+            # A branch to itself is the trap behind the last EXIT.
+            if end - start > max(longest[1] - longest[0], 1):
                 longest = start, end
     start, end = longest if longest[1] else (0, len(instructions))
     return Counter(opcode for opcode in instructions[start:end] if opcode != "NOP")
 
 
 def _plugin() -> str | None:
+    """The module of jax's CUDA plugin, where one is installed."""
     for module in ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12"):
         try:
             if importlib.util.find_spec(module):
@@ -242,9 +216,8 @@ def _plugin() -> str | None:
 
 @cache
 def _mesh(device: str) -> jax.sharding.Mesh:
-    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = (
-        "1"  # cuDNN and its like are not needed to compile
-    )
+    # cuDNN and its like are not needed to compile.
+    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
     options = {"target_config": DEVICES[device].target_config(), "topology": "1x1x1"}
     try:
         topology = topologies.get_topology_desc(device, platform="cuda", **options)
@@ -257,7 +230,7 @@ def _mesh(device: str) -> jax.sharding.Mesh:
 
 
 def _find(tool: str) -> Path | None:
-    """In the pip packages, on PATH, in a CUDA toolkit where they usually lie."""
+    """Where a tool is: in the pip packages, on PATH, or in a CUDA toolkit."""
     packages = importlib.util.find_spec("nvidia")
     roots = [Path(root) for root in (packages.submodule_search_locations or [])] if packages else []
     candidates = [
@@ -273,7 +246,7 @@ def _find(tool: str) -> Path | None:
 def _tool(name: str) -> Path:
     path = _find(name)
     if path is None:
-        raise GpuCheckError(f"{name} is not there")
+        raise RunFailed(f"{name} is not there")
     return path
 
 
@@ -282,12 +255,12 @@ def _run(*command: str | Path) -> str:
         [str(part) for part in command], capture_output=True, text=True, check=False
     )
     if done.returncode:
-        raise GpuCheckError(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
+        raise RunFailed(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
     return done.stdout + done.stderr
 
 
 def _assemble(ptx: str, kernel: str) -> tuple[str, int, int]:
-    """-> machine code, registers, bytes spilled."""
+    """Returns (machine code, registers, bytes spilled)."""
     target = re.search(r"\.target\s+(\w+)", ptx)
     assert target
     with tempfile.TemporaryDirectory() as folder:
@@ -298,19 +271,19 @@ def _assemble(ptx: str, kernel: str) -> tuple[str, int, int]:
     of_kernel = re.search(rf"entry function '{kernel}'.*?Used (\d+) registers", report, re.DOTALL)
     of_section = re.search(rf"\.text\.{kernel}:.*?(?=\.section|\Z)", sass, re.DOTALL)
     if not of_kernel or not of_section:
-        raise GpuCheckError(f"no {kernel} in what ptxas and nvdisasm say:\n{report}")
+        raise RunFailed(f"no {kernel} in what ptxas and nvdisasm say:\n{report}")
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", of_kernel[0])
     return of_section[0], int(of_kernel[1]), sum(map(int, spills))
 
 
 def _launch(launches: str, kernel: str) -> tuple[tuple[int, int, int], int]:
-    """-> grid, bytes of shared memory."""
+    """Returns (grid, bytes of shared memory)."""
     if kernel.endswith("_mosaic_gpu_kernel"):
         return (0, 0, 0), 0
     line = next((line for line in launches.splitlines() if re.search(rf"\b{kernel}\b", line)), "")
     grid = re.search(r"grid: \[(\d+), (\d+), (\d+)\]", line)
     shared = re.search(r"shared_memory: (\d+)", line)
     if not grid or not shared:
-        raise GpuCheckError(f"no launch of {kernel} in XLA's list of thunks:\n{launches}")
+        raise RunFailed(f"no launch of {kernel} in XLA's list of thunks:\n{launches}")
     x, y, z = map(int, grid.groups())
     return (x, y, z), int(shared[1])
