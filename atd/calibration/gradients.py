@@ -1,8 +1,9 @@
-"""Gradients through a converted model, one trainable unit (embedding, block, final norm and head) at a time.
+"""Gradients through a converted model, one trainable unit at a time.
 
-Gradient checkpointing per unit: `forward` keeps nothing but a unit's input, and `backward` computes the unit again. Both
-are compiled once for all units of one structure, whatever their bases, so compile time does not grow with depth, and
-the gradient of one unit at a time exists.
+Gradient checkpointing per unit (embedding, block, final norm and head): `forward` keeps nothing but
+a unit's input, and `backward` computes the unit again. Both are compiled once for all units of one
+structure, whatever their bases, so compile time does not grow with depth, and the gradient of one
+unit at a time exists.
 """
 
 from functools import partial
@@ -34,10 +35,11 @@ def backward(
     """Takes a gradient back through a unit.
 
     Args:
-      x: the unit's input, [B, T, D] (token ids [B, T] in the prologue).
-      gradient: at the unit's output, [B, T, D].
+        x: the unit's input, [B, T, D] (token ids [B, T] in the prologue).
+        gradient: at the unit's output, [B, T, D].
 
-    Returns: the gradients of the parameters, and that at the input; token ids have none: None.
+    Returns:
+        The gradients of the parameters, and that at the input; token ids have none: None.
     """
     weights = weights_at(unit, parameters)
     changed = {name: weights[name]["weight"] for name in parameters}
@@ -51,8 +53,11 @@ def backward(
 
 @partial(jax.jit, static_argnames="structure")
 def _backward(structure: Structure, changed, weights, x, gradient):
-    """(gradients by the changed weights, by x), in dense weights: each kind of ternary weight has a small program of its
-    own (`_by_deltas`), or every combination of them in a unit would be compiled."""
+    """(gradients by the changed weights, by x), of dense weights.
+
+    Each kind of ternary weight has a small program of its own (`_by_deltas`), or every combination
+    of them in a unit would be compiled.
+    """
 
     def output(changed, x):
         merged = {name: weights[name] | {"weight": weight} for name, weight in changed.items()}
@@ -70,7 +75,7 @@ def _by_deltas(fixed: QuantizedMatrix | jax.Array, deltas: Deltas, gradient) -> 
 
 
 def in_float32(parameters):
-    """Returns parameters in float32: gradients have their dtype, and may be too small for float16."""
+    """Returns parameters in float32: gradients have their dtype, and may be too small for less."""
     return jax.tree.map(lambda p: p.astype(jnp.float32), parameters)
 
 
@@ -81,7 +86,7 @@ def embedding_matrix(prologue: TrainableUnit, parameters: Parameters) -> jax.Arr
 
 
 def embedding_backward(prologue: TrainableUnit, parameters: Parameters, gradient) -> Parameters:
-    """Takes a gradient at the embedding [V, D] back to the prologue's parameters; those of other nodes are 0."""
+    """Takes a gradient at the embedding [V, D] back to the parameters; those of other nodes are 0."""
     name = _embed_name(prologue)
     by_deltas = _by_deltas(prologue.fixed[name]["weight"], parameters.get(name, {}), gradient)
     return {
@@ -106,11 +111,12 @@ def divergence(
     """Returns the mean KL(dense || converted) over positions, in nats.
 
     Args:
-      head, parameters: the converted model's epilogue.
-      hidden: its input, [P, D].
-      teacher: the dense model's epilogue.
-      target: its input, [P, D].
-      embedding, teacher_embedding: what tied heads multiply by, [V, D]; None for heads with a matrix of their own.
+        head, parameters: the converted model's epilogue.
+        hidden: its input, [P, D].
+        teacher: the dense model's epilogue.
+        target: its input, [P, D].
+        embedding, teacher_embedding: what tied heads multiply by, [V, D]; None for heads with a
+            matrix of their own.
     """
 
     def log_probabilities(unit: TrainableUnit, parameters: Parameters, x, embedding):

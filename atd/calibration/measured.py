@@ -1,6 +1,7 @@
-"""What rounding a matrix costs the model, measured: the KL divergence from the dense model when it is rounded.
+"""What rounding a matrix costs the model, measured: the KL divergence from the dense model.
 
-The truth, for small models: the model and all candidates are in memory. `atd.calibration.sensitivity` predicts it.
+The truth, for small models: the model and all candidates are in memory.
+`atd.calibration.sensitivity` predicts it.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,14 +32,20 @@ def measured_losses(
 ) -> list[np.ndarray]:
     """Measures what each candidate of each choice costs, in nats per position.
 
-    All other matrices stand at their middle candidate. The cost is the KL divergence from the dense model, less that
-    with the choice's own matrices dense, so that sums over choices predict the model's.
+    All other matrices stand at their middle candidate. The cost is the KL divergence from the dense
+    model, less that with the choice's own matrices dense, so that sums over choices predict the
+    model's.
 
     Args:
-      windows: int32 [windows, context]. Second moments are of all of them, the KL is of the first `tokens` tokens.
-      choices: full names of nodes of one unit that change together, with equally many candidates.
+        graph: the dense model.
+        windows: int32 [windows, context]. Second moments are of all of them.
+        choices: full names of nodes of one unit that change together, with equally many candidates.
+        candidates: types that each matrix may become.
+        tokens: of the windows, at least one window, for the KL divergence.
+        progress: hears of each choice.
 
-    Returns: float64 [candidates] of each choice.
+    Returns:
+        float64 [candidates] of each choice.
     """
     quantized = quantized_candidates(graph, windows, candidates)
     windows = windows[: windows_holding(tokens, windows.shape[1])]
@@ -49,7 +56,7 @@ def measured_losses(
     exact = [np.asarray(part) for part in logits(graph, dense, windows)]
 
     def kl(matrices: Mapping[str, Weight], first: int) -> float:
-        """KL of the model with these matrices, which differ from the middle ones in unit `first` alone."""
+        """KL of the model with these matrices; they differ from the middle ones in one unit."""
         weights = with_matrices(graph, dense, matrices)
         return kl_divergence(exact, logits(graph, weights, inputs[first], first)) / windows.size
 
@@ -78,8 +85,14 @@ def middle_of(types: Sequence[Candidate]) -> int:
 def quantized_candidates(
     graph: Graph, windows: np.ndarray, candidates: Candidates
 ) -> dict[str, list[Ternary | Dense]]:
-    """Makes every candidate of every matrix, by full name: linears by error feedback under the dense model's second
-    moments over the windows, embeddings by alternating least squares."""
+    """Makes every candidate of every matrix.
+
+    Linears by error feedback under the dense model's second moments over the windows, embeddings by
+    alternating least squares.
+
+    Returns:
+        By full name, in the order of the candidates.
+    """
     found: dict[str, list[Ternary | Dense]] = {}
     linears = {n for n, node in graph.nodes() if node.op == "linear" and n in candidates}
     for unit, weights, _, moments in dense_moments(graph, windows, linears):
@@ -127,7 +140,7 @@ def with_matrices(
 
 
 def unit_inputs(graph: Graph, weights: Sequence[Weights], x, first: int = 0) -> list[jax.Array]:
-    """Runs the units from `first` on, which x enters; returns what enters each of them, the epilogue included."""
+    """Returns what enters each unit from `first` on, the epilogue included, where x enters that."""
     inputs = [jnp.asarray(x)]
     for unit, loaded in zip(graph.units[first:-1], weights[first:-1], strict=True):
         inputs.append(forward(structure_of(unit), loaded, inputs[-1]))
@@ -135,7 +148,7 @@ def unit_inputs(graph: Graph, weights: Sequence[Weights], x, first: int = 0) -> 
 
 
 def logits(graph: Graph, weights: Sequence[Weights], x, first: int = 0) -> Iterator[jax.Array]:
-    """Yields the logits [P, V] of the model for x, which enters unit `first`, HEAD positions at a time."""
+    """Yields logits [P, V], HEAD positions at a time, where x enters unit `first`."""
     hidden = unit_inputs(graph, weights, x, first)[-1]
     embedding = weights[0][graph.prologue.nodes[0].name]["weight"]
     flat = hidden.reshape(1, -1, hidden.shape[-1])  # [1, positions, D]

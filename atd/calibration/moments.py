@@ -33,8 +33,12 @@ def dense_moments(
     """Runs the dense model unit by unit over all windows, and yields each with its moments.
 
     Args:
-      windows: int32 [windows, context].
-      readers: full names of linears; the moments are those of the values that they read. The logits are not computed.
+        graph: the dense model.
+        windows: int32 [windows, context].
+        readers: full names of linears: the moments are those of the values that they read.
+
+    Yields:
+        Each unit; the logits are not computed.
     """
     step = windows_holding(BATCH, windows.shape[1])
     x = np.asarray(windows, np.int32)

@@ -1,16 +1,17 @@
-"""Calibration text that the dense model writes itself: where there is no text like its training data, the model is one.
+"""Calibration text that the model writes itself: where there is no text like its training data.
 
-A window is `context` tokens drawn from the model at temperature 1 from the full softmax, so that the windows follow the
-model's own distribution of text. Before each stands one token that is drawn uniformly from the vocabulary, special
-tokens excluded, and is no part of the window (LLM-QAT, 2305.17888, draws the first token so, and keeps it). Against BOS
-in its place:
+A window is `context` tokens drawn from the model at temperature 1 from the full softmax, so that
+the windows follow the model's own distribution of text. Before each stands one token that is drawn
+uniformly from the vocabulary, special tokens excluded, and is no part of the window (LLM-QAT,
+2305.17888, draws the first token so, and keeps it). Against BOS in its place:
 
 1. Windows differ from their first token on; after BOS many begin alike.
 2. Windows begin in the middle of a text, as those do that are cut from a text file.
-3. An instruct model needs no prompt: it writes what it was pretrained on, articles, lists, code, conversations.
+3. An instruct model needs no prompt: it writes what it was pretrained on, articles, lists, code,
+   conversations.
 
-Special tokens are drawn like any others: a text that ends is followed by the model's own separator and another text, as
-in the packed documents of its training.
+Special tokens are drawn like any others: a text that ends is followed by the model's own separator
+and another text, as in the packed documents of its training.
 """
 
 from collections.abc import Callable
@@ -55,15 +56,19 @@ def self_text(
     Equal seeds give equal windows on the same machine; `batch` changes them by rounding alone.
 
     Args:
-      tokenizer: its special tokens, and ids it does not have, are not put before a window; None: any id may be.
-      tokens: in all; a remainder that fills no window is left out.
-      context: tokens per window.
-      batch: windows drawn together; None: as many as CACHE_BYTES hold keys and values of, at most BATCH.
+        tokenizer: its special tokens, and ids it does not have, are not put before a window; None:
+            any id may be.
+        tokens: in all; a remainder that fills no window is left out.
+        context: tokens per window.
+        batch: windows drawn together; None: as many as CACHE_BYTES hold keys and values of, at most
+            BATCH.
 
-    Returns: int32 [tokens // context, context].
+    Returns:
+        int32 [tokens // context, context].
 
-    Raises: BadInput for tokens, context, seed or batch that are out of range, RunFailed where the model's logits are not
-    finite.
+    Raises:
+        BadInput: for tokens, context, seed or batch that are out of range, RunFailed where the
+            model's logits are not finite.
     """
     windows = _window_count(model.max_context, tokens, context, seed, batch)
     first, uniforms = draws(start_ids(model.vocabulary, tokenizer), windows, context, seed)
@@ -103,11 +108,13 @@ def cached_self_text(
 ) -> np.ndarray:
     """Returns `self_text` of a checkpoint or graph, drawn once and kept in the cache.
 
-    The key is the hash of all that the windows depend on: the graph, the identity of its tensors, tokens, context
-    and seed. A graph with weights made in memory has no such identity and is not cached; cache None: neither.
+    The key is the hash of all that the windows depend on: the graph, the identity of its tensors,
+    tokens, context and seed. A graph with weights made in memory has no such identity and is not
+    cached; cache None: neither.
 
-    Raises: BadInput for tokens, context or seed that are out of range, or a cache folder that cannot be written to,
-    before a weight is read.
+    Raises:
+        BadInput: for tokens, context or seed that are out of range, or a cache folder that cannot
+            be written to, before a weight is read.
     """
     graph = graph_or_path if isinstance(graph_or_path, Graph) else frontend.open(graph_or_path)
     windows = _window_count(
@@ -150,8 +157,9 @@ def draws(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draws all that chance decides.
 
-    Returns: the tokens before the windows, int32 [windows], all different where there are enough, and float32
-    [windows, context] uniform in [0, 1).
+    Returns:
+        The tokens before the windows, int32 [windows], all different where there are enough, and
+        float32 [windows, context] uniform in [0, 1).
     """
     rng = np.random.default_rng(seed)
     first = rng.choice(starts, windows, replace=windows > len(starts)).astype(np.int32)
@@ -164,15 +172,18 @@ def _window_count(
     """How many windows there will be; raises BadInput where there can be none."""
     if context < 1 or seed < 0 or (batch is not None and batch < 1):
         raise BadInput(
-            f"context {context}, seed {seed}, batch {batch}: context and batch must be at least 1, the seed at least 0"
+            f"context {context}, seed {seed}, batch {batch}: context and batch must be at least 1, "
+            f"the seed at least 0"
         )
     if max_context is not None and context > max_context:
         raise BadInput(
-            f"windows of {context} tokens exceed the model's context of {max_context}; ask for shorter ones"
+            f"windows of {context} tokens exceed the model's context of {max_context}; "
+            f"ask for shorter ones"
         )
     if tokens < context:
         raise BadInput(
-            f"{tokens} calibration tokens are not one window of {context}; ask for more, or a smaller context"
+            f"{tokens} calibration tokens are not one window of {context}; "
+            f"ask for more, or a smaller context"
         )
     return tokens // context
 
@@ -180,7 +191,10 @@ def _window_count(
 def _draw(
     model: Model, first: np.ndarray, uniforms: np.ndarray, report: Callable[[int], None]
 ) -> np.ndarray:
-    """[B] tokens before, [B, T] uniforms -> int32 [B, T]. A window's last token is drawn and never read: T places do."""
+    """Tokens [B] before the windows, uniforms [B, T] -> the windows int32 [B, T].
+
+    A window's last token is drawn and never read, so T places do.
+    """
     batch, context = uniforms.shape
     cache = model.new_cache(batch, min(CACHE_STEP, context))
     token, columns, drawn = jnp.asarray(first), jnp.asarray(uniforms.T), []
@@ -208,16 +222,17 @@ def _longer(cache: KeyValues, length: int) -> KeyValues:
 
 @jax.jit
 def pick(logits, columns, position):
-    """Draws a token of each sequence, ~ softmax(logits): the first whose cumulated probability exceeds a uniform.
+    """Draws a token of each sequence: the first whose cumulated softmax exceeds a uniform.
 
-    Cumulated over runs of tokens first, then within one run: on a CPU in a tenth of the time that a Gumbel variable for
-    each logit takes (`jax.random.categorical`).
+    Cumulated over runs of tokens first, then within one run: on a CPU in a tenth of the time that a
+    Gumbel variable for each logit takes (`jax.random.categorical`).
 
     Args:
-      logits: [B, V].
-      columns: uniforms [T, B], of which row `position` is taken.
+        logits: [B, V].
+        columns: uniforms [T, B], of which row `position` is taken.
 
-    Returns: int32 [B]; -1 where logits are not finite.
+    Returns:
+        int32 [B]; -1 where logits are not finite.
     """
     vocabulary = logits.shape[1]
     weights = jnp.exp(logits - logits.max(axis=1, keepdims=True))

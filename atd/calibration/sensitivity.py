@@ -1,22 +1,25 @@
 """What rounding a matrix costs the model, predicted from second moments and gradients.
 
-To second order, the KL divergence of the model's distribution from the dense one is, for an error dW in one linear
-y = W x,
+To second order, the KL divergence of the model's distribution from the dense one is, for an error
+dW in one linear y = W x,
 
     KL = 1/2 sum_o E[g_o^2] (dW H dW')_oo        nats per position
 
-with H = E[x x'] of its inputs and g_o the gradient of -log p(label) by output o, labels drawn from the model itself: the
-Fisher information, its diagonal over outputs and positions. The sum over linears predicts the model's KL.
+with H = E[x x'] of its inputs and g_o the gradient of -log p(label) by output o, labels drawn from
+the model itself: the Fisher information, its diagonal over outputs and positions. The sum over
+linears predicts the model's KL.
 
-dW H dW' is what error feedback leaves, and can be known without it. With H = R R', R upper triangular in the order of
-visits, feedback is successive cancellation: what it leaves of row o is sum_j R_jj^2 e_oj^2, with e_oj the rounding error
-at input j, which is as large as plain rounding's under the same scales. Coordinate descent then lowers that by a factor
-that hardly depends on the layer (LEFT). So a candidate costs one `als` and one product.
+dW H dW' is what error feedback leaves, and can be known without it. With H = R R', R upper
+triangular in the order of visits, feedback is successive cancellation: what it leaves of row o is
+sum_j R_jj^2 e_oj^2, with e_oj the rounding error at input j, which is as large as plain rounding's
+under the same scales. Coordinate descent then lowers that by a factor that hardly depends on the
+layer (LEFT). So a candidate costs one `als` and one product.
 
 One pass forward finds the moments, one back the gradients, a unit's weights in memory at a time.
 `atd.calibration.measured` measures the same.
 
-Sources: Babai's view of GPTQ 2507.18553; Fisher weights as in SqueezeLLM 2306.07629 and GuidedQuant 2505.07004.
+Sources: Babai's view of GPTQ 2507.18553; Fisher weights as in SqueezeLLM 2306.07629 and GuidedQuant
+2505.07004.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,12 +40,13 @@ from atd.models.ops import Weights
 from atd.weights import DTYPES, Dense, DenseType, Ternary, TernaryType
 
 HEAD = 256  # positions whose logits exist at a time
-ROWS = 512  # of a matrix that are rounded to see how large errors are: relative to their size, its rows are alike
-# The share of feedback's loss that two sweeps of descent leave: means over the linears of stories15M, rotated, tied, one
-# scale per row; they spread by 0.03 for one base and 0.01 for more. One base clips what is fed back, which eats the gain.
+ROWS = 512  # of a matrix that are rounded as a sample of all
+# The share of feedback's loss that two sweeps of descent leave: means over the linears of
+# stories15M, rotated, tied, one scale per row; they spread by 0.03 for one base and 0.01 for more.
+# One base clips what is fed back, which eats the gain.
 LEFT = {1: 1.0, 2: 0.95, 3: 0.95, 4: 0.95}
-# One base is beyond the second order: where it dominates, measured KL was 1.7 to 1.9 times what its loss predicts,
-# against 1.3 times elsewhere (stories15M, ten budgets).
+# One base is beyond the second order: where it dominates, measured KL was 1.7 to 1.9 times what its
+# loss predicts, against 1.3 times elsewhere (stories15M, ten budgets).
 BEYOND = {1: 1.5}
 
 Candidates = Mapping[str, Sequence[Candidate]]  # full name of a node -> what its matrix may become
@@ -51,22 +55,27 @@ Candidates = Mapping[str, Sequence[Candidate]]  # full name of a node -> what it
 def fisher_losses(
     graph: Graph, windows: np.ndarray, candidates: Candidates, tokens: int = 2048, seed: int = 0
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Predicts what each candidate costs: 1/2 sum_o E[g_o^2] (dW H dW')_oo, for one base times BEYOND.
+    """Predicts what each candidate costs: 1/2 sum_o E[g_o^2] (dW H dW')_oo, one base times BEYOND.
 
-    An embedding is read in two ways. At a position of token v its error costs 1/2 (g dE_v')^2, g the gradient at its
-    output; where the head is tied to it, 1/2 sum_v p_v (1 - p_v) dE_v H dE_v', p the model's next tokens. A token is as
-    frequent as the model expects it, so both are sums over rows with the same weights, and error feedback can work
-    under the sum of both:
+    An embedding is read in two ways. At a position of token v its error costs 1/2 (g dE_v')^2, g
+    the gradient at its output; where the head is tied to it, 1/2 sum_v p_v (1 - p_v) dE_v H dE_v',
+    p the model's next tokens. A token is as frequent as the model expects it, so both are sums over
+    rows with the same weights, and error feedback can work under the sum of both:
 
-        1/2 sum_v a_v dE_v M dE_v',   M = E[g g'] + sum_v E[p_v (1 - p_v)] H,   a_v = E[p_v (1 - p_v)] / their sum
+        1/2 sum_v a_v dE_v M dE_v'
+        M   = E[g g'] + sum_v E[p_v (1 - p_v)] H
+        a_v = E[p_v (1 - p_v)], over their sum
 
     Args:
-      windows: int32 [windows, context]. H is of all of them, gradients are of the first `tokens` tokens, at least one
-        window.
-      seed: of the labels.
+        graph: the dense model.
+        windows: int32 [windows, context]. H is of all of them.
+        candidates: types that each matrix may become.
+        tokens: of the windows, at least one window, for gradients.
+        seed: of the labels.
 
-    Returns: nats per position, float64 [candidates], by node; and M float32 [D, D] of the embedding by its name, if it is
-    among the candidates.
+    Returns:
+        Nats per position, float64 [candidates], by node; and M float32 [D, D] of the embedding by
+        its name, if it is among the candidates.
     """
     errors, inputs, tied = _errors(graph, windows, candidates, tokens)
     squares, gradient = output_gradients(graph, inputs, candidates, seed)
@@ -90,18 +99,22 @@ def fisher_losses(
 def feedback_loss(
     weight: np.ndarray, type: Candidate, hessian: np.ndarray, pivots: np.ndarray
 ) -> np.ndarray:
-    """Predicts what error feedback and descent leave of (w - q) H (w - q)' in each row: LEFT sum_j R_jj^2 e_j^2.
+    """Predicts what error feedback and descent leave of (w - q) H (w - q)' in each row.
 
-    Of more than ROWS rows a sample is rounded; the others lose in proportion to sum_j R_jj^2 w_j^2, their size where
-    errors count. (Not to w H w', which a mean that all inputs share inflates for some rows many times over.)
+        LEFT sum_j R_jj^2 e_j^2
+
+    Of more than ROWS rows a sample is rounded; the others lose in proportion to sum_j R_jj^2 w_j^2,
+    their size where errors count. (Not to w H w', which a mean that all inputs share inflates for
+    some rows many times over.)
 
     Args:
-      weight: float32 [out, in].
-      type: what it becomes; dense loses nothing.
-      hessian: H float32 [in, in].
-      pivots: R_jj^2 float64 [in], from `feedback_pivots`.
+        weight: float32 [out, in].
+        type: what it becomes; dense loses nothing.
+        hessian: H float32 [in, in].
+        pivots: R_jj^2 float64 [in], from `feedback_pivots`.
 
-    Returns: float64 [out].
+    Returns:
+        float64 [out].
     """
     if isinstance(type, DenseType):
         return np.zeros(len(weight))
@@ -114,9 +127,16 @@ def feedback_loss(
 
 
 def feedback_pivots(hessian: np.ndarray) -> np.ndarray:
-    """Returns R_jj^2 float64 [in], in the order of the inputs: H + damping = R R', R upper triangular in feedback's order.
+    """Returns R_jj^2: H + damping = R R', R upper triangular in the order in which feedback visits.
 
-    R_jj^2 is what is left of input j's second moment once the inputs that are visited after it are known.
+    R_jj^2 is what is left of input j's second moment once the inputs that are visited after it are
+    known.
+
+    Args:
+        hessian: H float32 [in, in].
+
+    Returns:
+        float64 [in], in the order of the inputs.
     """
     factor = error_feedback.factor(hessian)
     order = np.asarray(factor.order)
@@ -142,8 +162,12 @@ def _beyond(type: Candidate) -> float:
 def _errors(
     graph: Graph, windows: np.ndarray, candidates: Candidates, tokens: int
 ) -> tuple[dict[str, np.ndarray], list[np.ndarray], dict[str, np.ndarray]]:
-    """Runs the dense model forward -> (what feedback leaves [candidates, out] of linears with a matrix of their own, each
-    unit's inputs [windows, context, ...] of the first tokens, H of linears that are tied to another's matrix)."""
+    """Runs the dense model forward.
+
+    Returns:
+        What feedback leaves [candidates, out] of linears with a matrix of their own; each unit's
+        inputs [windows, context, ...] of the first tokens; H of linears tied to another's matrix.
+    """
     matrix_of, errors, inputs, tied = _linears(graph, candidates), {}, [], {}
     kept = windows_holding(tokens, windows.shape[1])
     for unit, weights, x, moments in dense_moments(graph, windows, matrix_of):
@@ -168,12 +192,13 @@ def output_gradients(
     """Runs the dense model backward, unit by unit, each computed again from its input.
 
     Args:
-      inputs: of each unit, [windows, context, ...], as `dense_moments` has them.
-      candidates: names the linears that are looked at; the head always is.
-      seed: of the labels.
+        inputs: of each unit, [windows, context, ...], as `dense_moments` has them.
+        candidates: names the linears that are looked at; the head always is.
+        seed: of the labels.
 
-    Returns: E[g^2] float64 [out] at the output of each linear, by name; g float32 [windows, context, D] at the output of
-    the embedding. g is the gradient of -log p(label), summed over positions.
+    Returns:
+        E[g^2] float64 [out] at the output of each linear, by name; g float32 [windows, context, D]
+        at the output of the embedding. g is the gradient of -log p(label), summed over positions.
     """
     squares, head = {}, graph.epilogue.full_name(graph.epilogue.nodes[-1])
     gradient, squares[head] = _head_gradient(graph, inputs[-1], seed)
@@ -200,7 +225,10 @@ def output_gradients(
 
 
 def _head_gradient(graph: Graph, x: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(gradient of -log p(label) by the epilogue's input x [windows, context, D], E[g^2] = E[p (1 - p)] [V])."""
+    """Gradient of -log p(label) by the epilogue's input x [windows, context, D]; E[g^2] [V] there.
+
+    At the logits E[g^2] = E[p (1 - p)].
+    """
     weights, embedding = dense_weights(graph.epilogue.nodes), None
     if graph.is_tied:
         embedding = Dense(jnp.asarray(graph.prologue.nodes[0].weights["weight"].dense()))
@@ -216,7 +244,7 @@ def _head_gradient(graph: Graph, x: np.ndarray, seed: int) -> tuple[np.ndarray, 
 
 
 def _linears(graph: Graph, candidates: Candidates) -> dict[str, str]:
-    """Linear -> the candidate whose matrix it multiplies by: itself, or the embedding that it is tied to."""
+    """The candidate whose matrix each linear multiplies by: itself, or what it is tied to."""
     matrix_of = {
         name: node.attrs.get("tied_to", name) for name, node in graph.nodes() if node.op == "linear"
     }
@@ -227,8 +255,8 @@ def _linears(graph: Graph, candidates: Candidates) -> dict[str, str]:
 def _unit_gradient(
     structure: Structure, watched: tuple[str, ...], source: str, weights: Weights, x, gradient
 ):
-    """Gradient at the unit's output [B, T, D] -> (at the value `source`, which is x; the sum of g^2 [out] over positions
-    at each watched linear)."""
+    """Gradient at the unit's output [B, T, D] -> that at the value `source`, which is x; and the
+    sum over positions of g^2 [out] at each watched linear."""
 
     def unit_output(x, offsets):
         return run(structure.block, weights, {source: x}, offsets=offsets)[0][
@@ -243,7 +271,7 @@ def _unit_gradient(
 
 @partial(jax.jit, static_argnames="structure")
 def _label_gradient(structure: Structure, weights: Weights, embedding, x, key):
-    """x [1, P, D] -> (gradient of sum -log p(label) by x, labels drawn from p; sum p (1 - p) [V] over positions)."""
+    """Gradient by x [1, P, D] of sum -log p(label), labels drawn from p; sum p (1 - p) [V]."""
 
     def loss(x):
         logits = output(structure.block, weights, x, embedding=embedding)  # [1, P, V]

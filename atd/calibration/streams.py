@@ -1,14 +1,12 @@
-"""Calibration: text runs through the dense model and through the model as far as it is quantized, a unit at a time.
+"""Text runs through the dense model and through the model as far as it is quantized, unit by unit.
 
-Two streams of the same tokens stand in front of the unit that is being worked on: `dense`, the residual stream of the
-model as it was before the first pass that asks, and `quantized`, that of the model with all earlier units as they will
-be written. Within the unit, values are computed when somebody asks for them and dropped when nothing can ask again:
+Two streams of the same tokens stand in front of the unit that is being worked on: `dense`, the
+residual stream of the model as it was before the first pass that asks, and `quantized`, that of the
+model with all earlier units as they will be written. Within the unit, values are computed when
+somebody asks for them and dropped when nothing can ask again.
 
-    moments(node)    H = X_q' X_q / n of the node's inputs X_q in the quantized stream, what error feedback weighs
-                     errors with, and C = X_d' X_q / n with those of the dense stream, what its target is corrected by
-
-Inputs of a linear in the quantized stream are made by the unit's own earlier linears as they were just quantized, so a
-unit's linears are worked on in order of execution. Products are float32, sums over batches float64.
+Inputs of a linear in the quantized stream are made by the unit's own earlier linears as they were
+just quantized, so a unit's linears are worked on in order of execution.
 """
 
 from collections import Counter
@@ -24,25 +22,29 @@ from atd.host import return_freed
 from atd.ir import Block
 from atd.models.execute import compiled_node, dense_weights, needed, run
 
-LARGE = (
-    128 << 20
-)  # bytes of a value in all batches, behind which freed memory is given back: it takes time
-BATCH = 4096  # positions that run together: at least one window
+LARGE = 128 << 20  # bytes of a value, behind which freed memory is given back, which takes time
+BATCH = 4096  # most positions that run together, unless one window has more
 
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Second moments of a linear's inputs over `positions` positions."""
+    """Second moments of a linear's inputs, X_d in the dense stream and X_q in the quantized one.
 
-    hessian: np.ndarray  # float32 [in, in]: X_q' X_q / n
-    cross: np.ndarray  # float32 [in, in]: X_d' X_q / n
-    positions: int
+    Products are float32, sums over batches float64.
+    """
+
+    hessian: (
+        np.ndarray
+    )  # H = X_q' X_q / n, float32 [in, in]: what error feedback weighs errors with
+    cross: np.ndarray  # C = X_d' X_q / n, float32 [in, in]: what its target is corrected by
+    positions: int  # n
 
 
 class Calibration:
-    """The two streams of one run. `tokens` int32 [windows, context]."""
+    """The two streams of a run over calibration text."""
 
     def __init__(self, tokens: np.ndarray):
+        """tokens: int32 [windows, context]."""
         self.tokens = tokens
         self.digest = tokens_digest(tokens)
         windows = max(1, BATCH // tokens.shape[1])
@@ -53,7 +55,11 @@ class Calibration:
         self._moments: dict[str, Moments] = {}
 
     def begin(self, dense: Block, quantized: Block) -> Block:
-        """Goes to the next unit, as it was and as it becomes; returns the latter with weights that are loaded once."""
+        """Goes to the next unit, as it was and as it becomes.
+
+        Returns:
+            The latter, with weights that are kept once they were loaded.
+        """
         quantized = _loaded_once(quantized)
         self._dense.enter(dense)
         self._quantized.enter(quantized)
@@ -66,12 +72,15 @@ class Calibration:
         self._quantized.leave()
 
     def moments(self, full_name: str) -> Moments:
-        """Of the inputs of the linear with this full name in the unit at hand; linears that share an input share them."""
-        node = next(
-            node
-            for node in self._dense.block.nodes
-            if self._dense.block.full_name(node) == full_name
-        )
+        """Returns the moments of what a linear of the unit reads.
+
+        Linears that share an input share them.
+
+        Args:
+            full_name: the linear's.
+        """
+        unit = self._dense.block
+        node = next(node for node in unit.nodes if unit.full_name(node) == full_name)
         (value,) = node.inputs
         if value not in self._moments:
             self._moments[value] = _moments(self._dense.value(value), self._quantized.value(value))
@@ -79,7 +88,7 @@ class Calibration:
 
 
 class _Stream:
-    """One model's values of all batches: `x` in front of the unit, and what was asked for inside it."""
+    """One model's values in all batches: its input, and what was asked for inside the unit."""
 
     def __init__(self, batches: list):
         self.x = batches
@@ -95,10 +104,10 @@ class _Stream:
         self.x, self._values = self.value(self.block.output), {}
 
     def value(self, name: str) -> list[jax.Array]:
-        """The value of a node in each batch, [B, T, features].
+        """Returns the value of a node in each batch, [B, T, features].
 
-        What it needs is computed with it, batch by batch: what nobody reads afterwards, as an MLP's gate and up, is never
-        there of all batches at once.
+        What it needs is computed with it, batch by batch: of what nobody reads afterwards, as an
+        MLP's gate and up, one batch is there at a time.
         """
         if name not in self._values:
             nodes = needed(self.block, self._values, [name])
@@ -122,7 +131,7 @@ class _Stream:
 
 
 def _loaded_once(block: Block) -> Block:
-    """The block whose weights are kept once they were loaded: the shard and the stream ask for the same ones."""
+    """The block with weights that are kept once loaded: shard and stream ask for the same ones."""
     return block.map_weights(lambda ref: replace(ref, load=cache(ref.load)))
 
 

@@ -1,4 +1,4 @@
-"""Which text a conversion is calibrated on: files, text that the model writes itself, or several of them in equal parts."""
+"""Which text a conversion is calibrated on: files, text that the model writes, or both in turns."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,17 +33,20 @@ def calibration_text(
     """Cuts windows from texts: `tokens` tokens in equal parts from each, in turns.
 
     Args:
-      texts: files, or SELF for text that the model writes.
-      source: the checkpoint, for its tokenizer.
-      graph: its graph, which writes SELF.
-      cache: where what it writes is kept.
-      context: tokens per window; the model's, where that is shorter.
-      seed: of what the model writes.
-      sha256: that the windows must have; "": any.
+        texts: files, or SELF for text that the model writes.
+        source: the checkpoint, for its tokenizer.
+        graph: its graph, which writes SELF.
+        cache: where what it writes is kept.
+        context: tokens per window; the model's, where that is shorter.
+        seed: of what the model writes.
+        sha256: that the windows must have; "": any.
 
-    Returns: int32 [windows, context].
+    Returns:
+        int32 [windows, context].
 
-    Raises: BadInput where a text is too short (says how much is needed), or the windows have another sha256.
+    Raises:
+        BadInput: where a text is too short (says how much is needed), or the windows have another
+            sha256.
     """
     context = min(context, graph.config.get("max_position_embeddings") or context)
     count = tokens // len(texts)
@@ -60,8 +63,9 @@ def calibration_text(
     windows = windows.reshape(-1, context)
     if sha256 not in ("", digest := tokens_digest(windows)):
         raise BadInput(
-            f"the recipe was calibrated on other text: {', '.join(texts)} gives tokens of sha256 {digest[:12]}..., "
-            f"it names {sha256[:12]}...; give that text with --calib, or remove calibration_sha256 from the recipe"
+            f"the recipe was calibrated on other text: {', '.join(texts)} gives tokens of sha256 "
+            f"{digest[:12]}..., it names {sha256[:12]}...; give that text with --calib, or remove "
+            f"calibration_sha256 from the recipe"
         )
     say(f"calibration: {len(windows)} windows of {context} tokens, {' and '.join(texts)}")
     return windows

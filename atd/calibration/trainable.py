@@ -1,14 +1,19 @@
-"""Trainable units: a unit whose weights are functions of parameters, so that they can follow a gradient.
+"""Trainable units: their weights are functions of parameters, and can follow a gradient.
 
-A parameter is what a weight changes by; where all are zero, the weights are those that were converted:
+A parameter is what a weight changes by; where all are zero, weights are as they were converted:
 
-    scales   s exp(theta), theta float32 shaped like the scales: relative steps, and a scale stays positive
-    gain     g (1 + gamma) of an RMS norm
-    codes    latent weights v = q + delta u, with q the weights as they were decomposed and u the smallest scale of the
-             group: delta is counted in levels. The weight is the level nearest to v; the gradient passes straight
-             through (Bengio 1308.3432; EfficientQAT 2407.11062), but where v lies beyond the outermost level
+scales
+    s exp(theta), theta float32 shaped like the scales: relative steps, and a scale stays positive.
+gain
+    g (1 + gamma) of an RMS norm.
+codes
+    Latent weights v = q + delta u, with q the weights as they were decomposed and u the smallest
+    scale of the group: delta is counted in levels. The weight is the level nearest to v; the
+    gradient passes straight through (Bengio 1308.3432; EfficientQAT 2407.11062), but where v lies
+    beyond the outermost level.
 
-`trainable` makes a unit, `atd.calibration.gradients` runs it and takes gradients, `merged` makes a block of it again.
+`trainable` makes a unit, `atd.calibration.gradients` runs it and takes gradients, and `merged`
+makes a block of it again.
 """
 
 from dataclasses import dataclass, replace
@@ -84,11 +89,14 @@ def trainable(
 ) -> TrainableUnit:
     """Loads the weights of a block and makes a unit of them.
 
-    Latent weights start in the middle of their level. (Where they start toward the dense weights, many are near the edge
-    of their level after error feedback, the first steps flip them together, and the loss triples.)
+    Latent weights start in the middle of their level. (Where they start toward the dense weights,
+    many are near the edge of their level after error feedback, the first steps flip them together,
+    and the loss triples.)
 
     Args:
-      scales, gains, codes: which parameters there are. The matrices of rotations have none: they stay orthogonal.
+        block: converted.
+        scales, gains, codes: which parameters there are. The matrices of rotations have none: they
+            stay orthogonal.
     """
     fixed: dict[str, dict[str, Any]] = {}
     parameters: Parameters = {}
@@ -166,10 +174,13 @@ def nearest(latent, scales, matrix: QuantizedMatrix) -> tuple[jax.Array, jax.Arr
     """Finds the levels nearest to latent weights.
 
     Args:
-      latent: float32 [out, in].
-      scales: float32, shaped as the matrix's.
+        latent: float32 [out, in].
+        scales: float32, shaped as the matrix's.
+        matrix: says how groups lie, and whether they are tied.
 
-    Returns: their codes int8 [out, in], and where the latent weights lie within half a level of the range, bool [out, in].
+    Returns:
+        Their codes int8 [out, in], and where the latent weights lie within half a level of the
+        range, bool [out, in].
     """
     if matrix.tied:
         level = latent / nonzero(_spread(scales[..., 0], matrix))
@@ -190,13 +201,13 @@ def _scales(matrix: QuantizedMatrix, deltas: Deltas) -> jax.Array:
 
 
 def _latent(matrix: QuantizedMatrix, deltas: Deltas) -> jax.Array:
-    """The latent weights [out, in]: as many levels away from those at the start as the codes' deltas say."""
+    """The latent weights [out, in]: away from those at the start by the codes' deltas, in levels."""
     start = _combine(_signed(matrix.codes, matrix), matrix.scales, matrix)
     return start + deltas["codes"] * _spread(matrix.scales[..., -1], matrix)
 
 
 def _signed(codes, matrix: QuantizedMatrix) -> list[jax.Array]:
-    """What each stored scale is multiplied by, float32 [out, in] each: the integer (tied), or the trits."""
+    """What each stored scale is multiplied by, float32 [out, in]: the integer (tied), or trits."""
     if matrix.tied:
         return [codes.astype(jnp.float32)]
     trits = trits_of(codes, matrix.scales.shape[-1]).astype(jnp.float32)
@@ -205,7 +216,8 @@ def _signed(codes, matrix: QuantizedMatrix) -> list[jax.Array]:
 
 def _combine(signed: list[jax.Array], scales, matrix: QuantizedMatrix) -> jax.Array:
     """The sum over bases of factors [out, in] times scales."""
-    return sum(part * _spread(scales[..., i], matrix) for i, part in enumerate(signed))  # type: ignore[return-value]
+    parts = (part * _spread(scales[..., i], matrix) for i, part in enumerate(signed))
+    return jnp.asarray(sum(parts))
 
 
 def _spread(scales, matrix: QuantizedMatrix) -> jax.Array:
@@ -219,8 +231,8 @@ def _spread(scales, matrix: QuantizedMatrix) -> jax.Array:
 def merged(unit: TrainableUnit, parameters: Parameters) -> Block:
     """Returns the block with the weights at these parameters, of the types that they had.
 
-    Scales are rounded to what their type stores, codes are those nearest under the rounded scales. Gains that changed
-    become float32, and are no longer marked as ones.
+    Scales are rounded to what their type stores, codes are those nearest under the rounded scales.
+    Gains that changed become float32, and are no longer marked as ones.
     """
 
     def node(node: Node) -> Node:

@@ -1,4 +1,4 @@
-"""Windows of calibration text, int32 [windows, context]: cut from a text, counted, and identified."""
+"""Windows of calibration text, int32 [windows, context]: cut, counted, identified."""
 
 import hashlib
 
@@ -10,9 +10,19 @@ from atd.errors import BadInput
 def cut_windows(
     tokens: np.ndarray, count: int, context: int, text: str = "the calibration text"
 ) -> np.ndarray:
-    """Returns the first `count` tokens as windows [count // context, context] that do not overlap.
+    """Cuts windows that do not overlap.
 
-    Raises BadInput where there are too few; `text` is what the message calls them.
+    Args:
+        tokens: int [n].
+        count: of them that are cut.
+        context: tokens per window.
+        text: what the message calls them.
+
+    Returns:
+        [count // context, context].
+
+    Raises:
+        BadInput: there are too few tokens.
     """
     windows = count // context
     if windows < 1:

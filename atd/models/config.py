@@ -1,11 +1,11 @@
-"""What config.json says about a model of the llama family, validated, with the defaults of transformers filled in.
+"""What config.json says about a model of the llama family, validated, transformers' defaults added.
 
     llama      biases by attention_bias (q, k, v, o) and mlp_bias
     mistral    one sliding window for all layers
     qwen2      biases on q, k, v; sliding windows by layer
-    qwen3      RMS norms on q and k, over each head; biases by attention_bias; sliding windows by layer
+    qwen3      RMS norms on q and k, over each head; biases by attention_bias; windows as qwen2
 
-Read from the sources of transformers 5.23 (`models/*/configuration_*.py`, `modeling_rope_utils.py`).
+Source: transformers 5.23 (`models/*/configuration_*.py`, `modeling_rope_utils.py`).
 """
 
 import math
@@ -14,18 +14,15 @@ from dataclasses import dataclass
 from atd.errors import BadInput
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-_KV_HEADS = {
-    "mistral": 8,
-    "qwen2": 32,
-    "qwen3": 32,
-}  # transformers' default where the key is absent; llama: all heads
+# Where the key is absent; llama: all heads.
+_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
 _MOST_LAYERS = 10_000  # more is a damaged file, and would be a graph that fills the memory
 _ROPE_TYPES = ("default", "linear", "llama3")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A model of the llama family. Names are those of config.json where it has the same thing."""
+    """A model of the llama family, in the names of config.json where it has the same thing."""
 
     model_type: str
     vocab_size: int
@@ -38,10 +35,8 @@ class ModelConfig:
     rms_norm_eps: float
     tie_word_embeddings: bool
     rope_theta: float
-    rope_scaling: tuple  # (), ("linear", factor) or ("llama3", factor, low factor, high factor, original context)
-    windows: tuple[
-        int, ...
-    ]  # positions that each layer attends to, its own included; 0: all of the past
+    rope_scaling: tuple  # as `atd.models.ops.rope_frequencies` takes it
+    windows: tuple[int, ...]  # positions that each layer attends to, its own included; 0: all
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
@@ -49,56 +44,50 @@ class ModelConfig:
 
 
 def check_architecture(config: dict, origin) -> str:
-    """The model_type, if it is supported; else raises BadInput, naming it and the supported ones."""
+    """Returns the model_type; raises BadInput, with what is supported, where it is another."""
     family = config.get("model_type")
     if family not in FAMILIES:
-        architectures = config.get("architectures")
-        named = (
-            f" ({', '.join(map(str, architectures))})"
-            if isinstance(architectures, list) and architectures
-            else ""
-        )
+        architectures, named = config.get("architectures"), ""
+        if isinstance(architectures, list) and architectures:
+            named = f" ({', '.join(map(str, architectures))})"
         raise BadInput(
-            f"{origin}: the architecture {family!r}{named} is not supported; supported: {', '.join(FAMILIES)}"
+            f"{origin}: the architecture {family!r}{named} is not supported; "
+            f"supported: {', '.join(FAMILIES)}"
         )
     return family
 
 
 def parse_config(config: dict, origin) -> ModelConfig:
-    """config.json -> ModelConfig; `origin` is what messages name.
+    """Validates a config.json.
 
-    Raises BadInput for a key that is missing, wrong, or not supported.
+    Args:
+        config: its content.
+        origin: what messages name.
+
+    Raises:
+        BadInput: a key is missing, wrong, or not supported.
     """
     family = check_architecture(config, origin)
     read = _Reader(config, str(origin))
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise BadInput(
-            f"{origin}: config.json: hidden_act {config['hidden_act']!r} is not supported; supported: silu"
-        )
-    hidden, heads, layers = (
-        read.count(key) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers")
-    )
+        raise read.error(f"hidden_act {config['hidden_act']!r} is not supported; supported: silu")
+    hidden, heads = read.count("hidden_size"), read.count("num_attention_heads")
+    layers = read.count("num_hidden_layers")
+    all_heads = config.get("num_key_value_heads", 0) is None
     kv_heads = read.count(
-        "num_key_value_heads",
-        heads if config.get("num_key_value_heads", 0) is None else _KV_HEADS.get(family, heads),
+        "num_key_value_heads", heads if all_heads else _KV_HEADS.get(family, heads)
     )
     head_dim = read.count("head_dim", 128 if family == "qwen3" else hidden // heads or None)
     if layers > _MOST_LAYERS:
-        raise BadInput(
-            f"{origin}: config.json: num_hidden_layers is {layers}; expected at most {_MOST_LAYERS}"
-        )
+        raise read.error(f"num_hidden_layers is {layers}; expected at most {_MOST_LAYERS}")
     if heads % kv_heads:
-        raise BadInput(
-            f"{origin}: config.json: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
+        raise read.error(
+            f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
         )
     if head_dim % 2:
-        raise BadInput(
-            f"{origin}: config.json: head_dim {head_dim} is odd; rotary embeddings need an even one"
-        )
+        raise read.error(f"head_dim {head_dim} is odd; rotary embeddings need an even one")
     if family == "llama" and hidden % heads:
-        raise BadInput(
-            f"{origin}: config.json: hidden_size {hidden} is no multiple of num_attention_heads {heads}"
-        )
+        raise read.error(f"hidden_size {hidden} is no multiple of num_attention_heads {heads}")
     theta, scaling = _rope(config, read)
     attention_bias = family in ("llama", "qwen3") and read.flag("attention_bias")
     return ModelConfig(
@@ -124,59 +113,54 @@ def parse_config(config: dict, origin) -> ModelConfig:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Typed values of a JSON object. `default` stands for a key that is absent or null; without one it is required."""
+    """Typed values of a JSON object. A key that is absent or null has the default, or is missing."""
 
     values: dict
     origin: str
     place: str = "config.json"
+
+    def error(self, what: str) -> BadInput:
+        return BadInput(f"{self.origin}: {self.place}: {what}")
 
     def _value(self, key: str, default, kind: str, valid):
         value = self.values.get(key)
         if value is None:
             value = default
         if value is None:
-            raise BadInput(f"{self.origin}: {self.place}: {key} is missing; expected {kind}")
+            raise self.error(f"{key} is missing; expected {kind}")
         if not valid(value):
-            raise BadInput(f"{self.origin}: {self.place}: {key} is {value!r}; expected {kind}")
+            raise self.error(f"{key} is {value!r}; expected {kind}")
         return value
 
     def count(self, key: str, default: int | None = None) -> int:
         return self._value(key, default, "a positive integer", lambda v: type(v) is int and v > 0)
 
     def number(self, key: str, default: float | None = None) -> float:
-        return float(
-            self._value(
-                key,
-                default,
-                "a positive number",
-                lambda v: type(v) in (int, float) and 0 < v < math.inf,
-            )
-        )
+        def valid(value) -> bool:
+            return type(value) in (int, float) and 0 < value < math.inf
+
+        return float(self._value(key, default, "a positive number", valid))
 
     def flag(self, key: str, default: bool = False) -> bool:
         return self._value(key, default, "true or false", lambda v: type(v) is bool)
 
 
 def _rope(config: dict, read: _Reader) -> tuple[float, tuple]:
-    """(theta, scaling) from `rope_theta` and `rope_scaling`, or from transformers 5's `rope_parameters`."""
+    """(theta, scaling), of `rope_theta` and `rope_scaling` or transformers 5's `rope_parameters`."""
     place = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     rope = config.get(place) or {}
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-        raise BadInput(
-            f"{read.origin}: config.json: {place} is {rope!r}; expected one object for all layers"
-        )
+        raise read.error(f"{place} is {rope!r}; expected one object for all layers")
     inner = _Reader(rope, read.origin, f"config.json: {place}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in _ROPE_TYPES:
-        raise BadInput(
-            f"{inner.origin}: {inner.place}: rope type {kind!r} is not supported; supported: {', '.join(_ROPE_TYPES)}"
+        raise inner.error(
+            f"rope type {kind!r} is not supported; supported: {', '.join(_ROPE_TYPES)}"
         )
     for values in (rope, config):
         part = values.get("partial_rotary_factor")
         if part not in (1, None):
-            raise BadInput(
-                f"{read.origin}: config.json: partial_rotary_factor {part!r} is not supported; supported: 1.0"
-            )
+            raise read.error(f"partial_rotary_factor {part!r} is not supported; supported: 1.0")
     theta = inner.number("rope_theta", read.number("rope_theta", 10000.0))
     if kind == "default":
         return theta, ()
@@ -184,13 +168,9 @@ def _rope(config: dict, read: _Reader) -> tuple[float, tuple]:
         return theta, ("linear", inner.number("factor"))
     low, high = inner.number("low_freq_factor"), inner.number("high_freq_factor")
     if low >= high:
-        raise BadInput(
-            f"{inner.origin}: {inner.place}: low_freq_factor {low} is not below high_freq_factor {high}"
-        )
-    key = "original_max_position_embeddings"
-    original = read.count(
-        key, inner.count(key, read.count("max_position_embeddings", 2048))
-    )  # the outer key wins in transformers
+        raise inner.error(f"low_freq_factor {low} is not below high_freq_factor {high}")
+    key = "original_max_position_embeddings"  # the outer key wins in transformers
+    original = read.count(key, inner.count(key, read.count("max_position_embeddings", 2048)))
     return theta, ("llama3", inner.number("factor"), low, high, original)
 
 
@@ -208,22 +188,20 @@ def _windows(family: str, layers: int, read: _Reader) -> tuple[int, ...]:
     if kinds is None:
         first = config.get("max_window_layers", 28)
         if type(first) is not int:
-            raise BadInput(
-                f"{read.origin}: config.json: max_window_layers is {first!r}; expected an integer"
-            )
+            raise read.error(f"max_window_layers is {first!r}; expected an integer")
         return tuple(window if i >= first else 0 for i in range(layers))
     if (
         not isinstance(kinds, list)
         or len(kinds) != layers
         or not set(map(str, kinds)) <= {"full_attention", "sliding_attention"}
     ):
-        raise BadInput(
-            f"{read.origin}: config.json: layer_types is {kinds!r}; "
-            f"expected full_attention or sliding_attention for each of {layers} layers"
+        raise read.error(
+            f"layer_types is {kinds!r}; expected full_attention or sliding_attention for each of "
+            f"{layers} layers"
         )
     if "sliding_attention" in kinds and not window:
-        raise BadInput(
-            f"{read.origin}: config.json: layer_types has sliding_attention, "
-            f"but use_sliding_window is off or sliding_window missing"
+        raise read.error(
+            "layer_types has sliding_attention, but use_sliding_window is off or "
+            "sliding_window missing"
         )
     return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)

@@ -1,8 +1,9 @@
-"""The engine: `run` executes the nodes of a unit (prologue, block or epilogue), whoever asks for their values.
+"""The engine: `run` executes the nodes of a unit (prologue, block or epilogue) for all who ask.
 
-The model runs units with caches and with kernels that compute several nodes at once; calibration runs parts of a unit
-and looks at values inside it; gradients are taken by offsets of such values, or by weights. `atd.models.ops` has the
-reference of each op, `atd.models.fusion` which nodes kernels take together.
+Models run units with caches, and with kernels that compute several nodes at once. Calibration runs
+parts of a unit and takes values inside it. Gradients are by weights, or by offsets of such values.
+`atd.models.ops` has the reference of each op, `atd.models.fusion` says which nodes kernels take
+together.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -41,7 +42,7 @@ def structure_of(block: Block) -> Structure:
 
 
 def _bare(node: Node) -> Node:
-    """The node without weights, which may keep data alive, and with the attrs alone that its op reads."""
+    """The node without weights, which may keep data alive, and with those attrs that its op reads."""
     op = OPS[node.op]
     attrs = {key: node.attrs[key] for key in (*op.attrs, *op.optional_attrs) if key in node.attrs}
     return Node(node.name, node.op, node.inputs, {}, attrs)
@@ -72,19 +73,23 @@ def run(
     """Executes the nodes that the wanted values need, in order.
 
     Args:
-      weights: by node and slot.
-      known: values that are there already, by name, each [B, T, features]: the block's input as "x" (token ids
-        [B, T] in the prologue), or values inside it.
-      wanted: names of the values to return; None: the last node's, the block's output.
-      positions: int32 [B, T], where each token stands in its sequence; None: the sequences are whole, 0 ... T-1.
-      cache: keys and values so far of each attention node. The tokens are one of each sequence, which attends to the
-        cache, or the beginning of the sequences, which attends to itself and fills the cache. None: no cache.
-      embedding: the weight of a linear with `tied_to`.
-      backend: of `atd.kernels.matmul`, for weights that are not dense.
-      offsets: what is added to values, by name: their gradient is that of the value.
-      run_node: `ops.run_node`, or `compiled_node` to compile each node by itself.
+        block: a unit; its name and its nodes' weights are not looked at.
+        weights: by node and slot.
+        known: values that are there already, by name, each [B, T, features]: the block's input as
+            "x" (token ids [B, T] in the prologue), or values inside it.
+        wanted: names of the values to return; None: the last node's, the block's output.
+        positions: int32 [B, T], where each token stands in its sequence; None: the sequences are
+            whole, 0 ... T-1.
+        cache: keys and values so far of each attention node. The tokens are one of each sequence,
+            which attends to the cache, or the beginning of the sequences, which attends to itself
+            and fills the cache. None: no cache.
+        embedding: the weight of a linear with `tied_to`.
+        backend: of `atd.kernels.matmul`, for weights that are not dense.
+        offsets: what is added to values, by name: their gradient is that of the value.
+        run_node: `ops.run_node`, or `compiled_node` to compile each node by itself.
 
-    Returns: the wanted values by name, and the new cache.
+    Returns:
+        The wanted values by name, and the new cache.
     """
     wanted = (block.output,) if wanted is None else wanted
     offsets, cache = offsets or {}, cache or {}
@@ -131,7 +136,7 @@ def forward(structure: Structure, weights: Weights, x, embedding: Weight | None 
 
 
 def needed(block: Block, known: Collection[str], wanted: Sequence[str]) -> tuple[Node, ...]:
-    """Returns the nodes that have to run for the wanted values, in order, where the known ones are there."""
+    """Returns the nodes that have to run, in order, for wanted values from the known ones."""
     missing = {name for name in wanted if name not in known}
     for node in reversed(block.nodes):
         if node.name in missing:
@@ -142,7 +147,10 @@ def needed(block: Block, known: Collection[str], wanted: Sequence[str]) -> tuple
 def compiled_node(
     node: Node, inputs, weights: dict[str, Weight], positions, places, embedding, backend
 ) -> tuple[jax.Array, Cache | None]:
-    """`ops.run_node`, compiled by itself; nodes of one op and attrs share it whatever they are called."""
+    """Runs a node as `ops.run_node` does, compiled by itself.
+
+    Nodes of one op and attrs share it, whatever they are called.
+    """
     compiled = _compiled(node.op, tuple(sorted(_bare(node).attrs.items())), backend)
     return compiled(inputs, weights, positions, places, embedding)
 
@@ -159,7 +167,7 @@ def _product(
     embedding: Weight | None,
     backend: str | None,
 ) -> jax.Array | None:
-    """The value of a product by kernels that compute all of it; None where there are none for its tokens and weights."""
+    """The value of a product by kernels that compute all of it; None where none do here."""
     mine = weights.get(product.linear.name, {})
     weight, x = mine.get("weight") or embedding, values[product.source]
     if isinstance(weight, Dense | None):
@@ -180,8 +188,7 @@ def _attend(
     places: Cache | None,
     backend: str | None,
 ) -> tuple[jax.Array, Cache] | tuple[None, None]:
-    """(value, new cache) of an attention by a kernel that computes all of it; None and None where there is none for
-    its tokens and cache."""
+    """(value, new cache) of an attention by one kernel; (None, None) where none computes it here."""
     q, k, v = ((values[name], first) for name, first in found.parts)
     if places is None or q[0].shape[1] > 1:
         return None, None

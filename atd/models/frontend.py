@@ -1,12 +1,11 @@
-"""Checkpoints to graphs: a config and a table of tensors become the IR, checked on shapes and dtypes, without data.
+"""Checkpoints to graphs: a config and a table of tensors become the IR, checked without data.
 
-`open(path)` takes a Hugging Face folder or a GGUF file of a family in `atd.models.config`, and folders that atd wrote,
-whose graph is stored beside the weights.
+`open(path)` takes a Hugging Face folder or a GGUF file of a family in `atd.models.config`, and
+folders that atd wrote, whose graph is stored beside the weights.
 """
 
 import re
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,17 +21,20 @@ from atd.weights import DTYPE_NAMES, DenseType, Weight, WeightType, build, store
 
 FORMAT_VERSION = 1
 _WEIGHT_DTYPES = ("f32", "f16", "bf16")
-_HARMLESS = re.compile(
-    r"(.*\.)?rotary_emb\.inv_freq"
-)  # a buffer that older versions of transformers saved
-_SHOWN = 20  # problems in one message
+_HARMLESS = re.compile(r"(.*\.)?rotary_emb\.inv_freq")  # a buffer of older transformers
+_SHOWN = 20  # most problems in one message
 
 
 def open(path: str | Path) -> Graph:
-    """The verified graph of the checkpoint at `path`; headers alone are read.
+    """Opens a checkpoint; headers alone are read.
 
-    Raises BadInput: for an architecture that is not supported (before anything but the config is read), for a broken
-    checkpoint, and, in one message, for all tensors that are missing, left over, or of the wrong shape or dtype.
+    Returns:
+        Its graph, verified.
+
+    Raises:
+        BadInput: the architecture is not supported (this is seen before anything but the config is
+            read), the checkpoint is broken, or tensors are missing, left over, or of the wrong
+            shape or dtype: one message names all of them.
     """
     path = Path(path)
     if is_gguf(path):
@@ -58,8 +60,8 @@ def open(path: str | Path) -> Graph:
         )
     if version > FORMAT_VERSION:
         raise BadInput(
-            f"{path}: written in version {version} of atd's format; this atd reads versions up to {FORMAT_VERSION}; "
-            f"install a newer atd"
+            f"{path}: written in version {version} of atd's format; "
+            f"this atd reads versions up to {FORMAT_VERSION}; install a newer atd"
         )
     return _verified(_from_stored_graph(open_checkpoint(path)), path)
 
@@ -74,7 +76,7 @@ def _verified(graph: Graph, path: Path) -> Graph:
 
 @dataclass
 class _Binder:
-    """Gives out references to a checkpoint's tensors, and remembers what was used and what was wrong with it."""
+    """Gives out references to a checkpoint's tensors; notes which were used, and what is wrong."""
 
     checkpoint: Checkpoint
     used: set[str] = field(default_factory=set)
@@ -85,23 +87,21 @@ class _Binder:
         parts = stored(tensor, type)
         found = [self._find(name, shape, (_NAMES[dtype],)) for name, shape, dtype in parts.values()]
         names = {slot: name for slot, (name, _, _) in parts.items()}
-        return WeightRef(
-            tensor,
-            type,
-            partial(_load, self.checkpoint, type, names),
-            "; ".join(part.source for part in found if part),
-        )
+        return self._reference(tensor, type, names, found)
 
     def dense(self, tensor: str, *shape: int, place: str) -> WeightRef:
-        """The weight called `tensor`, of this shape and the dtype in which the file has it under the name `place`."""
+        """The weight called `tensor`, of this shape, and the dtype that the file has at `place`."""
         found = self._find(place, shape, _WEIGHT_DTYPES)
         type = DenseType(shape, found.dtype if found else "f32")
-        return WeightRef(
-            tensor,
-            type,
-            partial(_load, self.checkpoint, type, {"array": place}),
-            found.source if found else "",
-        )
+        return self._reference(tensor, type, {"array": place}, [found])
+
+    def _reference(
+        self, tensor: str, type: WeightType, names: dict[str, str], found: list[StoredTensor | None]
+    ) -> WeightRef:
+        def load() -> Weight:
+            return build(type, {slot: self.checkpoint.read(name) for slot, name in names.items()})
+
+        return WeightRef(tensor, type, load, "; ".join(part.source for part in found if part))
 
     def _find(
         self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]
@@ -142,11 +142,7 @@ class _Binder:
 _NAMES = {**DTYPE_NAMES, np.dtype(np.int8): "i8", np.dtype(np.uint8): "u8"}
 
 
-def _load(checkpoint: Checkpoint, type: WeightType, names: dict[str, str]) -> Weight:
-    return build(type, {slot: checkpoint.read(name) for slot, name in names.items()})
-
-
-# --- folders that atd wrote -------------------------------------------------------------------------------------------
+# --- folders that atd wrote ---------------------------------------------------------------------
 
 
 def _from_stored_graph(checkpoint: Checkpoint) -> Graph:
@@ -161,7 +157,7 @@ def _from_stored_graph(checkpoint: Checkpoint) -> Graph:
     return graph
 
 
-# --- Hugging Face's models --------------------------------------------------------------------------------------------
+# --- Hugging Face's models ----------------------------------------------------------------------
 
 
 def _from_config(checkpoint: Checkpoint, config: ModelConfig) -> Graph:
@@ -181,7 +177,7 @@ def _from_config(checkpoint: Checkpoint, config: ModelConfig) -> Graph:
 
 
 def _head_is_embedding(checkpoint: Checkpoint) -> bool:
-    """For a tied model: false where the file has both tensors and they differ (transformers' rule). This reads them."""
+    """False where a tied model has both tensors and they differ (transformers' rule); reads them."""
     if not {EMBEDDING, HEAD} <= checkpoint.tensors.keys():
         return True
     if checkpoint.tensors[EMBEDDING].shape != checkpoint.tensors[HEAD].shape:

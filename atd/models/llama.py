@@ -1,4 +1,5 @@
-"""The graph of a model of the llama family: embedding, decoder blocks, final norm and head, as its config says."""
+"""The graph of a model of the llama family: embedding, decoder blocks, final norm and head, as its
+config says."""
 
 from collections.abc import Callable
 
@@ -17,10 +18,11 @@ def llama_graph(
     """Builds the graph of a model.
 
     Args:
-      config: its config.json, which the graph carries.
-      model: the same, parsed.
-      reference: gives the weight of each tensor, under the name that Hugging Face's checkpoints have for it.
-      fused: q, k and v are one matrix, and gate and up, as the pass `fuse` leaves them.
+        config: its config.json, which the graph carries.
+        model: the same, parsed.
+        reference: gives the weight of each tensor, under the name that Hugging Face's checkpoints
+            have for it.
+        fused: q, k and v are one matrix, and gate and up, as the pass `fuse` leaves them.
     """
     hidden, vocabulary = model.hidden_size, model.vocab_size
     embedding = {"weight": reference(EMBEDDING, vocabulary, hidden)}
@@ -45,8 +47,8 @@ def decoder_block(
     """Builds a decoder layer: h = x + attention(norm(x)), then h + mlp(norm(h)).
 
     Args:
-      name: in front of its nodes' names, "model.layers.0".
-      window: positions that it attends to; 0: all of the past.
+        name: in front of its nodes' names, "model.layers.0".
+        window: positions that it attends to; 0: all of the past.
     """
     hidden, head_dim, mlp = model.hidden_size, model.head_dim, model.intermediate_size
     heads, kv_heads = model.num_attention_heads, model.num_key_value_heads

@@ -1,20 +1,18 @@
-"""Graphs to models: `load` fills a Flax NNX module with a graph's weights; all that it does is jitted.
+"""Graphs as models: `load` fills a Flax NNX module with a graph's weights; what it does is jitted.
 
-All blocks whose nodes read the same (ops, attrs, types of weights) share one compiled function, so compile time does
-not grow with depth: the loop over the blocks is in Python and calls it once a block. A call costs tens of microseconds
-on the host and runs ahead of the device.
+All blocks whose nodes read the same (ops, attrs, types of weights) share one compiled function, so
+compile time does not grow with depth: the loop over the blocks is in Python and calls it once per
+block. A call costs tens of microseconds on the host, which runs ahead of the device.
 
-    model = load(path)                                  # or a Graph at any stage of a pipeline
-    model(tokens)                                       # int32 [B, T] -> logits float32 [B, T, V]
+    model = load(path)                             # or a Graph at any stage of a pipeline
+    model(tokens)                                  # int32 [B, T] -> logits float32 [B, T, V]
     logits, cache = model.prefill(tokens, model.new_cache(batch=1, length=256))
-    logits, cache = model.decode(token, cache)          # int32 [B] -> logits float32 [B, V]
+    logits, cache = model.decode(token, cache)     # int32 [B] -> logits float32 [B, V]
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,15 +20,12 @@ import numpy as np
 from flax import nnx
 
 from atd.errors import BadInput, nearest
-from atd.ir import Block, Graph, WeightRef
-from atd.kernels.matmul import PACKED
+from atd.ir import Block, Graph
 from atd.models import execute, ops
 from atd.models.ops import Weights
-from atd.progress import Progress, Report, unheard
-from atd.weights import Dense, DenseType, Weight
-
-BACKENDS = ("auto", "xla", "xla-unpacked", *PACKED)
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+from atd.models.placement import BACKENDS, DTYPES, backend_here, check_backend, placed_weights
+from atd.progress import Report, unheard
+from atd.weights import Weight
 
 
 def load(
@@ -40,21 +35,27 @@ def load(
     dtype: str = "float32",
     progress: Report = unheard,
 ) -> "Model":
-    """The model of a checkpoint (a folder or a GGUF file) or of a graph. Peak memory is the model and one tensor.
+    """Loads the model of a checkpoint (a folder or a GGUF file) or of a graph.
+
+    Peak memory is the model and one tensor.
 
     Args:
-      backend: `xla` keeps ternary weights in memory as they are stored and unpacks them in every multiplication: the
-        least memory. `xla-unpacked` dequantizes them once, here, into dense arrays: the most speed on a CPU. `triton`
-        keeps them packed, in the layout that its kernels read: the most speed on a GPU. `mosaic` does so with kernels for
-        Hopper that will replace Triton's, for scales a row alone (`triton-interpret`, `mosaic-interpret`: the same kernels
-        in jax's interpreter, for tests). `auto`: xla-unpacked on a CPU, triton on a GPU that has it and for the weights
-        that it takes, xla elsewhere; the model's `backend` says which, the logger `atd.kernels` why.
-      dtype: float32, bfloat16 or float16, of the dense matrices and the cache. Activations, gains and biases are
-        float32.
-      progress: hears of each tensor that was read.
+        path_or_graph: a checkpoint, or a graph at any stage of a pipeline.
+        backend: how ternary weights are held and multiplied by.
+            `xla` keeps them in memory as they are stored and unpacks them in every multiplication:
+            the least memory. `xla-unpacked` dequantizes them once, here: the most speed on a CPU.
+            `triton` keeps them packed, in the layout that its kernels read: the most speed on a
+            GPU. `mosaic` has kernels for Hopper alone, for one scale per row. `triton-interpret`
+            and `mosaic-interpret` run the same kernels in jax's interpreter, for tests.
+            `auto`: xla-unpacked on a CPU; triton on a GPU that has it, for the weights that it
+            takes; xla elsewhere. The model's `backend` says which, the logger `atd.kernels` why.
+        dtype: float32, bfloat16 or float16, of the dense matrices and the cache. Activations, gains
+            and biases are float32.
+        progress: hears of each tensor that was read.
 
-    Raises BadInput for an unknown backend or dtype, for a weight or a device that the backend does not take, and whatever
-    opening and reading the checkpoint raises.
+    Raises:
+        BadInput: the backend or dtype is unknown, the backend does not take a weight or the device,
+            or the checkpoint cannot be opened or read.
     """
     if backend not in BACKENDS:
         raise BadInput(f"unknown backend {backend!r}{nearest(backend, BACKENDS)}")
@@ -67,40 +68,21 @@ def load(
 
         graph = open(path_or_graph)
     if backend == "auto":
-        held = (
-            "xla-unpacked"
-            if jax.default_backend() == "cpu"
-            else "xla"
-            if PACKED["triton"].device_refuses()
-            else "triton"
-        )
-        return Model(graph, held, None, dtype, progress)
-    if backend in PACKED:
-        _check(graph, backend)
+        return Model(graph, backend_here(), None, dtype, progress)
+    check_backend(graph, backend)
     return Model(graph, backend, None if backend == "xla-unpacked" else backend, dtype, progress)
 
 
-def _check(graph: Graph, backend: str) -> None:
-    """Raises BadInput where a backend for packed weights takes the device not, or a weight."""
-    if reason := PACKED[backend].device_refuses():
-        raise BadInput(f"backend {backend}: {reason}")
-    refused: dict[str, list[str]] = {}
-    for name, ref in graph.weights():
-        reason = PACKED[backend].refuses(jnp.dtype(jnp.float32), ref.type)
-        if reason and not isinstance(ref.type, DenseType):
-            refused.setdefault(reason, []).append(name)
-    if refused:
-        told = [
-            f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {reason}"
-            for reason, names in refused.items()
-        ]
-        raise BadInput(f"backend {backend}: {'; '.join(told)}")
-
-
 class Program:
-    """The compiled functions of all blocks that read the same. A model makes one for each different block."""
+    """The compiled functions of all blocks that read the same.
+
+    forward     (weights, x) -> output
+    step        (weights, x, positions, cache) -> (output, new cache); positions None: 0 ... T-1
+    logits      (weights, hidden [..., D], embedding or None) -> logits float32 [..., V]
+    """
 
     def __init__(self, block: Block, kernel: str | None):
+        """kernel: backend of `atd.kernels.matmul`; None: what suits each weight."""
         block = execute.structure_of(block).block
 
         def forward(weights, x):
@@ -124,19 +106,19 @@ class Program:
 
 def _attention_shapes(block: Block) -> tuple[tuple[str, int, int], ...]:
     """(name, kv_heads, head_dim) of the attention nodes, which need a cache."""
-    attrs: list[tuple[str, Any]] = [
-        (node.name, node.attrs) for node in block.nodes if node.op == "attention"
-    ]
-    return tuple((name, attr["kv_heads"], attr["head_dim"]) for name, attr in attrs)
+    attrs = {node.name: node.attrs for node in block.nodes if node.op == "attention"}
+    return tuple((name, attr["kv_heads"], attr["head_dim"]) for name, attr in attrs.items())
 
 
 @dataclass(frozen=True)
 class Cache:
-    """Keys and values of the tokens so far. A call that returns a new cache uses up the one it was given."""
+    """Keys and values of the tokens so far.
 
-    blocks: tuple[
-        dict[str, ops.Cache], ...
-    ]  # block -> attention node -> k, v [B, kv_heads, length, head_dim]
+    A call that returns a new cache uses up the one it was given.
+    """
+
+    # By block and attention node: k, v [B, kv_heads, length, head_dim].
+    blocks: tuple[dict[str, ops.Cache], ...]
     positions: jax.Array  # int32 [B, 1]: where the next token of each sequence stands
     filled: int  # positions taken by the longest sequence, known on the host
     length: int
@@ -144,7 +126,7 @@ class Cache:
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
-    """What of a model is no array. Hashed by identity, so that a model can be an argument of `jax.jit`."""
+    """What of a model is no array: hashed by identity, so that a model can be an argument of jit."""
 
     config: dict
     backend: str
@@ -154,14 +136,14 @@ class _Plan:
     epilogue: Program
     embed: str  # the prologue's embed node
     tied: bool  # the epilogue takes the embedding's weight
-    attention: tuple[
-        tuple[tuple[str, int, int], ...], ...
-    ]  # block -> (attention node, kv_heads, head_dim)
+    attention: tuple[tuple[tuple[str, int, int], ...], ...]  # by block: `_attention_shapes`
 
 
 class Model(nnx.Module):
-    """A language model, made by `load`. Its parameters: one `nnx.Param` a unit, which holds `{node: {slot:
-    weight}}`."""
+    """A language model, made by `load`.
+
+    Its parameters: one `nnx.Param` per unit, which holds `{node: {slot: weight}}`.
+    """
 
     def __init__(
         self,
@@ -171,8 +153,15 @@ class Model(nnx.Module):
         dtype: str,
         progress: Report = unheard,
     ):
-        """backend: how weights are held; kernel: of `atd.kernels.matmul`, None for what suits each."""
-        total = sum(len(node.weights) for _, node in graph.nodes())
+        """Fills the slots with the graph's weights.
+
+        Args:
+            graph: at any stage of a pipeline.
+            backend: how weights are held, one of `placement.BACKENDS` but `auto`.
+            kernel: backend of `atd.kernels.matmul`; None: what suits each weight.
+            dtype: of dense matrices and the cache, a key of `placement.DTYPES`.
+            progress: hears of each tensor that was read.
+        """
         programs: dict[str, Program] = {}
 
         def program(block: Block) -> Program:
@@ -181,9 +170,7 @@ class Model(nnx.Module):
                 programs[text] = Program(block, kernel)
             return programs[text]
 
-        units = [
-            nnx.Param(weights) for weights in _fill(graph, backend, DTYPES[dtype], total, progress)
-        ]
+        units = [nnx.Param(unit) for unit in placed_weights(graph, backend, dtype, progress)]
         self.prologue = units[0]
         self.blocks = nnx.List(units[1:-1])
         self.epilogue = units[-1]
@@ -206,30 +193,30 @@ class Model(nnx.Module):
 
     @property
     def backend(self) -> str:
-        """What `load` chose: xla, xla-unpacked or triton."""
+        """How weights are held: what `load` was given, or chose."""
         return self._plan.backend
 
     @property
     def weights_nbytes(self) -> int:
-        """Bytes of all weights as they are held in memory; a tied embedding counts once."""
+        """Bytes of all weights as they lie in memory; a tied embedding counts once."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(self, nnx.Param)))
 
     @property
     def max_context(self) -> int | None:
-        """config.json's max_position_embeddings: how many positions the model was made for."""
+        """How many positions the model was made for: max_position_embeddings of its config.json."""
         return self.config.get("max_position_embeddings")
 
     @property
     def vocabulary(self) -> int:
-        """V: how many tokens there are, 0 <= id < V."""
+        """V, the number of tokens: 0 <= id < V."""
         return self._embedding().type.shape[0]
 
     def __call__(self, tokens) -> jax.Array:
-        """Token ids int32 [B, T], whole sequences -> logits float32 [B, T, V]."""
+        """Returns the logits float32 [B, T, V] of whole sequences of token ids int32 [B, T]."""
         return self.logits(self.hidden(tokens))
 
     def hidden(self, tokens) -> jax.Array:
-        """Token ids int32 [B, T], whole sequences -> the residual stream into the epilogue, float32 [B, T, D]."""
+        """Returns what enters the epilogue, float32 [B, T, D], of whole sequences int32 [B, T]."""
         tokens = jnp.asarray(tokens, jnp.int32)
         x = self._plan.prologue.forward(self.prologue.get_raw_value(), tokens)
         for program, weights in zip(self._plan.blocks, self.blocks, strict=True):
@@ -237,13 +224,13 @@ class Model(nnx.Module):
         return x
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """What `hidden` returned, or any rows of it, float32 [..., D] -> logits float32 [..., V]."""
+        """Returns the logits float32 [..., V] of what `hidden` returned, or rows of it [..., D]."""
         return _logits(
             self._plan, self.prologue.get_raw_value(), self.epilogue.get_raw_value(), hidden
         )
 
     def new_cache(self, batch: int, length: int) -> Cache:
-        """An empty cache for `batch` sequences of at most `length` tokens."""
+        """Returns an empty cache for `batch` sequences of at most `length` tokens."""
         if batch < 1 or length < 1:
             raise BadInput(
                 f"a cache of {batch} sequences of {length} tokens: both must be at least 1"
@@ -259,28 +246,34 @@ class Model(nnx.Module):
         return Cache(blocks, jnp.zeros((batch, 1), jnp.int32), 0, length)
 
     def prefill(self, tokens, cache: Cache, lengths=None) -> tuple[jax.Array, Cache]:
-        """Reads prompts into an empty cache -> logits float32 [B, V] of each prompt's next token, and the filled cache.
+        """Reads prompts into an empty cache.
 
-        Prompts are padded to a power of two, so that nothing new is compiled for most lengths; padding changes no
-        result.
+        Prompts are padded to a power of two, so that nothing new is compiled for most lengths;
+        padding changes no result.
 
         Args:
-          tokens: ids int32 [B, T]; shorter prompts end in anything.
-          cache: from `new_cache`; used up.
-          lengths: [B] tokens of each prompt, 1 to T; None: all T.
+            tokens: ids int32 [B, T]; shorter prompts end in anything.
+            cache: from `new_cache`; used up.
+            lengths: [B] tokens of each prompt, 1 to T; None: all T.
 
-        Raises BadInput for prompts that are empty or do not fit into the cache.
+        Returns:
+            Logits float32 [B, V] of each prompt's next token, and the filled cache.
+
+        Raises:
+            BadInput: a prompt is empty or does not fit into the cache.
         """
         tokens = np.asarray(tokens, np.int32)
         batch, width = tokens.shape
         lengths = np.full(batch, width) if lengths is None else np.asarray(lengths)
         if lengths.shape != (batch,) or lengths.min() < 1 or lengths.max() > width:
             raise BadInput(
-                f"lengths {lengths.tolist()} of prompts [{batch}, {width}]: expected {batch} numbers from 1 to {width}"
+                f"lengths {lengths.tolist()} of prompts [{batch}, {width}]: "
+                f"expected {batch} numbers from 1 to {width}"
             )
         if cache.filled or cache.positions.shape[0] != batch:
             raise BadInput(
-                f"prefill of {batch} prompts needs an empty cache for as many sequences; make one with new_cache"
+                f"prefill of {batch} prompts needs an empty cache for as many sequences; "
+                f"make one with new_cache"
             )
         if width > cache.length:
             raise BadInput(
@@ -301,13 +294,22 @@ class Model(nnx.Module):
         return self.logits(last), Cache(tuple(blocks), positions, int(lengths.max()), cache.length)
 
     def decode(self, token, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Appends a token to each sequence: ids int32 [B] -> logits float32 [B, V] of the next, and the new cache.
+        """Appends a token to each sequence.
 
-        Raises BadInput when the cache is full.
+        Args:
+            token: ids int32 [B].
+            cache: used up.
+
+        Returns:
+            Logits float32 [B, V] of the next token, and the new cache.
+
+        Raises:
+            BadInput: the cache is full.
         """
         if cache.filled >= cache.length:
             raise BadInput(
-                f"the cache is full: it was made for {cache.length} tokens; make a longer one with new_cache"
+                f"the cache is full: it was made for {cache.length} tokens; "
+                f"make a longer one with new_cache"
             )
         weights = [unit.get_raw_value() for unit in (self.prologue, *self.blocks, self.epilogue)]
         step = _whole_step if steps_at_once() else _step
@@ -319,13 +321,16 @@ class Model(nnx.Module):
 
 
 def steps_at_once() -> bool:
-    """Whether a step is one compiled function, not one a block: a GPU is done before the host has called them all, a CPU takes
-    longer to compile it than it gains."""
+    """Whether a step is one compiled function, rather than one per block.
+
+    A GPU is done with a block before the host has called the next; a CPU takes longer to compile
+    the step than it gains.
+    """
     return jax.default_backend() == "gpu"
 
 
 def _step(plan: _Plan, weights: Sequence[Weights], token, positions: jax.Array, blocks):
-    """(logits float32 [B, V], the next positions, the caches of the blocks)."""
+    """One step of decoding: (logits float32 [B, V], the next positions, the blocks' caches)."""
     x = plan.prologue.forward(weights[0], _as_column(token))
     filled = []
     for program, of_block, slots in zip(plan.blocks, weights[1:-1], blocks, strict=True):
@@ -335,64 +340,21 @@ def _step(plan: _Plan, weights: Sequence[Weights], token, positions: jax.Array, 
 
 
 def _logits(plan: _Plan, prologue: Weights, epilogue: Weights, hidden: jax.Array) -> jax.Array:
-    """Of weights of the prologue and the epilogue: `Model.logits`."""
-    return plan.epilogue.logits(
-        epilogue, hidden, prologue[plan.embed]["weight"] if plan.tied else None
-    )
+    """`Model.logits`, of the weights of prologue and epilogue."""
+    embedding = prologue[plan.embed]["weight"] if plan.tied else None
+    return plan.epilogue.logits(epilogue, hidden, embedding)
 
 
 _whole_step = jax.jit(_step, static_argnames="plan", donate_argnames="blocks")
 
 
 def bucket(length: int) -> int:
-    """The power of two that is at least `length`: so few different lengths, and so few compilations, serve all."""
+    """Returns the least power of two that is at least `length`: few lengths, few compilations."""
     return 1 << (length - 1).bit_length()
 
 
 _as_column = jax.jit(lambda token: jnp.asarray(token, jnp.int32)[:, None])  # [B] -> [B, 1]
 _only_row = jax.jit(lambda logits: logits[:, 0])  # [B, 1, V] -> [B, V]
 _next = jax.jit(lambda positions: positions + 1)
-_take_positions = jax.jit(
-    lambda x, at: jnp.take_along_axis(x, at[:, None, None], axis=1)[:, 0]
-)  # [B, T, D], [B] -> [B, D]
-
-
-# --- weights ----------------------------------------------------------------------------------------------------------
-
-
-def _fill(graph: Graph, backend: str, dtype, total: int, progress: Report) -> Iterator[Weights]:
-    """The weights of each unit on the device, read one at a time."""
-    done = 0
-    for block in graph.units:
-        weights: Weights = {}
-        for node in block.nodes:
-            slots = weights[node.name] = {}
-            for slot, ref in sorted(node.weights.items()):
-                slots[slot] = _place(ref, backend, dtype)
-                done += 1
-                progress(Progress("loading", done, total, "tensors"))
-        yield weights
-
-
-def _place(ref: WeightRef, backend: str, dtype) -> Weight:
-    value = ref.load()
-    if backend in PACKED:
-        value = PACKED[backend].prepare(value)
-    weight = jax.tree.map(jnp.asarray, value)
-    if len(weight.type.shape) < 2:
-        dtype = jnp.float32
-    if (
-        isinstance(value, Dense)
-        and isinstance(value.array, jax.Array)
-        and value.array.dtype == dtype
-    ):
-        return value  # made on the device, and needs no copy
-    if isinstance(weight.type, DenseType) or backend == "xla-unpacked":
-        # Waited for, or tensors that are read faster than they are dequantized would pile up.
-        return Dense(jax.block_until_ready(_dequantize(weight, dtype)))
-    return weight
-
-
-@partial(jax.jit, static_argnames="dtype")
-def _dequantize(weight: Weight, dtype) -> jax.Array:
-    return jnp.asarray(weight.dequantize(dtype))
+# [B, T, D], [B] -> [B, D]
+_take_positions = jax.jit(lambda x, at: jnp.take_along_axis(x, at[:, None, None], axis=1)[:, 0])

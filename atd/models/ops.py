@@ -1,12 +1,12 @@
-"""The reference of every op of `atd.ir.OPS`, in jax.numpy; `atd.models.execute` runs whole units of them.
+"""The reference of every op of `atd.ir.OPS`, in jax.numpy; `atd.models.execute` runs units of them.
 
-Values are `[B, T, features]` (token ids `[B, T]` in the prologue). Heads lie side by side in the features, head-major.
-Normalisation, rotary angles and softmax are computed in float32, whatever the dtype of the values, as Hugging Face
-transformers does.
+Values are [B, T, features] (token ids [B, T] in the prologue). Heads lie side by side in the
+features. Normalization, rotary angles and softmax are computed in float32, whatever the dtype of
+the values, as Hugging Face transformers does.
 
-A cache of one attention node is `(k, v)`, each `[B, kv_heads, length, head_dim]`; the key of position t lies in place
-t. Places that hold no position yet (or the padding of a prompt) are never attended to: a query at position t sees
-places 0..t alone, and each of these has been written before.
+A cache of an attention node is (k, v), each [B, kv_heads, length, head_dim]; the key of position t
+lies in place t. Places that hold no position yet, or the padding of a prompt, are never attended
+to: a query at position t sees places 0 ... t, and each of these has been written by then.
 """
 
 import math
@@ -23,31 +23,47 @@ from atd.weights import Dense, Weight
 Cache = tuple[jax.Array, jax.Array]
 Weights = dict[str, dict[str, Weight]]  # node name -> slot -> weight
 
-QUERIES, RUNS = 128, 16  # of whole sequences: queries that run together at least, and runs at most
+QUERIES, RUNS = 128, 16  # of whole sequences: least queries per run, most runs
 
 
 def from_start(x) -> jax.Array:
-    """int32 [B, T]: positions 0, 1, ... of x [B, T, ...]."""
+    """Returns positions 0 ... T-1 of x [B, T, ...], int32 [B, T]."""
     return jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
 
 
 def rms_norm(x, gain, eps: float, head_dim: int | None = None):
-    """x / sqrt(mean(x^2) + eps) * gain over the last axis, or each run of `head_dim` features of it (Qwen3's q and
-    k)."""
-    wide = x.astype(jnp.float32).reshape(
-        *x.shape[:-1], -1, head_dim or x.shape[-1]
-    )  # [..., heads, head_dim]
+    """Returns x / sqrt(mean(x^2) + eps) * gain, the mean over the last axis.
+
+    Args:
+        x: float [..., features].
+        gain: float [features], or [head_dim].
+        eps: added to the mean square.
+        head_dim: normalizes each run of this many features by itself (Qwen3's q and k).
+    """
+    width = head_dim or x.shape[-1]
+    wide = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, width)
     normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return (normed.astype(x.dtype) * gain.astype(x.dtype)).reshape(x.shape)
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: tuple) -> np.ndarray:
-    """Angle a position, one for each pair of features: theta^(-2i/head_dim), i < head_dim/2, rescaled for longer
-    contexts.
+    """Returns the angle per position of each pair of features, rescaled for longer contexts.
 
-    scaling: `()` none; `("linear", factor)` divides by factor; `("llama3", factor, low_freq_factor, high_freq_factor,
-    original_max_position_embeddings)` divides wavelengths above original/low_freq_factor by factor, keeps those below
-    original/high_freq_factor and blends between (Llama 3.1). Raises ValueError for any other scaling.
+        theta^(-2i / head_dim),   i = 0 ... head_dim / 2 - 1
+
+    Args:
+        head_dim: features per head.
+        theta: base of the geometric series.
+        scaling: `()` none; `("linear", factor)` divides by factor; `("llama3", factor, low, high,
+            original)` divides wavelengths above original / low by factor, keeps those below
+            original / high, and blends between (Llama 3.1; the names are low_freq_factor,
+            high_freq_factor and original_max_position_embeddings).
+
+    Returns:
+        float32 [head_dim / 2].
+
+    Raises:
+        ValueError: the scaling is any other.
     """
     inverse = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
     match scaling:
@@ -68,28 +84,35 @@ def rope_frequencies(head_dim: int, theta: float, scaling: tuple) -> np.ndarray:
 
 
 def rope(x, positions, head_dim: int, theta: float, scaling: tuple = ()):
-    """Rotates the pairs (i, i + head_dim/2) of each head by position * frequency_i. positions int32 [B, T]."""
-    angles = positions[..., None].astype(jnp.float32) * rope_frequencies(
-        head_dim, theta, scaling
-    )  # [B, T, head_dim/2]
+    """Rotates the pairs (i, i + head_dim / 2) of each head by position * frequency_i.
+
+    Args:
+        x: float [B, T, heads head_dim].
+        positions: int32 [B, T].
+        head_dim, theta, scaling: as in `rope_frequencies`.
+    """
+    frequencies = rope_frequencies(head_dim, theta, scaling)
+    angles = positions[..., None].astype(jnp.float32) * frequencies  # [B, T, head_dim / 2]
     cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
-    heads = x.astype(jnp.float32).reshape(
-        *x.shape[:-1], -1, 2, head_dim // 2
-    )  # [B, T, heads, 2, head_dim/2]
-    first, second = heads[..., 0, :], heads[..., 1, :]
-    return (
-        jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-2)
-        .reshape(x.shape)
-        .astype(x.dtype)
-    )
+    heads = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2, head_dim // 2)
+    first, second = heads[..., 0, :], heads[..., 1, :]  # [B, T, heads, head_dim / 2]
+    turned = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-2)
+    return turned.reshape(x.shape).astype(x.dtype)
 
 
 def attention(q, k, v, positions, window: int = 0):
-    """Causal softmax(q k^T / sqrt(head_dim)) v with heads / kv_heads query heads to each key head.
+    """Returns causal softmax(q k' / sqrt(head_dim)) v, heads / kv_heads query heads per key head.
 
-    q [B, T, heads, head_dim]; k, v [B, kv_heads, S, head_dim], where the key of position s lies in place s; positions
-    int32 [B, T] of the queries. A query at position t sees keys at positions s <= t, and with window > 0 only s > t -
-    window: the last `window` positions, its own included. Returns [B, T, heads, head_dim].
+    A query at position t sees the keys at positions s <= t, and with a window only s > t - window.
+
+    Args:
+        q: float [B, T, heads, head_dim].
+        k, v: float [B, kv_heads, S, head_dim]; the key of position s lies in place s.
+        positions: int32 [B, T] of the queries.
+        window: positions that are seen, the query's own included; 0: all.
+
+    Returns:
+        float [B, T, heads, head_dim].
     """
     batch, queries, heads, head_dim = q.shape
     q = q.reshape(batch, queries, k.shape[1], -1, head_dim)  # [B, T, kv_heads, group, head_dim]
@@ -102,28 +125,32 @@ def attention(q, k, v, positions, window: int = 0):
         )
 
     if queries > 1:
-        # Heads of a group and their queries as one dimension m of plain products: on CPU twice as fast.
+        # Heads of a group and their queries are one dimension m of products: on a CPU twice as
+        # fast.
         apart = q.transpose(0, 2, 3, 1, 4)  # [B, kv_heads, group, T, head_dim]
         joined = apart.reshape(*k.shape[:2], -1, head_dim)  # [B, kv_heads, group * T, head_dim]
         scores = jnp.einsum("bkmd,bksd->bkms", joined, k, preferred_element_type=jnp.float32)
         weights = softmax(scores.reshape(*apart.shape[:-1], -1)).reshape(scores.shape)
         mixed = jnp.einsum("bkms,bksd->bkmd", weights, v, preferred_element_type=jnp.float32)
-        mixed = mixed.reshape(apart.shape).transpose(
-            0, 3, 1, 2, 4
-        )  # [B, T, kv_heads, group, head_dim]
+        mixed = mixed.reshape(apart.shape)  # [B, kv_heads, group, T, head_dim]
+        mixed = mixed.transpose(0, 3, 1, 2, 4)  # [B, T, kv_heads, group, head_dim]
     else:  # products and sums that XLA fuses: on CPU four times faster than its dot for so few rows
         single = q[:, 0, :, :, None].astype(jnp.float32)  # [B, kv_heads, group, 1, head_dim]
         weights = softmax(jnp.sum(single * k[:, :, None], axis=-1)[:, :, :, None])
-        mixed = jnp.sum(
-            weights[:, :, :, 0, :, None] * v[:, :, None], axis=-2
-        )  # [B, kv_heads, group, head_dim]
+        weighted = weights[:, :, :, 0, :, None] * v[:, :, None]
+        mixed = jnp.sum(weighted, axis=-2)  # [B, kv_heads, group, head_dim]
     return mixed.reshape(batch, queries, heads, head_dim).astype(q.dtype)
 
 
 def sequence_attention(q, k, v, positions, window: int = 0):
-    """`attention` of whole sequences, positions 0 to T-1, T keys: run by run of queries, each over the keys that it may
-    see. Half of the products are never made, and the scores of a run stay in a CPU's cache: 3 to 4 times faster there at
-    T = 512. Runs of QUERIES, or more where that would be more than RUNS of them: each is a piece of program.
+    """Returns `attention` of whole sequences, run by run of queries, each over the keys it may see.
+
+    Half of the products are never made, and the scores of a run stay in a CPU's cache: at T = 512
+    that is 3 to 4 times faster there. A run has QUERIES queries, or more where there would be more
+    than RUNS of them, because each is compiled by itself.
+
+    Args:
+        q, k, v, positions, window: as in `attention`; positions 0 ... T-1, T keys.
     """
     queries = q.shape[1]
     step = max(QUERIES, -(-queries // RUNS))
@@ -136,23 +163,30 @@ def sequence_attention(q, k, v, positions, window: int = 0):
 
 
 def embed(tokens, weight: Weight, dtype=jnp.float32):
-    """tokens int32 [...] -> rows of the table [..., D]."""
+    """Returns the embeddings [..., D] of tokens int32 [...]: rows of the weight [V, D]."""
     return kernels.take_rows(weight, tokens).astype(dtype)
 
 
 def linear(x, weight: Weight, bias=None, backend: str | None = None):
-    """x @ weight.T + bias, weight [out, in]. backend: of `atd.kernels.matmul`, for weights that are not dense."""
+    """Returns x W' + b.
+
+    Args:
+        x: float [..., in].
+        weight: W [out, in].
+        bias: b float [out].
+        backend: of `atd.kernels.matmul`, for weights that are not dense.
+    """
     y = kernels.matmul(x, weight, backend=None if isinstance(weight, Dense) else backend)
     return y if bias is None else y + bias.astype(y.dtype)
 
 
 def silu_mul(gate, up):
-    """silu(gate) * up."""
+    """Returns silu(gate) * up."""
     return jax.nn.silu(gate) * up
 
 
 def update_cache(cache: Cache, k, v, positions) -> Cache:
-    """Writes k, v [B, kv_heads, T, head_dim] into the places positions[:, 0] ... + T-1 of each sequence."""
+    """Writes k, v [B, kv_heads, T, head_dim] into places positions[:, 0] ... + T - 1 of a cache."""
 
     def write(places, new, start):  # [kv_heads, length, head_dim], [kv_heads, T, head_dim], []
         return jax.lax.dynamic_update_slice_in_dim(places, new.astype(places.dtype), start, axis=1)
@@ -173,14 +207,16 @@ def run_node(
     """Executes one node.
 
     Args:
-      inputs: the values that it reads, [B, T, features] each (token ids [B, T] of an embed).
-      weights: by slot.
-      positions: int32 [B, T], where each token stands in its sequence; None: 0 ... T-1.
-      cache: of an attention, for one token of each sequence or their beginning; None: the sequences are whole.
-      embedding: the weight of a linear with `tied_to`.
-      backend: of `atd.kernels.matmul`, for weights that are not dense.
+        inputs: the values that it reads, [B, T, features] each (token ids [B, T] of an embed).
+        weights: by slot.
+        positions: int32 [B, T], where each token stands in its sequence; None: 0 ... T-1.
+        cache: of an attention, for one token of each sequence or their beginning; None: the
+            sequences are whole.
+        embedding: the weight of a linear with `tied_to`.
+        backend: of `atd.kernels.matmul`, for weights that are not dense.
 
-    Returns: its value, and its new cache if it had one.
+    Returns:
+        Its value, and its new cache if it had one.
     """
     attrs = node.attrs
     positions = from_start(inputs[0]) if positions is None else positions
@@ -188,22 +224,19 @@ def run_node(
         case "embed":
             return embed(inputs[0], weights["weight"]), None
         case "rms_norm":
-            return rms_norm(
-                inputs[0], weights["weight"].dequantize(), attrs["eps"], attrs.get("head_dim")
-            ), None
+            gain = weights["weight"].dequantize()
+            return rms_norm(inputs[0], gain, attrs["eps"], attrs.get("head_dim")), None
         case "linear":
             weight = weights.get("weight") or embedding
             assert weight is not None, f"{node.name} is tied to an embedding that was not given"
             bias = weights["bias"].dequantize() if "bias" in weights else None
             return linear(inputs[0], weight, bias, backend), None
         case "rope":
-            return rope(
-                inputs[0], positions, attrs["head_dim"], attrs["theta"], attrs["scaling"]
-            ), None
+            options = attrs["head_dim"], attrs["theta"], attrs["scaling"]
+            return rope(inputs[0], positions, *options), None
         case "attention":
-            q, k, v = (
-                a.reshape(*a.shape[:2], -1, attrs["head_dim"]) for a in inputs
-            )  # [B, T, heads, head_dim]
+            # [B, T, heads, head_dim] each
+            q, k, v = (a.reshape(*a.shape[:2], -1, attrs["head_dim"]) for a in inputs)
             k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, kv_heads, T, head_dim]
             if cache is not None:
                 cache = update_cache(cache, k, v, positions)

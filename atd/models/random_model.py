@@ -1,6 +1,8 @@
-"""Models with random weights in the shapes of real ones, made on the device as they are loaded: for measuring speed.
+"""Models with random weights in the shapes of real ones, made on the device as they are loaded: for
+measuring speed.
 
-q, k and v are one matrix, and gate and up, in dense and in packed models alike, as `fuse` leaves them.
+q, k and v are one matrix, and gate and up, in dense and in packed models alike, as `fuse` leaves
+them.
 """
 
 import numpy as np
@@ -58,9 +60,9 @@ def random_graph(config: dict, bases: int | None = None) -> Graph:
     """Builds a model with random matrices and gains of ones.
 
     Args:
-      config: as in config.json; SHAPES has some.
-      bases: N of all matrices, embedding and head included: ternary with tied scales, one per row, packed for the GPU
-        kernels. None: dense, in bf16.
+        config: as in config.json; SHAPES has some.
+        bases: N of all matrices, embedding and head included: ternary with tied scales, one per
+            row, packed for the GPU kernels. None: dense, in bf16.
     """
     seeds = iter(range(1 << 30))
 

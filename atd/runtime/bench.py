@@ -1,13 +1,18 @@
 """Measures how fast whole models are: time to first token, tokens/s, memory.
 
-    first token   reading a prompt and taking the likeliest token after it, compiled before
-    decode        one sequence, greedy, as `atd.generate` does it: the host takes a token while the device makes the next.
-                  `model.decode` is a compiled function, on a CPU one a block; `host` is the share of a step that the host
-                  spends on calls
-    one jit       the same steps in one compiled loop: what the device could do if nothing came from the host
-    peak          the device's memory at most, loading and compiled work space included; unknown on a CPU
+first token
+    Reading a prompt and taking the likeliest token after it, once compiled.
+decode
+    One sequence, greedy, as `atd.generate` does it: the host takes a token while the device makes
+    the next. `model.decode` is a compiled function, on a CPU one per block; `host` is the share of
+    a step that the host spends on calls.
+one jit
+    The same steps in one compiled loop: what the device could do if nothing came from the host.
+peak
+    The most memory of the device, loading and compiled work space included; unknown on a CPU.
 
-All figures are medians over repeats. The models take turns within each repeat, so that a busy machine slows all alike.
+All figures are medians over repeats. The models take turns within each repeat, so that a busy
+machine slows all alike.
 """
 
 import time
@@ -25,6 +30,20 @@ from atd.kernels.tuning.timing import columns
 from atd.models.model import Cache, Model
 from atd.progress import Progress, Report, unheard
 
+_TITLES = [
+    "model",
+    "backend",
+    "MB",
+    "peak MB",
+    "first token",
+    "x",
+    "decode",
+    "x",
+    "host",
+    "one jit",
+    "x",
+]
+
 
 @dataclass(frozen=True)
 class Speed:
@@ -36,9 +55,9 @@ class Speed:
     peak_bytes: int | None
     first_token_seconds: float
     prefill_tokens_per_second: float
-    decode_seconds: float  # a token
+    decode_seconds: float  # per token
     decode_tokens_per_second: float
-    host_seconds: float  # of these
+    host_seconds: float  # per token, of decode_seconds
     one_jit_tokens_per_second: float | None
     compile_seconds: float  # the first prompt and its steps, less what they take once compiled
 
@@ -52,9 +71,19 @@ def measure(
     one_jit: bool,
     progress: Report = unheard,
 ) -> list[Speed]:
-    """In the order of the loaders. Give the smallest model first: each one's peak is seen only above the peaks before it.
+    """Measures models, in the order of the loaders.
 
-    Raises BadInput where prompt and steps are none, or more than a model's context.
+    Args:
+        loaders: by name. Give the smallest model first: each one's peak is seen only above the
+            peaks before it.
+        prompt: tokens that are read.
+        steps: tokens that are decoded after them.
+        repeats: rounds over all models.
+        one_jit: whether the steps are measured compiled as one as well.
+        progress: hears of models that are compiled and of rounds.
+
+    Raises:
+        BadInput: prompt, steps or repeats are below 1, or more than a model's context.
     """
     if min(prompt, steps, repeats) < 1:
         raise BadInput(f"prompt {prompt}, steps {steps} and repeats {repeats} must be at least 1")
@@ -75,9 +104,8 @@ def measure(
     random = np.random.default_rng(0)
     samples: dict[str, list[tuple]] = {name: [] for name in models}
     for repeat in range(repeats):
-        tokens = random.integers(
-            0, min(model.vocabulary for model in models.values()), (1, prompt)
-        ).astype(np.int32)
+        vocabulary = min(model.vocabulary for model in models.values())
+        tokens = random.integers(0, vocabulary, (1, prompt)).astype(np.int32)
         for name, model in models.items():
             samples[name].append(_samples(model, tokens, steps, one_jit))
         progress(Progress("measuring", repeat + 1, repeats, "repeats"))
@@ -88,51 +116,44 @@ def measure(
 
 
 def speed_table(rows: Sequence[Speed], against: str | None = None) -> str:
-    """Side by side; `against` names the row to which the others are compared."""
+    """Formats figures side by side.
+
+    Args:
+        against: the model to which the others are compared, in columns "x".
+    """
     base = next((row for row in rows if row.model == against), None)
 
     def ratio(figure: str, row: Speed) -> str:
         value, of_base = getattr(row, figure), getattr(base, figure) if base else None
         return f"{value / of_base:.2f}" if value and of_base else "-"
 
-    header = [
-        "model",
-        "backend",
-        "MB",
-        "peak MB",
-        "first token",
-        "x",
-        "decode",
-        "x",
-        "host",
-        "one jit",
-        "x",
-    ]
-    lines = []
-    for row in rows:
+    def cells(row: Speed) -> list[str]:
         one_jit = row.one_jit_tokens_per_second
-        lines.append(
-            [
-                row.model,
-                row.backend,
-                f"{row.weights_bytes / 1e6:.1f}",
-                f"{row.peak_bytes / 1e6:.0f}" if row.peak_bytes else "-",
-                f"{1e3 * row.first_token_seconds:.1f} ms",
-                ratio("prefill_tokens_per_second", row),
-                f"{row.decode_tokens_per_second:.1f}/s",
-                ratio("decode_tokens_per_second", row),
-                f"{row.host_seconds / row.decode_seconds:.0%}",
-                f"{one_jit:.1f}/s" if one_jit else "-",
-                ratio("one_jit_tokens_per_second", row),
-            ]
-        )
-    return columns(header, lines)
+        return [
+            row.model,
+            row.backend,
+            f"{row.weights_bytes / 1e6:.1f}",
+            f"{row.peak_bytes / 1e6:.0f}" if row.peak_bytes else "-",
+            f"{1e3 * row.first_token_seconds:.1f} ms",
+            ratio("prefill_tokens_per_second", row),
+            f"{row.decode_tokens_per_second:.1f}/s",
+            ratio("decode_tokens_per_second", row),
+            f"{row.host_seconds / row.decode_seconds:.0%}",
+            f"{one_jit:.1f}/s" if one_jit else "-",
+            ratio("one_jit_tokens_per_second", row),
+        ]
+
+    return columns(_TITLES, [cells(row) for row in rows])
 
 
 def prefill_seconds(
     model: Model, prompt: np.ndarray, length: int
 ) -> tuple[float, Cache, jax.Array]:
-    """(seconds of one prefill, cache, the likeliest next token)."""
+    """Measures one prefill of a prompt int32 [1, T] into a new cache of `length` positions.
+
+    Returns:
+        Seconds, the cache, and the likeliest next token [1].
+    """
     cache = model.new_cache(1, length)
     jax.block_until_ready(cache.blocks)
     started = time.perf_counter()
@@ -144,7 +165,12 @@ def prefill_seconds(
 def decode_seconds(
     model: Model, token: jax.Array, cache: Cache, steps: int
 ) -> tuple[float, float, Cache, jax.Array]:
-    """(seconds a token, of which the host spent so many on calls, cache, the last token)."""
+    """Measures steps of decoding, each waited for as `atd.generate` does.
+
+    Returns:
+        Median seconds per token, those of them that the host spends on calls, the cache, and the
+        last token [1].
+    """
     seconds, calls = [], []
     for _ in range(steps):
         started = time.perf_counter()
@@ -160,11 +186,10 @@ def decode_seconds(
 
 
 def one_jit_seconds(model: Model, token: jax.Array, cache: Cache, steps: int) -> float:
-    """Seconds a token of so many steps compiled as one. Uses the cache up."""
+    """Returns the seconds per token of this many steps compiled as one. Uses the cache up."""
     started = time.perf_counter()
-    jax.block_until_ready(
-        decode_steps(model, token, cache.blocks, cache.positions, cache.length, steps)
-    )
+    done = decode_steps(model, token, cache.blocks, cache.positions, cache.length, steps)
+    jax.block_until_ready(done)
     return (time.perf_counter() - started) / steps
 
 
@@ -172,7 +197,16 @@ def one_jit_seconds(model: Model, token: jax.Array, cache: Cache, steps: int) ->
 def decode_steps(
     model: Model, token: jax.Array, blocks, positions: jax.Array, length: int, steps: int
 ):
-    """Greedy decoding without the host: (tokens int32 [steps, B], the caches of the blocks)."""
+    """Decodes greedily without the host.
+
+    Args:
+        token: int32 [B].
+        blocks, positions, length: of a `Cache`; the blocks are used up.
+        steps: tokens to decode.
+
+    Returns:
+        The tokens int32 [steps, B], and the blocks of the new cache.
+    """
 
     def step(carry, _):
         token, blocks, positions = carry
@@ -188,7 +222,7 @@ def decode_steps(
 def _samples(
     model: Model, tokens: np.ndarray, steps: int, one_jit: bool
 ) -> tuple[float, float, float, float | None]:
-    """(prefill, decode, host, one jit) seconds."""
+    """Seconds of (prefill, decode, host, one jit)."""
     length = tokens.shape[1] + 2 * steps
     prefill, cache, token = prefill_seconds(model, tokens, length)
     decode, host, cache, token = decode_seconds(model, token, cache, steps)
@@ -224,18 +258,17 @@ def _speed(
 def _check_context(name: str, model: Model, tokens: int) -> None:
     if model.max_context and tokens > model.max_context:
         raise BadInput(
-            f"{name} takes {model.max_context} tokens; prompt and steps are {tokens}: --prompt, --steps"
+            f"{name} takes {model.max_context} tokens; prompt and steps are {tokens}: "
+            f"--prompt, --steps"
         )
 
 
 def _memory() -> tuple[int, int] | None:
-    """(bytes in use, at most so far) on the device; None where it does not say."""
+    """(bytes in use, the most so far) on the device; None where it does not say."""
     stats = jax.devices()[0].memory_stats() or {}
-    return (
-        (stats["bytes_in_use"], stats["peak_bytes_in_use"])
-        if "peak_bytes_in_use" in stats
-        else None
-    )
+    if "peak_bytes_in_use" not in stats:
+        return None
+    return stats["bytes_in_use"], stats["peak_bytes_in_use"]
 
 
 def _peak_since(before: tuple[int, int] | None) -> int | None:

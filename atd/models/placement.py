@@ -1,0 +1,82 @@
+"""How weights lie in memory: as the backend that multiplies by them wants them."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from atd.errors import BadInput
+from atd.ir import Graph, WeightRef
+from atd.kernels.matmul import PACKED
+from atd.models.ops import Weights
+from atd.progress import Progress, Report
+from atd.weights import Dense, DenseType, Weight
+
+BACKENDS = ("auto", "xla", "xla-unpacked", *PACKED)
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+
+def backend_here() -> str:
+    """Returns what `auto` stands for on this device."""
+    if jax.default_backend() == "cpu":
+        return "xla-unpacked"
+    return "xla" if PACKED["triton"].device_refuses() else "triton"
+
+
+def check_backend(graph: Graph, backend: str) -> None:
+    """Raises BadInput, with all reasons, where a backend takes neither the device nor a weight."""
+    if backend not in PACKED:
+        return
+    if reason := PACKED[backend].device_refuses():
+        raise BadInput(f"backend {backend}: {reason}")
+    refused: dict[str, list[str]] = {}
+    for name, ref in graph.weights():
+        reason = PACKED[backend].refuses(jnp.dtype(jnp.float32), ref.type)
+        if reason and not isinstance(ref.type, DenseType):
+            refused.setdefault(reason, []).append(name)
+    if refused:
+        told = [
+            f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {reason}"
+            for reason, names in refused.items()
+        ]
+        raise BadInput(f"backend {backend}: {'; '.join(told)}")
+
+
+def placed_weights(graph: Graph, backend: str, dtype: str, progress: Report) -> Iterator[Weights]:
+    """Yields the weights of each unit on the device, read one tensor at a time.
+
+    Args:
+        backend: one of BACKENDS but `auto`: which weights stay packed, and in which layout.
+        dtype: of dense matrices, a key of DTYPES; gains and biases are float32.
+    """
+    done, total = 0, sum(len(node.weights) for _, node in graph.nodes())
+    for block in graph.units:
+        weights: Weights = {}
+        for node in block.nodes:
+            slots = weights[node.name] = {}
+            for slot, ref in sorted(node.weights.items()):
+                slots[slot] = _place(ref, backend, DTYPES[dtype])
+                done += 1
+                progress(Progress("loading", done, total, "tensors"))
+        yield weights
+
+
+def _place(ref: WeightRef, backend: str, dtype) -> Weight:
+    value = ref.load()
+    if backend in PACKED:
+        value = PACKED[backend].prepare(value)
+    weight = jax.tree.map(jnp.asarray, value)
+    dtype = jnp.float32 if len(weight.type.shape) < 2 else dtype
+    array = value.array if isinstance(value, Dense) else None
+    if isinstance(array, jax.Array) and array.dtype == dtype:
+        return value  # made on the device, and needs no copy
+    if isinstance(weight.type, DenseType) or backend == "xla-unpacked":
+        # Waited for, or tensors that are read faster than they are dequantized would pile up.
+        return Dense(jax.block_until_ready(_dequantize(weight, dtype)))
+    return weight
+
+
+@partial(jax.jit, static_argnames="dtype")
+def _dequantize(weight: Weight, dtype) -> jax.Array:
+    return jnp.asarray(weight.dequantize(dtype))
