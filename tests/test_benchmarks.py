@@ -81,8 +81,8 @@ def test_matmul_says_what_it_leaves_out_and_refuses_what_does_not_run(tmp_path):
     assert "the kernels do not run here" in run("matmul.py", code=2)
 
 
-def test_quality(stories260k, shared_data, tmp_path):
-    text = shared_data / "text" / "tinystories_sample.txt"
+def test_quality(stories260k, small, tmp_path):
+    text = small.sample
     arguments = (
         stories260k,
         "--data",

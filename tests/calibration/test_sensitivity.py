@@ -55,11 +55,11 @@ def windows_of(folder, text, count, context=128):
         *(pytest.param(each, marks=pytest.mark.slow) for each in ((64, "tied"), ("row", "free"))),
     ],
 )
-def test_predicted_losses_are_what_feedback_leaves(stories15m, shared_data, options):
+def test_predicted_losses_are_what_feedback_leaves(trained, options):
     """Real layers, rotated: within 12 % (8 % for more than one base) of the loss of feedback with two sweeps."""
     group, scales = options
-    graph = Pipeline(["fold_norms", "rotate"])(frontend.open(stories15m))
-    windows = windows_of(stories15m, shared_data / "text" / "tinystories_197k.txt", 32)
+    graph = Pipeline(["fold_norms", "rotate"])(frontend.open(trained.folder))
+    windows = windows_of(trained.folder, trained.calibration, 32)
     readers = {f"model.layers.0.{name}": "" for name in ("self_attn.k_proj", "mlp.down_proj")}
     for unit, weights, _, moments in dense_moments(graph, windows, readers):
         for value, hessian in moments.items():
@@ -136,10 +136,10 @@ def test_the_heads_squares_are_the_variance_of_its_labels():
     np.testing.assert_allclose(squares["lm_head"], (p * (1 - p)).mean((0, 1)), rtol=1e-4)
 
 
-def test_a_tied_embedding_under_its_moments(stories260k, shared_data):
+def test_a_tied_embedding_under_its_moments(stories260k, small):
     """Three and four bases, everything else dense: predicted KL is measured KL, and als, which knows no moments, loses more."""
     graph = Pipeline(["fold_norms", "rotate{embedding = true}"])(frontend.open(stories260k))
-    windows = windows_of(stories260k, shared_data / "text" / "tinystories_197k.txt", 16)
+    windows = windows_of(stories260k, small.calibration, 16)
     name = "model.embed_tokens"
     candidates = candidates_of(graph, [name], (3, 4))
     predicted, moments = sensitivity.fisher_losses(graph, windows, candidates)
@@ -179,10 +179,10 @@ def test_a_sample_of_rows_stands_for_all(monkeypatch):
 
 
 @pytest.mark.slow
-def test_measured_and_predicted_rank_alike(stories260k, shared_data):
+def test_measured_and_predicted_rank_alike(stories260k, small):
     """Of every linear and option of a real model, rotated."""
     graph = Pipeline(["fold_norms", "rotate"])(frontend.open(stories260k))
-    windows = windows_of(stories260k, shared_data / "text" / "tinystories_197k.txt", 32)
+    windows = windows_of(stories260k, small.calibration, 32)
     names = linears_of(graph)
     candidates = candidates_of(graph, names)
     predicted, _ = sensitivity.fisher_losses(graph, windows, candidates)

@@ -31,8 +31,8 @@ def quiet(line: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def calib(shared_data):
-    return shared_data / "text" / "tinystories_197k.txt"
+def calib(small):
+    return small.calibration
 
 
 def test_streams_are_what_the_models_compute():
@@ -82,10 +82,10 @@ def calibrated(stories260k, calib, tmp_path_factory):
     return convert(stories260k, out, "ternary2", overrides=OVERRIDES, calib=calib, say=quiet)
 
 
-def test_calibration_beats_data_free_at_the_same_bits(stories260k, calibrated, shared_data):
+def test_calibration_beats_data_free_at_the_same_bits(stories260k, calibrated, small):
     """On text that was not calibrated on. A calibration that changes nothing fails this."""
     words = open_tokenizer(stories260k)
-    tokens = words.encode(read_text(shared_data / "text" / "tinystories_valid_30k.txt"))[:8192]
+    tokens = words.encode(read_text(small.held_out))[:8192]
     dense, graph = load(stories260k), frontend.open(stories260k)
     free = evaluate(
         load(Pipeline(['decompose{group = "row", scales = "tied"}'])(graph)),
@@ -123,7 +123,7 @@ def test_an_interrupted_calibrated_run_ends_in_the_same_bytes(
 
 
 def test_its_own_recipe_makes_the_same_bytes_and_refuses_another_text(
-    stories260k, calib, calibrated, shared_data, tmp_path
+    stories260k, calib, calibrated, small, tmp_path
 ):
     recipe = calibrated / "recipe.toml"
     again = convert(stories260k, tmp_path / "again", recipe, say=quiet)
@@ -135,9 +135,10 @@ def test_its_own_recipe_makes_the_same_bytes_and_refuses_another_text(
         "tokens_sha256": read_recipe(recipe).calibration_sha256,
         "windows": [64, 512],
     }
-    other = shared_data / "text" / "wikitext2_raw_test.txt"
+    other = tmp_path / "other.txt"
+    other.write_text(read_text(small.calibration)[1000:])
     with pytest.raises(
-        BadInput, match=r"calibrated on other text: .*wikitext2_raw_test.txt gives tokens of sha256"
+        BadInput, match=r"calibrated on other text: .*other\.txt gives tokens of sha256"
     ):
         convert(stories260k, tmp_path / "other", recipe, calib=other, say=quiet)
     short = replace(read_recipe(recipe), calibration=("self",), calibration_tokens=1024)

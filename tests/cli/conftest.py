@@ -30,8 +30,8 @@ def converted(stories260k, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def text(shared_data) -> Path:
-    return shared_data / "text" / "tinystories_sample.txt"
+def text(small) -> Path:
+    return small.sample
 
 
 @pytest.fixture(scope="session")

@@ -89,8 +89,8 @@ BOUNDS = {
 
 
 @pytest.mark.parametrize("bases", [1, 2, 3])
-def test_real_weights(stories15m, bases):
-    tensors = load_file(stories15m / "model.safetensors")
+def test_real_weights(trained, bases):
+    tensors = load_file(trained.folder / "model.safetensors")
     linears = [
         w.astype(np.float32) for name, w in tensors.items() if "layers.2." in name and w.ndim == 2
     ]

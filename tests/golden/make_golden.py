@@ -3,7 +3,7 @@
     python tests/golden/make_golden.py [SHARED_DATA]
 
 Needs torch and transformers (5.23 was used), which compute the logits. SHARED_DATA is the folder of the real models
-(default: ../shared/data); of those only tokens and logits are kept. Weights are drawn so that every part matters: gains
+(default: data/); of those only tokens and logits are kept. Weights are drawn so that every part matters: gains
 and biases are random, and logits differ by several units.
 """
 # pyright: reportMissingImports=false
@@ -166,4 +166,4 @@ if __name__ == "__main__":
     for seed, name in enumerate(MODELS):
         make_tiny(name, seed)
     for name in REAL:
-        make_real(name, Path(sys.argv[1]) if sys.argv[1:] else HERE.parents[2] / "shared" / "data")
+        make_real(name, Path(sys.argv[1]) if sys.argv[1:] else HERE.parents[1] / "data")

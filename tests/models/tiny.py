@@ -10,6 +10,13 @@ def dense(rng: np.random.Generator, *shape: int, scale: float = 0.2) -> Dense:
     return Dense((rng.standard_normal(shape) * scale).astype(np.float32))
 
 
+def loaded(graph: Graph) -> Graph:
+    """The graph with its weights in memory: what passes compute lazily is computed once."""
+    return graph.with_units(
+        tuple(u.map_weights(lambda ref: in_memory(ref.tensor, ref.load())) for u in graph.units)
+    )
+
+
 def tiny_graph(
     layers: int = 2,
     hidden: int = 32,

@@ -247,11 +247,9 @@ def test_measured(windows):
     }
 
 
-def test_better_than_chance_on_a_real_model(stories260k, shared_data):
+def test_better_than_chance_on_a_real_model(stories260k, small):
     """At equal bytes, the predicted KL of the optimum is below that of the stand-in's choice, which knows nothing."""
-    tokens = open_tokenizer(stories260k).encode(
-        read_text(shared_data / "text" / "tinystories_197k.txt")
-    )
+    tokens = open_tokenizer(stories260k).encode(read_text(small.calibration))
     windows = np.asarray(tokens[: 16 * 128], np.int32).reshape(16, 128)
     graph = Pipeline(["fold_norms", "rotate"])(frontend.open(stories260k))
     step, context = Allocate(bits=3.6), context_of(windows)

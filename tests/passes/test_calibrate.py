@@ -29,8 +29,8 @@ STEP = Calibrate(steps=8, checks=2)
 
 
 @pytest.fixture(scope="module")
-def recipe(shared_data) -> Recipe:
-    text = str(shared_data / "text" / "tinystories_197k.txt")
+def recipe(small) -> Recipe:
+    text = str(small.calibration)
     pipeline = Pipeline([*BEFORE, STEP, "fuse", "verify"])
     return Recipe(pipeline, calibration=(text,), calibration_tokens=4096, calibration_context=128)
 
@@ -60,13 +60,13 @@ def context(stories260k, recipe):
     return made, Pipeline(BEFORE)(graph)
 
 
-def test_the_divergence_falls(stories260k, calibrated, said, shared_data):
+def test_the_divergence_falls(stories260k, calibrated, said, small):
     """On the held-out windows, as it says, and on text that it never saw."""
     (line,) = [line for line in said if line.startswith("calibrate")]
     start, end = map(float, re.findall(r"\d+\.\d+", line)[:2])
     assert end < 0.97 * start
     words = open_tokenizer(stories260k)
-    tokens = words.encode(read_text(shared_data / "text" / "tinystories_valid_30k.txt"))[:4096]
+    tokens = words.encode(read_text(small.held_out))[:4096]
     dense, plain = load(stories260k), load(Pipeline(BEFORE)(frontend.open(stories260k)))
     before, after = (
         evaluate(model, tokens, context=128, against=dense) for model in (plain, load(calibrated))

@@ -24,9 +24,9 @@ from tests.models.tiny import tiny_graph
         ({"bases": 3, "group": "tensor", "method": "greedy"}, 0.32),
     ],
 )
-def test_errors_on_real_weights(stories15m, options, bound):
-    """The relative RMSE of the mean linear of stories15M; greedy on one scale cannot reach als's bounds."""
-    graph, figures = frontend.open(stories15m), Figures()
+def test_errors_on_real_weights(trained, options, bound):
+    """The relative RMSE of the mean linear; greedy on one scale cannot reach als's bounds."""
+    graph, figures = frontend.open(trained.folder), Figures()
     context = Context(record=figures.record)
     step = Decompose(**options, nodes=r"model\.layers\.[03]\..*")
     errors = []

@@ -56,9 +56,8 @@ def test_every_family_keeps_its_function(name):
             assert figures[before.full_name(node)] == {"exponent": 0.5}
 
 
-@pytest.mark.parametrize("model", ["stories260K", "stories15M"])
-def test_real_models_keep_their_function(shared_data, model):
-    graph = frontend.open(shared_data / "models" / model)
+def test_a_real_model_keeps_its_function(trained):
+    graph = frontend.open(trained.folder)
     graph = replace(graph, blocks=graph.blocks[:2])  # all blocks are alike
     assert_same_function(Equalize(grid=(0.5,))(graph, context_of(graph)), graph)
 

@@ -82,11 +82,8 @@ def test_untie_folds_the_final_norm_too(name):
     assert distance(untied, golden(name)) < TOLERANCE
 
 
-def test_a_real_model_keeps_its_function(stories15m):
-    assert (
-        distance(FoldNorms()(frontend.open(stories15m)), np.load(GOLDEN / "stories15M.npz"))
-        < TOLERANCE
-    )
+def test_a_real_model_keeps_its_function(trained):
+    assert distance(FoldNorms()(frontend.open(trained.folder)), trained.golden()) < TOLERANCE
 
 
 def test_joined_linears_take_the_gain_once():

@@ -38,8 +38,8 @@ def test_outputs_are_identical_to_the_bit(order):
     np.testing.assert_array_equal(logits(joined), logits(apart))
 
 
-def test_outputs_of_a_real_model_are_identical_to_the_bit(stories15m):
-    graph = frontend.open(stories15m)
+def test_outputs_of_a_real_model_are_identical_to_the_bit(trained):
+    graph = frontend.open(trained.folder)
     apart, joined = (Pipeline(["decompose", *fuse, "pack"])(graph) for fuse in ([], ["fuse"]))
     np.testing.assert_array_equal(logits(joined), logits(apart))
 

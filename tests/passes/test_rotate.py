@@ -115,10 +115,10 @@ def test_r1_works_on_joined_linears():
 # --- a real model -----------------------------------------------------------------------------------------------------
 
 
-def test_a_real_model_keeps_its_function_and_loses_its_outliers(stories15m):
-    folded = FoldNorms()(frontend.open(stories15m))
+def test_a_real_model_keeps_its_function_and_loses_its_outliers(trained):
+    folded = FoldNorms()(frontend.open(trained.folder))
     after = Rotate()(folded)
-    assert distance(after, np.load(GOLDEN / "stories15M.npz")) < TOLERANCE
+    assert distance(after, trained.golden()) < TOLERANCE
     before, now = kurtosis(folded), kurtosis(after)
     assert np.mean(list(before.values())) > 0.18
     assert np.mean(list(now.values())) < 0.05

@@ -222,17 +222,17 @@ def run_convert(model: Path, out: Path) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-def test_kill_at_random_moments_ends_in_the_same_bytes(stories15m, tmp_path):
+def test_kill_at_random_moments_ends_in_the_same_bytes(trained, tmp_path):
     """kill -9 again and again, then let it finish: the digests of a run that was never disturbed."""
     started = time.monotonic()
-    whole = run_convert(stories15m, tmp_path / "whole")
+    whole = run_convert(trained.folder, tmp_path / "whole")
     assert whole.wait() == 0, whole.stderr
     duration = time.monotonic() - started
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     moments, out, kept = random.Random(seed), tmp_path / "killed", set()
     for _ in range(3):
-        process = run_convert(stories15m, out)
+        process = run_convert(trained.folder, out)
         try:
             process.wait(moments.uniform(0.25, 0.9) * duration)
         except subprocess.TimeoutExpired:
@@ -245,15 +245,15 @@ def test_kill_at_random_moments_ends_in_the_same_bytes(stories15m, tmp_path):
         assert kept <= now, "a finished unit was lost"
         kept = now
     if not out.exists():
-        final = run_convert(stories15m, out)
+        final = run_convert(trained.folder, out)
         _, errors = final.communicate()
         assert final.returncode == 0, errors
     assert read_manifest(out) == read_manifest(tmp_path / "whole")
     assert sorted(os.listdir(tmp_path)) == ["killed", "whole"]
 
 
-def test_ctrl_c_leaves_one_line_and_a_run_that_goes_on(stories15m, tmp_path):
-    process = run_convert(stories15m, tmp_path / "out")
+def test_ctrl_c_leaves_one_line_and_a_run_that_goes_on(trained, tmp_path):
+    process = run_convert(trained.folder, tmp_path / "out")
     journal = partial_folder(tmp_path / "out") / JOURNAL
     while process.poll() is None and not (journal.exists() and journal.stat().st_size):
         time.sleep(0.02)
@@ -272,7 +272,7 @@ def test_ctrl_c_leaves_one_line_and_a_run_that_goes_on(stories15m, tmp_path):
         for entry in finished.values()
     }
     assert times
-    convert(stories15m, tmp_path / "out", "datafree3", say=quiet)
+    convert(trained.folder, tmp_path / "out", "datafree3", say=quiet)
     assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in times} == times, (
         "finished units were written again"
     )

