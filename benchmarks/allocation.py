@@ -1,11 +1,12 @@
-"""How good predictions of KL are: rank correlation with measured KL by node and option, and predicted against measured KL over ten budgets.
+"""How good predictions of KL are: rank correlation with measured KL by node and option, and
+predicted against measured KL over ten budgets.
 
     python benchmarks/allocation.py MODEL --data TEXT [--json FILE]     stories15M on two cores: about five minutes
     python benchmarks/allocation.py MODEL --data TEXT --tiny            fewer tokens and budgets, for CI
 
-Rotated, tied, one scale a row, N = 1, 2, 3; every linear a choice of its own. Models for the budgets are made by error feedback under the dense
-model's moments, and measured on the calibration text: what is judged is the prediction, not the recipe.
-"""
+Rotated, tied, one scale a row, N = 1, 2, 3; every linear a choice of its own. Models for the
+budgets are made by error feedback under the dense model's moments, and measured on the calibration
+text: what is judged is the prediction, not the recipe."""
 
 import argparse
 import json

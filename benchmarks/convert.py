@@ -1,12 +1,12 @@
-"""Speed and peak memory of `atd convert` on Llama-3-8B's shapes with few blocks: memory must not grow with depth.
+"""Speed and peak memory of `atd convert` on Llama-3-8B's shapes with few blocks: memory must not
+grow with depth.
 
     python benchmarks/convert.py [--blocks 1 2 4] [--recipe datafree2]      about 3 minutes and 6 GB of disk
     python benchmarks/convert.py --tiny                                    seconds, for CI
 
-Weights are random bf16 normal numbers, one shard a block, embedding and head as wide as the real ones (untied). Each
-conversion is a process of its own; peak memory is what the operating system saw of it (resident set, pages of mapped
-files included).
-"""
+Weights are random bf16 normal numbers, one shard a block, embedding and head as wide as the real
+ones (untied). Each conversion is a process of its own; peak memory is what the operating system saw
+of it (resident set, pages of mapped files included)."""
 
 import argparse
 import json
@@ -41,7 +41,9 @@ TINY = LLAMA_3_8B | {
 
 
 def write_checkpoint(folder: Path, config: dict, blocks: int) -> int:
-    """Writes a random checkpoint of these shapes; returns the number of weights of its blocks' linears."""
+    """Writes a random checkpoint of these shapes; returns the number of weights of its blocks'
+    linears.
+    """
     rng, config = np.random.default_rng(0), config | {"num_hidden_layers": blocks}
 
     def reference(tensor: str, *shape: int) -> WeightRef:
@@ -69,7 +71,9 @@ def write_checkpoint(folder: Path, config: dict, blocks: int) -> int:
 
 
 def convert(model: Path, out: Path, recipe: str) -> tuple[float, float, float]:
-    """(seconds in all, seconds in the decoder's blocks, peak bytes) of `atd convert` in a process of its own."""
+    """(seconds in all, seconds in the decoder's blocks, peak bytes) of `atd convert` in a process
+    of its own.
+    """
     started = time.perf_counter()
     child = os.spawnv(
         os.P_NOWAIT,

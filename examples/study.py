@@ -1,8 +1,8 @@
 """Compares pipelines on one model, in memory: study.py [MODEL TEXT].
 
 MODEL is a Hugging Face folder or a .gguf file, TEXT is UTF-8; without them, a tiny random model of
-the tests and random tokens. The command `atd study` does the same with recipes, files and a picture.
-"""
+the tests and random tokens. The command `atd study` does the same with recipes, files and a
+picture."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""allocate: shares a budget of bytes out; N, group size and scales of every matrix, where they lose least.
+"""allocate: shares a budget of bytes out; N, group size and scales of every matrix, where they lose
+least.
 
 1. `bits = 3.4` is the average over the linears of the blocks, all their stored bytes counted,
    padding and scales too; these linears are the choices, embedding and head stay dense.
@@ -17,8 +18,7 @@
    f16" or "dense", and `decompose`, which must follow, does that. An embedding, which reads no
    activations, gets the attr `moments`: second moments that its errors are weighted by.
 6. Without calibration (the check before a conversion reads data) feasibility is checked in the same
-   way, and types come from a stand-in (`atd.decomposition.budget.stand_in_loss`).
-"""
+   way, and types come from a stand-in (`atd.decomposition.budget.stand_in_loss`)."""
 
 import hashlib
 import math
@@ -270,7 +270,9 @@ class Allocate(Pass):
         return losses, {}
 
     def _key(self, problem: Problem, graph: Graph, windows: np.ndarray, seed: int) -> str:
-        """Equal keys: equal sensitivities. The data of the first block stand for what earlier passes do to weights."""
+        """Equal keys: equal sensitivities. The data of the first block stand for what earlier
+        passes do to weights.
+        """
         data = hashlib.sha256()
         for name, ref in graph.weights():
             data.update(f"{name} {ref.source}\n".encode())

@@ -1,17 +1,19 @@
-"""calibrate: scales, norm gains and codes of a decomposed model follow a gradient toward the dense model (optax).
+"""calibrate: scales, norm gains and codes of a decomposed model follow a gradient toward the dense
+model (optax).
 
-1. Takes the converted model as it was written, and the dense model before the first calibrated pass.
-2. `against = "logits"`: end to end. KL(dense || converted) of the next-token distributions, all blocks at once, one unit's
-   gradient in memory at a time (checkpointing per block).
-   `against = "block"`: block by block (EfficientQAT's block-AP, 2407.11062). Mean square error of a block's output on the
-   quantized stream against the dense block's on the dense stream, relative to what the block adds to the stream.
-3. What moves: `scales` (relative steps), `gains` of RMS norms, `codes` (latent weights, straight through; of linears). Adam
-   for scales and gains, Adafactor for codes, so that those of the largest gradients move and not all alike; a few
-   warm-up steps, cosine to zero.
-4. Every eighth calibration window is held out. Their loss is looked at `checks` times. Where it got worse, the run goes back to
-   the best state and on at half the rates; after `patience` such checks in a row it stops. A run that improved nothing says
-   so and leaves the model as it was.
-"""
+1. Takes the converted model as it was written, and the dense model before the first calibrated
+   pass.
+2. `against = "logits"`: end to end. KL(dense || converted) of the next-token distributions, all
+   blocks at once, one unit's gradient in memory at a time (checkpointing per block). `against =
+   "block"`: block by block (EfficientQAT's block-AP, 2407.11062). Mean square error of a block's
+   output on the quantized stream against the dense block's on the dense stream, relative to what
+   the block adds to the stream.
+3. What moves: `scales` (relative steps), `gains` of RMS norms, `codes` (latent weights, straight
+   through; of linears). Adam for scales and gains, Adafactor for codes, so that those of the
+   largest gradients move and not all alike; a few warm-up steps, cosine to zero.
+4. Every eighth calibration window is held out. Their loss is looked at `checks` times. Where it got
+   worse, the run goes back to the best state and on at half the rates; after `patience` such checks
+   in a row it stops. A run that improved nothing says so and leaves the model as it was."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -197,7 +199,9 @@ class _Watch:
 
 
 class _Tuned:
-    """A unit, its parameters and the state of the optimizer of each node (small programs that other units share)."""
+    """A unit, its parameters and the state of the optimizer of each node (small programs that other
+    units share).
+    """
 
     def __init__(
         self, unit: TrainableUnit, optimizer: optax.GradientTransformation, update: Callable
@@ -257,7 +261,7 @@ def _watched(
     return watch
 
 
-# --- end to end --------------------------------------------------------------------------------------------------------
+# --- end to end -----------------------------------------------------------------------------------
 
 
 def _against_logits(step: Calibrate, graph: Graph, context: Context, data: _Data) -> Graph | None:
@@ -312,7 +316,8 @@ class _Converted:
             self._teacher_table = embedding_matrix(frozen(dense.prologue), {})
         self._moves_table = self._tied and bool(self._prologue.parameters)
         self._measure = jax.jit(self._divergence)
-        # by the head's parameters, by the hidden states, and where the head is the embedding by its table
+        # by the head's parameters, by the hidden states, and where the head is the embedding by its
+        # table
         self._differentiate = jax.jit(
             jax.grad(self._divergence, argnums=(0, 1, 2) if self._moves_table else (0, 1))
         )
@@ -320,8 +325,8 @@ class _Converted:
     def _divergence(
         self, parameters, hidden, embedding, target, fixed, teacher_fixed, teacher_table
     ):
-        """Mean over windows [B, T, D], some positions at a time, so that logits of no more exist; weights are arguments,
-        or they would be constants of the compiled program."""
+        """Mean over windows [B, T, D], some positions at a time, so that logits of no more exist;
+        weights are arguments, or they would be constants of the compiled program."""
         head = replace(self._head.unit, fixed=fixed)
         teacher = replace(self._teacher, fixed=teacher_fixed)
 
@@ -352,11 +357,15 @@ class _Converted:
         return inputs, x
 
     def loss(self, tokens, target) -> float:
-        """KL(dense || converted), mean over the positions of the windows; target: the dense model's hidden states."""
+        """KL(dense || converted), mean over the positions of the windows; target: the dense model's
+        hidden states.
+        """
         return float(self._measure(*self._arguments(self._run(tokens)[1], target)))
 
     def move(self, tokens, target, share: float) -> None:
-        """One step of the optimizer: forward, and backward a unit at a time, each moved as soon as its gradient is known."""
+        """One step of the optimizer: forward, and backward a unit at a time, each moved as soon as
+        its gradient is known.
+        """
         inputs, hidden = self._run(tokens)
         moves, gradient, *by_table = self._differentiate(*self._arguments(hidden, target))
         self._head.move(moves, share)
@@ -373,7 +382,9 @@ class _Converted:
 
 
 def _hidden(graph: Graph, windows: np.ndarray, batch: int) -> np.ndarray:
-    """The residual stream in front of the epilogue, float32 [n, T, D]; one unit's weights in memory at a time."""
+    """The residual stream in front of the epilogue, float32 [n, T, D]; one unit's weights in memory
+    at a time.
+    """
     values = [jnp.asarray(windows[i : i + batch], jnp.int32) for i in range(0, len(windows), batch)]
     for block in graph.units[:-1]:
         unit = frozen(block)
@@ -381,7 +392,7 @@ def _hidden(graph: Graph, windows: np.ndarray, batch: int) -> np.ndarray:
     return np.concatenate([np.asarray(x) for x in values])
 
 
-# --- block by block ----------------------------------------------------------------------------------------------------
+# --- block by block -------------------------------------------------------------------------------
 
 
 def _against_blocks(step: Calibrate, graph: Graph, context: Context, data: _Data) -> Graph | None:

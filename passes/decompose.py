@@ -1,16 +1,19 @@
 """decompose: a dense matrix becomes a sum of N ternary bases, `w = sum_i s_i t_i`.
 
-1. Takes every `linear` and `embed` whose full name matches `nodes` and whose weight is dense; norms and biases stay.
-2. `method = "als"`: scales fitted jointly, per group, with exhaustive re-assignment (`atd.decomposition.least_squares.als`).
-   `method = "greedy"`: the historic one, scale = mean|residual|, base by base (`atd.decomposition.greedy`); with
-   `group = "tensor"` one scale a tensor.
-   `method = "hessian"`: calibrated. Scales under the second moments of the inputs, error feedback, coordinate descent,
-   refits (`atd.decomposition.error_feedback`); the target is corrected for what the layers before have changed (GPTAQ). Embedding tables
-   read no activations: they get the same under the moments that `allocate` left for them, else als.
-3. Where `allocate` ran before, each matrix bears its decision, and that alone counts: which nodes, bases, group, scales
-   and dtype are this pass's options only for matrices without one, and rules are refused. How is still this pass's.
-4. Errors are weighted by `context.feature_weights[node]` where somebody has put them there (als only).
-"""
+1. Takes every `linear` and `embed` whose full name matches `nodes` and whose weight is dense; norms
+   and biases stay.
+2. `method = "als"`: scales fitted jointly, per group, with exhaustive re-assignment
+   (`atd.decomposition.least_squares.als`). `method = "greedy"`: a baseline, scale =
+   mean|residual|, base by base (`atd.decomposition.greedy`); with `group = "tensor"` one scale a
+   tensor. `method = "hessian"`: calibrated. Scales under the second moments of the inputs, error
+   feedback, coordinate descent, refits (`atd.decomposition.error_feedback`); the target is
+   corrected for what the layers before have changed (GPTAQ). Embedding tables read no activations:
+   they get the same under the moments that `allocate` left for them, else als.
+3. Where `allocate` ran before, each matrix bears its decision, and that alone counts: which nodes,
+   bases, group, scales and dtype are this pass's options only for matrices without one, and rules
+   are refused. How is still this pass's.
+4. Errors are weighted by `context.feature_weights[node]` where somebody has put them there (als
+   only)."""
 
 import re
 from dataclasses import dataclass, replace
@@ -37,7 +40,9 @@ METHODS = ("als", "greedy", "hessian")
 
 @dataclass(frozen=True, kw_only=True)
 class Decompose(Pass):
-    """Options: see the fields. Group sizes run from 32 up; "row" is one group a row, "tensor" one for the whole matrix."""
+    """Options: see the fields. Group sizes run from 32 up; "row" is one group a row, "tensor" one
+    for the whole matrix.
+    """
 
     name = "decompose"
     scope = "node"
@@ -47,11 +52,13 @@ class Decompose(Pass):
     group: int | str = 128  # inputs that share their scales
     scales: str = "free"  # or "tied": s_i = s_0 / 3^i, one stored scale a group
     dtype: str = "f16"  # of the stored scales
-    nodes: str = r"model\.layers\..*"  # which linears (whole names); ".*" takes model.embed_tokens and lm_head as well
+    # which linears (whole names); ".*" takes model.embed_tokens and lm_head as well
+    nodes: str = r"model\.layers\..*"
     # hessian alone:
     sweeps: int = 2  # of coordinate descent after the error feedback
     refits: int = 0  # rounds of (scales in closed form, one more sweep)
-    damping: float = 0.3  # of the second moments, relative to their mean diagonal: in feedback, scales and correction
+    # of the second moments, relative to their mean diagonal: in feedback, scales and correction
+    damping: float = 0.3
     order: bool = True  # visit inputs by descending second moment (act-order)
     asymmetric: float = 1.0  # share of the correction toward the dense model's outputs; 0: none
 

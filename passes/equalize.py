@@ -1,20 +1,24 @@
-"""equalize: features that linears read are scaled, W x = (W diag(s)) (x / s), so that those with large values get the finer
-weights. The function stays the same: the division goes where it costs nothing (AWQ, 2306.00978).
+"""equalize: features that linears read are scaled, W x = (W diag(s)) (x / s), so that those with
+large values get the finer weights. The function stays the same: the division goes where it costs
+nothing (AWQ, 2306.00978).
 
     norm -> q, k, v and norm -> gate, up    g -> g / s
     v -> o                                  rows and bias of v / s; with grouped queries all heads of a group share their s
     up -> down                              rows and bias of up / s; silu(gate) * up is linear in up
 
-s_j = (E[x_j^2])^(a/2) over its geometric mean. The exponent a is searched site by site: for each of `grid` the readers W diag(s)
-are decomposed by als, without error feedback, and the a of the least tr(dW H dW') stays, dW the error of W and H = E[x x'] the
-second moment of x in the dense model. Where that is a = 0 the site stays as it is. Scaled weights become dense f32.
+s_j = (E[x_j^2])^(a/2) over its geometric mean. The exponent a is searched site by site: for each of
+`grid` the readers W diag(s) are decomposed by als, without error feedback, and the a of the least
+tr(dW H dW') stays, dW the error of W and H = E[x x'] the second moment of x in the dense model.
+Where that is a = 0 the site stays as it is. Scaled weights become dense f32.
 
-1. Needs dense weights: equalize stands before decompose. Behind fuse, v and up are joined with others, and norms alone are left.
-2. fold_norms multiplies gains into the linears, and so takes back what was done at norms before it: put equalize behind it.
-   Behind rotate it works in the rotated basis. A norm that gets a gain loses its attr `unit_gain`, hence rotate refuses to follow.
-3. Measured on stories15M (16 windows of 256 to calibrate, 8 to evaluate): KL to the dense model .576 -> .486 for als with two bases
-   in groups of 128. On top of error feedback, which weighs errors with H by itself, no effect was resolved (QUANTIZATION.md).
-"""
+1. Needs dense weights: equalize stands before decompose. Behind fuse, v and up are joined with
+   others, and norms alone are left.
+2. fold_norms multiplies gains into the linears, and so takes back what was done at norms before it:
+   put equalize behind it. Behind rotate it works in the rotated basis. A norm that gets a gain
+   loses its attr `unit_gain`, hence rotate refuses to follow.
+3. Measured on stories15M (16 windows of 256 to calibrate, 8 to evaluate): KL to the dense model
+   .576 -> .486 for als with two bases in groups of 128. On top of error feedback, which weighs
+   errors with H by itself, no effect was resolved."""
 
 import hashlib
 from collections import Counter
@@ -32,7 +36,8 @@ from atd.ir import Block, Graph, Node, WeightRef
 from atd.pipeline import Context, Pass
 from atd.weights import Dense, DenseType, TernaryType, canonical_group, combine
 
-LEAST = 1e-3  # of the root mean square over all features: one that is hardly ever there gets no boundless scale
+# of the root mean square over all features: one that is hardly ever there gets no boundless scale
+LEAST = 1e-3
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,9 @@ class Site:
 
 @dataclass(frozen=True, kw_only=True)
 class Equalize(Pass):
-    """Options: see the fields. Those of the decomposition are as in `decompose`, which should follow with the same."""
+    """Options: see the fields. Those of the decomposition are as in `decompose`, which should
+    follow with the same.
+    """
 
     name = "equalize"
     scope = "graph"
@@ -139,7 +146,9 @@ class Equalize(Pass):
     def _search(
         self, block: Block, site: Site, moments: Mapping[str, np.ndarray]
     ) -> tuple[float, np.ndarray | None, tuple[float, float]]:
-        """(a, s float32 [in], or None for a = 0, (loss for a = 0, loss for a), zeros where nothing was searched)."""
+        """(a, s float32 [in], or None for a = 0, (loss for a = 0, loss for a), zeros where nothing
+        was searched).
+        """
         nodes = [block.node(name) for name in site.readers]
         hessian = moments[nodes[0].inputs[0]]
         if len(self.grid) == 1:
@@ -167,7 +176,7 @@ class Equalize(Pass):
         return np.asarray(combine(trits, scales, type), np.float32) / scale - weight
 
 
-# --- sites ------------------------------------------------------------------------------------------------------------
+# --- sites ----------------------------------------------------------------------------------------
 
 
 def sites(block: Block) -> list[Site]:
@@ -201,8 +210,9 @@ def sites(block: Block) -> list[Site]:
 
 
 def scales_of(squares: np.ndarray, a: float, heads: tuple[int, int] = (1, 1)) -> np.ndarray:
-    """s float32 [in] from E[x^2] [in]: E[x^2]^(a/2) over its geometric mean. `heads` query heads to key-value heads: E[x^2] is
-    averaged over the query heads that read the same values, which therefore share s."""
+    """s float32 [in] from E[x^2] [in]: E[x^2]^(a/2) over its geometric mean. `heads` query heads to
+    key-value heads: E[x^2] is averaged over the query heads that read the same values, which
+    therefore share s."""
     queries, keys = heads
     shared = squares.astype(np.float64).reshape(
         keys, queries // keys, -1
@@ -214,11 +224,13 @@ def scales_of(squares: np.ndarray, a: float, heads: tuple[int, int] = (1, 1)) ->
     return np.exp(logs - logs.mean()).astype(np.float32)
 
 
-# --- rewriting --------------------------------------------------------------------------------------------------------
+# --- rewriting ------------------------------------------------------------------------------------
 
 
 def _scaled_block(block: Block, found: list[tuple[Site, np.ndarray | None]]) -> Block:
-    """The block with the scales multiplied into readers and divided out of writers; None: any, for the sake of the types."""
+    """The block with the scales multiplied into readers and divided out of writers; None: any, for
+    the sake of the types.
+    """
     for site, scale in found:
         for name in site.readers:
             node = block.node(name)

@@ -1,14 +1,15 @@
 """fold_norms: the gains of RMS norms move into the linears behind them, W (g * n) = (W diag(g)) n.
 
-1. Takes every norm that linears alone read: in front of q/k/v, of gate/up, and the final one in front of the head. Its
-   gain becomes a weight of ones, so the graph stays as it is, and its node gets the attr `unit_gain`: passes that need
-   gain-free norms (rotate) see it without data. A pass that changes such a gain must take the attr away. Norms of q and
-   k (Qwen3) are read by rope and stay.
-2. Tied head: the final norm stays as it is. Its gain would have to go into a matrix that is the embedding too, and
-   rotate does not need it (it turns the stream back in front of that norm). `untie = true` gives the head a matrix of
-   its own, E diag(g), and folds that norm as well: at the price of a second matrix as large as the embedding.
-3. Needs dense weights. Their type becomes `dtype`; f32 keeps the function to rounding.
-"""
+1. Takes every norm that linears alone read: in front of q/k/v, of gate/up, and the final one in
+   front of the head. Its gain becomes a weight of ones, so the graph stays as it is, and its node
+   gets the attr `unit_gain`: passes that need gain-free norms (rotate) see it without data. A pass
+   that changes such a gain must take the attr away. Norms of q and k (Qwen3) are read by rope and
+   stay.
+2. Tied head: the final norm stays as it is. Its gain would have to go into a matrix that is the
+   embedding too, and rotate does not need it (it turns the stream back in front of that norm).
+   `untie = true` gives the head a matrix of its own, E diag(g), and folds that norm as well: at the
+   price of a second matrix as large as the embedding.
+3. Needs dense weights. Their type becomes `dtype`; f32 keeps the function to rounding."""
 
 from dataclasses import dataclass, replace
 
@@ -95,7 +96,9 @@ def _scaled(ref: WeightRef, gain: WeightRef, dtype: str) -> WeightRef:
 
 
 def _untied(graph: Graph) -> Graph:
-    """The graph whose head has a weight of its own, with the embedding's values; the same graph where it has one."""
+    """The graph whose head has a weight of its own, with the embedding's values; the same graph
+    where it has one.
+    """
     matrices = {name: node.weights.get("weight") for name, node in graph.nodes()}
     epilogue = graph.epilogue
     for node in epilogue.nodes:

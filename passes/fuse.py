@@ -1,12 +1,13 @@
-"""fuse: linears that read the same value become one, so that q/k/v and gate/up cost one launch each.
+"""fuse: linears that read the same value become one, so that q/k/v and gate/up cost one launch
+each.
 
-1. Linears of a block with the same input and the same type but for the number of rows are joined row on row, in their
-   order; q, k and v become
-   `qkv_proj`, gate and up `gate_up_proj`. Those with a bias and those without are not joined with one another.
-2. Each old name lives on as a `slice` of the joined output, so nothing else in the block changes, and export can take
-   the parts apart.
-3. Left alone: weights whose scale is one for the tensor, and packed layouts whose rows cannot be told apart.
-"""
+1. Linears of a block with the same input and the same type but for the number of rows are joined
+   row on row, in their order; q, k and v become `qkv_proj`, gate and up `gate_up_proj`. Those with
+   a bias and those without are not joined with one another.
+2. Each old name lives on as a `slice` of the joined output, so nothing else in the block changes,
+   and export can take the parts apart.
+3. Left alone: weights whose scale is one for the tensor, and packed layouts whose rows cannot be
+   told apart."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -1,33 +1,41 @@
-"""rotate: the residual stream, and each head's values, in a randomly rotated basis. The function stays the same, and
-the weights lose their outliers, which is what error feedback over whole rows wants.
+"""rotate: the residual stream, and each head's values, in a randomly rotated basis. The function
+stays the same, and the weights lose their outliers, which is what error feedback over whole rows
+wants.
 
 R = diag(signs) H / sqrt(n), orthogonal, with signs drawn at random and H a Hadamard matrix.
 
-R1, one for the model, on the residual stream, x -> x R1. RMS norms without a gain commute with it, so
+R1, one for the model, on the residual stream, x -> x R1. RMS norms without a gain commute with it,
+so
     W -> W R1 for what reads the stream (q, k, v, gate, up),   W -> R1^T W, b -> R1^T b for what writes to it (o, down).
-R2, one for each key-value head of each block, between v and o: v -> R2^T W, R2^T b; o -> W R2, where with grouped
-    queries each query head's columns take the rotation of their key-value head. Softmax mixes positions, not features.
+R2, one for each key-value head of each block, between v and o: v -> R2^T W, R2^T b; o -> W R2,
+where with grouped
+    queries each query head's columns take the rotation of their key-value head. Softmax mixes
+    positions, not features.
 The hidden features of the MLP are not rotated: silu does not commute with a rotation.
 
-1. Needs dense weights, gain-free norms on the stream (fold_norms) and, for R2, v that is not joined with q and k. What
-   the stream touches is found by data flow, so it works for any family; what does not fit is refused.
+1. Needs dense weights, gain-free norms on the stream (fold_norms) and, for R2, v that is not joined
+   with q and k. What the stream touches is found by data flow, so it works for any family; what
+   does not fit is refused.
 2. A head with a matrix of its own: E -> E R1 and W -> W R1; the graph stays as it is.
-3. A tied head: its norm's gain g lies between x and E, and E diag(g) R1 is not E R1, so no rotated matrix can serve as
-   both. Embedding, final norm and head stay as they are, and the blocks alone run in the rotated basis: a node
-   `rotate_in` follows the embedding and `rotate_out` goes before the final norm. As entries +-1/sqrt(n) they are
-   ternary matrices of one base and one scale: exact, 1.6 bits a weight when packed (66 kB each for a width of 576,
-   against 57 MB for a second f16 matrix of SmolLM2), and a token pays two multiplications by [D, D].
-   `embedding = true`, for recipes that quantize the embedding: E -> E R1, no `rotate_in`, and a node `rotate_head`
-   between the final norm and the head, x g R1 (E R1)^T = x g E^T. Rounded to N = 3, SmolLM2's embedding costs a KL of
-   .25 as it is and .04 rotated.
-   fold_norms{untie = true} before it gives case 2 instead; `absorb` does so afterwards, for formats without such nodes.
+3. A tied head: its norm's gain g lies between x and E, and E diag(g) R1 is not E R1, so no rotated
+   matrix can serve as both. Embedding, final norm and head stay as they are, and the blocks alone
+   run in the rotated basis: a node `rotate_in` follows the embedding and `rotate_out` goes before
+   the final norm. As entries +-1/sqrt(n) they are ternary matrices of one base and one scale:
+   exact, 1.6 bits a weight when packed (66 kB each for a width of 576, against 57 MB for a second
+   f16 matrix of SmolLM2), and a token pays two multiplications by [D, D]. `embedding = true`, for
+   recipes that quantize the embedding: E -> E R1, no `rotate_in`, and a node `rotate_head` between
+   the final norm and the head, x g R1 (E R1)^T = x g E^T. Rounded to N = 3, SmolLM2's embedding
+   costs a KL of 0.25 as it is and 0.04 rotated. fold_norms{untie = true} before it gives case 2
+   instead; `absorb` does so afterwards, for formats without such nodes.
 4. Seeds: the recipe's together with `seed`. Equal seeds, equal bytes.
-5. Importances of single features (`Context.feature_weights`) must have been measured on the rotated model.
+5. Importances of single features (`Context.feature_weights`) must have been measured on the rotated
+   model.
 
-Hadamard matrices for n = 2^k m: one of Paley's, of order m 2^j for the least j that has one (q + 1 or 2 (q + 1) with q
-prime: 12, 20, 28, 36, 44, 60, ...), times Sylvester's. That covers the widths of all known models; for others, a random
-orthogonal m x m matrix times Sylvester's of order 2^k. QuaRot (2404.00456), SpinQuant (2405.16406).
-"""
+Hadamard matrices for n = 2^k m: one of Paley's, of order m 2^j for the least j that has one (q + 1
+or 2 (q + 1) with q
+prime: 12, 20, 28, 36, 44, 60, ...), times Sylvester's. That covers the widths of all known models;
+for others, a random orthogonal m x m matrix times Sylvester's of order 2^k. QuaRot (2404.00456),
+SpinQuant (2405.16406)."""
 
 from dataclasses import dataclass, replace
 
@@ -89,7 +97,9 @@ class Rotate(Pass):
         return graph.with_units(tuple(rotated(unit) for unit in graph.units))
 
     def _plan(self, graph: Graph, seed: int) -> tuple[Rotation | None, dict[str, Sides]]:
-        """(R1, full name of a node -> what its weights are rotated by). Raises BadInput for a graph that does not fit."""
+        """(R1, full name of a node -> what its weights are rotated by). Raises BadInput for a graph
+        that does not fit.
+        """
         plan: dict[str, Sides] = {}
         stream = None
         if self.r1:
@@ -129,7 +139,8 @@ def _give(plan: dict[str, Sides], unit: Block, node: Node, side: str, rotation: 
 
 
 def _plan_stream(plan: dict[str, Sides], unit: Block, rotation: Rotation) -> bool:
-    """Gives R1 to the linears that read the residual stream through a norm, and to those that are added to it.
+    """Gives R1 to the linears that read the residual stream through a norm, and to those that are
+    added to it.
 
     Returns whether the unit's output is the stream.
     """
@@ -167,7 +178,9 @@ def _plan_stream(plan: dict[str, Sides], unit: Block, rotation: Rotation) -> boo
 
 
 def _plan_values(plan: dict[str, Sides], block: Block, rng: np.random.Generator) -> None:
-    """Gives R2 to the linear that makes the values of an attention and to those that read its output."""
+    """Gives R2 to the linear that makes the values of an attention and to those that read its
+    output.
+    """
     for node in block.nodes:
         if node.op != "attention":
             continue
@@ -221,8 +234,9 @@ def _rotated(
 
 
 def _rotate_around(graph: Graph, rotation: Rotation, embedding: bool) -> Graph:
-    """The graph with a node that rotates what the prologue gives, and one that turns what the epilogue gets back; where
-    the embedding itself is rotated, with one in front of the head instead of the first."""
+    """The graph with a node that rotates what the prologue gives, and one that turns what the
+    epilogue gets back; where the embedding itself is rotated, with one in front of the head instead
+    of the first."""
 
     def linear(unit: Block, name: str, value: str, transpose: bool) -> Node:
         tensor = f"{unit.full_name(Node(name, 'linear', ()))}.weight"

@@ -1,8 +1,9 @@
 """verify: re-reads what was written and compares it with what was in memory.
 
-1. Every stored tensor is read again; its bytes must have the digest they had when they were written.
-2. Packed codes must be codes of their layout; trits must lie in {-1, 0, 1}; scales and dense tensors must be finite.
-"""
+1. Every stored tensor is read again; its bytes must have the digest they had when they were
+   written.
+2. Packed codes must be codes of their layout; trits must lie in {-1, 0, 1}; scales and dense
+   tensors must be finite."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,6 @@
-"""Models and texts for tests: packaged ones, and real ones of $ATD_SHARED_DATA (see tests/data.py) in the slow runs."""
+"""Models and texts for tests: packaged ones, and real ones of $ATD_SHARED_DATA (see tests/data.py)
+in the slow runs.
+"""
 
 import os
 import re

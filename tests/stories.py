@@ -1,7 +1,8 @@
-"""Writes short stories for children from a grammar: what tests/golden/stories was trained on, and text held out.
+"""Writes short stories for children from a grammar: what tests/golden/stories was trained on, and
+text held out.
 
-Everything follows from the seed: the numbers are those of `random.Random.random`, which Python keeps the same.
-"""
+Everything follows from the seed: the numbers are those of `random.Random.random`, which Python
+keeps the same."""
 
 import random
 from collections.abc import Callable

@@ -35,7 +35,9 @@ def test_no_public_name_is_a_module():
 
 
 def test_each_name_works_before_and_after_its_module_was_imported(stories260k, tmp_path):
-    """Modules are attributes of their package once imported: one called atd.evaluate hid the function."""
+    """Modules are attributes of their package once imported: one called atd.evaluate hid the
+    function.
+    """
     tokens = np.arange(40)
     for again in (False, True):
         if again:

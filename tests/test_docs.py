@@ -1,4 +1,6 @@
-"""The documentation says what the code does: options, commands, the stored format, and links between pages."""
+"""The documentation says what the code does: options, commands, the stored format, and links
+between pages.
+"""
 
 import ast
 import pkgutil
@@ -38,7 +40,7 @@ def without_code(text: str) -> str:
     return re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL)
 
 
-# --- the stored format ------------------------------------------------------------------------------------------------
+# --- the stored format ----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +84,7 @@ def test_every_layout_has_a_row():
     assert named.keys() == {str(layout) for layout in LAYOUTS.values()}
 
 
-# --- options and commands ---------------------------------------------------------------------------------------------
+# --- options and commands -------------------------------------------------------------------------
 
 
 def test_every_pass_has_a_section_with_its_options_and_defaults():
@@ -125,7 +127,7 @@ def test_citation_and_package_agree():
     assert f"license: {project['license']}" in (ROOT / "CITATION.cff").read_text()
 
 
-# --- pages ------------------------------------------------------------------------------------------------------------
+# --- pages ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -1,4 +1,5 @@
-"""The architecture: folders import what stands below them and nothing else, in no circle; `kernels/` needs jax and numpy.
+"""The architecture: folders import what stands below them and nothing else, in no circle;
+`kernels/` needs jax and numpy.
 
 All import statements count, those inside functions and under `if __name__ == "__main__"` as well.
 """
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FLOORS = [  # from the ground up: a folder (or a module that stands alone) imports those on lower floors
+# from the ground up: a folder (or a module that stands alone) imports those on lower floors
+FLOORS = [
     {"errors", "host", "progress", "version"},
     {"weights"},
     {"ir", "kernels", "decomposition"},
@@ -28,7 +30,9 @@ FLOOR = {room: i for i, floor in enumerate(FLOORS) for room in floor}
 
 
 def module_of(path: Path) -> str:
-    """atd/models/ops.py -> "atd.models.ops", kernels/xla.py -> "atd.kernels.xla", benchmarks/decode.py as it is."""
+    """atd/models/ops.py -> "atd.models.ops", kernels/xla.py -> "atd.kernels.xla",
+    benchmarks/decode.py as it is.
+    """
     parts = path.relative_to(ROOT).with_suffix("").parts
     parts = ("atd", *parts) if parts[0] in ("passes", "kernels") else parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)

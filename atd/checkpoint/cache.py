@@ -23,7 +23,9 @@ def default_cache() -> Path:
 
 
 def cache_key(name: str, made_from: Any) -> str:
-    """Returns a key of the cache: a name, and the hash of a JSON value that says what the entry is made from."""
+    """Returns a key of the cache: a name, and the hash of a JSON value that says what the entry is
+    made from.
+    """
     return f"{name}-{hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]}"
 
 

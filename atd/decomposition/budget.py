@@ -13,7 +13,9 @@ from atd.weights import DenseType
 
 @dataclass(frozen=True)
 class Allocation:
-    """What was decided: the type of every matrix that was a choice, what that takes and what it loses."""
+    """What was decided: the type of every matrix that was a choice, what that takes and what it
+    loses.
+    """
 
     types: dict[str, Candidate]  # name -> what the matrix becomes, before packing
     losses: dict[str, float]  # name -> predicted KL, nats per position
@@ -79,7 +81,9 @@ class Problem:
         return Allocation(types, shares, used, self.budget, self.weights)
 
     def stand_in_losses(self) -> list[np.ndarray]:
-        """Returns losses of each choice, [matrices, options], where nothing is known of weights and text."""
+        """Returns losses of each choice, [matrices, options], where nothing is known of weights and
+        text.
+        """
         return [
             np.array([[stand_in_loss(type) for type in self.candidates[name]] for name in names])
             for names in self.choices
@@ -87,7 +91,9 @@ class Problem:
 
 
 def stand_in_loss(type: Candidate) -> float:
-    """Returns a loss for an option when nothing is known: a ninth per base, less for finer groups and free scales."""
+    """Returns a loss for an option when nothing is known: a ninth per base, less for finer groups
+    and free scales.
+    """
     if isinstance(type, DenseType):
         return 0.0
     finer = 0.97 if type.group == "row" else 0.85 + 0.02 * math.log2(type.group_size / 32)

@@ -245,7 +245,8 @@ def sweep_columns(target, quantized, kept, *, matrix, nearest):
         target, quantized: float32 [in, rows] in the order of visits.
         kept: arrays [in, ...] of what else belongs to a column, or ().
         matrix: float32 [in, in] with a diagonal of zeros.
-        nearest: (x float32 [rows], j, a column of `kept`) -> (its value float32 [rows], `kept` anew).
+        nearest: (x float32 [rows], j, a column of `kept`) -> (its value float32 [rows], `kept`
+            anew).
 
     Returns:
         `quantized` and `kept` after the sweep.

@@ -1,13 +1,13 @@
 """The base class of passes: options, contract and rules. How data flows between passes:
 
 graph    A pass is a function of a graph, and all that it decides stands in the graph that it returns: types,
-         weights and attrs, which `str(graph)` shows. What it leaves for a later pass are attrs (`atd.ir.notes`):
-         `allocate` writes `ternary` and `moments`, `decompose` carries them out and takes them away.
+         weights and attrs, which `str(graph)` shows. What it leaves for a later pass are attrs
+         (`atd.ir.notes`): `allocate` writes `ternary` and `moments`, `decompose` carries them out
+         and takes them away.
 context  What a pass may read besides the graph (`atd.pipeline.context`): frozen, made by the driver for each
          stage of a pipeline. Passes change nothing in it.
 sinks    What a pass tells people goes out through functions of the context: `say`, `progress` and `record`.
-         No pass reads what was recorded; the driver owns it and writes it to report.json.
-"""
+         No pass reads what was recorded; the driver owns it and writes it to report.json."""
 
 import json
 import re
@@ -22,7 +22,9 @@ from atd.pipeline.context import Context
 
 @dataclass(frozen=True)
 class Rule:
-    """Options for the nodes whose whole full name the regex `match` matches. The first rule that matches wins."""
+    """Options for the nodes whose whole full name the regex `match` matches. The first rule that
+    matches wins.
+    """
 
     match: str
     skip: bool = False  # leave these nodes alone
@@ -31,16 +33,18 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """A rewrite of graphs. Its dataclass fields are its options and round-trip to text, `decompose{bases = 2, ...}`.
+    """A rewrite of graphs. Its dataclass fields are its options and round-trip to text,
+    `decompose{bases = 2, ...}`.
 
-    A subclass names itself and its `scope`, and implements `rewrite` for one target of that scope, returning None for
-    "not mine":
+    A subclass names itself and its `scope`, and implements `rewrite` for one target of that scope,
+    returning None for "not mine":
 
         node    rewrite(name, node, context) -> Node | None, for every node; `rules` give single nodes other options
         block   rewrite(block, context) -> Block | None, for prologue, blocks and epilogue
         graph   rewrite(graph, context) -> Graph | None
 
-    Calling it runs the contract: `requires`, `rewrite`, `ensures`, and `atd.ir.verify` of the result.
+    Calling it runs the contract: `requires`, `rewrite`, `ensures`, and `atd.ir.verify` of the
+    result.
     """
 
     name: ClassVar[str]
@@ -51,8 +55,8 @@ class Pass:
 
     @property
     def needs(self) -> frozenset[str]:
-        """Returns "activations" for a pass that reads `context.calibration`, "written" for a graph pass whose input
-        must have been written and read again."""
+        """Returns "activations" for a pass that reads `context.calibration`, "written" for a graph
+        pass whose input must have been written and read again."""
         return frozenset()
 
     def requires(self, graph: Graph) -> str | None:
@@ -76,7 +80,8 @@ class Pass:
     def __call__(self, graph: Graph, context: Context | None = None) -> Graph:
         """Returns the rewritten graph. Its types change now, its data when a weight is loaded.
 
-        Raises BadInput where the pass cannot run on the graph, InvalidGraph where it breaks a rule of the IR.
+        Raises BadInput where the pass cannot run on the graph, InvalidGraph where it breaks a rule
+        of the IR.
         """
         context = Context() if context is None else context
         if reason := self.requires(graph):
@@ -107,7 +112,9 @@ class Pass:
         return map_nodes(graph, rewritten)
 
     def for_node(self, name: str) -> "Pass | None":
-        """Returns the pass with the options that the first matching rule gives the node; None where it is skipped."""
+        """Returns the pass with the options that the first matching rule gives the node; None where
+        it is skipped.
+        """
         for rule in self.rules:
             if re.fullmatch(rule.match, name):
                 return None if rule.skip else replace(self, rules=(), **dict(rule.options))

@@ -1,4 +1,6 @@
-"""Checks of the values of options. Each raises BadInput that names the option, what it is and what it may be."""
+"""Checks of the values of options. Each raises BadInput that names the option, what it is and what
+it may be.
+"""
 
 import re
 from collections.abc import Iterable

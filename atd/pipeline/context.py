@@ -33,21 +33,26 @@ class Figures(dict[str, dict[str, float]]):
 
 @dataclass(frozen=True)
 class Context:
-    """Inputs of passes that do not change while they run, and three sinks that passes write to and never read.
+    """Inputs of passes that do not change while they run, and three sinks that passes write to and
+    never read.
 
     Inputs:
       seed: of whatever is drawn at random.
-      feature_weights: importance of each input feature of a node, float32 [in], by full name; `decompose` weights
-        its errors with them.
-      calibration: text, and second moments of what reaches each linear; given to passes that need "activations".
-      dense: the model in front of the first pass that changes its function; given to passes that need "written".
-      written_digests: sha256 of each stored tensor as it was in memory when it was written; likewise.
+      feature_weights: importance of each input feature of a node, float32 [in], by full name;
+        `decompose` weights its errors with them.
+      calibration: text, and second moments of what reaches each linear; given to passes that need
+          "activations".
+      dense: the model in front of the first pass that changes its function; given to passes that
+          need "written".
+      written_digests: sha256 of each stored tensor as it was in memory when it was written;
+          likewise.
       cache: arrays that other runs over the same model can use again, or None.
 
     Sinks:
       say: lines for people.
       progress: how far a long pass is.
-      record: figures of a node for report.json. Passes that wrap `load()` call it when the weight is loaded.
+      record: figures of a node for report.json. Passes that wrap `load()` call it when the weight
+          is loaded.
     """
 
     seed: int = 0

@@ -103,7 +103,9 @@ def _resolved(
 def _calibration_windows(
     recipe: Recipe, source: Path, graph: Graph, cache: Cache, say: Say, progress: Report
 ) -> np.ndarray:
-    """The recipe's calibration text, int32 [windows, context]; BadInput where a pass needs more of it."""
+    """The recipe's calibration text, int32 [windows, context]; BadInput where a pass needs more of
+    it.
+    """
     windows = calibration_text(
         recipe.calibration,
         source,
@@ -136,7 +138,8 @@ def _run_stages(
     tokenizer: dict[str, bytes],
     partial: Path,
 ) -> tuple[JournalEntry, ...]:
-    """Carries out all stages, the last of them into the partial folder itself; returns the entries of its units.
+    """Carries out all stages, the last of them into the partial folder itself; returns the entries
+    of its units.
 
     What a stage hands on (`Written`) goes into the context and the report of the next one.
     """
@@ -177,7 +180,9 @@ def _part(progress: Report, i: int, count: int) -> Report:
 
 
 def _bytes_to_write(stages: Sequence[Stage], final: Graph) -> int:
-    """How many bytes all stages write: a copy of the model each, and one for each pass that changes what was written."""
+    """How many bytes all stages write: a copy of the model each, and one for each pass that changes
+    what was written.
+    """
     copies = len(stages) + sum(step.rewrites for stage in stages for step in stage.after)
     return copies * sum(ref.type.nbytes for _, ref in final.weights())
 

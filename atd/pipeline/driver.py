@@ -1,10 +1,10 @@
-"""The driver carries out one stage of a pipeline: unit by unit, with a journal, so that a run that was cut off goes on.
+"""The driver carries out one stage of a pipeline: unit by unit, with a journal, so that a run that
+was cut off goes on.
 
 For each unit (embedding, decoder layer, final norm and head): load a weight, rewrite it, write it,
 drop it; then one line in the journal. Peak memory is one weight plus what its passes need. With
 calibration the unit's new weights stay until the unit has run once more, and move the stream of
-the quantized model on (`atd.calibration.streams`).
-"""
+the quantized model on (`atd.calibration.streams`)."""
 
 import hashlib
 import json
@@ -39,7 +39,9 @@ _MEASURED = ("node", "type", "weights", "bits", "bytes")
 
 @dataclass(frozen=True)
 class Written:
-    """What a stage hands on: the model that it wrote, and what the report and later stages need to know of it."""
+    """What a stage hands on: the model that it wrote, and what the report and later stages need to
+    know of it.
+    """
 
     graph: Graph
     dense: Graph  # the model in front of the first pass that changes its function
@@ -70,8 +72,8 @@ def run_stage(
 ) -> Written:
     """Carries the passes out and writes the result into `folder`, a shard per unit.
 
-    Units that the folder's journal knows by the same key, and whose shard has the digest it had, are
-    not done again.
+    Units that the folder's journal knows by the same key, and whose shard has the digest it had,
+    are not done again.
 
     Args:
       graph: the model as it is read.
@@ -140,8 +142,8 @@ def rewrite_written(
     folder: Path,
     tokenizer: Mapping[str, bytes],
 ) -> Graph:
-    """Returns what the last of the passes makes of a written model: written itself, so that a run that was cut off need
-    not do it again, or the same graph where it changes nothing.
+    """Returns what the last of the passes makes of a written model: written itself, so that a run
+    that was cut off need not do it again, or the same graph where it changes nothing.
 
     Args:
       graph: the model as it was read again.
@@ -188,8 +190,9 @@ def _weights(unit: Block) -> int:
 def _unit_key(
     before: Block, after: Block, passes: Sequence[Pass], recipe: Recipe, previous: str
 ) -> str:
-    """Equal keys: equal bytes. The hash of the identity of all tensors that go into the unit, its text, the passes,
-    the seed, the versions that compute, and where errors propagate the unit before it."""
+    """Equal keys: equal bytes. The hash of the identity of all tensors that go into the unit, its
+    text, the passes, the seed, the versions that compute, and where errors propagate the unit
+    before it."""
     sources = [
         ref.source
         for unit in (before, after)
@@ -221,8 +224,9 @@ def _write_unit(
 
 
 def _report(unit: Block, figures: Mapping[str, dict], seconds: float) -> list[dict]:
-    """A row for each weight matrix: parts of a joined linear have rows of their own. `seconds` is the unit's, shared
-    out by weights; "error" and what else passes recorded for the node (predicted_kl, damping, ...) follow."""
+    """A row for each weight matrix: parts of a joined linear have rows of their own. `seconds` is
+    the unit's, shared out by weights; "error" and what else passes recorded for the node
+    (predicted_kl, damping, ...) follow."""
     rows = []
     for node in unit.nodes:
         if "weight" not in node.weights or len(node.weights["weight"].type.shape) != 2:

@@ -1,4 +1,6 @@
-"""Export: the dequantized weights of any model as a dense Hugging Face folder, so that any other tool can judge them."""
+"""Export: the dequantized weights of any model as a dense Hugging Face folder, so that any other
+tool can judge them.
+"""
 
 import json
 from dataclasses import replace
@@ -32,8 +34,8 @@ def export_hf(
     say: Say = print,
     progress: Report = unheard,
 ) -> Path:
-    """Writes a model as a dense Hugging Face folder and returns that folder: config.json, safetensors under their
-    Hugging Face names, tokenizer.
+    """Writes a model as a dense Hugging Face folder and returns that folder: config.json,
+    safetensors under their Hugging Face names, tokenizer.
 
     Args:
       model: a folder that atd made, or any other checkpoint.
@@ -82,7 +84,9 @@ def _config(graph: Graph, dtype: str) -> dict:
 
 
 def _dense(unit: Block, node: Node, dtype: str) -> list[WeightRef]:
-    """The node's weights, dense and under their Hugging Face names; a joined linear is taken apart by its slices."""
+    """The node's weights, dense and under their Hugging Face names; a joined linear is taken apart
+    by its slices.
+    """
     refs, parts = [], joined_parts(unit, node)
     for slot, ref in node.weights.items():
         if not parts:
@@ -112,10 +116,11 @@ def _dense_rows(ref: WeightRef, tensor: str, start: int, stop: int, dtype: str) 
 
 
 def absorb(graph: Graph) -> Graph:
-    """Returns the same function without the nodes of `rotate`, and the same graph where there are none.
+    """Returns the same function without the nodes of `rotate`, and the same graph where there are
+    none.
 
-    They are multiplied into a rotated embedding E R and a head E diag(g) R of its own, R the rotation of the stream and
-    g the gain of the final norm, both dense f32.
+    They are multiplied into a rotated embedding E R and a head E diag(g) R of its own, R the
+    rotation of the stream and g the gain of the final norm, both dense f32.
     """
     prologue, epilogue = graph.prologue, graph.epilogue
     if not any(node.name == OUT for node in epilogue.nodes):

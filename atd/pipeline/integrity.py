@@ -10,7 +10,9 @@ from atd.weights import broken
 
 
 def verify_checkpoint(folder: str | Path) -> int:
-    """Compares every file with the manifest and looks at every weight; returns the number of weights. Raises RunFailed naming what is wrong."""
+    """Compares every file with the manifest and looks at every weight; returns the number of
+    weights. Raises RunFailed naming what is wrong.
+    """
     folder = Path(folder)
     for name, sha256 in read_manifest(folder).items():
         if not (folder / name).is_file():

@@ -1,4 +1,6 @@
-"""What a written folder holds besides its shards: config, graph, index, tokenizer; recipe, report and manifest."""
+"""What a written folder holds besides its shards: config, graph, index, tokenizer; recipe, report
+and manifest.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -22,7 +24,9 @@ from atd.version import __version__
 
 
 def tokenizer_files(source: Path, say: Say) -> dict[str, bytes]:
-    """Returns the tokenizer's files by name; none, with a warning, where the source has no tokenizer."""
+    """Returns the tokenizer's files by name; none, with a warning, where the source has no
+    tokenizer.
+    """
     try:
         return open_tokenizer(source).files()
     except BadInput as error:
@@ -72,8 +76,8 @@ def write_summary(
     tokenizer: Mapping[str, bytes],
     windows: np.ndarray | None,
 ) -> list[str]:
-    """Writes the resolved recipe, report.json and the manifest of digests; returns the names of all files of the
-    checkpoint.
+    """Writes the resolved recipe, report.json and the manifest of digests; returns the names of all
+    files of the checkpoint.
 
     The report holds times and so differs from run to run; the manifest covers everything else.
     """

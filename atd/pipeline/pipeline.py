@@ -20,7 +20,9 @@ class Stage(NamedTuple):
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A sequence of passes, given as passes or as their text; itself a function of graphs. `str()`: a pass per line."""
+    """A sequence of passes, given as passes or as their text; itself a function of graphs. `str()`:
+    a pass per line.
+    """
 
     passes: tuple[Pass, ...]
 
@@ -34,7 +36,8 @@ class Pipeline:
         return any("activations" in step.needs for step in self.passes)
 
     def __call__(self, graph: Graph, context: Context | None = None) -> Graph:
-        """Returns the graph as all passes leave it, but for those that need written files, which `atd.convert` runs.
+        """Returns the graph as all passes leave it, but for those that need written files, which
+        `atd.convert` runs.
 
         Types change now, data when a weight is loaded.
         """
@@ -44,7 +47,9 @@ class Pipeline:
         return graph
 
     def preflight(self, graph: Graph) -> Graph:
-        """Returns the graph as it will be. Raises BadInput, before any weight is read, for what cannot work."""
+        """Returns the graph as it will be. Raises BadInput, before any weight is read, for what
+        cannot work.
+        """
         context = Context(say=lambda line: None)
         for step in self.passes:
             if "written" not in step.needs:
@@ -57,7 +62,9 @@ class Pipeline:
         return graph
 
     def stages(self) -> list[Stage]:
-        """Returns the pipeline cut into stages: a pass behind one that needs written files begins a new one."""
+        """Returns the pipeline cut into stages: a pass behind one that needs written files begins a
+        new one.
+        """
         stages = [Stage((), ())]
         for step in self.passes:
             passes, after = stages[-1]

@@ -1,4 +1,5 @@
-"""Recipes: TOML files that name a pipeline and its options. Unknown keys are errors with the nearest known name.
+"""Recipes: TOML files that name a pipeline and its options. Unknown keys are errors with the
+nearest known name.
 
 description = "what it is for"
 [[passes]]
@@ -6,8 +7,7 @@ name = "decompose"
 bases = 2
 [[passes.rules]]
 match = 'model\\.layers\\.0\\..*'
-bases = 3
-"""
+bases = 3"""
 
 import tomllib
 from collections.abc import Sequence
@@ -25,7 +25,9 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 @dataclass(frozen=True)
 class Recipe:
-    """A named pipeline. `seed` feeds whatever a pass draws at random; `nonfinite` is "refuse" or "zero": what NaN and Inf weights get."""
+    """A named pipeline. `seed` feeds whatever a pass draws at random; `nonfinite` is "refuse" or
+    "zero": what NaN and Inf weights get.
+    """
 
     pipeline: Pipeline
     description: str = ""
@@ -87,7 +89,9 @@ def recipe_names() -> list[str]:
 
 
 def read_recipe(name_or_file: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of this name (see `recipe_names`) or in this file, with overrides `pass.option=value` put in."""
+    """The recipe of this name (see `recipe_names`) or in this file, with overrides
+    `pass.option=value` put in.
+    """
     path = Path(name_or_file)
     if str(name_or_file) in recipe_names():
         path = CONFIGS / f"{name_or_file}.toml"
@@ -114,11 +118,11 @@ def under_budget(
     bits: float | None = None,
     budget: str | None = None,
 ) -> Recipe:
-    """`read_recipe` with what allocate shares out: `bits` a weight of the decoder's linears, or `budget` of the whole
-    checkpoint ("3.9GB"); neither: as the recipe says.
+    """`read_recipe` with what allocate shares out: `bits` a weight of the decoder's linears, or
+    `budget` of the whole checkpoint ("3.9GB"); neither: as the recipe says.
 
-    With a budget a tied embedding is quantized too, and so rotated as well, unless overrides say otherwise. Raises
-    BadInput for both at once, and for a recipe without allocate.
+    With a budget a tied embedding is quantized too, and so rotated as well, unless overrides say
+    otherwise. Raises BadInput for both at once, and for a recipe without allocate.
     """
     if bits is None and budget is None:
         return read_recipe(name_or_file, overrides)
@@ -136,7 +140,9 @@ def under_budget(
 
 
 def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
-    """The recipe with overrides `pass.option=value` put in; an override applies to every pass of that name."""
+    """The recipe with overrides `pass.option=value` put in; an override applies to every pass of
+    that name.
+    """
     if not overrides:
         return recipe
     return replace(recipe, pipeline=_recipe(tomllib.loads(recipe.to_toml()), overrides).pipeline)

@@ -40,7 +40,9 @@ def parse_pass(text: str) -> Pass:
 
 
 def registered() -> dict[str, str]:
-    """name -> "module:class" of every pass, built in or brought by an installed distribution. A name given twice is an error."""
+    """name -> "module:class" of every pass, built in or brought by an installed distribution. A
+    name given twice is an error.
+    """
     known, owner = dict(BUILTIN), dict.fromkeys(BUILTIN, "atd itself")
     for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
         distribution = point.dist.name if point.dist else "?"
@@ -67,7 +69,9 @@ def pass_class(name: str) -> type[Pass]:
 
 
 def make_pass(name: str, options: Mapping[str, Any]) -> Pass:
-    """The pass of this name with these options; unknown options and values of a wrong type are errors."""
+    """The pass of this name with these options; unknown options and values of a wrong type are
+    errors.
+    """
     cls = pass_class(name)
     options = dict(options)
     rules = options.pop("rules", [])

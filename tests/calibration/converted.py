@@ -26,7 +26,9 @@ def ternary(type: TernaryType, seed: int = 0) -> Ternary:
 
 
 def rough(graph: Graph, form: TernaryType, nodes: str = ".*", after: tuple = ()) -> Graph:
-    """The graph with ternary weights of the form's kind in place of its dense matrices. (als takes its time to compile.)"""
+    """The graph with ternary weights of the form's kind in place of its dense matrices. (als takes
+    its time to compile.)
+    """
 
     def node(unit, node):
         ref = node.weights.get("weight")

@@ -63,7 +63,9 @@ def test_the_ends_of_the_interval_draw_tokens_that_can_be(uniform):
 
 
 def test_windows_are_drawn_from_the_model(model):
-    """E[-log p(x)] of x ~ p is the entropy of p, given all that stands before; wrong positions or a wrong cache break it."""
+    """E[-log p(x)] of x ~ p is the entropy of p, given all that stands before; wrong positions or a
+    wrong cache break it.
+    """
     windows = self_text(model, None, tokens=64 * 40, context=40, seed=3)
     first, _ = draws(start_ids(40, None), 64, 40, 3)
     whole = np.concatenate([first[:, None], windows], axis=1)
@@ -115,8 +117,8 @@ def test_no_special_token_is_put_in_front(stories260k):
 
 
 def test_a_real_model_writes_stories(stories260k):
-    """Its own text is about as likely to it as TinyStories are (3.5 a token), windows begin in the middle of a story, and one
-    story follows another."""
+    """Its own text is about as likely to it as TinyStories are (3.5 a token), windows begin in the
+    middle of a story, and one story follows another."""
     words, model = open_tokenizer(stories260k), load(stories260k)
     windows = self_text(model, words, tokens=32 * 256, context=256, seed=0)
     first, _ = draws(start_ids(512, words), 32, 256, 0)

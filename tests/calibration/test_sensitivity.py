@@ -1,4 +1,6 @@
-"""Predicted losses against what feedback leaves, gradients against autodiff, predicted KL against measured."""
+"""Predicted losses against what feedback leaves, gradients against autodiff, predicted KL against
+measured.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +58,9 @@ def windows_of(folder, text, count, context=128):
     ],
 )
 def test_predicted_losses_are_what_feedback_leaves(trained, options):
-    """Real layers, rotated: within 12 % (8 % for more than one base) of the loss of feedback with two sweeps."""
+    """Real layers, rotated: within 12 % (8 % for more than one base) of the loss of feedback with
+    two sweeps.
+    """
     group, scales = options
     graph = Pipeline(["fold_norms", "rotate"])(frontend.open(trained.folder))
     windows = windows_of(trained.folder, trained.calibration, 32)
@@ -84,7 +88,9 @@ def test_predicted_losses_are_what_feedback_leaves(trained, options):
 
 
 def test_pivots_are_conditional_variances():
-    """Independent inputs keep all of theirs; the product of all is the determinant of H with its damping."""
+    """Independent inputs keep all of theirs; the product of all is the determinant of H with its
+    damping.
+    """
     np.testing.assert_allclose(
         sensitivity.feedback_pivots(np.diag([1.0, 4.0])), [1.025, 4.025], rtol=1e-6
     )
@@ -100,7 +106,9 @@ def test_pivots_are_conditional_variances():
 
 @pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_gradients_are_those_of_the_whole_model(tied):
-    """The walk backward block by block, against one gradient through the model by a constant added to a linear's bias."""
+    """The walk backward block by block, against one gradient through the model by a constant added
+    to a linear's bias.
+    """
     graph = tiny_graph(tied=tied)
     windows = np.random.default_rng(0).integers(0, 40, (3, 16)).astype(np.int32)
     inputs = [x for _, _, x, _ in dense_moments(graph, windows, {})]
@@ -137,7 +145,9 @@ def test_the_heads_squares_are_the_variance_of_its_labels():
 
 
 def test_a_tied_embedding_under_its_moments(stories260k, small):
-    """Three and four bases, everything else dense: predicted KL is measured KL, and als, which knows no moments, loses more."""
+    """Three and four bases, everything else dense: predicted KL is measured KL, and als, which
+    knows no moments, loses more.
+    """
     graph = Pipeline(["fold_norms", "rotate{embedding = true}"])(frontend.open(stories260k))
     windows = windows_of(stories260k, small.calibration, 16)
     name = "model.embed_tokens"
@@ -164,7 +174,9 @@ def test_a_tied_embedding_under_its_moments(stories260k, small):
 
 
 def test_a_sample_of_rows_stands_for_all(monkeypatch):
-    """Where all inputs share a mean, rows that lie along it have much larger outputs, and no larger errors."""
+    """Where all inputs share a mean, rows that lie along it have much larger outputs, and no larger
+    errors.
+    """
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((2048, 48)).astype(np.float32)
     weight[1::2] += 3  # rows along the mean; the sample has none of them

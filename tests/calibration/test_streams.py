@@ -1,4 +1,6 @@
-"""Calibration: the streams see what the models compute, and calibrated conversion is better, repeats and resumes."""
+"""Calibration: the streams see what the models compute, and calibrated conversion is better,
+repeats and resumes.
+"""
 
 import json
 from dataclasses import replace
@@ -36,7 +38,9 @@ def calib(small):
 
 
 def test_streams_are_what_the_models_compute():
-    """Behind the last block, each stream is what the model of its graph has there; moments are of a linear's inputs."""
+    """Behind the last block, each stream is what the model of its graph has there; moments are of a
+    linear's inputs.
+    """
     dense = tiny_graph()
     rough = Pipeline([Decompose(bases=1, group="row"), "fuse", "pack"])(dense)
     tokens = np.random.default_rng(0).integers(0, 40, (11, 16)).astype(np.int32)
@@ -60,7 +64,9 @@ def test_streams_are_what_the_models_compute():
 
 
 def test_inputs_inside_a_unit_are_those_of_its_quantized_linears():
-    """o_proj reads what the unit's own quantized q, k and v made, and linears that share an input share its moments."""
+    """o_proj reads what the unit's own quantized q, k and v made, and linears that share an input
+    share its moments.
+    """
     dense = tiny_graph()
     rough = Pipeline([Decompose(bases=1, group="row"), "fuse", "pack"])(dense)
     tokens = np.random.default_rng(0).integers(0, 40, (2, 16)).astype(np.int32)

@@ -1,4 +1,6 @@
-"""A unit's weights as functions of parameters: the stored ones at the start, right gradients, and back to a block."""
+"""A unit's weights as functions of parameters: the stored ones at the start, right gradients, and
+back to a block.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +47,9 @@ slopes = jax.jit(
 
 @pytest.mark.parametrize(("tied", "group", "bases"), [*KINDS, (False, "tensor", 2)])
 def test_a_matrix(tied, group, bases):
-    """At the start nothing has changed; gradients of scales are numerical ones; those of codes go straight through."""
+    """At the start nothing has changed; gradients of scales are numerical ones; those of codes go
+    straight through.
+    """
     weight = ternary(TernaryType((ROWS, INPUTS), bases, group, tied, "f16"))
     matrix, wanted = quantized_matrix(weight), np.asarray(weight.dequantize(), np.float32)
     again = quantized_matrix(packed(weight))
@@ -98,7 +102,9 @@ def levels(scales: np.ndarray, matrix: QuantizedMatrix, tied: bool, bases: int) 
 
 
 def test_scales_that_cross_keep_their_trits():
-    """Free scales that a step brings out of order: the weights are still the levels nearest to the latent ones."""
+    """Free scales that a step brings out of order: the weights are still the levels nearest to the
+    latent ones.
+    """
     matrix = quantized_matrix(ternary(TernaryType((ROWS, INPUTS), 2, "row", False, "f16")))
     theta = np.zeros(matrix.scales.shape, np.float32)
     theta[..., 0], theta[..., 1] = -1.0, 1.0
@@ -117,7 +123,9 @@ def test_scales_that_cross_keep_their_trits():
 
 @pytest.mark.parametrize("make", [tied_rotated, free_fused])
 def test_merged_keeps_types_and_values(make):
-    """What is stored is what the parameters say, but for the rounding of scales; moved gains are no longer ones."""
+    """What is stored is what the parameters say, but for the rounding of scales; moved gains are no
+    longer ones.
+    """
     graph = make()
     for block in (graph.prologue, graph.blocks[0], graph.epilogue):
         unit = trainable(block, codes=True)

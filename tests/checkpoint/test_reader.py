@@ -55,7 +55,7 @@ def refused(path: Path, *words: str) -> str:
     return message
 
 
-# --- what is read -----------------------------------------------------------------------------------------------------
+# --- what is read ---------------------------------------------------------------------------------
 
 
 def test_one_file_of_every_dtype(tmp_path):
@@ -104,7 +104,9 @@ def test_source_identifies_the_bytes(tmp_path):
 
 
 def test_eight_billion_weights_open_at_once(tmp_path):
-    """Headers alone: 16 GB of zeros that are on no disk (a sparse file). Processor time, for the machine may be busy."""
+    """Headers alone: 16 GB of zeros that are on no disk (a sparse file). Processor time, for the
+    machine may be busy.
+    """
     header, end = {}, 0
     shapes = {
         "self_attn.q_proj": (4096, 4096),
@@ -130,7 +132,7 @@ def test_eight_billion_weights_open_at_once(tmp_path):
     assert sum(tensor.shape[0] * tensor.shape[1] for tensor in checkpoint.tensors.values()) > 6.9e9
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 def test_absent_or_no_checkpoint(tmp_path):
@@ -270,7 +272,7 @@ def test_file_that_vanishes_after_opening(tmp_path):
         checkpoint.read("a")
 
 
-# --- GGUF -------------------------------------------------------------------------------------------------------------
+# --- GGUF -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("quantization", ["F32", "F16", "BF16", "Q8_0", "Q4_0"])

@@ -1,4 +1,6 @@
-"""Tokenizers against Hugging Face transformers (golden/tokenizer.json) and against what GGUF files were made from."""
+"""Tokenizers against Hugging Face transformers (golden/tokenizer.json) and against what GGUF files
+were made from.
+"""
 
 import contextlib
 import json
@@ -44,7 +46,9 @@ def write_gguf(path: Path, **metadata) -> Path:
 
 
 def byte_level(path: Path, **metadata) -> Path:
-    """A GGUF file with a vocabulary of 256 bytes, a word no merge leads to, a merged pair and two special tokens."""
+    """A GGUF file with a vocabulary of 256 bytes, a word no merge leads to, a merged pair and two
+    special tokens.
+    """
     from tokenizers.pre_tokenizers import ByteLevel
 
     tokens = [*sorted(ByteLevel.alphabet()), "Ġhello", "ab", "<|begin|>", "<|end|>"]
@@ -64,7 +68,7 @@ def byte_level(path: Path, **metadata) -> Path:
     )
 
 
-# --- GGUF, byte-level -------------------------------------------------------------------------------------------------
+# --- GGUF, byte-level -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", GOLDEN["smollm"], ids=range(len(TEXTS)))
@@ -76,7 +80,9 @@ def test_smollm_ids_are_those_of_transformers(smollm, case):
 
 
 def test_smollm_digits_are_split_before_blanks_are_joined(smollm):
-    """Where transformers, which does not know pre = smollm, differs from SmolLM2's published tokenizer."""
+    """Where transformers, which does not know pre = smollm, differs from SmolLM2's published
+    tokenizer.
+    """
     for case in GOLDEN["undivided"]:
         assert smollm.encode(case["text"]).tolist() != case["ids"]
 
@@ -166,11 +172,12 @@ def test_generation_ends_at_the_end_of_a_turn_too(tmp_path):
     assert json.loads(tokenizer.files()["generation_config.json"])["eos_token_id"] == [258, 259]
 
 
-# --- GGUF, SentencePiece ----------------------------------------------------------------------------------------------
+# --- GGUF, SentencePiece --------------------------------------------------------------------------
 
 
 def sentencepiece_of(tokenizer) -> tuple[list[str], list[float], list[int]]:
-    """tokens, scores, types of the SentencePiece model behind a tokenizer.json: <unk>, <s>, </s>, 256 bytes, pieces.
+    """tokens, scores, types of the SentencePiece model behind a tokenizer.json: <unk>, <s>, </s>,
+    256 bytes, pieces.
 
     Llama 2's scores are minus the rank, and -1e9 for runs of blanks.
     """
@@ -195,7 +202,9 @@ def test_merges_from_scores_are_those_published_with_llama_2(stories15m):
 
 @pytest.fixture(scope="module")
 def sentencepiece(stories260k, tmp_path_factory):
-    """(tokenizer from a GGUF file with the vocabulary and scores of stories260K, the tokenizer.json they belong to)."""
+    """(tokenizer from a GGUF file with the vocabulary and scores of stories260K, the tokenizer.json
+    they belong to).
+    """
     original = open_tokenizer(stories260k)
     tokens, scores, types = sentencepiece_of(original)
     path = tmp_path_factory.mktemp("sentencepiece") / "m.gguf"
@@ -237,7 +246,7 @@ def test_sentencepiece_without_a_space_in_front(stories260k, tmp_path):
     assert not bare.adds_bos
 
 
-# --- Hugging Face folders ---------------------------------------------------------------------------------------------
+# --- Hugging Face folders -------------------------------------------------------------------------
 
 
 def folder(path: Path, source: Path, **configs) -> Path:
@@ -311,7 +320,7 @@ def test_a_chat_template_is_kept_in_its_sandbox(tmp_path, stories260k):
         open_tokenizer(path).apply_chat([])
 
 
-# --- bad input --------------------------------------------------------------------------------------------------------
+# --- bad input ------------------------------------------------------------------------------------
 
 
 def test_what_is_missing_is_said(tmp_path, stories260k):

@@ -1,4 +1,6 @@
-"""Budgets over types of matrices: bytes with padding, the least there is, and the allocation within."""
+"""Budgets over types of matrices: bytes with padding, the least there is, and the allocation
+within.
+"""
 
 import numpy as np
 import pytest

@@ -1,11 +1,11 @@
-"""Makes the golden files: tiny random models of each family as Hugging Face folders, with their float32 logits.
+"""Makes the golden files: tiny random models of each family as Hugging Face folders, with their
+float32 logits.
 
     python tests/golden/make_golden.py [SHARED_DATA]
 
-Needs torch and transformers (5.23 was used), which compute the logits. SHARED_DATA is the folder of the real models
-(default: data/); of those only tokens and logits are kept. Weights are drawn so that every part matters: gains
-and biases are random, and logits differ by several units.
-"""
+Needs torch and transformers (5.23 was used), which compute the logits. SHARED_DATA is the folder of
+the real models (default: data/); of those only tokens and logits are kept. Weights are drawn so
+that every part matters: gains and biases are random, and logits differ by several units."""
 # pyright: reportMissingImports=false
 
 import copy
@@ -35,7 +35,8 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-# name -> (config.json, dtype). llama_gqa and llama_bias have rope in the old spelling, others in transformers 5's.
+# name -> (config.json, dtype). llama_gqa and llama_bias have rope in the old spelling, others in
+# transformers 5's.
 MODELS = {
     "llama_mha": (
         {
@@ -149,7 +150,9 @@ def make_tiny(name: str, seed: int) -> None:
 
 
 def make_real(name: str, shared: Path) -> None:
-    """Logits of the first 32 tokens of a story, for at most 256 entries of the vocabulary spread over it."""
+    """Logits of the first 32 tokens of a story, for at most 256 entries of the vocabulary spread
+    over it.
+    """
     folder = shared / "models" / name
     text = (shared / "text" / "tinystories_sample.txt").read_text()[:400]
     tokens = np.array([AutoTokenizer.from_pretrained(folder)(text)["input_ids"][:32]], np.int32)

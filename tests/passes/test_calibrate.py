@@ -1,4 +1,6 @@
-"""calibrate on a real small model: it lowers the divergence, repeats, goes on without training again, and says what it needs."""
+"""calibrate on a real small model: it lowers the divergence, repeats, goes on without training
+again, and says what it needs.
+"""
 
 import json
 import re
@@ -49,7 +51,9 @@ def calibrated(stories260k, recipe, said, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def context(stories260k, recipe):
-    """() -> what the pass is given, over the windows of the recipe; and the decomposed graph as it would be written."""
+    """() -> what the pass is given, over the windows of the recipe; and the decomposed graph as it
+    would be written.
+    """
     tokens = open_tokenizer(stories260k).encode(read_text(recipe.calibration[0]))
     windows = cut_windows(tokens, 2048, 128)
     graph = frontend.open(stories260k)
@@ -135,7 +139,9 @@ def test_rates_that_diverge_are_halved_and_the_best_state_kept(context, rates):
 
 
 def test_after_a_bad_start_it_still_improves(context):
-    """At a rate for codes that is several times too high the first check is worse; at half of it, and half again, it is not."""
+    """At a rate for codes that is several times too high the first check is worse; at half of it,
+    and half again, it is not.
+    """
     made, graph = context
     lines: list[str] = []
     after = Calibrate(steps=8, checks=8, patience=6, codes_learning_rate=0.3)(graph, made(lines))

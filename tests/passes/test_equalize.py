@@ -1,4 +1,6 @@
-"""equalize: the function stays, outlying inputs get finer weights, and what cannot be scaled is refused."""
+"""equalize: the function stays, outlying inputs get finer weights, and what cannot be scaled is
+refused.
+"""
 
 import re
 from dataclasses import replace

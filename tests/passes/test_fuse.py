@@ -45,7 +45,9 @@ def test_outputs_of_a_real_model_are_identical_to_the_bit(trained):
 
 
 def test_dense_linears_are_joined_as_well():
-    """The same weights; XLA's dot sums in an order that depends on the number of rows, so outputs agree to rounding alone."""
+    """The same weights; XLA's dot sums in an order that depends on the number of rows, so outputs
+    agree to rounding alone.
+    """
     graph = tiny_graph()
     assert "self_attn.qkv_proj" in linears(Fuse()(graph))
     np.testing.assert_allclose(logits(Fuse()(graph)), logits(graph), atol=2e-5)

@@ -1,4 +1,6 @@
-"""Orders of passes that cannot work are refused before any weight is read, with the reason; those of the recipes work."""
+"""Orders of passes that cannot work are refused before any weight is read, with the reason; those
+of the recipes work.
+"""
 
 import pytest
 

@@ -1,4 +1,6 @@
-"""rotate: orthogonal, the same function to rounding, fewer outliers, the same bytes for the same seed."""
+"""rotate: orthogonal, the same function to rounding, fewer outliers, the same bytes for the same
+seed.
+"""
 
 from dataclasses import replace
 
@@ -38,7 +40,7 @@ def rotated(graph, untie: bool = False, recipe_seed: int = 0, **options):
     return Pipeline([FoldNorms(untie=untie), Rotate(**options)])(graph, Context(seed=recipe_seed))
 
 
-# --- the function stays -----------------------------------------------------------------------------------------------
+# --- the function stays ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", FOLDERS)
@@ -112,7 +114,7 @@ def test_r1_works_on_joined_linears():
     assert_same_function(Pipeline([FoldNorms(), Fuse(), Rotate(r2=False)])(graph), graph)
 
 
-# --- a real model -----------------------------------------------------------------------------------------------------
+# --- a real model ---------------------------------------------------------------------------------
 
 
 def test_a_real_model_keeps_its_function_and_loses_its_outliers(trained):
@@ -128,13 +130,16 @@ def test_a_real_model_keeps_its_function_and_loses_its_outliers(trained):
         < 1
         < before["model.layers.0.self_attn.k_proj"]
     )
-    name = "self_attn.o_proj"  # whose inputs and outputs are both rotated: no column stands out any more either
+    # whose inputs and outputs are both rotated: no column stands out any more either
+    name = "self_attn.o_proj"
     assert largest(folded.blocks[0].node(name)) > 20
     assert largest(after.blocks[0].node(name)) < 6
 
 
 def kurtosis(graph) -> dict[str, float]:
-    """Excess kurtosis of the weights over their row's standard deviation, of each linear of the blocks; Gaussian: 0."""
+    """Excess kurtosis of the weights over their row's standard deviation, of each linear of the
+    blocks; Gaussian: 0.
+    """
     found = {}
     for name, node in graph.nodes():
         if node.op == "linear" and name.startswith("model.layers"):
@@ -174,7 +179,7 @@ def test_converted_checkpoints_export(stories260k, tmp_path):
     assert_same_function(exported, frontend.open(folder))
 
 
-# --- seeds and refusals -----------------------------------------------------------------------------------------------
+# --- seeds and refusals ---------------------------------------------------------------------------
 
 
 def test_equal_seeds_give_equal_bytes_and_others_do_not():

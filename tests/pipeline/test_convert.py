@@ -1,4 +1,6 @@
-"""convert() on real weights: bytes that repeat, interruption at any moment, bad input, nothing lost."""
+"""convert() on real weights: bytes that repeat, interruption at any moment, bad input, nothing
+lost.
+"""
 
 import json
 import os
@@ -206,7 +208,8 @@ def run_convert(model: Path, out: Path) -> subprocess.Popen:
         "datafree3",
     ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    # A shell starts what it runs in the background with SIGINT ignored, and children inherit that. A handler they don't.
+    # A shell starts what it runs in the background with SIGINT ignored, and children inherit that.
+    # A handler they don't.
     inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return subprocess.Popen(

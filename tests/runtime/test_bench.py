@@ -1,4 +1,6 @@
-"""`atd bench`: the speed of whole models; decoding in one jit writes what decoding step by step writes."""
+"""`atd bench`: the speed of whole models; decoding in one jit writes what decoding step by step
+writes.
+"""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,6 @@
-"""Evaluation: its arithmetic against numpy float64, windows, refusals, and known figures of real models."""
+"""Evaluation: its arithmetic against numpy float64, windows, refusals, and known figures of real
+models.
+"""
 
 from dataclasses import dataclass
 from functools import partial
@@ -233,7 +235,7 @@ def test_cut_leaves_the_text_it_was_given_alone():
     np.testing.assert_array_equal(tokens, np.arange(20))
 
 
-# --- real models ------------------------------------------------------------------------------------------------------
+# --- real models ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bos", [False, True])

@@ -122,7 +122,8 @@ def test_refusals(model, prompt, options, words):
         generate(model, prompt, **({"max_new_tokens": 4} | options))
 
 
-# "Once upon a time" behind a BOS, and what transformers 5.23 in float32 adds: ", there was a little girl named L"
+# "Once upon a time" behind a BOS, and what transformers 5.23 in float32 adds: ", there was a little
+# girl named L"
 TOLD = [1, 9038, 2501, 263, 931, 29892, 727, 471, 263, 2217, 7826, 4257, 365]
 
 
