@@ -22,6 +22,7 @@ from atd.models.model import load
 from atd.progress import Progress
 from atd.weights import Dense
 from tests.models.tiny import tiny_graph
+from tests.real import SMALL_ONLY
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +117,8 @@ def test_no_special_token_is_put_in_front(stories260k):
     assert len(start_ids(600, words)) == 512 - len(special)  # rows of padding stand for no token
 
 
-def test_a_real_model_writes_stories(stories260k):
+@SMALL_ONLY
+def test_a_real_model_writes_stories(small, stories260k):
     """Its own text is about as likely to it as TinyStories are (3.5 a token), windows begin in the
     middle of a story, and one story follows another."""
     words, model = open_tokenizer(stories260k), load(stories260k)

@@ -22,6 +22,7 @@ from atd.models.model import load
 from atd.pipeline import Pipeline
 from atd.weights import Dense, DenseType, Ternary
 from tests.models.tiny import tiny_graph
+from tests.real import SMALL_ONLY, TRAINED_ONLY
 
 
 def candidates_of(graph, nodes, bases=(1, 2, 3), group="row"):
@@ -57,6 +58,7 @@ def windows_of(folder, text, count, context=128):
         *(pytest.param(each, marks=pytest.mark.slow) for each in ((64, "tied"), ("row", "free"))),
     ],
 )
+@TRAINED_ONLY
 def test_predicted_losses_are_what_feedback_leaves(trained, options):
     """Real layers, rotated: within 12 % (8 % for more than one base) of the loss of feedback with
     two sweeps.
@@ -144,6 +146,7 @@ def test_the_heads_squares_are_the_variance_of_its_labels():
     np.testing.assert_allclose(squares["lm_head"], (p * (1 - p)).mean((0, 1)), rtol=1e-4)
 
 
+@SMALL_ONLY
 def test_a_tied_embedding_under_its_moments(stories260k, small):
     """Three and four bases, everything else dense: predicted KL is measured KL, and als, which
     knows no moments, loses more.

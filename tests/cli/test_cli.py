@@ -12,6 +12,7 @@ import pytest
 from atd.cli import convert, run, study
 from atd.reports.tables import console
 from atd.version import __version__
+from tests.real import SMALL_ONLY
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = [
@@ -57,7 +58,8 @@ def test_every_option_has_a_help_text(atd, command):
         assert option == "return" or documented, f"--{option} has no help text"
 
 
-def test_eval_writes_what_it_prints(atd, converted, stories260k, text, tmp_path):
+@SMALL_ONLY
+def test_eval_writes_what_it_prints(atd, converted, small, stories260k, text, tmp_path):
     file = tmp_path / "figures.json"
     code, out, err = atd(
         "eval",

@@ -30,6 +30,7 @@ from tests.passes.test_fold_norms import (
     logits,
     unreadable,
 )
+from tests.real import TRAINED_ONLY
 
 
 def quiet(line: str) -> None:
@@ -117,6 +118,7 @@ def test_r1_works_on_joined_linears():
 # --- a real model ---------------------------------------------------------------------------------
 
 
+@TRAINED_ONLY
 def test_a_real_model_keeps_its_function_and_loses_its_outliers(trained):
     folded = FoldNorms()(frontend.open(trained.folder))
     after = Rotate()(folded)

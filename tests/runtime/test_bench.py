@@ -100,10 +100,10 @@ def test_the_command_compares_and_writes(atd, stories260k, tmp_path):
     code, out, err = atd("bench", stories260k, "--against", stories260k, *sizes, "--json", file)
     assert code == 0, err
     assert f"prompt 4, 2 tokens, float32, cpu, jax {jax.__version__}" in out
-    assert "stories260K (dense)" in out
+    assert f"{stories260k.name} (dense)" in out
     assert [row["model"] for row in json.loads(file.read_text())] == [
-        "stories260K",
-        "stories260K (dense)",
+        stories260k.name,
+        f"{stories260k.name} (dense)",
     ]
 
 

@@ -16,6 +16,7 @@ from atd.errors import BadInput
 from atd.models.model import load
 from atd.runtime.evaluate import _score, cut, evaluate
 from tests.golden.write_gguf import GOLDEN
+from tests.real import TRAINED_ONLY
 
 VOCABULARY, WIDTH = 37, 5
 
@@ -238,6 +239,7 @@ def test_cut_leaves_the_text_it_was_given_alone():
 # --- real models ----------------------------------------------------------------------------------
 
 
+@TRAINED_ONLY
 @pytest.mark.parametrize("bos", [False, True])
 def test_a_real_model_has_its_known_perplexity(trained, bos):
     """The packaged model's are those of make_stories.py, stories15M's were measured with PyTorch."""
