@@ -1,0 +1,148 @@
+"""Training end to end: KL(dense || converted) of the next tokens, all blocks at once.
+
+One unit's gradient is in memory at a time (gradient checkpointing per unit).
+"""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from atd.calibration.gradients import (
+    backward,
+    divergence,
+    embedding_backward,
+    embedding_matrix,
+    forward,
+    in_float32,
+)
+from atd.calibration.trainable import frozen, merged
+from atd.calibration.training import Learner, Text, Training, train
+from atd.host import return_freed, return_freed_from_now_on
+from atd.ir import Graph
+from atd.progress import Progress, Report, Say, unheard
+
+POSITIONS = 128  # whose logits exist at a time, where the context is a multiple of it
+
+
+def train_end_to_end(
+    training: Training,
+    graph: Graph,
+    dense: Graph,
+    text: Text,
+    *,
+    say: Say = print,
+    progress: Report = unheard,
+) -> Graph | None:
+    """Returns the converted model `graph`, closer to the dense one; None where nothing improved."""
+    return_freed_from_now_on()
+    targets, held_out_targets = (
+        _hidden(dense, windows, text.batch) for windows in (text.train, text.held_out)
+    )
+    model = _Converted(training, graph, dense)
+
+    def step(batch: np.ndarray, share: float) -> None:
+        model.step(text.train[batch], targets[batch], share)
+        return_freed()
+
+    def held_out_loss() -> float:
+        parts = [slice(i, i + text.batch) for i in range(0, len(text.held_out), text.batch)]
+        losses = [model.loss(text.held_out[part], held_out_targets[part]) for part in parts]
+        return float(np.average(losses, weights=[len(text.held_out[part]) for part in parts]))
+
+    def advance(done: int) -> None:
+        progress(Progress("calibrate", done, training.steps, "steps"))
+
+    watch = train(training, text, model.learners, step, held_out_loss, advance)
+    say(watch.summary("KL(dense || converted)"))
+    if not watch.improved:
+        return None
+    pairs = zip(model.learners, watch.state, strict=True)
+    return graph.with_units(tuple(merged(learner.unit, best) for learner, best in pairs))
+
+
+class _Converted:
+    """The converted model as it is trained, and the heads of both models."""
+
+    def __init__(self, training: Training, graph: Graph, dense: Graph):
+        optimizer = training.optimizer()
+        self.learners = [Learner(training.unit(block), optimizer) for block in graph.units]
+        self._prologue, *self._blocks, self._head = self.learners
+        self._tied = graph.is_tied
+        self._teacher = frozen(dense.epilogue)
+        self._teacher_embedding = None
+        if dense.is_tied:
+            self._teacher_embedding = embedding_matrix(frozen(dense.prologue), {})
+        # By the head's parameters, the hidden states, and where the head is the embedding by that.
+        by_embedding = self._tied and bool(self._prologue.parameters)
+        by = (0, 1, 2) if by_embedding else (0, 1)
+        self._measure = jax.jit(self._divergence)
+        self._differentiate = jax.jit(jax.grad(self._divergence, argnums=by))
+
+    def _divergence(
+        self, parameters, hidden, embedding, target, fixed, teacher_fixed, teacher_embedding
+    ):
+        """Mean over windows [B, T, D], some positions at a time, so that logits of no more exist.
+
+        Weights are arguments, or they would be constants of the compiled program.
+        """
+        head = replace(self._head.unit, fixed=fixed)
+        teacher = replace(self._teacher, fixed=teacher_fixed)
+
+        @jax.checkpoint
+        def part(pair):
+            hidden, target = pair
+            return divergence(
+                head, parameters, hidden, teacher, target, embedding, teacher_embedding
+            )
+
+        length = hidden.shape[1]
+        step = next((n for n in range(min(POSITIONS, length), 31, -1) if length % n == 0), length)
+        pairs = tuple(x.reshape(-1, step, x.shape[-1]) for x in (hidden, target))
+        return jnp.mean(jax.lax.map(part, pairs))  # pairs: [B T / step, step, D] each
+
+    def _arguments(self, hidden, target) -> tuple:
+        """The arguments of `_divergence`."""
+        embedding = None
+        if self._tied:
+            embedding = embedding_matrix(self._prologue.unit, self._prologue.parameters)
+        fixed = self._head.unit.fixed, self._teacher.fixed, self._teacher_embedding
+        return in_float32(self._head.parameters), hidden, embedding, target, *fixed
+
+    def _run(self, tokens) -> tuple[list, jax.Array]:
+        """Inputs of prologue and blocks, and the hidden states behind the last one."""
+        x, inputs = jnp.asarray(tokens, jnp.int32), []
+        for learner in self.learners[:-1]:
+            inputs.append(x)
+            x = forward(learner.unit, learner.parameters, x)
+        return inputs, x
+
+    def loss(self, tokens, target) -> float:
+        """KL(dense || converted), nats, mean over positions; target: the dense model's hidden states."""
+        return float(self._measure(*self._arguments(self._run(tokens)[1], target)))
+
+    def step(self, tokens, target, share: float) -> None:
+        """Runs forward, and backward a unit at a time; each follows its gradient as soon as it is known."""
+        inputs, hidden = self._run(tokens)
+        by_head, gradient, *by_embedding = self._differentiate(*self._arguments(hidden, target))
+        self._head.step(by_head, share)
+        for learner, x in zip(reversed(self._blocks), reversed(inputs[1:]), strict=True):
+            by_parameter, gradient = backward(learner.unit, learner.parameters, x, gradient)
+            learner.step(by_parameter, share)
+        prologue = self._prologue
+        if prologue.parameters:
+            by_parameter, _ = backward(prologue.unit, prologue.parameters, inputs[0], gradient)
+            if by_embedding:
+                tied = embedding_backward(prologue.unit, prologue.parameters, by_embedding[0])
+                by_parameter = jax.tree.map(jnp.add, by_parameter, tied)
+            prologue.step(by_parameter, share)
+
+
+def _hidden(graph: Graph, windows: np.ndarray, batch: int) -> np.ndarray:
+    """The residual stream in front of the epilogue, float32 [n, T, D]; one unit's weights in memory at a time."""
+    values = [jnp.asarray(windows[i : i + batch], jnp.int32) for i in range(0, len(windows), batch)]
+    for block in graph.units[:-1]:
+        unit = frozen(block)
+        values = [forward(unit, {}, x) for x in values]
+    return np.concatenate([np.asarray(x) for x in values])
