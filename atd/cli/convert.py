@@ -140,8 +140,11 @@ def verify(folder: Annotated[Positional[Path], tyro.conf.arg(metavar="FOLDER")])
         folder: A folder that atd made.
     """
     from atd.pipeline.integrity import verify_checkpoint
+    from atd.reports.progress import shown
 
-    print(f"{folder}: {verify_checkpoint(folder)} weights are as they were written")
+    with shown() as (_, progress):
+        count = verify_checkpoint(folder, progress)
+    print(f"{folder}: {count} weights are as they were written")
 
 
 @app.command

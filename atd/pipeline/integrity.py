@@ -1,4 +1,4 @@
-"""Whether a converted folder still is what was written."""
+"""Checks that a converted folder still is what was written."""
 
 from pathlib import Path
 
@@ -6,24 +6,35 @@ from atd.checkpoint.folder import MANIFEST, read_manifest
 from atd.checkpoint.writer import file_digest
 from atd.errors import RunFailed
 from atd.models import frontend
+from atd.progress import Progress, Report, unheard
 from atd.weights import broken
 
 
-def verify_checkpoint(folder: str | Path) -> int:
-    """Compares every file with the manifest and looks at every weight; returns the number of
-    weights. Raises RunFailed naming what is wrong.
+def verify_checkpoint(folder: str | Path, progress: Report = unheard) -> int:
+    """Compares every file with the manifest and searches every weight for invalid values.
+
+    Args:
+      folder: a folder that atd made.
+      progress: hears of each file and each weight.
+
+    Returns the number of weights.
+
+    Raises RunFailed, naming file or tensor, for what is not as it was written, and BadInput for a
+    folder that atd did not make.
     """
     folder = Path(folder)
-    for name, sha256 in read_manifest(folder).items():
+    files = read_manifest(folder)
+    for i, (name, sha256) in enumerate(files.items()):
         if not (folder / name).is_file():
             raise RunFailed(f"{folder / name} is missing")
         if file_digest(folder / name) != sha256:
             raise RunFailed(
                 f"{folder / name} is not what was written: its sha256 differs from {MANIFEST}"
             )
-    count = 0
-    for _, ref in frontend.open(folder).weights():
+        progress(Progress("comparing", i + 1, len(files), "files", name))
+    refs = [ref for _, ref in frontend.open(folder).weights()]
+    for i, ref in enumerate(refs):
         if problem := broken(ref.load()):
             raise RunFailed(f"{folder}: tensor {ref.tensor}: {problem}")
-        count += 1
-    return count
+        progress(Progress("verifying", i + 1, len(refs), "weights", ref.tensor))
+    return len(refs)

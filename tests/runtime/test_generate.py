@@ -1,4 +1,4 @@
-"""Generation: greedy against the forward pass, the distribution that is sampled, seeds, refusals."""
+"""Generation: greedy against the forward pass, the sampled distribution, seeds, refusals."""
 
 import jax
 import jax.numpy as jnp
