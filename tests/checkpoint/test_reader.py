@@ -45,7 +45,7 @@ def raw_safetensors(header: dict | bytes, data: bytes = b"") -> bytes:
 
 
 def refused(path: Path, *words: str) -> str:
-    """The message of the one BadInput that opening gives; it names the path and has all the words."""
+    """The message of the BadInput that opening raises: it names the path and has all the words."""
     with pytest.raises(BadInput) as caught:
         open_checkpoint(path)
     message = str(caught.value)
