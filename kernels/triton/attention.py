@@ -170,8 +170,8 @@ def attend(
         name=name(head_dim),
     )(*(x.reshape(-1) for x in inputs))
     mixed = found[0] if splits == 1 else _joined(g, found, q[0].dtype)
-    new = new_k.reshape(cache[0].shape), new_v.reshape(cache[1].shape)
-    return mixed.reshape(batch, 1, heads * head_dim), new
+    mixed = mixed.reshape(batch, 1, heads * head_dim)
+    return mixed, (new_k.reshape(cache[0].shape), new_v.reshape(cache[1].shape))
 
 
 def name(head_dim: int) -> str:

@@ -157,8 +157,11 @@ def _kernel(x_ref, codes_ref, scales_ref, out_ref, *, g: Geometry):
         scales = (_scales_at(scales_ref, type, rows, b) for b in range(count))
         sums = [s * scale[:, None] for s, scale in zip(sums, scales, strict=True)]
     y = functools.reduce(operator.add, sums)
-    mask = real[None, :] & (token < g.tokens)[:, None]
-    plt.store(out_ref.at[token[:, None], rows[None, :]], y.T.astype(out_ref.dtype), mask=mask)
+    plt.store(
+        out_ref.at[token[:, None], rows[None, :]],
+        y.T.astype(out_ref.dtype),
+        mask=real[None, :] & (token < g.tokens)[:, None],
+    )
 
 
 def scaled(

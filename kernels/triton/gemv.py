@@ -74,10 +74,10 @@ def matmul(
     most = most_tokens(type, x.shape[0])
     results = []
     for start in range(0, x.shape[0], most):
-        part = slice(start, start + most)
-        g = Geometry(type, x[part].shape[0], shape, gated, interpret)
-        folded = fold(g, x[part], norm)
-        added = None if residual is None else residual[part]
+        part = x[start : start + most]
+        g = Geometry(type, part.shape[0], shape, gated, interpret)
+        folded = fold(g, part, norm)
+        added = None if residual is None else residual[start : start + most]
         results.append(multiply(g, *folded, codes, scales, added, x.dtype))
     return jnp.concatenate(results) if len(results) > 1 else results[0]
 

@@ -5,6 +5,7 @@ import pytest
 
 from atd.checkpoint.cache import Cache, cache_key, default_cache
 from atd.errors import BadInput
+from atd.kernels.settings import user_file
 
 ARRAYS = {"losses model.layers.0.mlp": np.arange(3.0), "ids": np.array([[1, 2]], np.int32)}
 
@@ -45,7 +46,13 @@ def test_a_folder_that_cannot_be_made_is_refused_before_the_work(tmp_path):
 
 
 def test_default_cache(monkeypatch, tmp_path):
+    """Tuned settings of kernels are in the same folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     monkeypatch.setenv("ATD_CACHE", str(tmp_path))
     assert default_cache() == tmp_path
     monkeypatch.delenv("ATD_CACHE")
+    assert default_cache() == tmp_path / "caches" / "atd"
+    assert user_file("cpu").parent == default_cache() / "tuned"
+    monkeypatch.delenv("XDG_CACHE_HOME")
     assert default_cache().parts[-2:] == (".cache", "atd")
+    assert user_file("cpu").parent == default_cache() / "tuned"

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 
-from atd.checkpoint.cache import default_cache
 from atd.errors import BadInput
 from atd.kernels import settings
 from atd.kernels.settings import Settings, Shape, Tiles
@@ -72,7 +71,6 @@ def test_nothing_is_written_into_the_package(packaged, tmp_path):
 
 
 def test_the_users_file_is_in_the_cache_folder(monkeypatch, tmp_path):
-    """As `atd.checkpoint.cache.default_cache` has it."""
     for set_, folder in (
         ({"ATD_CACHE": tmp_path / "mine", "XDG_CACHE_HOME": tmp_path}, tmp_path / "mine"),
         ({"XDG_CACHE_HOME": tmp_path / "caches"}, tmp_path / "caches" / "atd"),
@@ -83,7 +81,6 @@ def test_the_users_file_is_in_the_cache_folder(monkeypatch, tmp_path):
         for name, value in set_.items():
             monkeypatch.setenv(name, str(value))
         assert settings.user_file("NVIDIA L4") == folder / "tuned" / "nvidia-l4.json"
-        assert default_cache() == folder
 
 
 def test_entries_of_the_same_version_are_kept_and_others_are_not():
