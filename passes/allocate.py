@@ -211,7 +211,7 @@ class Allocate(Pass):
         return [tuple(names) for names in groups.values()]
 
     def _check_reach(self, problem: Problem, everything: int) -> None:
-        """Raises BadInput where the budget is below the smallest options or above the dense model."""
+        """Raises BadInput for a budget below the smallest options or above the dense model."""
         asked = f"bits = {self.bits}"
         if self.budget:
             asked = f"budget {self.budget} ({problem.budget:,} bytes)"

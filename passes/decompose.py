@@ -1,19 +1,22 @@
-"""decompose: a dense matrix becomes a sum of N ternary bases, `w = sum_i s_i t_i`.
+"""decompose: turns a dense matrix into a sum of N ternary bases, `w = sum_i s_i t_i`.
 
 1. Takes every `linear` and `embed` whose full name matches `nodes` and whose weight is dense; norms
    and biases stay.
-2. `method = "als"`: scales fitted jointly, per group, with exhaustive re-assignment
-   (`atd.decomposition.least_squares.als`). `method = "greedy"`: a baseline, scale =
-   mean|residual|, base by base (`atd.decomposition.greedy`); with `group = "tensor"` one scale a
-   tensor. `method = "hessian"`: calibrated. Scales under the second moments of the inputs, error
-   feedback, coordinate descent, refits (`atd.decomposition.error_feedback`); the target is
-   corrected for what the layers before have changed (GPTAQ). Embedding tables read no activations:
-   they get the same under the moments that `allocate` left for them, else als.
-3. Where `allocate` ran before, each matrix bears its decision, and that alone counts: which nodes,
-   bases, group, scales and dtype are this pass's options only for matrices without one, and rules
-   are refused. How is still this pass's.
-4. Errors are weighted by `context.feature_weights[node]` where somebody has put them there (als
-   only)."""
+2. The methods:
+   `als`      scales fitted jointly, per group, with exhaustive re-assignment
+              (`atd.decomposition.least_squares.als`)
+   `greedy`   a baseline: base by base on the residual, scale = mean |residual|; one scale per
+              tensor with `group = "tensor"` (`atd.decomposition.greedy`)
+   `hessian`  calibrated: scales under the second moments of the inputs, error feedback, coordinate
+              descent, refits (`atd.decomposition.error_feedback`); the target is corrected for what
+              the layers before have changed (GPTAQ)
+3. Embedding tables read no activations: `hessian` decomposes them under the moments that `allocate`
+   noted at them (the attr `moments`), and by als where there are none.
+4. Where `allocate` has noted a decision (the attr `ternary`), that alone says which nodes are
+   decomposed, and into which bases, groups, scales and dtype: rules are refused. The method is
+   still this pass's. Both notes are taken away.
+5. `als` weights errors with `context.feature_weights[node]` where there are any.
+"""
 
 import re
 from dataclasses import dataclass, replace
@@ -28,11 +31,11 @@ from atd.decomposition.least_squares import als
 from atd.decomposition.options import decided_type
 from atd.decomposition.rmse import decomposition_rmse
 from atd.decomposition.second_moments import asymmetric_target
-from atd.errors import BadInput, nearest
+from atd.errors import BadInput
 from atd.ir import Graph, Node, WeightRef
 from atd.ir.notes import DECISION, MOMENTS, SecondMoments, without
 from atd.ir.rewrite import with_weight
-from atd.pipeline import Context, Pass, check_pattern
+from atd.pipeline import Context, Pass, checks
 from atd.weights import DTYPES, Dense, Group, Ternary, TernaryType, canonical_group
 
 METHODS = ("als", "greedy", "hessian")
@@ -40,7 +43,7 @@ METHODS = ("als", "greedy", "hessian")
 
 @dataclass(frozen=True, kw_only=True)
 class Decompose(Pass):
-    """Options: see the fields. Group sizes run from 32 up; "row" is one group a row, "tensor" one
+    """Options: see the fields. Group sizes run from 32 up; "row" is one group per row, "tensor" one
     for the whole matrix.
     """
 
@@ -50,46 +53,40 @@ class Decompose(Pass):
     method: str = "als"
     bases: int = 2  # N, 1..4
     group: int | str = 128  # inputs that share their scales
-    scales: str = "free"  # or "tied": s_i = s_0 / 3^i, one stored scale a group
+    scales: str = "free"  # or "tied": s_i = s_0 / 3^i, one stored scale per group
     dtype: str = "f16"  # of the stored scales
-    # which linears (whole names); ".*" takes model.embed_tokens and lm_head as well
+    # Which matrices, by whole names; ".*" takes model.embed_tokens and lm_head as well.
     nodes: str = r"model\.layers\..*"
-    # hessian alone:
+    # Of hessian alone:
     sweeps: int = 2  # of coordinate descent after the error feedback
     refits: int = 0  # rounds of (scales in closed form, one more sweep)
-    # of the second moments, relative to their mean diagonal: in feedback, scales and correction
+    # Of the second moments, relative to their mean diagonal: in feedback, scales and correction.
     damping: float = 0.3
     order: bool = True  # visit inputs by descending second moment (act-order)
     asymmetric: float = 1.0  # share of the correction toward the dense model's outputs; 0: none
 
     def __post_init__(self):
-        if self.method not in METHODS:
-            raise BadInput(
-                f"decompose.method {self.method!r} is unknown{nearest(self.method, METHODS)}"
-            )
+        checks.check_known("decompose.method", self.method, METHODS)
         if not 1 <= self.bases <= 4:
             raise BadInput(f"decompose.bases must be 1, 2, 3 or 4, not {self.bases}")
-        if self.group not in ("row", "tensor") and (isinstance(self.group, str) or self.group < 32):
-            raise BadInput(
-                f"decompose.group must be a size of at least 32, 'row' or 'tensor', not {self.group!r}"
-            )
+        checks.check_group("decompose.group", self.group)
+        checks.check_dtype("decompose.dtype", self.dtype)
+        checks.check_pattern("decompose.nodes", self.nodes)
         if self.scales not in ("free", "tied"):
             raise BadInput(f"decompose.scales must be 'free' or 'tied', not {self.scales!r}")
         if self.method == "greedy" and self.scales == "tied":
             raise BadInput(
                 "decompose.method greedy fits free scales only; use method als for tied ones"
             )
-        if self.dtype not in ("f16", "bf16", "f32"):
-            raise BadInput(f"decompose.dtype must be f16, bf16 or f32, not {self.dtype!r}")
         if self.method == "hessian" and self.group == "tensor":
             raise BadInput(
-                "decompose.method hessian works on rows: group must be a size or 'row', not 'tensor'"
+                "decompose.method hessian works on rows: "
+                "group must be a size or 'row', not 'tensor'"
             )
         if min(self.sweeps, self.refits) < 0 or self.damping < 0 or not 0 <= self.asymmetric <= 1:
             raise BadInput(
                 "decompose: sweeps, refits and damping must be 0 or more, asymmetric from 0 to 1"
             )
-        check_pattern("decompose.nodes", self.nodes)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -100,20 +97,26 @@ class Decompose(Pass):
         dense = [name for name, node in graph.nodes() if node.is_dense_matrix]
         if not dense:
             return "no dense matrix is left to decompose (is the model converted already?)"
-        if _is_decided(graph):
+        if any(DECISION in node.attrs for _, node in graph.nodes()):
             if self.rules:
                 return (
-                    f"allocate has decided on every matrix, and the rule {self.rules[0].match!r} would have no say; "
-                    "take the rules out, or leave the choice to them and take allocate out"
+                    "allocate has decided on every matrix, and the rule "
+                    f"{self.rules[0].match!r} would have no say; take the rules out, "
+                    "or leave the choice to them and take allocate out"
                 )
             return None
         if not any(re.fullmatch(self.nodes, name) for name in dense):
-            return f"nodes = {self.nodes!r} matches none of the dense matrices; names are like {dense[0]!r}"
+            return (
+                f"nodes = {self.nodes!r} matches none of the dense matrices; "
+                f"names are like {dense[0]!r}"
+            )
+        mine = [name for name in dense if re.fullmatch(self.nodes, name)]
         for rule in self.rules:
-            if not any(
-                re.fullmatch(rule.match, name) and re.fullmatch(self.nodes, name) for name in dense
-            ):
-                return f"rule {rule.match!r} matches no dense matrix among those that nodes = {self.nodes!r} lets through"
+            if not any(re.fullmatch(rule.match, name) for name in mine):
+                return (
+                    f"rule {rule.match!r} matches no dense matrix among those that "
+                    f"nodes = {self.nodes!r} lets through"
+                )
         return None
 
     def rewrite(self, name: str, node: Node, context: Context) -> Node | None:
@@ -135,6 +138,7 @@ class Decompose(Pass):
         return step._decomposed(name, node, context)
 
     def _decomposed(self, name: str, node: Node, context: Context) -> Node:
+        """The node with a ternary weight; its notes are taken away."""
         ref, moments = node.weights["weight"], node.attrs.get(MOMENTS)
         out, inputs = ref.type.shape
         group = canonical_group(self.group, inputs)
@@ -172,13 +176,15 @@ class Decompose(Pass):
         given: SecondMoments | None,
         context: Context,
     ) -> tuple[np.ndarray, np.ndarray]:
+        """(trits, scales) under the given moments, or those of the node's inputs."""
         target = weight
         if given is not None:
             hessian = given.matrix
             factor = error_feedback.factor(hessian, self.damping, self.order)
         elif context.calibration is None:
             raise BadInput(
-                f"{name}: decompose.method hessian needs calibration text: convert with --calib FILE"
+                f"{name}: decompose.method hessian needs calibration text: "
+                "convert with --calib FILE"
             )
         else:
             moments = context.calibration.moments(name)
@@ -206,7 +212,3 @@ class Decompose(Pass):
 def _factor(moments: Moments, damping: float, order: bool) -> error_feedback.Factor:
     """Shared by the linears that share an input, which are worked on one after the other."""
     return error_feedback.factor(moments.hessian, damping, order)
-
-
-def _is_decided(graph: Graph) -> bool:
-    return any(DECISION in node.attrs for _, node in graph.nodes())

@@ -1,13 +1,13 @@
-"""fuse: linears that read the same value become one, so that q/k/v and gate/up cost one launch
-each.
+"""fuse: joins linears that read the same value, so that q/k/v and gate/up cost one launch each.
 
 1. Linears of a block with the same input and the same type but for the number of rows are joined
    row on row, in their order; q, k and v become `qkv_proj`, gate and up `gate_up_proj`. Those with
    a bias and those without are not joined with one another.
 2. Each old name lives on as a `slice` of the joined output, so nothing else in the block changes,
    and export can take the parts apart.
-3. Left alone: weights whose scale is one for the tensor, and packed layouts whose rows cannot be
-   told apart."""
+3. Left alone are weights with one scale per tensor, and packed layouts whose rows cannot be told
+   apart.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,20 +19,20 @@ from atd.ir.rewrite import slices
 from atd.pipeline import Context, Pass
 from atd.weights import (
     Dense,
-    DenseType,
     Packed,
     PackedType,
     Ternary,
     TernaryType,
     Weight,
     WeightType,
+    ternary_of,
 )
 from atd.weights.layouts import LAYOUTS
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fuse(Pass):
-    """No options."""
+    """Has no options."""
 
     name = "fuse"
     scope = "block"
@@ -40,16 +40,8 @@ class Fuse(Pass):
     def rewrite(self, block: Block, context: Context) -> Block | None:
         groups: dict[tuple, list[Node]] = {}
         for node in block.nodes:
-            if (
-                node.op == "linear"
-                and "weight" in node.weights
-                and _joinable(node.weights["weight"].type)
-            ):
-                types = tuple(
-                    (slot, _with_rows(node.weights[slot].type, 0)) for slot in sorted(node.weights)
-                )
-                alike = node.inputs, types, str(sorted(node.attrs.items()))
-                groups.setdefault(alike, []).append(node)
+            if node.op == "linear" and _is_joinable(node):
+                groups.setdefault(_kind(node), []).append(node)
         joined = {part.name: parts for parts in groups.values() if len(parts) > 1 for part in parts}
         if not joined:
             return None
@@ -63,8 +55,14 @@ class Fuse(Pass):
         return replace(block, nodes=tuple(nodes))
 
 
+def _kind(node: Node) -> tuple:
+    """Equal for linears that can be joined: input, attrs, and types but for the number of rows."""
+    types = tuple((slot, _with_rows(node.weights[slot].type, 0)) for slot in sorted(node.weights))
+    return node.inputs, types, str(sorted(node.attrs.items()))
+
+
 def _join(block: Block, parts: Sequence[Node]) -> list[Node]:
-    """The joined linear, then one slice a part."""
+    """The joined linear, then a slice for each part."""
     name = _joined_name([part.name for part in parts])
     weights = {
         slot: _join_refs(f"{block.name}.{name}.{slot}", [part.weights[slot] for part in parts])
@@ -83,6 +81,7 @@ def _joined_name(names: Sequence[str]) -> str:
 
 
 def _join_refs(tensor: str, refs: Sequence[WeightRef]) -> WeightRef:
+    """The weights row on row, as one."""
     type = _with_rows(refs[0].type, sum(ref.type.shape[0] for ref in refs))
     return WeightRef(
         tensor,
@@ -92,10 +91,15 @@ def _join_refs(tensor: str, refs: Sequence[WeightRef]) -> WeightRef:
     )
 
 
-def _joinable(type: WeightType) -> bool:
-    if isinstance(type, PackedType):
-        return LAYOUTS[type.layout].row_separable and _joinable(type.ternary)
-    return isinstance(type, DenseType) or type.group != "tensor"
+def _is_joinable(node: Node) -> bool:
+    """Whether the node has a weight whose rows stand for themselves."""
+    if "weight" not in node.weights:
+        return False
+    type = node.weights["weight"].type
+    if isinstance(type, PackedType) and not LAYOUTS[type.layout].row_separable:
+        return False
+    ternary = ternary_of(type)
+    return ternary is None or ternary.group != "tensor"
 
 
 def _with_rows(type: WeightType, rows: int) -> WeightType:

@@ -1,15 +1,17 @@
-"""pack: the trits of a ternary weight lie in a layout of `atd.weights.layouts`.
+"""pack: lays the trits of a ternary weight in a layout of `atd.weights.layouts`.
 
 1. Takes every ternary weight (or those whose node's full name matches `nodes`). Values do not
    change.
-2. A packed weight is laid anew when its layout is another one."""
+2. A packed weight is laid anew when its layout is another one.
+"""
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from atd.errors import BadInput, nearest
+from atd.errors import BadInput
 from atd.ir import Graph, Node, WeightRef
-from atd.pipeline import Context, Pass, check_pattern
+from atd.ir.rewrite import with_weight
+from atd.pipeline import Context, Pass, checks
 from atd.weights import Packed, PackedType, Ternary, ternary_of
 from atd.weights.layouts import DEFAULT_LAYOUT, LAYOUTS
 
@@ -25,9 +27,8 @@ class Pack(Pass):
     nodes: str = ".*"
 
     def __post_init__(self):
-        if self.layout not in LAYOUTS:
-            raise BadInput(f"pack.layout {self.layout!r} is unknown{nearest(self.layout, LAYOUTS)}")
-        check_pattern("pack.nodes", self.nodes)
+        checks.check_known("pack.layout", self.layout, LAYOUTS)
+        checks.check_pattern("pack.nodes", self.nodes)
 
     def requires(self, graph: Graph) -> str | None:
         if any(
@@ -54,6 +55,4 @@ class Pack(Pass):
             assert isinstance(weight, Ternary)
             return Packed(layout.pack(weight.trits), weight.scales, type)
 
-        return replace(
-            node, weights=node.weights | {"weight": WeightRef(ref.tensor, type, load, ref.source)}
-        )
+        return with_weight(node, WeightRef(ref.tensor, type, load, ref.source))

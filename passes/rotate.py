@@ -1,16 +1,17 @@
-"""rotate: the residual stream, and each head's values, in a randomly rotated basis. The function
-stays the same, and the weights lose their outliers, which is what error feedback over whole rows
-wants.
+"""rotate: puts the residual stream, and each head's values, into a randomly rotated basis.
 
-R = diag(signs) H / sqrt(n), orthogonal, with signs drawn at random and H a Hadamard matrix.
+The function stays the same, and the weights lose their outliers, which is what error feedback over
+whole rows wants. R = diag(signs) H / sqrt(n) is orthogonal, with signs drawn at random and H a
+Hadamard matrix (`atd.decomposition.rotations`).
 
-R1, one for the model, on the residual stream, x -> x R1. RMS norms without a gain commute with it,
-so
-    W -> W R1 for what reads the stream (q, k, v, gate, up),   W -> R1^T W, b -> R1^T b for what writes to it (o, down).
-R2, one for each key-value head of each block, between v and o: v -> R2^T W, R2^T b; o -> W R2,
-where with grouped
-    queries each query head's columns take the rotation of their key-value head. Softmax mixes
-    positions, not features.
+R1, one for the model, on the residual stream, x -> x R1. RMS norms without a gain commute with it:
+    W -> W R1                   for what reads the stream (q, k, v, gate, up)
+    W -> R1^T W, b -> R1^T b    for what writes to it (o, down)
+R2, one for each key-value head of each block, on the values between v and o:
+    W -> R2^T W, b -> R2^T b    for v
+    W -> W R2                   for o; with grouped queries each query head's columns take the
+                                rotation of their key-value head. Softmax mixes positions, not
+                                features.
 The hidden features of the MLP are not rotated: silu does not commute with a rotation.
 
 1. Needs dense weights, gain-free norms on the stream (fold_norms) and, for R2, v that is not joined
@@ -21,35 +22,41 @@ The hidden features of the MLP are not rotated: silu does not commute with a rot
    matrix can serve as both. Embedding, final norm and head stay as they are, and the blocks alone
    run in the rotated basis: a node `rotate_in` follows the embedding and `rotate_out` goes before
    the final norm. As entries +-1/sqrt(n) they are ternary matrices of one base and one scale:
-   exact, 1.6 bits a weight when packed (66 kB each for a width of 576, against 57 MB for a second
-   f16 matrix of SmolLM2), and a token pays two multiplications by [D, D]. `embedding = true`, for
-   recipes that quantize the embedding: E -> E R1, no `rotate_in`, and a node `rotate_head` between
-   the final norm and the head, x g R1 (E R1)^T = x g E^T. Rounded to N = 3, SmolLM2's embedding
-   costs a KL of 0.25 as it is and 0.04 rotated. fold_norms{untie = true} before it gives case 2
-   instead; `absorb` does so afterwards, for formats without such nodes.
-4. Seeds: the recipe's together with `seed`. Equal seeds, equal bytes.
-5. Importances of single features (`Context.feature_weights`) must have been measured on the rotated
+   exact, 1.6 bits per weight when packed (66 kB each for a width of 576, against 57 MB for a second
+   f16 matrix of SmolLM2), and a token pays two multiplications by [D, D].
+4. `embedding = true`, for recipes that quantize a tied embedding: E -> E R1, no `rotate_in`, and a
+   node `rotate_head` between the final norm and the head, x g R1 (E R1)^T = x g E^T. Rounded to
+   N = 3, SmolLM2's embedding costs a KL of 0.25 as it is and 0.04 rotated.
+   `fold_norms{untie = true}` before it gives case 2 instead; `atd.pipeline.export.absorb` does so
+   afterwards, for formats without such nodes.
+5. Seeds: the recipe's together with `seed`. Equal seeds, equal bytes.
+6. Importances of single features (`Context.feature_weights`) must have been measured on the rotated
    model.
 
-Hadamard matrices for n = 2^k m: one of Paley's, of order m 2^j for the least j that has one (q + 1
-or 2 (q + 1) with q
-prime: 12, 20, 28, 36, 44, 60, ...), times Sylvester's. That covers the widths of all known models;
-for others, a random orthogonal m x m matrix times Sylvester's of order 2^k. QuaRot (2404.00456),
-SpinQuant (2405.16406)."""
+Sources: QuaRot (2404.00456), SpinQuant (2405.16406).
+"""
 
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from atd.decomposition.rotations import Rotation, by_rows, random_rotation
-from atd.errors import BadInput, nearest
+from atd.errors import BadInput
 from atd.ir import ROTATIONS, Block, Graph, Node, WeightRef
-from atd.pipeline import Context, Pass
+from atd.ir.notes import UNIT_GAIN
+from atd.ir.rewrite import map_array, map_nodes, with_weight
+from atd.pipeline import Context, Pass, checks
 from atd.weights import DTYPES, Dense, DenseType, Ternary, TernaryType
 
 IN, OUT, HEAD = ROTATIONS
-_DTYPES = ("f32", "f16", "bf16")
-Sides = dict[str, Rotation]  # "inputs": W -> W R; "outputs": W -> R^T W, b -> R^T b
+
+
+@dataclass(frozen=True)
+class Sides:
+    """What a node's weights are rotated by: W -> outputs^T W inputs, b -> outputs^T b."""
+
+    inputs: Rotation | None = None
+    outputs: Rotation | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +69,7 @@ class Rotate(Pass):
     seed: int = 0
     r1: bool = True  # the residual stream
     r2: bool = True  # the values of each head
-    embedding: bool = (
-        False  # rotate a tied embedding as well; one with a head beside it is rotated anyway
-    )
+    embedding: bool = False  # a tied embedding too; one with a head beside it is rotated anyway
     dtype: str = "f32"  # of the rotated weights; f32 keeps the function to rounding
 
     def __post_init__(self):
@@ -72,8 +77,7 @@ class Rotate(Pass):
             raise BadInput(f"rotate.seed must be 0 or more, not {self.seed}")
         if not (self.r1 or self.r2):
             raise BadInput("rotate with r1 = false and r2 = false does nothing; leave it out")
-        if self.dtype not in _DTYPES:
-            raise BadInput(f"rotate.dtype {self.dtype!r} is unknown{nearest(self.dtype, _DTYPES)}")
+        checks.check_dtype("rotate.dtype", self.dtype)
 
     def requires(self, graph: Graph) -> str | None:
         try:
@@ -85,16 +89,12 @@ class Rotate(Pass):
     def rewrite(self, graph: Graph, context: Context) -> Graph | None:
         stream, plan = self._plan(graph, context.seed)
 
-        def rotated(unit: Block) -> Block:
-            nodes = (
-                _rotated_node(node, plan.get(unit.full_name(node), {}), self.dtype)
-                for node in unit.nodes
-            )
-            return replace(unit, nodes=tuple(nodes))
+        def rotated(unit: Block, node: Node) -> Node:
+            return _rotated(node, plan.get(unit.full_name(node), Sides()), self.dtype)
 
         if stream is not None and graph.is_tied:
             graph = _rotate_around(graph, stream, self.embedding)
-        return graph.with_units(tuple(rotated(unit) for unit in graph.units))
+        return map_nodes(graph, rotated)
 
     def _plan(self, graph: Graph, seed: int) -> tuple[Rotation | None, dict[str, Sides]]:
         """(R1, full name of a node -> what its weights are rotated by). Raises BadInput for a graph
@@ -103,24 +103,17 @@ class Rotate(Pass):
         plan: dict[str, Sides] = {}
         stream = None
         if self.r1:
-            embed = graph.prologue.nodes[-1]
-            name = graph.prologue.full_name(embed)
-            if embed.op != "embed" or any(node.name == OUT for node in graph.epilogue.nodes):
-                raise BadInput(
-                    f"{name} stands between the embedding and the blocks; is the model rotated already?"
-                )
-            stream = random_rotation(
-                np.random.default_rng((seed, self.seed, 0)), embed.weights["weight"].type.shape[1]
-            )
+            stream = _stream_rotation(graph, np.random.default_rng((seed, self.seed, 0)))
             units = graph.blocks
             if self.embedding or not graph.is_tied:
-                _give(plan, graph.prologue, embed, "inputs", stream)
+                _give(plan, graph.prologue, graph.prologue.nodes[-1], inputs=stream)
             if not graph.is_tied:
                 units = (*units, graph.epilogue)
             for unit in units:
                 if _plan_stream(plan, unit, stream) != (unit is not graph.epilogue):
                     raise BadInput(
-                        f"{unit.name or 'epilogue'} does not end where the residual stream is expected to"
+                        f"{unit.name or 'epilogue'} does not end where the residual stream is "
+                        "expected to"
                     )
         if self.r2:
             for i, block in enumerate(graph.blocks):
@@ -128,14 +121,30 @@ class Rotate(Pass):
         return stream, plan
 
 
-def _give(plan: dict[str, Sides], unit: Block, node: Node, side: str, rotation: Rotation) -> None:
+# --- the plan -------------------------------------------------------------------------------------
+
+
+def _stream_rotation(graph: Graph, rng: np.random.Generator) -> Rotation:
+    """R1, as wide as the embedding."""
+    embed = graph.prologue.nodes[-1]
+    if embed.op != "embed" or any(node.name == OUT for node in graph.epilogue.nodes):
+        raise BadInput(
+            f"{graph.prologue.full_name(embed)} stands between the embedding and the blocks; "
+            "is the model rotated already?"
+        )
+    return random_rotation(rng, embed.weights["weight"].type.shape[1])
+
+
+def _give(plan: dict[str, Sides], unit: Block, node: Node, **sides: Rotation) -> None:
+    """Adds to what the node's weights are rotated by."""
     name = unit.full_name(node)
     for ref in node.weights.values():
         if not isinstance(ref.type, DenseType):
             raise BadInput(
-                f"{name} is {ref.type}, and only dense weights can be rotated; put rotate before decompose"
+                f"{name} is {ref.type}, and only dense weights can be rotated; "
+                "put rotate before decompose"
             )
-    plan.setdefault(name, {})[side] = rotation
+    plan[name] = replace(plan.get(name, Sides()), **sides)
 
 
 def _plan_stream(plan: dict[str, Sides], unit: Block, rotation: Rotation) -> bool:
@@ -150,25 +159,28 @@ def _plan_stream(plan: dict[str, Sides], unit: Block, rotation: Rotation) -> boo
         if not normed.isdisjoint(node.inputs):
             if node.op != "linear":
                 raise BadInput(
-                    f"{name} ({node.op}) reads a norm of the residual stream, which linears alone may"
+                    f"{name} ({node.op}) reads a norm of the residual stream, "
+                    "which linears alone may"
                 )
-            _give(plan, unit, node, "inputs", rotation)
+            _give(plan, unit, node, inputs=rotation)
         if stream.isdisjoint(node.inputs):
             continue
         if node.op == "rms_norm" and "head_dim" not in node.attrs:
-            if not node.attrs.get("unit_gain"):
+            if not node.attrs.get(UNIT_GAIN):
                 raise BadInput(
-                    f"the norm {name} has a gain, which does not commute with a rotation; put fold_norms before rotate"
+                    f"the norm {name} has a gain, which does not commute with a rotation; "
+                    "put fold_norms before rotate"
                 )
             normed.add(node.name)
         elif node.op == "add":
             for value in set(node.inputs) - stream:
                 writer = unit.node(value)
-                if writer.op != "linear" or _readers(unit, value) != [node]:
+                if writer.op != "linear" or unit.readers(value) != [node]:
                     raise BadInput(
-                        f"{unit.full_name(writer)} is added to the residual stream, but is no linear of its own"
+                        f"{unit.full_name(writer)} is added to the residual stream, "
+                        "but is no linear of its own"
                     )
-                _give(plan, unit, writer, "outputs", rotation)
+                _give(plan, unit, writer, outputs=rotation)
             stream.add(node.name)
         else:
             raise BadInput(
@@ -185,58 +197,55 @@ def _plan_values(plan: dict[str, Sides], block: Block, rng: np.random.Generator)
         if node.op != "attention":
             continue
         heads, kv_heads, head_dim = (node.attrs[key] for key in ("heads", "kv_heads", "head_dim"))
-        name, value, readers = block.full_name(node), node.inputs[2], _readers(block, node.name)
+        name, value, readers = block.full_name(node), node.inputs[2], block.readers(node.name)
         writer = next((node for node in block.nodes if node.name == value), None)
-        if writer is None or writer.op != "linear" or _readers(block, value) != [node]:
+        if writer is None or writer.op != "linear" or block.readers(value) != [node]:
             raise BadInput(
-                f"the values of {name} do not come from a linear of their own; put rotate before fuse"
+                f"the values of {name} do not come from a linear of their own; "
+                "put rotate before fuse"
             )
         if not readers or any(reader.op != "linear" for reader in readers):
             raise BadInput(f"the output of {name} must go to a linear alone; use r2 = false")
         rotation = random_rotation(rng, head_dim, kv_heads)
-        _give(plan, block, writer, "outputs", rotation)
-        signs = rotation.signs.reshape(kv_heads, 1, head_dim).repeat(
-            heads // kv_heads, axis=1
-        )  # query head by query head
+        _give(plan, block, writer, outputs=rotation)
+        signs = rotation.signs.reshape(kv_heads, 1, head_dim)
+        signs = signs.repeat(heads // kv_heads, axis=1)  # query head by query head
         for reader in readers:
-            _give(plan, block, reader, "inputs", replace(rotation, signs=signs.reshape(-1)))
+            _give(plan, block, reader, inputs=replace(rotation, signs=signs.reshape(-1)))
 
 
-def _readers(block: Block, value: str) -> list[Node]:
-    return [node for node in block.nodes if value in node.inputs]
+# --- rewriting ------------------------------------------------------------------------------------
 
 
-def _rotated_node(node: Node, sides: Sides, dtype: str) -> Node:
-    weights = dict(node.weights)
-    if sides:
-        weights["weight"] = _rotated(
-            node.weights["weight"], sides.get("inputs"), sides.get("outputs"), dtype
-        )
-    if "outputs" in sides and "bias" in weights:
-        weights["bias"] = _rotated(node.weights["bias"], sides["outputs"], None, dtype)
-    return replace(node, weights=weights)
+def _rotated(node: Node, sides: Sides, dtype: str) -> Node:
+    """The node with rotated weights."""
+    if sides.inputs or sides.outputs:
+        node = with_weight(node, _rotated_ref(node.weights["weight"], sides, dtype))
+    if sides.outputs and "bias" in node.weights:
+        as_row = Sides(inputs=sides.outputs)  # R^T b is the row b R
+        node = with_weight(node, _rotated_ref(node.weights["bias"], as_row, dtype), "bias")
+    return node
 
 
-def _rotated(
-    ref: WeightRef, inputs: Rotation | None, outputs: Rotation | None, dtype: str
-) -> WeightRef:
-    """R_outputs^T W R_inputs; a bias [out] is a row, b R."""
+def _rotated_ref(ref: WeightRef, sides: Sides, dtype: str) -> WeightRef:
+    """outputs^T W inputs; between the two products in float64."""
 
-    def load() -> Dense:
-        array = ref.dense()
-        if inputs is not None:
-            array = by_rows(inputs.apply, array, np.dtype(np.float64) if outputs else DTYPES[dtype])
-        if outputs is not None:
-            array = np.ascontiguousarray(by_rows(outputs.apply, array.T, DTYPES[dtype]).T)
-        return Dense(array)
+    def rotated(array: np.ndarray) -> np.ndarray:
+        if sides.inputs is not None:
+            between = np.dtype(np.float64) if sides.outputs else DTYPES[dtype]
+            array = by_rows(sides.inputs.apply, array, between)
+        if sides.outputs is not None:
+            array = by_rows(sides.outputs.apply, array.T, DTYPES[dtype]).T
+        return np.ascontiguousarray(array)
 
-    return replace(ref, type=DenseType(ref.type.shape, dtype), load=load)
+    return map_array(ref, dtype, rotated)
 
 
 def _rotate_around(graph: Graph, rotation: Rotation, embedding: bool) -> Graph:
     """The graph with a node that rotates what the prologue gives, and one that turns what the
     epilogue gets back; where the embedding itself is rotated, with one in front of the head instead
-    of the first."""
+    of the first.
+    """
 
     def linear(unit: Block, name: str, value: str, transpose: bool) -> Node:
         tensor = f"{unit.full_name(Node(name, 'linear', ()))}.weight"
@@ -260,23 +269,18 @@ def _rotate_around(graph: Graph, rotation: Rotation, embedding: bool) -> Graph:
 
 
 def _matrix(tensor: str, rotation: Rotation, transpose: bool) -> WeightRef:
-    """R, or R^T, as a weight: one ternary base where all entries are +-1/sqrt(n), else dense f32."""
+    """R, or R^T, as a weight: one ternary base where all entries are +-1/sqrt(n)."""
     n = len(rotation.signs)
-    type = (
-        TernaryType((n, n), 1, "tensor", False, "f32")
-        if rotation.is_hadamard
-        else DenseType((n, n), "f32")
-    )
+    type = DenseType((n, n), "f32")
+    if rotation.is_hadamard:
+        type = TernaryType((n, n), 1, "tensor", False, "f32")
 
     def load() -> Dense | Ternary:
         matrix = rotation.apply(np.eye(n))
         matrix = np.ascontiguousarray(matrix.T if transpose else matrix)
         if isinstance(type, DenseType):
             return Dense(matrix.astype(np.float32))
-        return Ternary(
-            np.sign(matrix).astype(np.int8)[..., None],
-            np.full((1, 1, 1), n**-0.5, np.float32),
-            type,
-        )
+        trits = np.sign(matrix).astype(np.int8)[..., None]
+        return Ternary(trits, np.full((1, 1, 1), n**-0.5, np.float32), type)
 
     return WeightRef(tensor, type, load)

@@ -1,9 +1,10 @@
-"""verify: re-reads what was written and compares it with what was in memory.
+"""verify: reads what was written again and compares it with what was in memory.
 
 1. Every stored tensor is read again; its bytes must have the digest they had when they were
    written.
 2. Packed codes must be codes of their layout; trits must lie in {-1, 0, 1}; scales and dense
-   tensors must be finite."""
+   tensors must be finite.
+"""
 
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from atd.weights.values import broken
 
 @dataclass(frozen=True, kw_only=True)
 class Verify(Pass):
-    """No options. Raises RunFailed naming the first tensor that is not what was written."""
+    """Has no options. Raises RunFailed naming the first tensor that is not what was written."""
 
     name = "verify"
     scope = "graph"
@@ -33,7 +34,8 @@ class Verify(Pass):
             for field, (name, _, _) in stored(ref.tensor, ref.type).items():
                 if digest(getattr(weight, field)) != context.written_digests.get(name):
                     raise RunFailed(
-                        f"pass verify: tensor {name} read back from the disk is not what was written; the disk or its memory is failing"
+                        f"pass verify: tensor {name} read back from the disk is not what was "
+                        "written; the disk or its memory is failing"
                     )
             if problem := broken(weight):
                 raise RunFailed(f"pass verify: tensor {ref.tensor}: {problem}")

@@ -33,6 +33,7 @@ from atd.decomposition.levels import (
     trits_of,
 )
 from atd.ir import ROTATIONS, Block, Node
+from atd.ir.rewrite import own_gain, with_weight
 from atd.models.execute import Structure, structure_of
 from atd.models.ops import Weights
 from atd.weights import (
@@ -242,13 +243,11 @@ def merged(unit: TrainableUnit, parameters: Parameters) -> Block:
         ref, fixed = node.weights["weight"], unit.fixed[node.name]["weight"]
         if isinstance(fixed, QuantizedMatrix):
             weight = _stored(ref.type, fixed, deltas)
-            kept = replace(ref, load=lambda: weight)
-            return replace(node, weights=node.weights | {"weight": kept})
+            return with_weight(node, replace(ref, load=lambda: weight))
         assert isinstance(ref.type, DenseType)
         gain = np.asarray(weight_at(fixed, deltas)).astype(np.float32)
         kept = replace(ref, type=DenseType(ref.type.shape, "f32"), load=lambda: Dense(gain))
-        attrs = {key: value for key, value in node.attrs.items() if key != "unit_gain"}
-        return replace(node, weights=node.weights | {"weight": kept}, attrs=attrs)
+        return own_gain(node, kept)
 
     return replace(unit.block, nodes=tuple(node(n) for n in unit.block.nodes))
 
