@@ -1,12 +1,12 @@
-"""How good predictions of KL are: rank correlation with measured KL by node and option, and
-predicted against measured KL over ten budgets.
+"""How good predictions of KL are: against measured KL, by node and option and over ten budgets.
 
-    python benchmarks/allocation.py MODEL --data TEXT [--json FILE]     stories15M on two cores: about five minutes
-    python benchmarks/allocation.py MODEL --data TEXT --tiny            fewer tokens and budgets, for CI
+    python benchmarks/allocation.py MODEL --data TEXT [--json FILE]    stories15M: five minutes
+    python benchmarks/allocation.py MODEL --data TEXT --tiny           less of all, for CI
 
-Rotated, tied, one scale a row, N = 1, 2, 3; every linear a choice of its own. Models for the
-budgets are made by error feedback under the dense model's moments, and measured on the calibration
-text: what is judged is the prediction, not the recipe."""
+Rank correlations are over every linear and N = 1, 2, 3, rotated, tied, one scale per row; every
+linear is a choice of its own. Models for the budgets are made by error feedback under the dense
+model's moments, and measured on the calibration text: what is judged is the prediction.
+"""
 
 import argparse
 import json
@@ -35,7 +35,7 @@ from atd.models.execute import dense_weights
 from atd.pipeline import Pipeline
 from atd.weights.layouts import DEFAULT_LAYOUT
 
-BUDGETS = np.linspace(2.25, 4.5, 10)  # bits a weight
+BUDGETS = np.linspace(2.25, 4.5, 10)  # bits per weight
 
 
 def main() -> None:
@@ -90,7 +90,8 @@ def main() -> None:
     }
     console = Console()
     table = Table(
-        title=f"rank correlation; {seconds['predicted']:.0f} s predicted, {seconds['measured']:.0f} s measured"
+        title=f"rank correlation; {seconds['predicted']:.0f} s predicted, "
+        f"{seconds['measured']:.0f} s measured"
     )
     table.add_column("over")
     table.add_column("Spearman", justify="right")

@@ -1,12 +1,12 @@
-"""Speed and peak memory of `atd convert` on Llama-3-8B's shapes with few blocks: memory must not
-grow with depth.
+"""Speed and peak memory of `atd convert` on Llama-3-8B's shapes with few blocks.
 
-    python benchmarks/convert.py [--blocks 1 2 4] [--recipe datafree2]      about 3 minutes and 6 GB of disk
-    python benchmarks/convert.py --tiny                                    seconds, for CI
+    python benchmarks/convert.py [--blocks 1 2 4] [--recipe datafree2]    3 minutes, 6 GB of disk
+    python benchmarks/convert.py --tiny                                   seconds, for CI
 
-Weights are random bf16 normal numbers, one shard a block, embedding and head as wide as the real
-ones (untied). Each conversion is a process of its own; peak memory is what the operating system saw
-of it (resident set, pages of mapped files included)."""
+Peak memory does not grow with depth. Weights are random normal numbers in bf16, one shard per unit,
+embedding and head as wide as the real ones (untied). Each conversion is a process of its own; peak
+memory is its resident set as the operating system sees it, pages of mapped files included.
+"""
 
 import argparse
 import json
@@ -42,8 +42,7 @@ TINY = LLAMA_3_8B | {
 
 def write_checkpoint(folder: Path, config: dict, blocks: int) -> int:
     """Writes a random checkpoint of these shapes; returns the number of weights of its blocks'
-    linears.
-    """
+    linears."""
     rng, config = np.random.default_rng(0), config | {"num_hidden_layers": blocks}
 
     def reference(tensor: str, *shape: int) -> WeightRef:
@@ -72,8 +71,7 @@ def write_checkpoint(folder: Path, config: dict, blocks: int) -> int:
 
 def convert(model: Path, out: Path, recipe: str) -> tuple[float, float, float]:
     """(seconds in all, seconds in the decoder's blocks, peak bytes) of `atd convert` in a process
-    of its own.
-    """
+    of its own."""
     started = time.perf_counter()
     child = os.spawnv(
         os.P_NOWAIT,
@@ -101,7 +99,8 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     table = Table(
-        title=f"atd convert --recipe {arguments.recipe}, Llama-3-8B's shapes{' made tiny' if arguments.tiny else ''}"
+        title=f"atd convert --recipe {arguments.recipe}, Llama-3-8B's shapes"
+        + (" made tiny" if arguments.tiny else "")
     )
     for column in (
         "blocks",

@@ -1,18 +1,17 @@
-"""Tokens/s, time to first token and peak memory of whole models: packed, against the same in 16 (or
-32) bits.
+"""Tokens/s, time to first token and peak memory of whole models: packed, against 16 or 32 bits.
 
-    python benchmarks/decode.py MODEL                       converts it first (--recipe), or --converted FOLDER
-    python benchmarks/decode.py --random llama3-8b          random weights in the shapes of Llama-3-8B, made on the device
-    python benchmarks/decode.py --random tiny --tiny        whether it runs, anywhere
+    python benchmarks/decode.py MODEL                    converts it first (--recipe)
+    python benchmarks/decode.py MODEL --converted OUT    measures a converted folder
+    python benchmarks/decode.py --random llama3-8b       random weights, made on the device
+    python benchmarks/decode.py --random tiny --tiny     whether it runs, anywhere
 
-On a CPU also unpacked at load. --random needs jax, numpy and flax; MODEL also what reads
-checkpoints. How each figure is
-measured: `atd.runtime.bench`. Without --dtype dense matrices and the cache are in bfloat16 on a
-    GPU, float32 on a CPU."""
+On a CPU the packed model is also measured unpacked at load. --random needs jax, numpy and flax;
+MODEL also what reads checkpoints. How each figure is measured: `atd.runtime.bench`. By default
+dense matrices and the cache are in bfloat16 on a GPU, float32 on a CPU.
+"""
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 from dataclasses import asdict
@@ -33,7 +32,7 @@ DENSE = "dense"
 
 
 def variants(source, packed, dtype: str, backend: str, dense: bool) -> dict[str, partial[Model]]:
-    """The smallest first. source, packed: paths or graphs."""
+    """How to load each model, the smallest first. source, packed: paths or graphs."""
     models = {f"packed ({backend})": partial(load, packed, backend=backend, dtype=dtype)}
     if dense:
         models[DENSE] = partial(load, source, dtype=dtype)
@@ -43,7 +42,6 @@ def variants(source, packed, dtype: str, backend: str, dense: bool) -> dict[str,
 
 
 def parse() -> argparse.Namespace:
-    out = os.environ.get("OUT")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -54,10 +52,10 @@ def parse() -> argparse.Namespace:
         "--random", choices=list(SHAPES), help="instead of a model: random weights in these shapes"
     )
     parser.add_argument(
-        "--bases", type=int, default=2, help="N of --random, tied, a scale a row (2)"
+        "--bases", type=int, default=2, help="N of --random, tied, one scale per row (2)"
     )
     parser.add_argument("--recipe", default="datafree2", help="how to convert MODEL (datafree2)")
-    parser.add_argument("--converted", type=Path, help="a folder converted before, instead")
+    parser.add_argument("--converted", type=Path, help="a converted folder, instead")
     parser.add_argument("--backend", help="of the packed model (triton on a GPU, xla on a CPU)")
     parser.add_argument(
         "--dtype",
@@ -67,7 +65,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--no-dense",
         action="store_true",
-        help="the packed model alone, where the other has no room",
+        help="measure the packed model alone",
     )
     parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt (128)")
     parser.add_argument("--steps", type=int, default=64, help="tokens decoded after it (64)")
@@ -75,13 +73,8 @@ def parse() -> argparse.Namespace:
         "--repeats", type=int, default=5, help="measured rounds over all models (5)"
     )
     parser.add_argument("--one-jit", action=argparse.BooleanOptionalAction, default=None,
-                        help="the steps compiled as one as well, without the host (on a GPU yes)")  # fmt: skip
-    parser.add_argument(
-        "--json",
-        type=Path,
-        default=Path(out) / "decode.json" if out else None,
-        help="file to write the figures to (decode.json in the folder $OUT, where that is set)",
-    )
+                        help="the steps compiled as one as well (on a GPU yes)")  # fmt: skip
+    parser.add_argument("--json", type=Path, help="write the figures there as well")
     parser.add_argument("--tiny", action="store_true", help="16 tokens, 8 steps, one round")
     options = parser.parse_args()
     if (options.model is None) == (options.random is None):

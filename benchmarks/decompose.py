@@ -1,12 +1,12 @@
-"""Speed of the decomposition: weights a second of als on Llama-3-8B's shapes, free and tied, G =
-128 and one scale a row.
+"""Speed of the decomposition: weights per second of als on Llama-3-8B's shapes.
 
     python benchmarks/decompose.py [--json FILE]      about two minutes
     python benchmarks/decompose.py --tiny             seconds, for CI
 
-Random normal weights, float32 in memory; trits and fp16 scales out. Compilation is not counted (a
-run on a few rows comes first; matrices of an equal group size share it). The best of three runs,
-because the machine may be shared."""
+Free and tied scales, groups of 128 and one scale per row. Weights are random normal, float32 in
+memory; trits and fp16 scales come out. Compilation is not counted: a run on a few rows comes first,
+and matrices of an equal group size share it. The best of three runs, for the machine may be shared.
+"""
 
 import argparse
 import json
@@ -24,7 +24,7 @@ TINY = ((96, 160),)
 
 
 def measure(weight: np.ndarray, bases: int, group: int | str, tied: bool, repeats: int) -> dict:
-    """One row of figures: seconds of the fastest run, weights a second, relative RMSE."""
+    """Returns a case's figures: seconds of the fastest run, weights per second, relative RMSE."""
     als(weight[:8], bases, group, tied)
     seconds = []
     for _ in range(repeats):
@@ -58,7 +58,7 @@ def main() -> None:
                     measure(weight, bases, group, tied, 1 if options.tiny else 3)
                     for tied in (False, True)
                 ]
-    table = Table(title="als: million weights a second")
+    table = Table(title="als: million weights per second")
     for title in ("shape", "N", "group", "scales", "M weights/s", "relative RMSE"):
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows:

