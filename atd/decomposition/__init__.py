@@ -1,13 +1,17 @@
-"""The mathematics of ternary sums: arrays in, arrays out. It knows of no file, graph or pass.
+"""The mathematics of ternary sums: arrays in, arrays out.
 
-levels           the sums that N scales and trits can make, and which is nearest to a weight
-greedy           one base after the other, on the residual
-least_squares    all scales of a group together with its trits: alternating least squares
-error_feedback   trits whose errors cancel in the outputs of a layer: GPTQ, coordinate descent
-second_moments   what a layer's inputs say about errors of its weights: cost, damping, target
-rmse             the error of a decomposition
-chunks           matrices in chunks of equal shape, one per core
-rotations        random Hadamard rotations
-options          what a matrix may become, and how many bytes that takes
-allocation       an option for every matrix, with the least loss within a budget of bytes
+    levels            the sums that N scales and trits can make, and which is nearest to a weight
+    greedy            one base after the other, on the residual
+    least_squares     all scales of a group together with its trits: alternating least squares
+    error_feedback    trits whose errors cancel in the outputs of a layer: GPTQ, coordinate descent
+    second_moments    what a layer's inputs say about errors of its weights: cost, damping, target
+    trellis           codes in which a trit counts in several rows; trellis_codes, trellis_feedback
+    rmse              the error of a decomposition
+    chunks            matrices in chunks of equal shape, one per core
+    rotations         random Hadamard rotations
+    options           what a matrix may become, and how many bytes that takes
+    allocation        an option for every matrix, with the least loss within a budget of bytes
+    budget            a budget over the matrices of a model, and what was decided
+
+Nothing here knows of files, graphs or options of passes.
 """

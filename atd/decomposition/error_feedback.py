@@ -290,7 +290,7 @@ def sweep_columns(target, quantized, kept, *, matrix, nearest):
 
 @partial(jax.jit, static_argnames=("bases", "size", "tied"))
 def _sweep(target, quantized, *, matrix, scales, order, bases, size, tied):
-    """`sweep_columns` to the levels of each weight's group; scales: float32 [rows, groups, N or 1]."""
+    """Sweeps to the levels of each weight's group; scales are float32 [rows, groups, N or 1]."""
     group = order // size
     levels = _levels(scales, tied)
     round_to = partial(_nearest_tied, top=top_level(bases)) if tied else _nearest_free
