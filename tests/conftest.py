@@ -51,7 +51,7 @@ def own_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def small_chunks():
-    """Changes no bit: the small matrices of tests are not filled up to what a core's cache holds."""
+    """Changes no bit: small matrices are not filled up to what a core's cache holds."""
     from atd.decomposition import chunks
 
     with pytest.MonkeyPatch.context() as patch:

@@ -7,8 +7,14 @@ keeps the same."""
 import random
 from collections.abc import Callable
 
-NAMES = "Anna Ben Clara Daisy Emil Fay Greta Hugo Ida Jack Kim Lily Max Nora Otto Pia Rosa Sam Tim Una Vera Will Zoe Tom"
-ANIMALS = "bear bird bunny cat cow dog duck fox frog hen horse mouse otter owl pig pony sheep squirrel turtle goat"
+NAMES = (
+    "Anna Ben Clara Daisy Emil Fay Greta Hugo Ida Jack Kim Lily "
+    "Max Nora Otto Pia Rosa Sam Tim Una Vera Will Zoe Tom"
+)
+ANIMALS = (
+    "bear bird bunny cat cow dog duck fox frog hen "
+    "horse mouse otter owl pig pony sheep squirrel turtle goat"
+)
 PEOPLE = "girl boy king queen farmer baker child man woman"
 TRAITS = "little small young big old brave curious kind lonely lucky quiet shy silly sleepy strong"
 LOOKS = "red blue green yellow shiny round soft heavy new pretty broken strange warm wooden"
@@ -19,8 +25,14 @@ THINGS = (
     "ball balloon basket bell blanket boat book box cake candle coat cookie crown cup drum feather "
     "flower hat kite key lamp map mirror ring rock rope shell spoon stone toy truck"
 )
-TOOK = "found took saw lost liked carried made wanted dropped hid pulled pushed opened shared loved broke fixed bought"
-WENT = "ran walked jumped laughed cried slept sat played danced sang waited smiled looked hurried stopped"
+TOOK = (
+    "found took saw lost liked carried made wanted dropped hid "
+    "pulled pushed opened shared loved broke fixed bought"
+)
+WENT = (
+    "ran walked jumped laughed cried slept sat played "
+    "danced sang waited smiled looked hurried stopped"
+)
 HOW = (
     "quickly|slowly|happily|quietly|again|all day|for a long time|together|very fast|one more time"
 )
@@ -28,8 +40,9 @@ WHERE = "in near behind under to by"
 LINKS = ", and|, but|, so|because|when|until"
 FEELINGS = "happy sad proud scared excited surprised angry tired calm worried"
 LESSONS = (
-    "sharing makes everyone happy|it is good to ask for help|being kind is better than being strong|"
-    "it is important to tell the truth|patience brings good things|even small ones can do big things"
+    "sharing makes everyone happy|it is good to ask for help|"
+    "being kind is better than being strong|it is important to tell the truth|"
+    "patience brings good things|even small ones can do big things"
 )
 
 
@@ -74,8 +87,9 @@ def story(draw: Callable[[], float]) -> str:
 
     def speech() -> str:
         said = pick(
-            f"I like your {thing}|Where is my {thing}|Thank you, {name}|Can you help me|I am very {pick(FEELINGS)}|"
-            f"Please give me {what()}|Look at {what()}|Let us go to the {pick(PLACES)}|Do not be {pick(FEELINGS)}"
+            f"I like your {thing}|Where is my {thing}|Thank you, {name}|Can you help me|"
+            f"I am very {pick(FEELINGS)}|Please give me {what()}|Look at {what()}|"
+            f"Let us go to the {pick(PLACES)}|Do not be {pick(FEELINGS)}"
         )
         end = "?" if said.startswith(("Where", "Can")) else pick(", , !")
         return f'"{said}{end}" {"asked" if end == "?" else "said"} {who()}.'
@@ -92,7 +106,8 @@ def story(draw: Callable[[], float]) -> str:
 
     opening = pick(
         f"Once upon a time there was {a(pick(TRAITS))} {kind} named {name}.|"
-        f"Once upon a time, {a(pick(TRAITS))} {kind} lived {there()}. {capital(his)} name was {name}.|"
+        f"Once upon a time, {a(pick(TRAITS))} {kind} lived {there()}. "
+        f"{capital(his)} name was {name}.|"
         f"{name} was {a(pick(TRAITS))} {kind} who lived {there()}.|"
         f"One day, {a(pick(TRAITS))} {kind} named {name} went to the {place}."
     )

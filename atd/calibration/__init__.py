@@ -1,1 +1,1 @@
-"""What calibrated passes know of a model: text, moments of activations, sensitivities, gradients."""
+"""What calibrated passes know of a model: text, moments of inputs, sensitivities, gradients."""

@@ -40,7 +40,9 @@ def train_block_by_block(
     say: Say = print,
     progress: Report = unheard,
 ) -> Graph | None:
-    """Returns the converted model `graph` with blocks closer to the dense ones; None where no block improved."""
+    """Returns the converted model `graph` with blocks closer to the dense ones; None where no block
+    improved.
+    """
     return_freed_from_now_on()
     optimizer, total = training.optimizer(), len(graph.blocks) * training.steps
     inputs = [_embedded(dense, graph, windows) for windows in (text.train, text.held_out)]

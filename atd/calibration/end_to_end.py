@@ -119,11 +119,11 @@ class _Converted:
         return inputs, x
 
     def loss(self, tokens, target) -> float:
-        """KL(dense || converted), nats, mean over positions; target: the dense model's hidden states."""
+        """KL(dense || converted), nats per position; target: the dense model's hidden states."""
         return float(self._measure(*self._arguments(self._run(tokens)[1], target)))
 
     def step(self, tokens, target, share: float) -> None:
-        """Runs forward, and backward a unit at a time; each follows its gradient as soon as it is known."""
+        """Runs forward, then backward unit by unit, and updates each once its gradient is known."""
         inputs, hidden = self._run(tokens)
         by_head, gradient, *by_embedding = self._differentiate(*self._arguments(hidden, target))
         self._head.step(by_head, share)
@@ -140,7 +140,7 @@ class _Converted:
 
 
 def _hidden(graph: Graph, windows: np.ndarray, batch: int) -> np.ndarray:
-    """The residual stream in front of the epilogue, float32 [n, T, D]; one unit's weights in memory at a time."""
+    """The residual stream in front of the epilogue, float32 [n, T, D]; loads unit by unit."""
     values = [jnp.asarray(windows[i : i + batch], jnp.int32) for i in range(0, len(windows), batch)]
     for block in graph.units[:-1]:
         unit = frozen(block)

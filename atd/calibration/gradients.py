@@ -86,7 +86,7 @@ def embedding_matrix(prologue: TrainableUnit, parameters: Parameters) -> jax.Arr
 
 
 def embedding_backward(prologue: TrainableUnit, parameters: Parameters, gradient) -> Parameters:
-    """Takes a gradient at the embedding [V, D] back to the parameters; those of other nodes are 0."""
+    """Returns the parameters' gradients from that of the embedding [V, D]; 0 for other nodes."""
     name = _embed_name(prologue)
     by_deltas = _by_deltas(prologue.fixed[name]["weight"], parameters.get(name, {}), gradient)
     return {

@@ -202,7 +202,7 @@ def _scales(matrix: QuantizedMatrix, deltas: Deltas) -> jax.Array:
 
 
 def _latent(matrix: QuantizedMatrix, deltas: Deltas) -> jax.Array:
-    """The latent weights [out, in]: away from those at the start by the codes' deltas, in levels."""
+    """The latent weights [out, in]: those at the start plus the codes' deltas, in levels."""
     start = _combine(_signed(matrix.codes, matrix), matrix.scales, matrix)
     return start + deltas["codes"] * _spread(matrix.scales[..., -1], matrix)
 

@@ -34,13 +34,14 @@ class Training:
     patience: int  # checks in a row without improvement that end the training
 
     def share(self, step: int) -> float:
-        """Returns the share of the rates that step 1, 2, ... takes: warm-up, then a cosine to zero."""
+        """Returns the share of the rates in step 1, 2, ...: warm-up, then a cosine to zero."""
         warm_up = min(WARM_UP, self.steps)
         schedule = optax.warmup_cosine_decay_schedule(0.0, 1.0, warm_up, self.steps + 1)
         return np.asarray(schedule(step)).item()
 
     def optimizer(self) -> "Optimizer":
-        """Returns Adam, and Adafactor for codes, so that those of the largest gradients change and not all alike.
+        """Returns Adam, and Adafactor for codes, so that those of the largest gradients change and
+        not all alike.
 
         Their momentum is in bfloat16.
         """
@@ -62,7 +63,7 @@ class Training:
 
 
 class Optimizer:
-    """Of the parameters of one node; its small compiled programs are shared by all nodes of the same shapes."""
+    """Updates the parameters of one node; nodes of the same shapes share its compiled programs."""
 
     def __init__(self, transformation: optax.GradientTransformation):
         def update(gradients, state, parameters, share):
@@ -121,7 +122,7 @@ class Text:
 
 
 def split_text(windows: np.ndarray, tokens: int, seed: int) -> Text:
-    """Holds out every eighth window int32 [n, T]; a step takes `tokens` tokens, at least one window."""
+    """Holds out every eighth window int32 [n, T]; a step takes `tokens` tokens, or one window."""
     held_out = np.arange(len(windows)) % HELD_OUT == HELD_OUT - 1
     batch = max(1, tokens // windows.shape[1])
     return Text(windows[~held_out], windows[held_out], batch, np.random.default_rng(seed))
@@ -129,7 +130,7 @@ def split_text(windows: np.ndarray, tokens: int, seed: int) -> Text:
 
 @dataclass
 class Watch:
-    """Keeps the state of the least held-out loss, and knows when to go back to it and when to stop."""
+    """Keeps the state of the least held-out loss; knows when to go back to it and when to stop."""
 
     patience: int
     start: float  # the loss before the first step

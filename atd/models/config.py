@@ -113,7 +113,7 @@ def parse_config(config: dict, origin) -> ModelConfig:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Typed values of a JSON object. A key that is absent or null has the default, or is missing."""
+    """Reads typed values of a JSON object. An absent or null key has the default or is an error."""
 
     values: dict
     origin: str
@@ -146,7 +146,7 @@ class _Reader:
 
 
 def _rope(config: dict, read: _Reader) -> tuple[float, tuple]:
-    """(theta, scaling), of `rope_theta` and `rope_scaling` or transformers 5's `rope_parameters`."""
+    """(theta, scaling), from `rope_theta` and `rope_scaling` or from `rope_parameters`."""
     place = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     rope = config.get(place) or {}
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):

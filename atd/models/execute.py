@@ -42,7 +42,7 @@ def structure_of(block: Block) -> Structure:
 
 
 def _bare(node: Node) -> Node:
-    """The node without weights, which may keep data alive, and with those attrs that its op reads."""
+    """The node without weights, which may keep data alive, and with the attrs that its op reads."""
     op = OPS[node.op]
     attrs = {key: node.attrs[key] for key in (*op.attrs, *op.optional_attrs) if key in node.attrs}
     return Node(node.name, node.op, node.inputs, {}, attrs)
@@ -188,7 +188,7 @@ def _attend(
     places: Cache | None,
     backend: str | None,
 ) -> tuple[jax.Array, Cache] | tuple[None, None]:
-    """(value, new cache) of an attention by one kernel; (None, None) where none computes it here."""
+    """An attention by one kernel: (value, new cache), or (None, None) where none computes it."""
     q, k, v = ((values[name], first) for name, first in found.parts)
     if places is None or q[0].shape[1] > 1:
         return None, None

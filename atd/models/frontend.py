@@ -177,7 +177,7 @@ def _from_config(checkpoint: Checkpoint, config: ModelConfig) -> Graph:
 
 
 def _head_is_embedding(checkpoint: Checkpoint) -> bool:
-    """False where a tied model has both tensors and they differ (transformers' rule); reads them."""
+    """False where a tied model has both tensors and they differ (transformers' rule)."""
     if not {EMBEDDING, HEAD} <= checkpoint.tensors.keys():
         return True
     if checkpoint.tensors[EMBEDDING].shape != checkpoint.tensors[HEAD].shape:

@@ -126,7 +126,7 @@ class Cache:
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
-    """What of a model is no array: hashed by identity, so that a model can be an argument of jit."""
+    """The part of a model that is no array; hashed by identity, so that jit takes the model."""
 
     config: dict
     backend: str

@@ -1,13 +1,14 @@
 """The base class of passes: options, contract and rules. How data flows between passes:
 
-graph    A pass is a function of a graph, and all that it decides stands in the graph that it returns: types,
-         weights and attrs, which `str(graph)` shows. What it leaves for a later pass are attrs
-         (`atd.ir.notes`): `allocate` writes `ternary` and `moments`, `decompose` carries them out
-         and takes them away.
-context  What a pass may read besides the graph (`atd.pipeline.context`): frozen, made by the driver for each
-         stage of a pipeline. Passes change nothing in it.
-sinks    What a pass tells people goes out through functions of the context: `say`, `progress` and `record`.
-         No pass reads what was recorded; the driver owns it and writes it to report.json."""
+graph    A pass is a function of a graph, and all that it decides stands in the graph that it
+         returns: types, weights and attrs, which `str(graph)` shows. What it leaves for a later
+         pass are attrs (`atd.ir.notes`): `allocate` writes `ternary` and `moments`, `decompose`
+         carries them out and takes them away.
+context  What a pass may read besides the graph (`atd.pipeline.context`): frozen, made by the driver
+         for each stage of a pipeline. Passes change nothing in it.
+sinks    What a pass tells people goes out through functions of the context: `say`, `progress` and
+         `record`. No pass reads what was recorded; the driver owns it and writes it to report.json.
+"""
 
 import json
 import re
@@ -39,7 +40,8 @@ class Pass:
     A subclass names itself and its `scope`, and implements `rewrite` for one target of that scope,
     returning None for "not mine":
 
-        node    rewrite(name, node, context) -> Node | None, for every node; `rules` give single nodes other options
+        node    rewrite(name, node, context) -> Node | None, for every node; `rules` give single
+                nodes other options
         block   rewrite(block, context) -> Block | None, for prologue, blocks and epilogue
         graph   rewrite(graph, context) -> Graph | None
 

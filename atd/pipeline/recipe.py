@@ -97,7 +97,8 @@ def read_recipe(name_or_file: str | Path, overrides: Sequence[str] = ()) -> Reci
         path = CONFIGS / f"{name_or_file}.toml"
     elif not path.is_file():
         raise BadInput(
-            f"no recipe {str(name_or_file)!r}{nearest(str(name_or_file), recipe_names())} (or the path of a .toml file)"
+            f"no recipe {str(name_or_file)!r}{nearest(str(name_or_file), recipe_names())} "
+            "(or the path of a .toml file)"
         )
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -132,7 +133,8 @@ def under_budget(
     if "allocate" not in names:
         given = "bits" if budget is None else "budget"
         raise BadInput(
-            f"--{given} needs the allocate pass, which recipe {name_or_file} does not have; adaptive does"
+            f"--{given} needs the allocate pass, which recipe {name_or_file} does not have; "
+            "adaptive does"
         )
     rotated = ["rotate.embedding=true"] if budget is not None and "rotate" in names else []
     shared_out = [f"allocate.bits={bits or 0.0}", f"allocate.budget={budget or ''!r}"]
@@ -193,7 +195,8 @@ def _override(tables: list[dict[str, Any]], override: str) -> None:
     matching = [table for table in tables if table["name"] == name]
     if not matching:
         raise BadInput(
-            f"--set {override!r}: the recipe has no pass {name!r}{nearest(name, {t['name'] for t in tables})}"
+            f"--set {override!r}: the recipe has no pass {name!r}"
+            f"{nearest(name, {t['name'] for t in tables})}"
         )
     try:
         value = tomllib.loads(f"value = {text.strip()}")["value"]

@@ -48,7 +48,8 @@ def registered() -> dict[str, str]:
         distribution = point.dist.name if point.dist else "?"
         if point.name in known and known[point.name] != point.value:
             raise BadInput(
-                f"pass {point.name!r} is registered twice, by {owner[point.name]} and by {distribution}; uninstall one of them"
+                f"pass {point.name!r} is registered twice, by {owner[point.name]} and by "
+                f"{distribution}; uninstall one of them"
             )
         known[point.name], owner[point.name] = point.value, distribution
     return known

@@ -13,7 +13,7 @@ from tests.models.tiny import tiny_graph
 
 
 def test_measured_is_the_difference_between_whole_models():
-    """A choice of two nodes at their other option, against evaluating the models that this makes."""
+    """A choice of two nodes at their other option, against evaluating the models this makes."""
     graph = tiny_graph()
     windows = np.random.default_rng(0).integers(0, 40, (2, 16)).astype(np.int32)
     names = [

@@ -135,9 +135,8 @@ def make_tiny(name: str, seed: int) -> None:
     for file in folder.glob("*.safetensors"):
         file.chmod(0o644)
     (folder / "generation_config.json").unlink(missing_ok=True)
-    if (
-        dtype == "float32"
-    ):  # our spelling of the config, not the one that transformers saves; the bfloat16 one keeps that
+    # Our spelling of the config, not that which transformers saves; the bfloat16 one keeps that.
+    if dtype == "float32":
         (folder / "config.json").write_text(
             json.dumps({**config, "architectures": [type(model).__name__]}, indent=1) + "\n"
         )

@@ -47,7 +47,7 @@ STEPS, BATCH, CONTEXT = 1000, 8, 256
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
-    """Returns a tokenizer like Llama 2's: pieces with ▁ for a blank, bytes for what has no piece."""
+    """Returns a tokenizer like Llama 2's: pieces with ▁ for a blank, bytes for all else."""
     blanks = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = blanks

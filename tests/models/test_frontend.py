@@ -86,9 +86,12 @@ block 0 model.layers.0 {
   %self_attn.q_proj = linear(%input_layernorm) {weight: dense f32[64,64]}
   %self_attn.k_proj = linear(%input_layernorm) {weight: dense f32[32,64]}
   %self_attn.v_proj = linear(%input_layernorm) {weight: dense f32[32,64]}
-  %self_attn.q_rope = rope(%self_attn.q_proj) head_dim=16 scaling=[llama3,8.0,1.0,4.0,64] theta=10000.0
-  %self_attn.k_rope = rope(%self_attn.k_proj) head_dim=16 scaling=[llama3,8.0,1.0,4.0,64] theta=10000.0
-  %self_attn.attention = attention(%self_attn.q_rope, %self_attn.k_rope, %self_attn.v_proj) head_dim=16 heads=4 kv_heads=2 window=0
+  %self_attn.q_rope = rope(%self_attn.q_proj) head_dim=16 \
+scaling=[llama3,8.0,1.0,4.0,64] theta=10000.0
+  %self_attn.k_rope = rope(%self_attn.k_proj) head_dim=16 \
+scaling=[llama3,8.0,1.0,4.0,64] theta=10000.0
+  %self_attn.attention = attention(%self_attn.q_rope, %self_attn.k_rope, %self_attn.v_proj) \
+head_dim=16 heads=4 kv_heads=2 window=0
   %self_attn.o_proj = linear(%self_attn.attention) {weight: dense f32[64,64]}
   %self_attn.residual = add(%x, %self_attn.o_proj)
   %post_attention_layernorm = rms_norm(%self_attn.residual) eps=1e-05 {weight: dense f32[64]}

@@ -41,7 +41,8 @@ def test_a_block_with_its_linears_joined():
     graph = Pipeline(["fuse"])(tiny_graph(layers=1))
     assert read(graph.blocks[0]) == [
         "input_layernorm self_attn.qkv_proj",
-        "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.q_rope self_attn.k_rope self_attn.attention",
+        "self_attn.q_proj self_attn.k_proj self_attn.v_proj "
+        "self_attn.q_rope self_attn.k_rope self_attn.attention",
         "self_attn.o_proj self_attn.residual",
         "post_attention_layernorm mlp.gate_up_proj mlp.gate_proj mlp.up_proj mlp.silu_mul",
         "mlp.down_proj mlp.residual",

@@ -167,7 +167,7 @@ def test_packed_and_unpacked_agree(layout):
 )
 @pytest.mark.slow
 def test_kernels_of_gpus_write_the_same_tokens(backend, group):
-    """Prefill and decode, with the embedding and the tied head in the layout that kernels read too."""
+    """Prefill and decode, with embedding and tied head in the layout that kernels read too."""
     graph = ternary(tiny_graph(layers=1, tied=True), packed=True, group=group, tied=True)
     found, wanted = load(graph, backend=backend), load(graph, backend="xla")
     assert found.backend == backend
@@ -211,7 +211,8 @@ def test_a_backend_that_cannot_take_the_model_names_every_reason():
     graph = ternary(tiny_graph(layers=1), packed=True, layout="tq2_0")
     with pytest.raises(
         BadInput,
-        match=r"backend triton-interpret: model.embed_tokens and [0-9]+ more: it multiplies weights packed in",
+        match=r"backend triton-interpret: model.embed_tokens and [0-9]+ more: "
+        "it multiplies weights packed in",
     ):
         load(graph, backend="triton-interpret")
     if jax.default_backend() == "cpu":

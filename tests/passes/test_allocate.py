@@ -194,7 +194,8 @@ def test_what_it_says_and_records(windows):
     Allocate(bits=3.4)(tiny_graph(), context)
     (line,) = lines
     assert re.fullmatch(
-        r"allocate: 3\.\d+ bits a weight, [\d,]+ of [\d,]+ bytes \(\d+\.\d+%\), predicted KL \d\.\d+",
+        r"allocate: 3\.\d+ bits a weight, [\d,]+ of [\d,]+ bytes \(\d+\.\d+%\), "
+        r"predicted KL \d\.\d+",
         line,
     )
     total = sum(found["predicted_kl"] for found in figures.values())

@@ -133,7 +133,8 @@ def test_rates_that_diverge_are_halved_and_the_best_state_kept(context, rates):
     step = Calibrate(steps=3, checks=3, patience=3, **rates)
     assert step(graph, made(lines)) is graph
     assert re.fullmatch(
-        r"calibrate improved nothing: KL.* stays \d\.\d+; it rose to .*, rates halved each time; stopped early",
+        r"calibrate improved nothing: KL.* stays \d\.\d+; it rose to .*, "
+        r"rates halved each time; stopped early",
         lines[0],
     )
 

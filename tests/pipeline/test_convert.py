@@ -173,7 +173,8 @@ def with_nan(stories260k, tmp_path) -> Path:
 def test_nan_is_refused_by_name_or_becomes_zero(with_nan, tmp_path):
     with pytest.raises(
         BadInput,
-        match=r"model\.layers\.2\.mlp\.up_proj\.weight holds 1 NaN or Inf values, the first at \[3, 5\]",
+        match=r"model\.layers\.2\.mlp\.up_proj\.weight holds 1 NaN or Inf values, "
+        r"the first at \[3, 5\]",
     ):
         convert(with_nan, tmp_path / "out", "datafree2", say=quiet)
     assert not (tmp_path / "out").exists()
@@ -226,7 +227,7 @@ def run_convert(model: Path, out: Path) -> subprocess.Popen:
 
 @pytest.mark.slow
 def test_kill_at_random_moments_ends_in_the_same_bytes(trained, tmp_path):
-    """kill -9 again and again, then let it finish: the digests of a run that was never disturbed."""
+    """kill -9 again and again, then a run to the end: the digests of an undisturbed run."""
     started = time.monotonic()
     whole = run_convert(trained.folder, tmp_path / "whole")
     assert whole.wait() == 0, whole.stderr

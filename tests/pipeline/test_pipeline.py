@@ -1,4 +1,4 @@
-"""Passes, their text, their contract, the registry, and a pass that somebody else's package brings."""
+"""Passes, their text, their contract, the registry, and a pass that another package brings."""
 
 import os
 import subprocess
@@ -210,7 +210,7 @@ def test_feature_weights_reach_the_decomposition():
 
 
 def test_a_graph_can_be_executed_after_each_pass():
-    """The lazily rewritten graph runs as it is: same logits after pack and fuse as after decompose."""
+    """The lazily rewritten graph runs: same logits after pack and fuse as after decompose."""
     from atd.models.model import load
 
     tokens = np.arange(12, dtype=np.int32).reshape(1, 12)
@@ -267,7 +267,9 @@ def run_python(code: str, *path: Path) -> subprocess.CompletedProcess:
 def test_a_third_party_pass_works_in_a_recipe(third_party, tmp_path):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(
-        '[[passes]]\nname = "halve"\n[[passes.rules]]\nmatch = ".*\\\\.0\\\\..*"\nfactor = 0.25\n[[passes]]\nname = "decompose"\n'
+        '[[passes]]\nname = "halve"\n'
+        '[[passes.rules]]\nmatch = ".*\\\\.0\\\\..*"\nfactor = 0.25\n'
+        '[[passes]]\nname = "decompose"\n'
     )
     code = f"""
 from atd.pipeline.recipe import read_recipe
@@ -277,13 +279,15 @@ recipe = read_recipe({str(recipe)!r}, ["halve.factor=2"])
 print(recipe.pipeline.passes[0])
 before, after = tiny_graph(), recipe.pipeline.passes[0](tiny_graph())
 for i in (0, 1):
-    a, b = (g.blocks[i].node("mlp.down_proj").weights["weight"].load().array for g in (before, after))
+    nodes = (graph.blocks[i].node("mlp.down_proj") for graph in (before, after))
+    a, b = (node.weights["weight"].load().array for node in nodes)
     print(np.unique(np.round(b / a, 3)))
 """
     done = run_python(code, third_party)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
-        'halve{factor = 2.0, nodes = ".*\\\\.down_proj", rules = [{match = ".*\\\\.0\\\\..*", factor = 0.25}]}',
+        'halve{factor = 2.0, nodes = ".*\\\\.down_proj", '
+        'rules = [{match = ".*\\\\.0\\\\..*", factor = 0.25}]}',
         "[0.25]",
         "[2.]",
     ]

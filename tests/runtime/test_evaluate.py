@@ -240,7 +240,7 @@ def test_cut_leaves_the_text_it_was_given_alone():
 
 @pytest.mark.parametrize("bos", [False, True])
 def test_a_real_model_has_its_known_perplexity(trained, bos):
-    """The packaged model's are those of make_stories.py, stories15M's were measured with PyTorch."""
+    """The packaged model's are from make_stories.py, stories15M's were measured with PyTorch."""
     known = {"packaged": np.load(GOLDEN / "stories.npz")["perplexity"], "stories15M": (6.390, 7.38)}
     tokenizer = open_tokenizer(trained.folder)
     tokens = tokenizer.encode(read_text(trained.held_out))

@@ -128,7 +128,7 @@ TOLD = [1, 9038, 2501, 263, 931, 29892, 727, 471, 263, 2217, 7826, 4257, 365]
 
 
 def test_a_real_model_tells_a_story(trained):
-    """Greedily, as another implementation goes on: of the packaged model that of make_stories.py."""
+    """Greedily, as another implementation goes on: for the packaged model make_stories.py."""
     told = {"packaged": np.load(GOLDEN / "stories.npz")["told"].tolist(), "stories15M": TOLD}
     told = told[trained.name]
     start = open_tokenizer(trained.folder).encode("Once upon a time", bos=True).tolist()
