@@ -145,10 +145,10 @@ def compile_for(
     ):
         lowered = jax.jit(function).trace(*arguments).lower()
         lowered.compile(
-            compiler_options={
+            compiler_options=_options()
+            | {
                 "xla_dump_to": folder,
                 "xla_dump_emitter_re": "ptx",  # ".*" dumps Triton's passes too, which takes 4 s
-                "xla_gpu_cuda_data_dir": str(_tool("ptxas").parents[1]),
             }
         )
         modules = [path.read_text() for path in sorted(Path(folder).glob("*.ptx"))]
@@ -172,9 +172,7 @@ def program_for(device: str, function: Callable, *arguments, **options) -> jax.s
     )
     with jax.sharding.set_mesh(mesh):
         lowered = jax.jit(function, **options).trace(*shapes).lower()
-        return lowered.compile(
-            compiler_options={"xla_gpu_cuda_data_dir": str(_tool("ptxas").parents[1])}
-        )
+        return lowered.compile(compiler_options=_options())
 
 
 def main_loop_instructions(sass: str) -> Counter[str]:
@@ -212,6 +210,14 @@ def _plugin() -> str | None:
         except ModuleNotFoundError:  # no jax_plugins at all
             return None
     return None
+
+
+def _options() -> dict[str, str | int]:
+    """XLA's own level of optimisation, whatever XLA_FLAGS says, and where ptxas is."""
+    return {
+        "xla_backend_optimization_level": 3,
+        "xla_gpu_cuda_data_dir": str(_tool("ptxas").parents[1]),
+    }
 
 
 @cache
