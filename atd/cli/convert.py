@@ -9,10 +9,10 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional, UseAppendAction
 
-from atd.cli.options import Calib, Context, Model, Plot, app, check_writable
+from atd.cli.options import Calib, Context, Model, check_writable, command
 
 
-@app.command
+@command()
 def demo(
     *,
     out: Path = Path("demo"),
@@ -21,12 +21,12 @@ def demo(
     tokens: int = 6144,
     context: Context = 512,
 ) -> None:
-    """Convert a real model, compare it with the original and let both write.
+    """Convert a real model, compare it with the original and let both generate text.
 
     The model is SmolLM2-135M. A picture shows bits and error of each layer.
 
     Args:
-        out: Folder for the converted model and the picture; a former demo there is replaced.
+        out: The folder for the converted model and the picture; an earlier demo there is replaced.
         recipe: The recipe to convert with: datafree2, datafree3, greedy3, adaptive and so on, or
             the path of a .toml file.
         data: A UTF-8 text to evaluate on; by default the help topics of Python, which are on every
@@ -38,7 +38,7 @@ def demo(
     run_demo(out, recipe, data, tokens, context)
 
 
-@app.command
+@command()
 def convert(
     model: Model,
     out: Annotated[Positional[Path], tyro.conf.arg(metavar="OUT")],
@@ -104,8 +104,13 @@ def convert(
     )
 
 
-@app.command
-def inspect(model: Model, *, nodes: bool = False, plot: Plot = None) -> None:
+@command()
+def inspect(
+    model: Model,
+    *,
+    nodes: bool = False,
+    plot: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
+) -> None:
     """Show type, bits and size of the weights of each layer.
 
     Only headers are read.
@@ -130,7 +135,7 @@ def inspect(model: Model, *, nodes: bool = False, plot: Plot = None) -> None:
         print(f"picture: {plot}")
 
 
-@app.command
+@command()
 def verify(folder: Annotated[Positional[Path], tyro.conf.arg(metavar="FOLDER")]) -> None:
     """Check that a converted folder is as it was written.
 
@@ -147,7 +152,7 @@ def verify(folder: Annotated[Positional[Path], tyro.conf.arg(metavar="FOLDER")])
     print(f"{folder}: {count} weights are as they were written")
 
 
-@app.command
+@command()
 def export(
     model: Model,
     out: Annotated[Positional[Path], tyro.conf.arg(metavar="OUT")],

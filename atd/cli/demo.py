@@ -1,4 +1,4 @@
-"""The demo: converts a real model, compares it with the original, and lets both write."""
+"""The demo: converts a real model, compares it with the original, and lets both generate text."""
 
 import importlib.util
 import time
@@ -81,7 +81,7 @@ def run_demo(out: Path, recipe: str, data: Path | None, tokens: int, context: in
         options = {"context": context, "against": dense, "progress": progress}
         (result,) = compare(converted, {"text": text}, **options).values()
 
-    console.rule("3. let both write")
+    console.rule("3. both generate text")
     rates = [_answer(model, words) for model in (dense, converted)]
 
     console.rule("4. the figures")

@@ -1,6 +1,9 @@
 """Holds what the commands share: the table that they enter, and the options that several have."""
 
+import inspect
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -53,9 +56,21 @@ Calib = Annotated[
 Json = Annotated[
     Path | None, tyro.conf.arg(metavar="FILE", help="Write the figures to this file as well.")
 ]
-Plot = Annotated[
-    Path | None, tyro.conf.arg(metavar="FILE", help="Draw it into this file (.png, .svg, .pdf).")
-]
+
+
+def command(name: str | None = None) -> Callable[[Callable], Callable]:
+    """Returns a decorator that enters a function as a command, with its docstring as the help.
+
+    Args:
+        name: the command's; the function's by default.
+    """
+
+    def entered(function: Callable) -> Callable:
+        # tyro breaks lines where the docstring's Args do.
+        function.__doc__ = re.sub(r"\n {8,}", " ", inspect.cleandoc(function.__doc__ or ""))
+        return app.command(function, name=name)
+
+    return entered
 
 
 def check_writable(option: str, file: Path | None) -> None:

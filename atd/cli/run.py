@@ -10,11 +10,20 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
-from atd.cli.options import Backend, Context, Json, Model, Tokenizer, Tokens, app, check_writable
+from atd.cli.options import (
+    Backend,
+    Context,
+    Json,
+    Model,
+    Tokenizer,
+    Tokens,
+    check_writable,
+    command,
+)
 from atd.errors import BadInput
 
 
-@app.command(name="eval")
+@command("eval")
 def evaluate(
     model: Model,
     *,
@@ -81,7 +90,7 @@ def evaluate(
         write_json(json, made_of | {"data": str(data)} | sizes | result.to_json())
 
 
-@app.command
+@command()
 def generate(
     model: Model,
     *,
@@ -95,7 +104,7 @@ def generate(
     backend: Backend = "auto",
     tokenizer: Tokenizer = None,
 ) -> None:
-    """Let a model write.
+    """Generate text with a model.
 
     Args:
         prompt: The text to go on from; with --chat, what the user says.
@@ -149,7 +158,7 @@ def generate(
     )
 
 
-@app.command
+@command()
 def bench(
     model: Annotated[Positional[Path | None], tyro.conf.arg(metavar="MODEL")] = None,
     *,
@@ -169,10 +178,9 @@ def bench(
 ) -> None:
     """Measure the speed and memory of a model, or tune the kernels for this GPU.
 
-    `atd bench OUT --against MODEL` compares a converted model with the one it was made from: time
-    to first token, tokens per second, peak memory. Figures are medians, and the models take turns.
-    `atd bench --tune` measures kernel settings on the GPU of this machine and keeps the fastest for
-    all later runs.
+    The figures are time to first token, tokens per second and peak memory: medians, where two
+    models take turns. With --tune, kernel settings are measured on the GPU of this machine, and the
+    fastest are kept for all later runs.
 
     Args:
         model: The model to measure; not needed with --tune.
@@ -185,8 +193,8 @@ def bench(
         one_jit: Also decode in one compiled loop, to see what the calls from the host cost. It
             takes a while to compile.
         tune: Search for the fastest kernel settings of this GPU and keep them.
-        minutes: The time limit of --tune in minutes. What was left out is listed, and a run with
-            more minutes does it.
+        minutes: The time limit of --tune in minutes. What was left out is listed; a run with more
+            minutes measures it.
     """
     from dataclasses import asdict
     from functools import partial

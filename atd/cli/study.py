@@ -9,10 +9,10 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional, UseAppendAction
 
-from atd.cli.options import Calib, Context, Model, Tokens, app, check_writable
+from atd.cli.options import Calib, Context, Model, Tokens, check_writable, command
 
 
-@app.command
+@command()
 def study(
     model: Model,
     out: Annotated[Positional[Path], tyro.conf.arg(metavar="OUT")],
@@ -27,11 +27,11 @@ def study(
     tokens: Tokens = None,
     keep: bool = False,
 ) -> None:
-    """Convert and evaluate a model by each point of a grid of recipes and options.
+    """Convert and evaluate a model at each point of a grid of recipes and options.
 
     A table and a picture show bits against KL divergence. OUT gets results.csv, pareto.png and a
     folder for each point. A study that was interrupted goes on where it stopped when the same
-    command is given again; one with more values does what is new.
+    command is given again; with more values it does the new points.
 
     Args:
         out: The folder for the table, the picture and the points.
@@ -61,7 +61,7 @@ def study(
     raise_failed(failed)
 
 
-@app.command
+@command()
 def experiment(
     name: Annotated[Positional[Literal["gaussian"]], tyro.conf.arg(metavar="gaussian")],
     *,
