@@ -74,10 +74,11 @@ def main() -> None:
     clock = time.perf_counter()
     measured = measured_losses(graph, windows, [[name] for name in candidates], candidates, few)
     seconds["measured"] = time.perf_counter() - clock
+    # [linears, 3] each
     proxy, truth = (
         np.array([predicted[name] for name in candidates]),
         np.array(measured),
-    )  # [linears, 3]
+    )
 
     def rank(a, b) -> float:
         return float(np.asarray(spearmanr(a.ravel(), b.ravel()))[0])

@@ -180,9 +180,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 type, effort, "words" if options.backend.startswith("mosaic") else "tiles"
             )
             ways = {tokens: way(options.backend, type, tokens) for tokens in xs}
-            checks = {
-                min(m for m in xs if ways[m] == kind): kind for kind in ways.values()
-            }  # the first of each way
+            # The first of each way.
+            checks = {min(m for m in xs if ways[m] == kind): kind for kind in ways.values()}
             try:
                 times, errors = measure(
                     multiply, xs, held, effort, {tokens: xs[tokens] for tokens in sorted(checks)}

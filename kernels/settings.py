@@ -283,7 +283,7 @@ def _octaves(entry: dict[str, Any], kind: dict[str, Any], name: str) -> float:
 
 
 def _distance(entry: dict[str, Any], type: TernaryType, tokens: int) -> float:
-    """In octaves of tokens. Another matrix of the same kind is near, another kind of matrix far."""
+    """How far an entry lies: octaves of tokens and shape, and a penalty for each other property."""
     kind = kind_of(type, tokens)
     penalties = {"grouped": 8, "bases": 3, "tied": 2}
     shape = (_octaves(entry, kind, "out") + _octaves(entry, kind, "in")) / 2

@@ -1,5 +1,5 @@
-"""allocate: shares a budget of bytes out; N, group size and scales of every matrix, where they lose
-least.
+"""allocate: spends a budget of bytes on N, group size and scales of every matrix where the model
+loses least.
 
 1. `bits = 3.4` is the average over the linears of the blocks, all their stored bytes counted,
    padding and scales too; these linears are the choices, embedding and head stay dense.
@@ -297,7 +297,7 @@ def _linears(graph: Graph) -> dict[str, Node]:
 
 
 def _ends(graph: Graph) -> dict[str, Node]:
-    """Embedding and head by full name, as far as they are dense and have a matrix of their own.
+    """The embedding and the head by full name, where they are dense and have an own matrix.
 
     Other linears beside them (a rotation that is not Hadamard's) stay.
     """

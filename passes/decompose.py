@@ -210,5 +210,5 @@ class Decompose(Pass):
 
 @lru_cache(maxsize=1)
 def _factor(moments: Moments, damping: float, order: bool) -> error_feedback.Factor:
-    """Shared by the linears that share an input, which are worked on one after the other."""
+    """The factor of these moments, kept for the next linear, which often shares the input."""
     return error_feedback.factor(moments.hessian, damping, order)

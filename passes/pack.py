@@ -1,8 +1,8 @@
-"""pack: lays the trits of a ternary weight in a layout of `atd.weights.layouts`.
+"""pack: stores the trits of a ternary weight in a layout of `atd.weights.layouts`.
 
 1. Takes every ternary weight (or those whose node's full name matches `nodes`). Values do not
    change.
-2. A packed weight is laid anew when its layout is another one.
+2. A packed weight is packed anew where its layout is another one.
 """
 
 import re

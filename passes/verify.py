@@ -1,4 +1,4 @@
-"""verify: reads what was written again and compares it with what was in memory.
+"""verify: reads back what was written and compares it with what was in memory.
 
 1. Every stored tensor is read again; its bytes must have the digest they had when they were
    written.

@@ -1,4 +1,4 @@
-"""Training block by block: each block's output on the quantized stream toward the dense one's.
+"""Trains block by block: each block's output on the quantized stream toward the dense one's.
 
 The loss of a block is the mean square error of its output on the stream of the converted model
 against the dense block's on the stream of the dense model, relative to what the block adds to the

@@ -1,4 +1,4 @@
-"""Training end to end: KL(dense || converted) of the next tokens, all blocks at once.
+"""Trains end to end against KL(dense || converted) of the next tokens, all blocks at once.
 
 One unit's gradient is in memory at a time (gradient checkpointing per unit).
 """

@@ -1,4 +1,4 @@
-"""Gradients through a converted model, one trainable unit at a time.
+"""Takes gradients through a converted model, one trainable unit at a time.
 
 Gradient checkpointing per unit (embedding, block, final norm and head): `forward` keeps nothing but
 a unit's input, and `backward` computes the unit again. Both are compiled once for all units of one

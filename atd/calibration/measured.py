@@ -1,6 +1,6 @@
-"""What rounding a matrix costs the model, measured: the KL divergence from the dense model.
+"""Measures what rounding a matrix costs the model: the KL divergence from the dense model.
 
-The truth, for small models: the model and all candidates are in memory.
+For small models, as the model and all candidates are in memory.
 `atd.calibration.sensitivity` predicts it.
 """
 

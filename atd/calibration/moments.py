@@ -1,4 +1,4 @@
-"""Second moments of a dense model's values: what its linears read, one unit in memory at a time."""
+"""Computes second moments of what a dense model's linears read, one unit in memory at a time."""
 
 from collections.abc import Collection, Iterator
 from functools import partial
@@ -22,9 +22,8 @@ class DenseUnit(NamedTuple):
     unit: Block
     weights: Weights  # dense float32
     inputs: np.ndarray  # [windows, context, D]; token ids [windows, context] of the prologue
-    moments: dict[
-        str, np.ndarray
-    ]  # H = X'X / n float32 [in, in] of each value X that was asked for
+    # H = X'X / n float32 [in, in] of each value X that was asked for
+    moments: dict[str, np.ndarray]
 
 
 def dense_moments(

@@ -1,4 +1,4 @@
-"""Calibration text that the model writes itself: where there is no text like its training data.
+"""Lets the model write its own calibration text, where there is no text like its training data.
 
 A window is `context` tokens drawn from the model at temperature 1 from the full softmax, so that
 the windows follow the model's own distribution of text. Before each stands one token that is drawn
@@ -204,9 +204,8 @@ def _draw(
         logits, cache = model.decode(token, cache)
         token = pick(logits, columns, position)
         drawn.append(token)
-        if (
-            position % 8 == 7
-        ):  # or the host would run far ahead of the device, and of what it reports
+        # Else the host would run far ahead of the device, and of what it reports.
+        if position % 8 == 7:
             token.block_until_ready()
             report(position + 1)
     report(context)

@@ -1,4 +1,4 @@
-"""What rounding a matrix costs the model, predicted from second moments and gradients.
+"""Predicts what rounding a matrix costs the model, from second moments and gradients.
 
 To second order, the KL divergence of the model's distribution from the dense one is, for an error
 dW in one linear y = W x,

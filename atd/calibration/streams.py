@@ -1,9 +1,9 @@
-"""Text runs through the dense model and through the model as far as it is quantized, unit by unit.
+"""Runs text through the dense model and the model as far as it is quantized, unit by unit.
 
 Two streams of the same tokens stand in front of the unit that is being worked on: `dense`, the
-residual stream of the model as it was before the first pass that asks, and `quantized`, that of the
-model with all earlier units as they will be written. Within the unit, values are computed when
-somebody asks for them and dropped when nothing can ask again.
+residual stream of the model in front of the first pass that asks, and `quantized`, that of the
+model with all earlier units as they will be written. Within the unit, values are computed when they
+are asked for and dropped when nothing can ask again.
 
 Inputs of a linear in the quantized stream are made by the unit's own earlier linears as they were
 just quantized, so a unit's linears are worked on in order of execution.
@@ -33,9 +33,8 @@ class Moments:
     Products are float32, sums over batches float64.
     """
 
-    hessian: (
-        np.ndarray
-    )  # H = X_q' X_q / n, float32 [in, in]: what error feedback weighs errors with
+    # H = X_q' X_q / n, float32 [in, in]: what error feedback weighs errors with
+    hessian: np.ndarray
     cross: np.ndarray  # C = X_d' X_q / n, float32 [in, in]: what its target is corrected by
     positions: int  # n
 

@@ -1,4 +1,4 @@
-"""Which text a conversion is calibrated on: files, text that the model writes, or both in turns."""
+"""Reads or writes the text that a conversion is calibrated on: files, the model's own, or both."""
 
 from collections.abc import Sequence
 from pathlib import Path

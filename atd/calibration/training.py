@@ -1,4 +1,4 @@
-"""Training of a converted model's parameters: optimizer, batches, and a watch on held-out text.
+"""Trains a converted model's parameters: optimizer, batches, and a watch on held-out text.
 
 What is trained, and against what, is in `atd.calibration.end_to_end` (the whole model) and
 `atd.calibration.block_by_block`.
@@ -149,14 +149,16 @@ class Watch:
 
     @property
     def improved(self) -> bool:
+        """Whether the best loss is below the one before the first step."""
         return self.best < self.start
 
     @property
     def gave_up(self) -> bool:
+        """Whether the last checks in a row, `patience` of them, brought no improvement."""
         return self.worse >= self.patience
 
     def summary(self, what: str) -> str:
-        """Returns a line for people on how the loss, called `what`, went."""
+        """Returns a line on how the loss, called `what`, went."""
         ended = "; stopped early" if self.gave_up else ""
         if self.risen:
             risen = ", ".join(f"{loss:.4f}" for loss in self.risen)

@@ -1,4 +1,4 @@
-"""Windows of calibration text, int32 [windows, context]: cut, counted, identified."""
+"""Cuts, counts and identifies windows of calibration text, int32 [windows, context]."""
 
 import hashlib
 

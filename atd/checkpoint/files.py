@@ -47,7 +47,10 @@ def read_bytes(file: Path, start: int = 0, count: int = -1) -> bytes:
 
 
 def path_exists(path: Path) -> bool:
-    """Whether there is such a path. Raises BadInput where a folder on it may not be searched."""
+    """Returns whether there is such a path.
+
+    Raises BadInput where a folder on it may not be searched.
+    """
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):

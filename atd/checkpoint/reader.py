@@ -47,7 +47,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether the path names a GGUF file."""
+    """Returns whether the path names a GGUF file."""
     return path.suffix == ".gguf" and not path.is_dir()
 
 

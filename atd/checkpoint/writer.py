@@ -158,5 +158,5 @@ def written(unit: Block, shard: Path) -> Block:
 
 
 def is_intact(path: Path, sha256: str) -> bool:
-    """Whether the file is there and has this digest."""
+    """Returns whether the file is there and has this digest."""
     return path.is_file() and file_digest(path) == sha256

@@ -35,7 +35,7 @@ class Allocation:
 
     def __str__(self) -> str:
         share = f"{self.used:,} of {self.budget:,} bytes ({self.used / self.budget:.2%})"
-        return f"{self.bits:.3f} bits a weight, {share}, predicted KL {self.predicted_kl:.4f}"
+        return f"{self.bits:.3f} bits per weight, {share}, predicted KL {self.predicted_kl:.4f}"
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,8 @@ class Problem:
     """What is to be decided, in shapes and bytes."""
 
     candidates: Mapping[str, tuple[Candidate, ...]]  # name -> what the matrix may become
-    choices: Sequence[
-        tuple[str, ...]
-    ]  # matrices that get the same option, all with as many candidates
+    # Matrices that get the same option, all with as many candidates.
+    choices: Sequence[tuple[str, ...]]
     fixed: int  # bytes of what counts and is no choice
     budget: int
     weights: int  # how many weights the budget is for

@@ -97,9 +97,8 @@ def _fit_rows(
     out, inputs = weight.shape
     groups = -(-inputs // size)  # per row
     if importance is None and inputs % size:
-        importance = np.ones(
-            inputs, np.float32
-        )  # the padding of a ragged last group weighs nothing
+        # The padding of a ragged last group weighs nothing.
+        importance = np.ones(inputs, np.float32)
     per_group = None if importance is None else grouped(importance[None], size)  # [groups, size]
     weights = grouped(weight, size)
     trits = np.empty((len(weights), size, bases), np.int8)

@@ -210,7 +210,7 @@ def _feedback(hessian, order, damping):
 
 @jax.jit
 def descent_matrix(hessian, order):
-    """Row j, column i: H_ij / H_jj for i != j, in the order of visits."""
+    """Returns H_ij / H_jj in row j, column i, 0 on the diagonal, in the order of visits."""
     matrix = hessian[order][:, order]
     return jnp.fill_diagonal(matrix / nonzero(jnp.diagonal(matrix))[:, None], 0.0, inplace=False)
 
@@ -221,12 +221,12 @@ def descent_matrix(hessian, order):
 
 @jax.jit
 def visit_order(rows, order):
-    """[rows, in] -> [in, rows] in the order of visits."""
+    """Takes [rows, in] to [in, rows] in the order of visits."""
     return rows.T[order]
 
 
 def stored_order(quantized, order):
-    """[in, rows, ...] in the order of visits -> [rows, in, ...]."""
+    """Takes [in, rows, ...] in the order of visits back to [rows, in, ...]."""
     stored = jnp.zeros_like(quantized).at[order].set(quantized, unique_indices=True)
     return stored.swapaxes(0, 1)
 
@@ -359,9 +359,8 @@ def _refit(weight, quantized, scales, hessian, order, *, bases, size, tied, dtyp
         return jnp.where(cost(new) < cost(current), new, current).reshape(groups, count)
 
     batch = max(1, REFIT_FLOATS // (groups * count * groups * size))
-    batch = min(
-        rows, 1 << batch.bit_length() - 1
-    )  # divides ROWS: a remainder would be compiled apart
+    # Divides ROWS: a remainder would be compiled apart.
+    batch = min(rows, 1 << batch.bit_length() - 1)
     scales = lax.map(solve, (parts, projected, scales), batch_size=batch)
     quantized = _einsum("rgkc,rgc->rgk", parts, scales).reshape(rows, -1)[:, : len(hessian)]
     return quantized.T[order], descending_scales(jnp.abs(scales), axis=-1)
@@ -383,7 +382,7 @@ def _codes(quantized, scales, *, bases, size, tied):
 
 @partial(jax.jit, static_argnames=("bases", "size", "tied"))
 def trits_on_levels(quantized, scales, order, *, bases, size, tied):
-    """The trits int8 [rows, in, N] of quantized [in, rows]."""
+    """Returns the trits int8 [rows, in, N] of quantized [in, rows]."""
     codes = _codes(stored_order(quantized, order), scales, bases=bases, size=size, tied=tied)
     trits = trits_of(codes, bases) * (scales != 0)[:, :, None, :]
     return trits.reshape(len(scales), -1, bases)[:, : len(quantized)]

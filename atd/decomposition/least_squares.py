@@ -188,9 +188,8 @@ def _refine_grid(groups: Groups, step, bases: int, rounded: Rounding, iterations
         error = step * (step * qq - 2 * wq)
         better = error < best_error
         best, best_error = jnp.where(better, step, best), jnp.where(better, error, best_error)
-        new = jnp.where(
-            jnp.isfinite(step), wq / jnp.maximum(qq, 1e-30), step
-        )  # inf stays, to be seen
+        # Inf stays, to be seen.
+        new = jnp.where(jnp.isfinite(step), wq / jnp.maximum(qq, 1e-30), step)
         return (rounded(new), best, best_error), None
 
     start = (step, step, jnp.full_like(step, jnp.inf))

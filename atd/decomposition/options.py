@@ -66,5 +66,5 @@ def stored_bytes(type: DenseType | TernaryType | PackedType, layout: str) -> int
 
 
 def can_be_packed(type: DenseType | TernaryType, layout: str) -> bool:
-    """Whether the layout takes a matrix of this type."""
+    """Returns whether the layout takes a matrix of this type."""
     return isinstance(type, DenseType) or LAYOUTS[layout].refuses(*type.shape, type.bases) is None

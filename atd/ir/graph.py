@@ -121,9 +121,8 @@ class Block:
 class Graph:
     """A model."""
 
-    config: dict = field(
-        repr=False
-    )  # the Hugging Face config.json it came with; nodes do not need it to run
+    # The Hugging Face config.json it came with; nodes do not need it to run.
+    config: dict = field(repr=False)
     prologue: Block  # token ids -> residual stream
     blocks: tuple[Block, ...]  # the decoder layers
     epilogue: Block  # residual stream -> logits

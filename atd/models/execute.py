@@ -131,7 +131,7 @@ def output(block: Block, weights: Weights, x: Array, **options) -> jax.Array:
 
 @partial(jax.jit, static_argnames="structure")
 def forward(structure: Structure, weights: Weights, x, embedding: Weight | None = None):
-    """`output` as a compiled function, which all units of one structure share."""
+    """Returns `output` by a compiled function, which all units of one structure share."""
     return output(structure.block, weights, x, embedding=embedding)
 
 

@@ -321,7 +321,7 @@ class Model(nnx.Module):
 
 
 def steps_at_once() -> bool:
-    """Whether a step is one compiled function, rather than one per block.
+    """Returns whether a step is one compiled function, rather than one per block.
 
     A GPU is done with a block before the host has called the next; a CPU takes longer to compile
     the step than it gains.

@@ -1,4 +1,4 @@
-"""Passes and pipelines. A pass rewrites a graph; a pipeline is a sequence of passes.
+"""Rewrites graphs. A pass rewrites a graph; a pipeline is a sequence of passes.
 
 Rewriting is lazy: a pass changes the *types* of weights at once and wraps their `load()`, so that a
 whole pipeline is checked on shapes (`Pipeline.__call__` on an 8B graph takes a moment and no

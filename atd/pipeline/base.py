@@ -23,8 +23,9 @@ from atd.pipeline.context import Context
 
 @dataclass(frozen=True)
 class Rule:
-    """Options for the nodes whose whole full name the regex `match` matches. The first rule that
-    matches wins.
+    """Options for the nodes whose whole full name matches the regex `match`.
+
+    The first rule that matches wins.
     """
 
     match: str
@@ -34,7 +35,7 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """A rewrite of graphs. Its dataclass fields are its options and round-trip to text,
+    """Rewrites graphs. Its dataclass fields are its options and round-trip to text,
     `decompose{bases = 2, ...}`.
 
     A subclass names itself and its `scope`, and implements `rewrite` for one target of that scope,

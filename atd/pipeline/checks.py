@@ -1,4 +1,4 @@
-"""Checks of the values of options. Each raises BadInput that names the option, what it is and what
+"""Checks the values of options. Each function raises BadInput naming the option, its value and what
 it may be.
 """
 
@@ -13,18 +13,18 @@ _DTYPES = ("f32", "f16", "bf16")
 
 
 def check_known(option: str, value: str, known: Iterable[str]) -> None:
-    """The value is one of the known words."""
+    """Checks that the value is one of `known`."""
     if value not in (known := list(known)):
         raise BadInput(f"{option} {value!r} is unknown{nearest(value, known)}")
 
 
 def check_dtype(option: str, value: str) -> None:
-    """The value is a dtype that weights and scales are stored in."""
+    """Checks that the value is a dtype that weights and scales are stored in."""
     check_known(option, value, _DTYPES)
 
 
 def check_pattern(option: str, pattern: str) -> None:
-    """The value is a regular expression."""
+    """Checks that the value is a regular expression."""
     try:
         re.compile(pattern)
     except re.error as error:
@@ -32,7 +32,7 @@ def check_pattern(option: str, pattern: str) -> None:
 
 
 def check_group(option: str, value: Any) -> None:
-    """The value is a group size, "row" or "tensor"."""
+    """Checks that the value is a group size, "row" or "tensor"."""
     if value not in ("row", "tensor") and not _is_group_size(value):
         raise BadInput(
             f"{option} must be a size of at least {LEAST_GROUP}, 'row' or 'tensor', not {value!r}"
@@ -40,7 +40,7 @@ def check_group(option: str, value: Any) -> None:
 
 
 def check_groups(option: str, values: tuple) -> None:
-    """The values are group sizes or "row", and there is one at least."""
+    """Checks that there is at least one value, and that each is a group size or "row"."""
     if not values or not all(value == "row" or _is_group_size(value) for value in values):
         raise BadInput(
             f"{option} must be sizes of at least {LEAST_GROUP}, or 'row', not {list(values)}"
@@ -48,7 +48,7 @@ def check_groups(option: str, values: tuple) -> None:
 
 
 def check_bases(option: str, values: tuple) -> None:
-    """The values are numbers of bases, and there is one at least."""
+    """Checks that there is at least one value, and that each is a number of bases, 1 to 4."""
     if not values or not all(type(n) is int and 1 <= n <= 4 for n in values):
         raise BadInput(f"{option} must be some of 1, 2, 3 and 4, not {list(values)}")
 

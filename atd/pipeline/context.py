@@ -1,4 +1,4 @@
-"""What a pass may read besides the graph, and where it says what it found."""
+"""The context of a pass: what it may read besides the graph, and where it reports to."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""convert(): checkpoint -> pipeline -> checkpoint, one unit at a time.
+"""Converts a checkpoint by a pipeline into another checkpoint, one unit at a time.
 
 Peak memory is one weight plus what its passes need, for a model of any size. A run that is cut off
 at any point and started again skips the units that are finished and ends in the same bytes.
@@ -52,7 +52,7 @@ def convert(
       overwrite: replace `out` if atd made it.
       cache: folder for what other runs can use again; by default
         `atd.checkpoint.cache.default_cache()`.
-      say: where lines for people go.
+      say: takes lines for people.
       progress: hears how far the conversion is.
 
     Raises:

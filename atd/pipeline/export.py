@@ -1,6 +1,4 @@
-"""Export: the dequantized weights of any model as a dense Hugging Face folder, so that any other
-tool can judge them.
-"""
+"""Exports the dequantized weights of a model as a dense Hugging Face folder for other tools."""
 
 import json
 from dataclasses import replace
@@ -34,8 +32,9 @@ def export_hf(
     say: Say = print,
     progress: Report = unheard,
 ) -> Path:
-    """Writes a model as a dense Hugging Face folder and returns that folder: config.json,
-    safetensors under their Hugging Face names, tokenizer.
+    """Writes a model as a dense Hugging Face folder and returns that folder.
+
+    The folder has config.json, safetensors under their Hugging Face names, and the tokenizer.
 
     Args:
       model: a folder that atd made, or any other checkpoint.
@@ -116,8 +115,7 @@ def _dense_rows(ref: WeightRef, tensor: str, start: int, stop: int, dtype: str) 
 
 
 def absorb(graph: Graph) -> Graph:
-    """Returns the same function without the nodes of `rotate`, and the same graph where there are
-    none.
+    """Returns a graph of the same function without the nodes of `rotate`.
 
     They are multiplied into a rotated embedding E R and a head E diag(g) R of its own, R the
     rotation of the stream and g the gain of the final norm, both dense f32.

@@ -1,4 +1,4 @@
-"""NaN and Inf in the weights of a checkpoint."""
+"""Refuses or replaces NaN and Inf in the weights of a checkpoint."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ from atd.weights import Dense, DenseType
 
 
 def finite(graph: Graph, nonfinite: str, say: Say) -> Graph:
-    """Returns the graph whose dense weights are looked at as they are loaded.
+    """Returns the graph whose dense weights are checked as they are loaded.
 
     Args:
       nonfinite: "refuse" (loading NaN or Inf raises BadInput naming tensor and place) or "zero"

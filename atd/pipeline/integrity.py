@@ -1,4 +1,4 @@
-"""Checks that a converted folder still is what was written."""
+"""Checks that a converted folder is still as it was written."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What a written folder holds besides its shards: config, graph, index, tokenizer; recipe, report
+"""Writes what a folder holds besides its shards: config, graph, index, tokenizer; recipe, report
 and manifest.
 """
 
@@ -24,8 +24,9 @@ from atd.version import __version__
 
 
 def tokenizer_files(source: Path, say: Say) -> dict[str, bytes]:
-    """Returns the tokenizer's files by name; none, with a warning, where the source has no
-    tokenizer.
+    """Returns the tokenizer's files by name.
+
+    Warns where the source has no tokenizer, and returns none.
     """
     try:
         return open_tokenizer(source).files()
@@ -76,8 +77,9 @@ def write_summary(
     tokenizer: Mapping[str, bytes],
     windows: np.ndarray | None,
 ) -> list[str]:
-    """Writes the resolved recipe, report.json and the manifest of digests; returns the names of all
-    files of the checkpoint.
+    """Writes the resolved recipe, report.json and the manifest of digests.
+
+    Returns the names of all files of the checkpoint.
 
     The report holds times and so differs from run to run; the manifest covers everything else.
     """

@@ -20,8 +20,9 @@ class Stage(NamedTuple):
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A sequence of passes, given as passes or as their text; itself a function of graphs. `str()`:
-    a pass per line.
+    """A sequence of passes, given as passes or as their text, and itself a function of graphs.
+
+    `str()` gives one pass per line.
     """
 
     passes: tuple[Pass, ...]
@@ -47,8 +48,9 @@ class Pipeline:
         return graph
 
     def preflight(self, graph: Graph) -> Graph:
-        """Returns the graph as it will be. Raises BadInput, before any weight is read, for what
-        cannot work.
+        """Returns the graph that the pipeline would make, on shapes alone.
+
+        Raises BadInput, before any weight is read, for what cannot work.
         """
         context = Context(say=lambda line: None)
         for step in self.passes:

@@ -25,22 +25,22 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 @dataclass(frozen=True)
 class Recipe:
-    """A named pipeline. `seed` feeds whatever a pass draws at random; `nonfinite` is "refuse" or
-    "zero": what NaN and Inf weights get.
+    """A pipeline and its setting.
+
+    `seed` feeds whatever a pass draws at random. `nonfinite` says what becomes of NaN and Inf
+    weights: "refuse" or "zero".
     """
 
     pipeline: Pipeline
     description: str = ""
     seed: int = 0
     nonfinite: str = "refuse"
-    calibration: tuple[str, ...] = (
-        "self",
-    )  # texts for calibrated passes: files, or what the model itself writes
+    # Texts for calibrated passes: files, or what the model itself writes.
+    calibration: tuple[str, ...] = ("self",)
     calibration_tokens: int = 32768  # of all texts together, from their beginnings
     calibration_context: int = 512  # a window, or the model's context where that is shorter
-    calibration_sha256: str = (
-        ""  # of the tokens, in the recipe of a converted model: other text is refused
-    )
+    # SHA-256 of the tokens, in the recipe of a converted model: other text is refused.
+    calibration_sha256: str = ""
 
     def __post_init__(self):
         if self.seed < 0:
@@ -59,7 +59,7 @@ class Recipe:
             )
 
     def to_toml(self) -> str:
-        """The whole recipe with every option spelled out; reading it back gives an equal recipe."""
+        """Returns the recipe as TOML with every option spelled out; read back, it is equal."""
         lines = [
             f"{f.name} = {toml_value(getattr(self, f.name))}"
             for f in fields(self)
@@ -84,13 +84,18 @@ class Recipe:
 
 
 def recipe_names() -> list[str]:
-    """The recipes that come with atd."""
+    """Lists the recipes that come with atd."""
     return sorted(path.stem for path in CONFIGS.glob("*.toml"))
 
 
 def read_recipe(name_or_file: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of this name (see `recipe_names`) or in this file, with overrides
-    `pass.option=value` put in.
+    """Reads the recipe of this name (see `recipe_names`) or in this file.
+
+    Args:
+        overrides: "pass.option=value" each, put in its place.
+
+    Raises:
+        BadInput: there is no such recipe, or something in it is unknown or of a wrong type.
     """
     path = Path(name_or_file)
     if str(name_or_file) in recipe_names():
@@ -119,11 +124,17 @@ def under_budget(
     bits: float | None = None,
     budget: str | None = None,
 ) -> Recipe:
-    """`read_recipe` with what allocate shares out: `bits` a weight of the decoder's linears, or
-    `budget` of the whole checkpoint ("3.9GB"); neither: as the recipe says.
+    """Reads a recipe and sets the budget that its pass `allocate` spends.
 
-    With a budget a tied embedding is quantized too, and so rotated as well, unless overrides say
-    otherwise. Raises BadInput for both at once, and for a recipe without allocate.
+    With `budget` a tied embedding is quantized too, and so rotated as well, unless overrides say
+    otherwise.
+
+    Args:
+        bits: per weight, average over the decoder's linears.
+        budget: bytes of the whole checkpoint, such as "3.9GB". Without both the recipe's own holds.
+
+    Raises:
+        BadInput: as `read_recipe`, for both at once, and for a recipe without `allocate`.
     """
     if bits is None and budget is None:
         return read_recipe(name_or_file, overrides)
@@ -142,8 +153,9 @@ def under_budget(
 
 
 def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
-    """The recipe with overrides `pass.option=value` put in; an override applies to every pass of
-    that name.
+    """Returns the recipe with overrides "pass.option=value" put in.
+
+    An override applies to every pass of its name.
     """
     if not overrides:
         return recipe

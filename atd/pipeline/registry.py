@@ -1,4 +1,4 @@
-"""The registry of passes: names to classes, and passes made of text or of options."""
+"""The registry of passes: finds classes by name, and makes passes from text or options."""
 
 import importlib
 import importlib.metadata
@@ -28,7 +28,7 @@ BUILTIN = {
 
 
 def parse_pass(text: str) -> Pass:
-    """The pass whose text this is: `parse_pass(str(p)) == p`."""
+    """Returns the pass whose text this is: `parse_pass(str(p)) == p`."""
     match = re.fullmatch(r"([\w.-]+)(\{.*\})?", text.strip(), re.DOTALL)
     if match is None:
         raise BadInput(f"not a pass: {text!r}; write e.g. decompose{{bases = 2, group = 128}}")
@@ -40,8 +40,9 @@ def parse_pass(text: str) -> Pass:
 
 
 def registered() -> dict[str, str]:
-    """name -> "module:class" of every pass, built in or brought by an installed distribution. A
-    name given twice is an error.
+    """Maps the name of every pass, built in or of an installed distribution, to "module:class".
+
+    Raises BadInput for a name that is registered twice.
     """
     known, owner = dict(BUILTIN), dict.fromkeys(BUILTIN, "atd itself")
     for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
@@ -56,6 +57,7 @@ def registered() -> dict[str, str]:
 
 
 def pass_class(name: str) -> type[Pass]:
+    """Imports the class of the pass of this name. Raises BadInput where that cannot be done."""
     known = registered()
     if name not in known:
         raise BadInput(f"unknown pass {name!r}{nearest(name, known)}")
@@ -70,8 +72,9 @@ def pass_class(name: str) -> type[Pass]:
 
 
 def make_pass(name: str, options: Mapping[str, Any]) -> Pass:
-    """The pass of this name with these options; unknown options and values of a wrong type are
-    errors.
+    """Makes the pass of this name with these options.
+
+    Raises BadInput for unknown options and values of a wrong type.
     """
     cls = pass_class(name)
     options = dict(options)
@@ -87,9 +90,8 @@ def make_pass(name: str, options: Mapping[str, Any]) -> Pass:
     made = cls(**checked, rules=tuple(_rule(cls, rule) for rule in rules))
     for rule in made.rules:
         if not rule.skip:
-            replace(
-                made, rules=(), **dict(rule.options)
-            )  # so that a bad value in a rule is refused now, not at its node
+            # So that a bad value in a rule is refused now, not at its node.
+            replace(made, rules=(), **dict(rule.options))
     return made
 
 
@@ -112,6 +114,7 @@ def _checked(cls: type[Pass], key: str, value: Any) -> Any:
 
 
 def _rule(cls: type[Pass], table: Any) -> Rule:
+    """The rule that a table of a recipe describes, or BadInput."""
     if cls.scope != "node":
         raise BadInput(f"pass {cls.name} works on whole {cls.scope}s and takes no rules")
     if not isinstance(table, dict) or not isinstance(table.get("match"), str):

@@ -1,1 +1,1 @@
-"""What people see: tables, pictures, progress."""
+"""Shows results: tables, pictures, progress."""

@@ -1,1 +1,1 @@
-"""Running models: evaluation, generation, measuring their speed."""
+"""Runs models: evaluates them, generates text, measures their speed."""

@@ -83,7 +83,7 @@ def compare(
 
 
 def graph_size(graph: Graph) -> tuple[float, int]:
-    """(bits per weight of the decoder's linears, bytes of the whole model), from types alone.
+    """Returns (bits per weight of the decoder's linears, bytes of the model), from types alone.
 
     The bits count all stored bytes of the linears: codes, padding and scales.
     """

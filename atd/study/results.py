@@ -85,7 +85,7 @@ def short_options(options: Iterable[str]) -> dict[str, str]:
 
 
 def is_option(column: str) -> bool:
-    """Whether the column is a varied pass.option."""
+    """Returns whether the column is a varied pass.option."""
     return "." in column and ":" not in column
 
 

@@ -50,25 +50,25 @@ class Setting:
         return digest_of(json.dumps([self.identity, self.context, __version__, *texts]))
 
     def calibration(self, point: Point) -> tuple[str, ...]:
-        """The texts that a point is calibrated on; none where it is not calibrated."""
+        """Returns the texts that a point is calibrated on; none where it is not calibrated."""
         return (self.calib or point.recipe.calibration) if point.calibrated else ()
 
     def calibration_digests(self, point: Point) -> str:
-        """The digests of these texts."""
+        """Returns the digests of these texts."""
         return " ".join(self.calib_sha256[text] for text in self.calibration(point))
 
     def key(self, point: Point) -> str:
-        """What the row of a point is known by: a hash of all that its figures depend on."""
+        """Returns the key of a point's row: a hash of all that its figures depend on."""
         return digest_of(self.digest, point.digest, self.calibration_digests(point))
 
     def folder(self, point: Point) -> str:
-        """The name of the point's folder: a label, and a digest of what its weights depend on."""
+        """Names the point's folder: its label, and a digest of what its weights depend on."""
         made_of = self.identity, point.digest, self.calibration_digests(point), __version__
         label = re.sub(r"[^\w.=+-]+", "_", point.label.replace(" ", "-")).strip("._")[:120]
         return f"{label}-{digest_of(*made_of)[:8]}"
 
     def row(self, point: Point) -> StudyRow:
-        """What of a point's row is known before its conversion."""
+        """Returns the columns of a point's row that are known before its conversion."""
         return {
             "key": self.key(point),
             "setting": self.digest,

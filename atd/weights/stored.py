@@ -1,4 +1,4 @@
-"""Stored names: which tensors of a file hold a weight."""
+"""Names of stored tensors: which tensors of a file hold a weight."""
 
 import numpy as np
 

@@ -33,6 +33,7 @@ from atd.kernels.tuning.timing import Effort
 from atd.weights import TernaryType
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 256)
+# The launches of a GEMV that are tried.
 SHAPES = tuple(
     Shape(*each)
     for each in [
@@ -40,7 +41,7 @@ SHAPES = tuple(
         *((warps, 1, 2, 1) for warps in (2, 4, 8)),
         *((warps, row_warps, 2, 1) for warps, row_warps in ((4, 4), (8, 8), (8, 2))),
     ]
-)  # of a gemv
+)
 GEMV_UP_TO, GEMM_FROM, DECODE_FROM = 32, 16, 64  # tokens for which a way is tried
 ALL_SHAPES = (1, 16)  # tokens for which all shapes are tried; for others the one found before
 TILED = (32,)  # tokens for which all dimensions of the tiles are tried; for others the width alone
@@ -181,7 +182,7 @@ def of_matrix(type: TernaryType, clock: Clock, all_tokens: Sequence[int]) -> lis
 
 
 def _microseconds(seconds: dict[str, float]) -> dict[str, float]:
-    """Of the ways that run."""
+    """The microseconds of the ways that run."""
     return {way: round(1e6 * value, 2) for way, value in seconds.items() if value < np.inf}
 
 

@@ -36,7 +36,7 @@ def test_the_choice_that_gains_most_gets_the_bytes(slack):
     assert decided.predicted_kl == 9.0
     assert decided.used == 100 + 3 * BYTES[0] + step
     assert decided.bits == 8 * decided.used / decided.weights
-    assert "bits a weight" in str(decided)
+    assert "bits per weight" in str(decided)
 
 
 def test_stand_in_losses_fall_with_bases_and_are_none_for_dense():

@@ -194,7 +194,7 @@ def test_what_it_says_and_records(windows):
     Allocate(bits=3.4)(tiny_graph(), context)
     (line,) = lines
     assert re.fullmatch(
-        r"allocate: 3\.\d+ bits a weight, [\d,]+ of [\d,]+ bytes \(\d+\.\d+%\), "
+        r"allocate: 3\.\d+ bits per weight, [\d,]+ of [\d,]+ bytes \(\d+\.\d+%\), "
         r"predicted KL \d\.\d+",
         line,
     )

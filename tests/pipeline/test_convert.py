@@ -51,7 +51,7 @@ def test_the_folder_says_how_it_was_made(converted, stories260k):
     assert len(report["nodes"]) == 5 * 7 + 1
     rows = {row["node"]: row for row in report["nodes"]}
     assert 0.05 < rows["model.layers.0.self_attn.v_proj"]["error"] < 0.25
-    # 13 cells of 2 bytes, 2 fp16 scales a row of 64
+    # 13 cells of 2 bytes, 2 fp16 scales per row of 64
     assert rows["model.layers.0.self_attn.v_proj"]["bits"] == pytest.approx(8 * (13 * 2 + 4) / 64)
     assert rows["model.embed_tokens"]["error"] is None
     assert (converted / "tokenizer.json").read_bytes() == (

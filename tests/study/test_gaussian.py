@@ -26,8 +26,8 @@ def test_rows(rows):
         ("als", 64, 2): 0.152,
     }.items():
         assert found[method, group, bases].rmse == pytest.approx(known, rel=0.015)
-    # 320 x 320, two bases: 64 cells of 2 bytes a row and 3 groups of 2 fp16 scales (128 + 128 + 64
-    # inputs); one pair of float32 for greedy
+    # 320 x 320, two bases: 64 cells of 2 bytes in a row and 3 groups of 2 fp16 scales (128 + 128 +
+    # 64 inputs); one pair of float32 for greedy
     assert found["als", 128, 2].nbytes == 320 * (64 * 2 + 3 * 2 * 2)
     assert found["greedy", "tensor", 2].nbytes == 320 * 64 * 2 + 8
     assert found["greedy", "tensor", 2].percent_of_fp16 == pytest.approx(20, abs=0.01)

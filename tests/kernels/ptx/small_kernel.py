@@ -17,7 +17,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
     from jax.experimental.pallas import triton as plt
 
-DIGITS = 5  # trits a byte
+DIGITS = 5  # trits per byte
 WARPS, LANES = 4, 32
 ROWS, INPUTS, COLUMNS = 16, 160, 8  # what a warp multiplies in a step
 WORDS = 4  # of codes, a lane and step
