@@ -68,7 +68,7 @@ def command(name: str | None = None) -> Callable[[Callable], Callable]:
     def entered(function: Callable) -> Callable:
         # tyro breaks lines where the docstring's Args do.
         function.__doc__ = re.sub(r"\n {8,}", " ", inspect.cleandoc(function.__doc__ or ""))
-        return app.command(function, name=name)
+        return app.command(name=name)(function)
 
     return entered
 

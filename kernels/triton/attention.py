@@ -28,27 +28,17 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
+from atd.kernels.triton.floats import cos_sin, multiply_add, power_of_2, wide
 from atd.kernels.triton.ptx import plt
 
 Part = tuple[jax.Array, int]  # values [B, 1, width], and the first feature of those that are meant
 
 WARPS = 8
-PROGRAMS = 128  # blocks that a GPU runs at once, about: one a multiprocessor
+PROGRAMS = 128  # blocks that a GPU runs at once, about: one per multiprocessor
 MOST_QUERIES = 4  # of a block; more do not fit the registers
 LONG = 1024  # places of a cache that one block reads alone
 LEAST_SHARE = 512  # places for each of several blocks
 FLOOR = -1e30  # of the largest score: finite, so that a row without a place weighs 0 and not NaN
-
-# An angle without its whole turns. They are taken off in three steps, 2 pi being the sum of three
-# numbers: exact enough up to angles of 10^5.
-IN_A_TURN = """{
-.reg .f32 turns;
-mul.rn.f32 turns, $1, 0f3E22F983;
-cvt.rni.f32.f32 turns, turns;
-fma.rn.f32 $0, turns, 0fC0C90FDA, $1;
-fma.rn.f32 $0, turns, 0fB4A22168, $0;
-fma.rn.f32 $0, turns, 0fA8C234C5, $0;
-}"""
 
 
 def refuses(cache: tuple[jax.Array, jax.Array]) -> str | None:
@@ -249,7 +239,7 @@ def _kernel(
         return plt.load(ref.at[at], mask=used, other=jnp.zeros((), ref.dtype)).astype(jnp.float32)
 
     angle = position.astype(jnp.float32) * plt.load(angles_ref.at[feature], mask=used, other=0.0)
-    cos, sin = _cos_sin(angle, g.interpret)
+    cos, sin = cos_sin(angle, g.interpret)
 
     def rotated(ref, part: int, head) -> jax.Array:
         partner = jnp.where(feature < half, feature + half, feature - half)
@@ -277,7 +267,7 @@ def _kernel(
         states, now = carry
         ahead = read(i + 1)
         mine = [seen(lax.iota(jnp.int32, g.rows), i, tile)[1] for tile in range(g.tiles)]
-        ks, vs = ([_wide(tile, g.interpret) for tile in tiles] for tiles in now)
+        ks, vs = ([wide(tile, g.interpret) for tile in tiles] for tiles in now)
         attended = functools.partial(_attended, ks=ks, vs=vs, mine=mine, interpret=g.interpret)
         return tuple(attended(q, state) for q, state in zip(qs, states, strict=True)), ahead
 
@@ -303,48 +293,6 @@ def _kernel(
         plt.store(found_refs[0].at[head * g.head_dim + feature], found, mask=used)
 
 
-def _cos_sin(angle: jax.Array, interpret: bool) -> tuple[jax.Array, jax.Array]:
-    """(cos, sin) within 2^-20.
-
-    Triton has each thread compute them for all features of its tile: too much for the exact ones.
-    """
-    if interpret:
-        return jnp.cos(angle), jnp.sin(angle)
-    rest = _computed(IN_A_TURN, angle)
-    return _computed("cos.approx.f32 $0, $1;", rest), _computed("sin.approx.f32 $0, $1;", rest)
-
-
-def _power_of_2(x: jax.Array, interpret: bool) -> jax.Array:
-    """2^x, 0 where that is no normal number, for which jnp's has three more instructions."""
-    return jnp.exp2(x) if interpret else _computed("ex2.approx.ftz.f32 $0, $1;", x)
-
-
-def _wide(x: jax.Array, interpret: bool) -> jax.Array:
-    """x in float32. bfloat16 is its upper half: one instruction, of which Triton makes two."""
-    if interpret or x.dtype != jnp.bfloat16:
-        return x.astype(jnp.float32)
-    text = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
-    return _computed(text, x, constraints="=&r,=r,r", pack=2)
-
-
-def _multiply_add(x: jax.Array, y: jax.Array, z: jax.Array, interpret: bool) -> jax.Array:
-    """x y + z in one instruction, of which Triton makes two."""
-    if interpret:
-        return x * y + z
-    operands = [jnp.broadcast_to(a, z.shape) for a in (x, y, z)]
-    return _computed("fma.rn.f32 $0, $1, $2, $3;", *operands, constraints="=r,r,r,r")
-
-
-def _computed(
-    text: str, *operands: jax.Array, constraints: str = "=&r,r", pack: int = 1
-) -> jax.Array:
-    """float32 results of PTX, elements `pack` at a time."""
-    result = [jax.ShapeDtypeStruct(operands[0].shape, jnp.float32)]
-    return plt.elementwise_inline_asm(
-        text, args=operands, constraints=constraints, pack=pack, result_shape_dtypes=result
-    )[0]
-
-
 def _attended(
     q, state, *, ks: list[jax.Array], vs: list[jax.Array], mine: list[jax.Array], interpret: bool
 ):
@@ -360,11 +308,11 @@ def _attended(
         jnp.where(m, jnp.sum(q[None] * k, axis=1), -jnp.inf) for k, m in zip(ks, mine, strict=True)
     ]
     new_largest = functools.reduce(jnp.maximum, scores, largest)
-    scale = _power_of_2(largest - new_largest, interpret)
+    scale = power_of_2(largest - new_largest, interpret)
     total, mixed = total * scale, mixed * scale[:, None]
     for v, score in zip(vs, scores, strict=True):
-        weight = _power_of_2(score - new_largest, interpret)
-        total, mixed = total + weight, _multiply_add(weight[:, None], v, mixed, interpret)
+        weight = power_of_2(score - new_largest, interpret)
+        total, mixed = total + weight, multiply_add(weight[:, None], v, mixed, interpret)
     return new_largest, total, mixed
 
 
