@@ -128,7 +128,7 @@ def test_gradients_are_those_of_the_whole_model(tied):
         return -jnp.sum(jnp.take_along_axis(logp, labels[..., None], axis=-1))
 
     table = graph.prologue.nodes[0].weights["weight"].load().dequantize()
-    by_x, by_offset = jax.grad(loss, argnums=(0, 1))(
+    by_x, by_offset = jax.jit(jax.grad(loss, argnums=(0, 1)))(
         table[windows], {"mlp.up_proj": jnp.zeros((3, 16, 48))}
     )
     np.testing.assert_allclose(gradient, by_x, rtol=1e-4, atol=1e-4)

@@ -25,7 +25,7 @@ from atd.pipeline.recipe import read_recipe
 from atd.runtime.evaluate import evaluate
 from tests.models.tiny import tiny_graph
 
-OVERRIDES = ["decompose.bases=2"]
+RECIPE = replace(read_recipe("ternary2", ["decompose.bases=2"]), calibration_tokens=4096)
 
 
 def quiet(line: str) -> None:
@@ -85,7 +85,7 @@ def test_inputs_inside_a_unit_are_those_of_its_quantized_linears():
 @pytest.fixture(scope="module")
 def calibrated(stories260k, calib, tmp_path_factory):
     out = tmp_path_factory.mktemp("calibrated") / "out"
-    return convert(stories260k, out, "ternary2", overrides=OVERRIDES, calib=calib, say=quiet)
+    return convert(stories260k, out, RECIPE, calib=calib, say=quiet)
 
 
 def test_calibration_beats_data_free_at_the_same_bits(stories260k, calibrated, small):
@@ -118,12 +118,8 @@ def test_an_interrupted_calibrated_run_ends_in_the_same_bytes(
 
     monkeypatch.setattr(driver, "write_shard", stop)
     with pytest.raises(KeyboardInterrupt):
-        convert(
-            stories260k, tmp_path / "out", "ternary2", overrides=OVERRIDES, calib=calib, say=quiet
-        )
-    again = convert(
-        stories260k, tmp_path / "out", "ternary2", overrides=OVERRIDES, calib=calib, say=quiet
-    )
+        convert(stories260k, tmp_path / "out", RECIPE, calib=calib, say=quiet)
+    again = convert(stories260k, tmp_path / "out", RECIPE, calib=calib, say=quiet)
     assert calls[4] == calls[3], "finished units were written again"
     assert read_manifest(again) == read_manifest(calibrated)
 
@@ -139,7 +135,7 @@ def test_its_own_recipe_makes_the_same_bytes_and_refuses_another_text(
     assert manifest["calibration"] == {
         "texts": [calib.name],
         "tokens_sha256": read_recipe(recipe).calibration_sha256,
-        "windows": [64, 512],
+        "windows": [8, 512],
     }
     other = tmp_path / "other.txt"
     other.write_text(read_text(small.calibration)[1000:])

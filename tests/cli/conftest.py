@@ -1,32 +1,16 @@
 """A converted model and a text for the commands."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from atd.pipeline.convert import convert
 
 
 @pytest.fixture(scope="session")
 def converted(stories260k, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("cli") / "out"
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "atd",
-            "convert",
-            str(stories260k),
-            str(out),
-            "--recipe",
-            "datafree2",
-        ],
-        check=True,
-        cwd=ROOT,
-    )
-    return out
+    return convert(stories260k, out, "datafree2", say=lambda line: None)
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ def als_rmse(weight, bases, group, tied=False, dtype: DTypeLike = np.float32, **
     ("bases", "tensor", "group64"), [(1, 0.436, 0.429), (2, 0.175, 0.167), (3, 0.080, 0.066)]
 )
 def test_known_errors_on_a_gaussian_matrix(bases, tensor, group64):
-    weight = weights("gaussian", (256, 1024))
+    weight = weights("gaussian", (96, 1024))
     assert rmse(weight, "tensor", bases, method=greedy) == pytest.approx(
         {1: 0.513, 2: 0.337, 3: 0.265}[bases], rel=0.01
     )
@@ -49,7 +49,10 @@ def test_known_errors_on_a_gaussian_matrix(bases, tensor, group64):
     )  # better than any quantizer with that many levels: not measured rightly
 
 
-@pytest.mark.parametrize(("group", "most"), [("tensor", 2), (64, 4), (50, 2)])
+@pytest.mark.parametrize(
+    ("group", "most"),
+    [(64, 4), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("tensor", 2), (50, 2)))],
+)
 def test_als_is_never_behind_greedy_and_falls_with_bases(group, most):
     for kind in KINDS:
         weight, before = weights(kind), np.inf
@@ -62,12 +65,12 @@ def test_als_is_never_behind_greedy_and_falls_with_bases(group, most):
             before = error
 
 
-def test_free_scales_beat_tied_ones_and_small_groups_large_ones():
+@pytest.mark.parametrize("bases", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_free_scales_beat_tied_ones_and_small_groups_large_ones(bases):
     weight = weights("laplace")
-    for bases in (2, 3):
-        free, tied = (als_rmse(weight, bases, 64, tied) for tied in (False, True))
-        assert free < tied < als_rmse(weight, bases, "row", tied=True)
-    assert als_rmse(weight, 2, 64) < als_rmse(weight, 2, "row")
+    free, tied = (als_rmse(weight, bases, 64, tied) for tied in (False, True))
+    assert free < tied < als_rmse(weight, bases, "row", tied=True)
+    assert free < als_rmse(weight, bases, "row")
 
 
 def test_crowded_starts_pay(monkeypatch):
@@ -105,7 +108,7 @@ def test_real_weights(trained, bases):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("bases", [3])
+@pytest.mark.parametrize("bases", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_no_single_change_lowers_the_error(bases, tied):
     """Each weight is on the nearest level, and no scale alone is improved by more than rounding."""
     weight = weights("student", (6, 96))

@@ -34,7 +34,7 @@ STEP = Calibrate(steps=8, checks=2)
 def recipe(small) -> Recipe:
     text = str(small.calibration)
     pipeline = Pipeline([*BEFORE, STEP, "fuse", "verify"])
-    return Recipe(pipeline, calibration=(text,), calibration_tokens=4096, calibration_context=128)
+    return Recipe(pipeline, calibration=(text,), calibration_tokens=2048, calibration_context=64)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def context(stories260k, recipe):
     would be written.
     """
     tokens = open_tokenizer(stories260k).encode(read_text(recipe.calibration[0]))
-    windows = cut_windows(tokens, 2048, 128)
+    windows = cut_windows(tokens, 1024, 64)
     graph = frontend.open(stories260k)
 
     def made(lines: list[str]) -> Context:
@@ -164,11 +164,11 @@ def test_block_by_block(context):
 
 
 def test_too_few_windows(stories260k, recipe, tmp_path):
-    with pytest.raises(BadInput, match=rf"(too few|at least).* {HELD_OUT * 128:,}"):
+    with pytest.raises(BadInput, match=rf"(too few|at least).* {HELD_OUT * 64:,}"):
         convert(
             stories260k,
             tmp_path / "out",
-            replace(recipe, calibration_tokens=512),
+            replace(recipe, calibration_tokens=256),
             say=lambda line: None,
         )
     windows = np.zeros((HELD_OUT - 1, 16), np.int32)

@@ -214,11 +214,11 @@ def test_a_graph_can_be_executed_after_each_pass():
     from atd.models.model import load
 
     tokens = np.arange(12, dtype=np.int32).reshape(1, 12)
-    graph, logits = tiny_graph(), []
+    graph, logits = tiny_graph(layers=1, mlp=32), []
     for step in (Decompose(group="row", bases=3), Fuse(), Pack()):
         graph = step(graph)
         logits.append(np.asarray(load(graph, backend="xla")(tokens)))
-    dense = np.asarray(load(tiny_graph())(tokens))
+    dense = np.asarray(load(tiny_graph(layers=1, mlp=32))(tokens))
     assert 0 < np.abs(logits[0] - dense).max() < 0.3 * np.abs(dense).max()
     np.testing.assert_allclose(logits[1], logits[0], atol=1e-5)
     np.testing.assert_allclose(logits[2], logits[0], atol=1e-5)
