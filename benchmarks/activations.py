@@ -8,7 +8,6 @@ rounding alone is the GPU's, one token at a time as there; products are float32.
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from atd.checkpoint.files import read_text
+from atd.checkpoint.files import read_text, write_json
 from atd.checkpoint.reader import open_tokenizer
 from atd.kernels import matmul, prefixes, xla
 from atd.models.frontend import open as open_model
@@ -107,9 +106,7 @@ def main() -> None:
         )
     console.print(table)
     if arguments.json:
-        arguments.json.write_text(
-            json.dumps({"converted": str(arguments.converted), "rows": rows}, indent=1) + "\n"
-        )
+        write_json(arguments.json, {"converted": str(arguments.converted), "rows": rows})
 
 
 if __name__ == "__main__":

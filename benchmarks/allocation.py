@@ -9,8 +9,8 @@ model's moments, and measured on the calibration text: what is judged is the pre
 """
 
 import argparse
-import json
 import time
+from pathlib import Path
 
 import numpy as np
 from rich.console import Console
@@ -26,7 +26,7 @@ from atd.calibration.measured import (
 )
 from atd.calibration.sensitivity import fisher_losses
 from atd.calibration.windows import cut_windows, windows_holding
-from atd.checkpoint.files import read_text
+from atd.checkpoint.files import read_text, write_json
 from atd.checkpoint.reader import open_tokenizer
 from atd.decomposition.allocation import Choice, allocate, total_bytes, total_loss
 from atd.decomposition.options import stored_bytes, ternary_types
@@ -50,7 +50,7 @@ def main() -> None:
     )
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--tiny", action="store_true", help="1024 and 256 tokens, two budgets")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
     options = parser.parse_args()
     tokens, few, budgets = options.tokens, options.measured_tokens, BUDGETS
     if options.tiny:
@@ -131,8 +131,7 @@ def main() -> None:
         table.add_row(*(f"{value:.4f}" for value in row.values()))
     console.print(table)
     if options.json:
-        with open(options.json, "w") as file:
-            json.dump({"ranks": ranks, "seconds": seconds, "budgets": rows}, file, indent=1)
+        write_json(options.json, {"ranks": ranks, "seconds": seconds, "budgets": rows})
 
 
 if __name__ == "__main__":

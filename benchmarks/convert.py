@@ -23,6 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from atd.checkpoint.files import write_json
 from atd.checkpoint.writer import write_shard
 from atd.ir import WeightRef
 from atd.models.config import parse_config
@@ -138,12 +139,8 @@ def main() -> None:
         )
     Console().print(table)
     if arguments.json:
-        arguments.json.write_text(
-            json.dumps(
-                {"recipe": arguments.recipe, "cores": os.cpu_count(), "rows": rows}, indent=1
-            )
-            + "\n"
-        )
+        made_of = {"recipe": arguments.recipe, "cores": os.cpu_count()}
+        write_json(arguments.json, made_of | {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ dense matrices and the cache are in bfloat16 on a GPU, float32 on a CPU.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from dataclasses import asdict
@@ -22,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import jax
 
+from atd.checkpoint.files import write_json
 from atd.errors import AtdError
 from atd.models.model import Model, load
 from atd.models.random_model import SHAPES, random_graph
@@ -123,22 +123,17 @@ def main() -> None:
     print(f"{name}, {sizes}, {options.dtype}, {device}, jax {jax.__version__}")
     print(bench.speed_table(rows, DENSE))
     if options.json:
-        options.json.write_text(
-            json.dumps(
-                {
-                    "source": options.random or str(options.model),
-                    "device": device,
-                    "jax": jax.__version__,
-                    "dtype": options.dtype,
-                    "prompt": options.prompt,
-                    "steps": options.steps,
-                    "repeats": options.repeats,
-                    "rows": [asdict(row) for row in rows],
-                },
-                indent=1,
-            )
-            + "\n"
-        )
+        figures = {
+            "source": options.random or str(options.model),
+            "device": device,
+            "jax": jax.__version__,
+            "dtype": options.dtype,
+            "prompt": options.prompt,
+            "steps": options.steps,
+            "repeats": options.repeats,
+            "rows": [asdict(row) for row in rows],
+        }
+        write_json(options.json, figures)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,14 @@ and matrices of an equal group size share it. The best of three runs, for the ma
 """
 
 import argparse
-import json
 import time
+from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from atd.checkpoint.files import write_json
 from atd.decomposition.least_squares import als
 from atd.decomposition.rmse import decomposition_rmse
 
@@ -47,7 +48,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tiny", action="store_true", help="one small matrix, one run")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
     options = parser.parse_args()
     rows = []
     for shape in TINY if options.tiny else SHAPES:
@@ -73,8 +74,7 @@ def main() -> None:
         )
     Console().print(table)
     if options.json:
-        with open(options.json, "w") as file:
-            json.dump(rows, file, indent=1)
+        write_json(options.json, rows)
 
 
 if __name__ == "__main__":

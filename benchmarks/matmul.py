@@ -15,7 +15,6 @@ that over the bandwidth of copying 1 GB, bytes read and written, measured here a
 """
 
 import argparse
-import json
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -29,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from atd.checkpoint.files import write_json
 from atd.errors import AtdError, BadInput
 from atd.kernels import matmul as kernels
 from atd.kernels import settings, xla
@@ -348,7 +348,7 @@ def show(options: argparse.Namespace) -> int:
     if results["left_out"]:
         print(f"no time for (--minutes): {', '.join(results['left_out'])}")
     if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+        write_json(options.json, results)
     return 1 if results["failures"] else 0
 
 

@@ -31,6 +31,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from atd.checkpoint.files import write_json
 from atd.checkpoint.reader import open_tokenizer
 from atd.cli.demo import demo_model
 from atd.pipeline.convert import convert
@@ -131,12 +132,8 @@ def main() -> None:
                 )
                 say(json.dumps(rows[-1]))
                 if arguments.json:
-                    arguments.json.write_text(
-                        json.dumps(
-                            {"model": model.name, "context": context, "rows": rows}, indent=1
-                        )
-                        + "\n"
-                    )
+                    figures = {"model": model.name, "context": context, "rows": rows}
+                    write_json(arguments.json, figures)
     Console(width=120).print(table(rows, [text.stem for text in texts]))
 
 

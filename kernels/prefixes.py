@@ -256,6 +256,8 @@ def signed_bytes(coefficients: jax.Array) -> jax.Array:
 def fragments(coefficients: jax.Array, columns_kept: int) -> jax.Array:
     """Puts coefficients of `fold` into words of four signed bytes.
 
+    This defines the words that the kernel of `atd.kernels.triton.fold` writes; its tests compare.
+
     Returns:
         uint32 [steps, words, columns_kept, 4 threads]. Column (token, sum, byte) holds byte 0, 1 or
         2 of the coefficient, as in `signed_bytes`; columns beyond are 0.

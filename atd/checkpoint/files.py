@@ -1,14 +1,16 @@
-"""Reads bytes, JSON and text with errors that name the file; describes tensors in files."""
+"""Reads and writes small files with errors that name the file; describes tensors in files."""
 
+import errno
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from atd.errors import BadInput
+from atd.errors import BadInput, RunFailed
 
 
 @dataclass(frozen=True)
@@ -103,3 +105,23 @@ def read_text(path: str | os.PathLike) -> str:
     if not text.strip():
         raise BadInput(f"{path}: is empty; a text file is expected")
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes figures for other programs. Raises RunFailed where the file cannot be written."""
+    with disk_errors(path):
+        path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns an OSError into RunFailed with the path and the way out."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RunFailed(
+                f"{path}: the disk is full. What is finished is kept: "
+                "free some space and run the same command again"
+            ) from error
+        raise RunFailed(f"{path}: cannot be written: {error.strerror}") from error

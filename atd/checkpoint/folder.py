@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from atd.checkpoint.files import path_exists, read_json
-from atd.checkpoint.writer import disk_errors, sync_folder
+from atd.checkpoint.files import disk_errors, path_exists, read_json
+from atd.checkpoint.writer import sync_folder
 from atd.errors import BadInput
 
 MANIFEST = "manifest.json"

@@ -5,7 +5,8 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from atd.checkpoint.writer import disk_errors, sync_file
+from atd.checkpoint.files import disk_errors
+from atd.checkpoint.writer import sync_file
 
 JOURNAL = "journal.jsonl"
 

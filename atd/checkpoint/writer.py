@@ -1,11 +1,9 @@
 """Writes files whole or not at all, shards of weights one at a time, and digests them."""
 
-import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import ml_dtypes  # noqa: F401  safetensors finds bfloat16 in numpy once this is
 import numpy as np
 from safetensors import safe_open
 
+from atd.checkpoint.files import disk_errors
 from atd.errors import RunFailed
 from atd.ir import Block, WeightRef
 from atd.weights import build, stored
@@ -42,20 +41,6 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turns an OSError into RunFailed with the path and the way out."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise RunFailed(
-                f"{path}: the disk is full. What is finished is kept: "
-                "free some space and run the same command again"
-            ) from error
-        raise RunFailed(f"{path}: cannot be written: {error.strerror}") from error
-
-
 def write_file(path: Path, content: bytes | str) -> None:
     """Writes a file whole or not at all: under a temporary name, then fsync, then rename."""
     temporary = path.with_name(f"{path.name}.tmp")
@@ -64,12 +49,6 @@ def write_file(path: Path, content: bytes | str) -> None:
             file.write(content.encode() if isinstance(content, str) else content)
             sync_file(file)
         os.rename(temporary, path)
-
-
-def write_json(path: Path, value: object) -> None:
-    """Writes figures for other programs. Raises RunFailed where the file cannot be written."""
-    with disk_errors(path):
-        path.write_text(json.dumps(value, indent=1) + "\n")
 
 
 def sync_file(file) -> None:

@@ -54,8 +54,8 @@ def evaluate(
     """
     from functools import partial
 
+    from atd.checkpoint.files import write_json
     from atd.checkpoint.reader import open_tokenizer
-    from atd.checkpoint.writer import write_json
     from atd.models import frontend
     from atd.reports.progress import shown
     from atd.reports.tables import EvaluatedModel, console, evaluation_table
@@ -201,7 +201,7 @@ def bench(
 
     import jax
 
-    from atd.checkpoint.writer import write_json
+    from atd.checkpoint.files import write_json
     from atd.models.model import load
     from atd.reports.progress import shown
     from atd.runtime.bench import measure, speed_table

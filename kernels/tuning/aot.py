@@ -127,8 +127,7 @@ def compile_for(
     Args:
         shapes: of the function's arguments, and their dtypes.
         kernel: the name of the kernel: that of the `pallas_call`, or of the function within; Mosaic
-            adds
-            "_mosaic_gpu_kernel". It may be left out where XLA makes no other.
+            adds "_mosaic_gpu_kernel". It may be left out where XLA makes no other.
 
     Raises:
         RunFailed: the tools are not there, or did not do what is expected of them.
@@ -164,7 +163,12 @@ def compile_for(
 
 
 def program_for(device: str, function: Callable, *arguments, **options) -> jax.stages.Compiled:
-    """Compiles a whole function, of trees of shapes, for DEVICES[device]. options: of jax.jit."""
+    """Compiles a whole function for DEVICES[device], to look at its launches and buffers.
+
+    Args:
+        arguments: trees of shapes and dtypes.
+        options: of jax.jit.
+    """
     mesh = _mesh(device)
     whole = NamedSharding(mesh, PartitionSpec())
     shapes = jax.tree.map(
