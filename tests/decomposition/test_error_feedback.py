@@ -229,7 +229,7 @@ def test_without_correlations_it_is_als(bases, group, tied):
 @pytest.mark.parametrize(
     ("dtype", "bases", "group", "tied"),
     [
-        (np.float16, 3, 32, False),
+        pytest.param(np.float16, 3, 32, False, marks=pytest.mark.slow),
         (np.float32, 2, 32, False),
         (ml_dtypes.bfloat16, 2, 32, True),
         (np.float16, 4, "row", True),

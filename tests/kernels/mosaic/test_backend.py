@@ -37,7 +37,7 @@ def run(backend, x, w) -> np.ndarray:
     [
         (1, 1, 2, True, 1, jnp.float32),
         (70, 2700, 1, True, 1, jnp.bfloat16),
-        (65, 600, 3, True, 3, jnp.float16),
+        pytest.param(65, 600, 3, True, 3, jnp.float16, marks=pytest.mark.slow),
         (64, 643, 3, False, 16, jnp.float32),  # four products
         (20, 300, 2, False, 17, jnp.float32),  # decoded once, in bfloat16
     ],

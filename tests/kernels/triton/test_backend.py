@@ -93,13 +93,13 @@ def test_decoding_goes_chunk_by_chunk(monkeypatch):
 
 
 SHAPES = [
-    Settings(Shape(warps=1)),
     Settings(Shape(warps=4, row_warps=4, unroll=2)),
     Settings(Shape(warps=8, row_warps=2, row_blocks=2)),
     Settings(gemv_tokens=0, tiles=Tiles(16, 16, 16, 2, 1)),
     Settings(gemv_tokens=0, tiles=Tiles(128, 64, 64, 8, 3)),
 ]
 MORE_SHAPES = [
+    Settings(Shape(warps=1)),
     Settings(Shape(warps=4, row_warps=4, unroll=4)),
     Settings(Shape(warps=8, row_blocks=2)),
     Settings(Shape(warps=2, row_blocks=4, unroll=2)),
