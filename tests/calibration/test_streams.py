@@ -105,6 +105,7 @@ def test_calibration_beats_data_free_at_the_same_bits(stories260k, calibrated, s
     assert fed.kl_mean < 0.6 * free.kl_mean
 
 
+@pytest.mark.exact
 def test_an_interrupted_calibrated_run_ends_in_the_same_bytes(
     stories260k, calib, calibrated, tmp_path, monkeypatch
 ):
@@ -124,6 +125,7 @@ def test_an_interrupted_calibrated_run_ends_in_the_same_bytes(
     assert read_manifest(again) == read_manifest(calibrated)
 
 
+@pytest.mark.exact
 def test_its_own_recipe_makes_the_same_bytes_and_refuses_another_text(
     stories260k, calib, calibrated, small, tmp_path
 ):

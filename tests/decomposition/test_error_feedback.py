@@ -213,6 +213,7 @@ def test_as_good_as_gptq_on_real_moments(linears, name):
 # --- conventions ----------------------------------------------------------------------------------
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize(
     ("bases", "group", "tied"), [(1, "row", True), (2, 32, False), (2, 32, True)]
 )
@@ -226,6 +227,7 @@ def test_without_correlations_it_is_als(bases, group, tied):
     )
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize(
     ("dtype", "bases", "group", "tied"),
     [
@@ -266,6 +268,7 @@ def test_trits_and_scales_rebuild_what_was_judged(monkeypatch, dtype, bases, gro
     assert not trits[3].any()
 
 
+@pytest.mark.exact
 def test_rows_do_not_depend_on_each_other_and_runs_repeat():
     weight, hessian = gaussian(error_feedback.ROWS + 40, 72), moment(72)
     options = {"bases": 2, "group": 32, "tied": False, "refits": 1}
@@ -289,6 +292,7 @@ def test_inputs_are_visited_by_size_or_as_they_stand():
 # --- moments that are hard, and bad ones ----------------------------------------------------------
 
 
+@pytest.mark.exact
 def test_inputs_that_calibration_never_saw():
     hessian = moment(72)
     dead = [0, 7, 71]
@@ -318,6 +322,7 @@ def test_fewer_tokens_than_inputs():
     assert factor(hessian, damping=0.0).damping > 0  # raised, and said so
 
 
+@pytest.mark.exact
 def test_no_input_at_all():
     weight = gaussian(50, 72)
     found = fit(weight, np.zeros((72, 72), np.float32), 2, 32, False)

@@ -206,6 +206,7 @@ def test_feature_weights_lower_the_weighted_error():
         assert other > plain
 
 
+@pytest.mark.exact
 def test_feature_weights_count_relative_to_each_other_alone():
     weight, importance = weights("laplace", (8, 128)), np.linspace(0, 2, 128, dtype=np.float32)
     few, many = (
@@ -220,6 +221,7 @@ def test_feature_weights_count_relative_to_each_other_alone():
 # --- conventions ----------------------------------------------------------------------------------
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(("bases", "dtype"), [(1, np.float16), (2, BFLOAT16)])
 def test_what_a_decomposition_can_hold_it_holds_exactly(bases, dtype, tied):
@@ -249,6 +251,7 @@ def test_scales_are_positive_and_descend(method):
     assert (np.diff(scales.astype(np.float32), axis=-1) <= 0).all()
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("tied", [False, True])
 def test_groups_stand_alone(tied):
     """A group does not depend on its neighbours, nor on the padding of a ragged last group."""
@@ -261,6 +264,7 @@ def test_groups_stand_alone(tied):
         np.testing.assert_array_equal(scales[:, g : g + 1], alone[1])
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_group_beyond_the_row_is_a_row(tied):
     weight = weights("laplace", (5, 64))
@@ -268,6 +272,7 @@ def test_a_group_beyond_the_row_is_a_row(tied):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.exact
 def test_more_than_one_chunk(monkeypatch):
     weight = weights("gaussian", (37, 200))
     importance = np.random.default_rng(2).lognormal(0, 1, 200)

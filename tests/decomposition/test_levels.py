@@ -1,6 +1,7 @@
 """Levels: scales are rounded as their dtype rounds."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -8,6 +9,7 @@ from atd.decomposition.levels import round_scales
 from tests.decomposition.matrices import BFLOAT16
 
 
+@pytest.mark.exact
 @settings(max_examples=200, deadline=None)
 @given(
     st.sampled_from([np.float16, BFLOAT16]),

@@ -56,6 +56,7 @@ def test_the_search_finds_the_best_of_all_combinations(code, length):
     np.testing.assert_allclose(rebuilt, values, atol=1e-6)
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize(("code", "length"), SMALL)
 def test_the_seam_that_is_found_can_be_kept(code, length):
     x, scale = column(32 * length, seed=1)

@@ -67,6 +67,7 @@ def products(plan: prefixes.Plan, x: np.ndarray, trits: np.ndarray):
     ), np.asarray(largest)
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize(("bases", "tied"), KINDS)
 @settings(max_examples=10, deadline=None)
 @given(inputs=st.sampled_from([1, 79, 80, 81, 333]), seed=st.integers(0, 99))

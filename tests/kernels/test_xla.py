@@ -42,6 +42,7 @@ def test_a_matrix_of_float32_keeps_all_bits_on_a_gpu(monkeypatch):
     assert "HIGHEST" in text
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("group", [32, "row", "tensor"])
 def test_rows_of_packed_tables(layout, group):
@@ -51,6 +52,7 @@ def test_rows_of_packed_tables(layout, group):
     np.testing.assert_array_equal(taken, weight.dequantize()[rows])
 
 
+@pytest.mark.exact
 def test_rows_of_dense_and_ternary_tables():
     weight = ternary(20, 131)
     rows, dense = jnp.array([5, 2]), weight.dequantize()

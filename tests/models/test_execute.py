@@ -18,6 +18,7 @@ WEIGHTS = dense_weights(UNIT.nodes)
 X = np.random.default_rng(0).standard_normal((2, 8, 32)).astype(np.float32)
 
 
+@pytest.mark.exact
 def test_values_are_those_of_the_nodes_run_one_by_one():
     values = {"x": jnp.asarray(X)}
     for node in UNIT.nodes:
@@ -63,6 +64,7 @@ def test_only_what_is_needed_runs():
     assert ran == ["input_layernorm"]
 
 
+@pytest.mark.exact
 def test_it_goes_on_from_values_inside():
     names = ["self_attn.residual", UNIT.output]
     values, _ = run(UNIT, WEIGHTS, {"x": X}, names)

@@ -127,6 +127,7 @@ def test_a_step_of_all_blocks_at_once_is_the_same(name, monkeypatch):
     np.testing.assert_allclose(*logits, atol=2e-6 * np.abs(logits[0]).max())
 
 
+@pytest.mark.exact
 def test_what_stands_in_the_padding_does_not_matter():
     model = load(tiny_graph())
     tokens, other = tokens_of(2, 7), tokens_of(2, 7, seed=1)
@@ -139,6 +140,7 @@ def test_what_stands_in_the_padding_does_not_matter():
     )
 
 
+@pytest.mark.exact
 def test_a_window_hides_what_lies_before_it():
     tokens, other = tokens_of(1, 12), tokens_of(1, 12)
     other[0, 0] = (other[0, 0] + 1) % VOCABULARY
@@ -305,6 +307,7 @@ def test_decoding_never_compiles_again(traces, at_once, monkeypatch):
 # --- the module -----------------------------------------------------------------------------------
 
 
+@pytest.mark.exact
 def test_it_is_an_nnx_module():
     model, tokens = load(ternary(tiny_graph(layers=1), packed=True), backend="xla"), tokens_of(1, 6)
     logits = np.asarray(model(tokens))

@@ -237,6 +237,7 @@ def test_sensitivities_are_kept_and_used_again(windows, tmp_path, monkeypatch):
         Allocate(bits=3.4)(graph, context_of(windows, cache=Cache(tmp_path)))
 
 
+@pytest.mark.exact
 def test_an_embeddings_moments_are_left_for_decompose_and_kept(windows, tmp_path):
     graph, step = tiny_graph(tied=True), Allocate(budget="30kB")
 

@@ -87,6 +87,7 @@ def test_the_report_still_knows_the_errors_of_the_stage_before(calibrated):
     assert {row["error"] for row in rows if "layers" not in row["node"]} == {None}
 
 
+@pytest.mark.exact
 def test_interrupted_in_the_last_stage(stories260k, recipe, calibrated, tmp_path, monkeypatch):
     """It ends in the same bytes, and what was trained is not trained again."""
     write, rewrite, runs = write_shard, Calibrate.rewrite, []

@@ -22,6 +22,7 @@ def logits(graph, tokens=24):
     return np.asarray(load(graph, backend="xla")(np.arange(tokens, dtype=np.int32).reshape(2, -1)))
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize(
     "order", [[Decompose(group=32), Fuse(), Pack()], [Decompose(group=32), Pack(), Fuse()]]
 )
@@ -38,6 +39,7 @@ def test_outputs_are_identical_to_the_bit(order):
     np.testing.assert_array_equal(logits(joined), logits(apart))
 
 
+@pytest.mark.exact
 def test_outputs_of_a_real_model_are_identical_to_the_bit(trained):
     graph = frontend.open(trained.folder)
     apart, joined = (Pipeline(["decompose", *fuse, "pack"])(graph) for fuse in ([], ["fuse"]))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from atd.errors import BadInput
+from atd.ir import in_memory
 from atd.models import frontend
 from atd.passes.decompose import Decompose
 from atd.passes.fold_norms import FoldNorms
@@ -30,7 +31,6 @@ from tests.passes.test_fold_norms import (
     logits,
     unreadable,
 )
-from tests.real import TRAINED_ONLY
 
 
 def quiet(line: str) -> None:
@@ -118,7 +118,9 @@ def test_r1_works_on_joined_linears():
 # --- a real model ---------------------------------------------------------------------------------
 
 
-@TRAINED_ONLY
+@pytest.mark.parametrize(
+    "trained", [pytest.param("stories15M", marks=pytest.mark.slow)], indirect=True
+)
 def test_a_real_model_keeps_its_function_and_loses_its_outliers(trained):
     folded = FoldNorms()(frontend.open(trained.folder))
     after = Rotate()(folded)
@@ -138,6 +140,35 @@ def test_a_real_model_keeps_its_function_and_loses_its_outliers(trained):
     assert largest(after.blocks[0].node(name)) < 6
 
 
+def test_outliers_of_a_small_model_are_spread(packaged):
+    """A feature of the residual stream and single weights of o_proj, many times as large as it has
+    them.
+    """
+
+    def spiked(node):
+        if node.op != "linear" or node.name == "mlp.down_proj":
+            return node
+        weight = array(node).copy()
+        if node.name == "self_attn.o_proj":
+            weight[5, 3] = 40 * weight.std()
+        else:
+            weight[:, 5] *= 10
+        ref = in_memory(node.weights["weight"].tensor, Dense(weight))
+        return replace(node, weights=node.weights | {"weight": ref})
+
+    folded = FoldNorms()(frontend.open(packaged.folder))
+    blocks = [replace(block, nodes=tuple(map(spiked, block.nodes))) for block in folded.blocks]
+    folded = folded.with_units((folded.prologue, *blocks, folded.epilogue))
+    after = Rotate()(folded)
+    assert_same_function(after, folded)
+    before, now = kurtosis(folded), kurtosis(after)
+    assert np.mean(list(before.values())) > 10
+    assert np.mean(list(now.values())) < 0.15
+    for one, other in zip(folded.blocks, after.blocks, strict=True):
+        assert largest(one.node("self_attn.o_proj")) > 20
+        assert largest(other.node("self_attn.o_proj")) < 6
+
+
 def kurtosis(graph) -> dict[str, float]:
     """Excess kurtosis of the weights over their row's standard deviation, of each linear of the
     blocks; Gaussian: 0.
@@ -155,6 +186,7 @@ def largest(node) -> float:
     return float(np.abs(array(node)).max() / array(node).std())
 
 
+@pytest.mark.exact
 def test_converted_checkpoints_load_from_disk(stories260k, tmp_path):
     """With the lazy graph's text, and its logits to the bit."""
     passes = ["fold_norms", "rotate", "decompose{bases = 1, group = 64}", "fuse", "pack"]
@@ -184,6 +216,7 @@ def test_converted_checkpoints_export(stories260k, tmp_path):
 # --- seeds and refusals ---------------------------------------------------------------------------
 
 
+@pytest.mark.exact
 def test_equal_seeds_give_equal_bytes_and_others_do_not():
     def weights(recipe_seed: int, seed: int) -> list[bytes]:
         graph = rotated(tiny_graph(tied=True), recipe_seed=recipe_seed, seed=seed)

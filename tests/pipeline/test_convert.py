@@ -65,6 +65,7 @@ def test_the_folder_says_how_it_was_made(converted, stories260k):
     }
 
 
+@pytest.mark.exact
 def test_the_same_input_gives_the_same_bytes_and_so_does_its_own_recipe(
     converted, stories260k, tmp_path
 ):
@@ -72,6 +73,7 @@ def test_the_same_input_gives_the_same_bytes_and_so_does_its_own_recipe(
     assert read_manifest(again) == read_manifest(converted)
 
 
+@pytest.mark.exact
 def test_what_was_written_is_what_was_computed(converted, stories260k):
     graph = frontend.open(converted)
     lazy = Pipeline([Decompose(), "fuse", Pack()])(frontend.open(stories260k))
@@ -85,6 +87,7 @@ def test_a_converted_model_is_no_input_for_another_decomposition(converted, tmp_
         convert(converted, tmp_path / "twice", "datafree2", say=quiet)
 
 
+@pytest.mark.exact
 def test_a_converted_model_can_be_laid_anew(converted, tmp_path):
     other = convert(
         converted, tmp_path / "other", Pipeline([Pack(layout="bit-ttt"), Verify()]), say=quiet
@@ -96,6 +99,7 @@ def test_a_converted_model_can_be_laid_anew(converted, tmp_path):
     assert "layout=bit-ttt/1" in (other / "atd_graph.json").read_text()
 
 
+@pytest.mark.exact
 def test_a_pipeline_with_two_stages(stories260k, converted, tmp_path):
     """verify in the middle makes the driver write, re-read and go on from what was written."""
     out = convert(
@@ -225,6 +229,7 @@ def run_convert(model: Path, out: Path) -> subprocess.Popen:
         signal.signal(signal.SIGINT, inherited)
 
 
+@pytest.mark.exact
 @pytest.mark.slow
 def test_kill_at_random_moments_ends_in_the_same_bytes(trained, tmp_path):
     """kill -9 again and again, then a run to the end: the digests of an undisturbed run."""

@@ -320,6 +320,7 @@ def test_options_reach_the_pass():
     ) == Decompose(bases=3, rules=(Rule(".*q_proj", False, (("group", 64),)),))
 
 
+@pytest.mark.exact
 def test_packing_keeps_values_bit_for_bit():
     graph = loaded(Decompose(group="row", bases=3)(tiny_graph(layers=1)))
     for layout in ("interleaved", "bit-ttt", "tq2_0"):

@@ -35,6 +35,7 @@ def by_definition(ternary: Ternary) -> np.ndarray:
     return weight
 
 
+@pytest.mark.exact
 @settings(max_examples=60, deadline=None)
 @given(TERNARY_TYPES.filter(lambda t: t.dtype != "f64"), st.integers(0, 2**32 - 1))
 def test_dequantize_is_its_equation(type, seed):
@@ -49,6 +50,7 @@ def test_dequantize_is_its_equation(type, seed):
     np.testing.assert_array_equal(combine(ternary.trits[rows], scales, type), found[rows])
 
 
+@pytest.mark.exact
 @settings(max_examples=60, deadline=None)
 @given(PACKED_TYPES, st.integers(0, 2**32 - 1))
 def test_packed_is_ternary_bit_for_bit(type, seed):
@@ -59,6 +61,7 @@ def test_packed_is_ternary_bit_for_bit(type, seed):
     assert packed.unpack().type == ternary.type
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("group", [7, 48, "row", "tensor"])
 def test_numpy_and_jit_agree_bit_for_bit(group, tied):

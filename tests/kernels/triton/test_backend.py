@@ -120,6 +120,7 @@ def test_shapes_of_tiles_change_nothing(bases, shape):
     assert_close(interpreted(x, weight, shape), x @ weight.dequantize().T)
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize(
     ("layout", "inputs"),
     [
