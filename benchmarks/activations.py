@@ -25,7 +25,7 @@ from atd.models.frontend import open as open_model
 from atd.models.model import Model, load
 from atd.reports.progress import shown
 from atd.runtime.evaluate import evaluate
-from atd.weights import Packed, Weight, ternary_of
+from atd.weights import Packed, TernaryType, Weight, ternary_of
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def fixed_point(x: jax.Array, limit: int) -> jax.Array:
 
 def limit_of(weight: Weight) -> int:
     ternary = ternary_of(weight.type)
-    assert ternary is not None
+    assert isinstance(ternary, TernaryType)
     return prefixes.plan(ternary.bases, ternary.tied).limit
 
 

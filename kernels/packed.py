@@ -16,7 +16,7 @@ import numpy as np
 
 from atd.errors import RunFailed
 from atd.kernels import prefixes, xla
-from atd.weights import Packed, PackedType, Ternary, TernaryType, Weight
+from atd.weights import Packed, PackedType, Ternary, TernaryType, TrellisType, Weight
 from atd.weights.layouts import LAYOUTS, tiles_of, words_of, words_of_tiles
 
 # A backend reads one of these layouts as it lies, and copies the others.
@@ -86,6 +86,8 @@ class Backend:
                 f"it multiplies weights packed in layout {', '.join(READABLE)}; repack, or use "
                 "backend 'xla'"
             )
+        if isinstance(type.ternary, TrellisType):
+            return "it has no kernels for trellis codes; use backend 'xla'"
         if type.ternary.bases > prefixes.MAX_BASES:
             return (
                 f"it multiplies up to {prefixes.MAX_BASES} bases, not {type.ternary.bases}; "
@@ -122,7 +124,7 @@ def prepare(weight: Packed, layout: str) -> Packed:
     ternary, codes = weight.type.ternary, weight.codes
     match weight.type.layout:
         case "tiles":
-            words = words_of_tiles(codes, *ternary.shape, ternary.bases)
+            words = words_of_tiles(codes, *ternary.trits_shape)
         case "words":
             words = codes
         case _:

@@ -12,6 +12,9 @@ where all of W_p comes out of one vectorised expression over the codes, and the 
 are few, are permuted instead of the weights. That is about four times as fast as unpacking in the
 order of the inputs.
 
+A weight with a trellis code is M planes of trits, multiplied one by one; the code's taps are a
+short filter over the products of its rows (`atd.weights.codes.values_of`).
+
 On a GPU a dense matrix of 16 bits takes its activations in the same 16 bits, as its library's
 products do.
 """
@@ -27,7 +30,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from atd.weights import Dense, Packed, Ternary, TernaryType, Weight, combine, level_weights
+from atd.weights import (
+    Dense,
+    Packed,
+    PackedType,
+    Ternary,
+    TernaryType,
+    Trellis,
+    TrellisType,
+    Weight,
+    combine,
+    level_weights,
+    ternary_of,
+)
+from atd.weights.codes import rows_of, values_of
 from atd.weights.groups import spread_scales
 from atd.weights.layouts import LAYOUTS, TRITS_PER_BYTE, bytes_of, words_of_tiles
 
@@ -60,8 +76,16 @@ def matmul(x: jax.Array, weight: Weight) -> jax.Array:
                 return [combine(cut(trits), _cut_scales(cut, scales), type)]
 
             y = _by_rows([wide], type.shape[0], weights)
+        case Trellis(trits, _, type):
+
+            def planes(cut: Cut) -> Sequence[Array]:
+                return [jnp.moveaxis(jnp.asarray(cut(trits)), -1, 0).astype(jnp.float32)]
+
+            y = _filtered(_by_rows([wide], len(trits), planes, type.code.trits), weight)
         case Packed() if weight.type.layout in ("words", "tiles"):
             y = _packed(wide, _as_bytes(weight))
+        case Packed(type=PackedType(TrellisType(), "hf-bitnet")):
+            return matmul(x, weight.unpack())
         case Packed() if weight.type.layout == "hf-bitnet":
             y = _hf_bitnet(wide, weight)
         case Packed():
@@ -90,17 +114,34 @@ def take_rows(weight: Weight, rows: jax.Array) -> jax.Array:
         case Dense(array):
             taken = jnp.asarray(array)[flat].astype(jnp.float32)
         case Packed(codes, scales, type):
-            layout, (_, inputs) = LAYOUTS[type.layout], type.shape
-            trits = layout.take(jnp.asarray(codes), flat, inputs, type.ternary.bases)
-            taken = _combine_rows(trits, scales, type.ternary, flat)
-        case Ternary(trits, scales, type):
-            taken = _combine_rows(jnp.asarray(trits)[flat], scales, type, flat)
+            layout, (_, inputs, bases) = LAYOUTS[type.layout], type.ternary.trits_shape
+
+            def take(some: jax.Array) -> jax.Array:
+                return layout.take(jnp.asarray(codes), some, inputs, bases)
+
+            taken = _combine_rows(take, scales, type.ternary, flat)
+        case Ternary(trits, scales, type) | Trellis(trits, scales, type):
+            taken = _combine_rows(lambda some: jnp.asarray(trits)[some], scales, type, flat)
     return taken.reshape(*rows.shape, -1)
 
 
-def _combine_rows(trits: jax.Array, scales: Array, type: TernaryType, rows: jax.Array) -> jax.Array:
-    """Weights float32 [n, in] of some rows, int [n], of which the trits are given."""
-    return jnp.asarray(combine(trits, _cut_scales(lambda a: a[rows], jnp.asarray(scales)), type))
+def _combine_rows(
+    take: Cut, scales: Array, type: TernaryType | TrellisType, rows: jax.Array
+) -> jax.Array:
+    """Weights float32 [n, in] of some rows, int [n]; `take` has the trits of rows."""
+    mine = _cut_scales(lambda a: a[rows], jnp.asarray(scales))
+    if isinstance(type, TrellisType):
+        values = rows_of(take, rows, type.code, type.segment, type.shape[0])
+        return values * mine[:, 0].astype(jnp.float32)
+    return jnp.asarray(combine(take(rows), mine, type))
+
+
+def _filtered(products: jax.Array, weight: Trellis | Packed) -> jax.Array:
+    """T_i x of a weight with a trellis code, [M, rows / P, planes] -> float32 [M, rows]."""
+    type = ternary_of(weight.type)
+    assert isinstance(type, TrellisType)
+    values = values_of(products.swapaxes(0, 1), type.code, type.segment)  # [rows, M]
+    return values.T * jnp.asarray(weight.scales)[:, 0, 0].astype(jnp.float32)
 
 
 # --- rows in chunks ---------------------------------------------------------------------------
@@ -117,7 +158,10 @@ def _dot(a: Array, b: Array) -> jax.Array:
 
 
 def _by_rows(
-    planes_of_x: list[jax.Array], out: int, planes_of_w: Callable[[Cut], Sequence[Array]]
+    planes_of_x: list[jax.Array],
+    out: int,
+    planes_of_w: Callable[[Cut], Sequence[Array]],
+    matrices: int | None = None,
 ) -> jax.Array:
     """Computes sum_p x_p W_p^T, chunk of rows by chunk -> float32 [M, out].
 
@@ -129,10 +173,13 @@ def _by_rows(
         out: rows of the matrix.
         planes_of_w: cut -> float32 [rows, columns] each, where cut(array) takes the chunk's rows of
             an array [out, ...].
+        matrices: this many are multiplied side by side: planes are [matrices, rows, columns], and
+            the products [M, out, matrices].
     """
+    side_by_side = () if matrices is None else (matrices,)
     width = sum(x.shape[1] for x in planes_of_x)
     limit = CHUNK_BYTES.get(jax.default_backend(), CHUNK_BYTES_ELSEWHERE)
-    rows = min(out, max(8, limit // (4 * width) // 8 * 8))
+    rows = min(out, max(8, limit // (4 * width * (matrices or 1)) // 8 * 8))
     transposed = [x.T for x in planes_of_x]  # [columns, M]
 
     def chunk(start):
@@ -142,15 +189,15 @@ def _by_rows(
         # Without it XLA fuses the decoding into the dot's loop, where it is not vectorised.
         weights = lax.optimization_barrier(planes_of_w(cut))
         products = [_dot(w, x) for w, x in zip(weights, transposed, strict=True)]
-        return reduce(operator.add, products)  # [rows, M]
+        return reduce(operator.add, products)  # [(matrices,) rows, M]
 
     def body(i, y):
         start = jnp.minimum(i * rows, out - rows)
-        return lax.dynamic_update_slice_in_dim(y, chunk(start), start, axis=0)
+        return lax.dynamic_update_slice_in_dim(y, chunk(start), start, axis=y.ndim - 2)
 
     if rows == out:
         return chunk(0).T
-    y = jnp.zeros((out, planes_of_x[0].shape[0]), jnp.float32)
+    y = jnp.zeros((*side_by_side, out, planes_of_x[0].shape[0]), jnp.float32)
     return lax.fori_loop(0, -(-out // rows), body, y).T
 
 
@@ -214,7 +261,7 @@ def _as_bytes(weight: Packed) -> Packed:
     """A weight in layout `words` or `tiles` as one of bytes, which lie as those of `aligned` do."""
     words, type = jnp.asarray(weight.codes), weight.type
     if type.layout == "tiles":
-        words = words_of_tiles(words, *type.shape, type.ternary.bases)
+        words = words_of_tiles(words, *type.ternary.trits_shape)
     codes = bytes_of(words, type.ternary.bases)
     return Packed(codes, weight.scales, replace(type, layout="aligned"))
 
@@ -222,22 +269,35 @@ def _as_bytes(weight: Packed) -> Packed:
 def _packed(x: jax.Array, weight: Packed) -> jax.Array:
     """x [M, in] times a weight in one of the layouts of _PLANES -> float32 [M, out]."""
     type = weight.type.ternary
-    out, inputs = type.shape
+    rows, inputs, bases = type.trits_shape
     planes = _PLANES[weight.type.layout]
     # The inputs and the layout's padding.
-    width = planes.count * (math.prod(weight.codes.shape[1:]) // type.bases)
+    width = planes.count * (math.prod(weight.codes.shape[1:]) // bases)
     x = jnp.pad(x, ((0, 0), (0, width - inputs)))
 
+    def trits_of(cut: Cut):
+        codes = cut(weight.codes)
+        return planes.trits([codes[:, :, base].reshape(len(codes), -1) for base in range(bases)])
+
+    def separate(cut: Cut) -> Sequence[Array]:
+        trits = trits_of(cut)
+        return [
+            jnp.stack([trits(plane, base) for base in range(bases)]).astype(jnp.float32)
+            for plane in range(planes.count)
+        ]
+
     def planes_of_w(cut: Cut) -> Sequence[Array]:
-        codes, scales = cut(weight.codes), _cut_scales(cut, weight.scales)
-        of_bases = [codes[:, :, base].reshape(len(codes), -1) for base in range(type.bases)]
-        trits = planes.trits(of_bases)
+        assert isinstance(type, TernaryType)
+        trits, scales = trits_of(cut), _cut_scales(cut, weight.scales)
         # Widened while they are few: without the barrier XLA converts each scale for each weight.
         wide = lax.optimization_barrier(scales.astype(jnp.float32))
         spread = [spread_scales(wide[..., i], type.group_size, width) for i in range(wide.shape[2])]
         return [_combine_plane(trits, spread, planes, plane, type) for plane in range(planes.count)]
 
-    return _by_rows([planes.of(x, plane) for plane in range(planes.count)], out, planes_of_w)
+    planes_of_x = [planes.of(x, plane) for plane in range(planes.count)]
+    if isinstance(type, TrellisType):
+        return _filtered(_by_rows(planes_of_x, rows, separate, bases), weight)
+    return _by_rows(planes_of_x, rows, planes_of_w)
 
 
 def _combine_plane(

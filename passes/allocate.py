@@ -41,14 +41,16 @@ from atd.decomposition.options import (
     decision,
     stored_bytes,
     ternary_types,
+    trellis_types,
 )
+from atd.decomposition.trellis_codes import BASES, KINDS
 from atd.errors import BadInput
 from atd.ir import Block, Graph, Node
 from atd.ir.notes import DECISION, MOMENTS, SecondMoments
 from atd.ir.rewrite import map_nodes
 from atd.pipeline import Context, Pass, checks
 from atd.version import __version__
-from atd.weights import DenseType, Group, TernaryType
+from atd.weights import DenseType, Group
 from atd.weights.layouts import DEFAULT_LAYOUT, LAYOUTS
 
 SENSITIVITIES = ("fisher", "measured")
@@ -64,11 +66,12 @@ class Allocate(Pass):
 
     bits: float = 0.0  # per weight, average over the linears of the blocks
     budget: str = ""  # of the whole checkpoint: "3.9GB", "75MB", "2GiB"
-    bases: tuple[int, ...] = (1, 2, 3)
+    bases: tuple[int | float, ...] = (1, 2, 3)
+    trellis: str = ""  # "fast", "default" or "best": trellis codes are options as well
     groups: tuple[Group, ...] = ("row",)
     scales: tuple[str, ...] = ("tied",)
     dtype: str = "f16"  # of the stored scales
-    embedding_bases: tuple[int, ...] = (2, 3, 4)  # of embedding and head
+    embedding_bases: tuple[int | float, ...] = (2, 3, 4)  # of embedding and head
     embedding_groups: tuple[Group, ...] = (64, "row")
     sensitivity: str = "fisher"  # or "measured"
     tokens: int = 2048  # of the calibration text, for gradients or measurements
@@ -82,8 +85,11 @@ class Allocate(Pass):
             raise BadInput("allocate: set bits (above 0) or budget, one of the two")
         if self.budget:
             parse_bytes(self.budget)
-        checks.check_bases("allocate.bases", self.bases)
-        checks.check_bases("allocate.embedding_bases", self.embedding_bases)
+        coded = BASES if self.trellis else ()
+        if self.trellis:
+            checks.check_known("allocate.trellis", self.trellis, KINDS)
+        checks.check_bases("allocate.bases", self.bases, coded)
+        checks.check_bases("allocate.embedding_bases", self.embedding_bases, coded)
         checks.check_groups("allocate.groups", self.groups)
         checks.check_groups("allocate.embedding_groups", self.embedding_groups)
         if not self.scales or any(kind not in ("tied", "free") for kind in self.scales):
@@ -177,11 +183,14 @@ class Allocate(Pass):
         return problem
 
     def _types(
-        self, node: Node, bases: Sequence[int], groups: Sequence[Group]
+        self, node: Node, bases: Sequence[float], groups: Sequence[Group]
     ) -> tuple[Candidate, ...]:
         """The ternary types that a node's matrix may get."""
         shape = node.weights["weight"].type.shape
-        types = ternary_types(shape, bases, groups, self.scales, self.dtype)
+        whole = [int(n) for n in bases if n in (1, 2, 3, 4)]
+        types: list[Candidate] = [*ternary_types(shape, whole, groups, self.scales, self.dtype)]
+        if self.trellis:
+            types += trellis_types(shape, bases, self.trellis, self.dtype)
         fitting = tuple(type for type in types if can_be_packed(type, self.layout))
         if not fitting:
             raise BadInput(
@@ -314,7 +323,6 @@ def _noted(graph: Graph, decided: Allocation, moments: Mapping[str, np.ndarray])
             return node
         name = unit.full_name(node)
         type = decided.types.get(name, node.weights["weight"].type)
-        assert isinstance(type, DenseType | TernaryType)
         notes: dict[str, Any] = {DECISION: decision(type)}
         if name in moments:
             notes[MOMENTS] = SecondMoments(moments[name])

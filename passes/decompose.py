@@ -10,12 +10,16 @@
    `hessian`  calibrated: scales under the second moments of the inputs, error feedback, coordinate
               descent, refits (`atd.decomposition.error_feedback`); the target is corrected for what
               the layers before have changed (GPTAQ)
-3. Embedding tables read no activations: `hessian` decomposes them under the moments that `allocate`
+3. `trellis = "default"` (or "fast", "best") takes a trellis code of N bases and one scale per row:
+   half the error at the same bytes for weights that are nearly Gaussian, as rotated ones are
+   (`atd.decomposition.trellis`). `als` then looks for the nearest weights, `hessian` works as
+   without.
+4. Embedding tables read no activations: `hessian` decomposes them under the moments that `allocate`
    noted at them (the attr `moments`), and by als where there are none.
-4. Where `allocate` has noted a decision (the attr `ternary`), that alone says which nodes are
-   decomposed, and into which bases, groups, scales and dtype: rules are refused. The method is
-   still this pass's. Both notes are taken away.
-5. `als` weights errors with `context.feature_weights[node]` where there are any.
+5. Where `allocate` has noted a decision (the attr `ternary`), that alone says which nodes are
+   decomposed, and into which bases, groups, scales or code, and dtype: rules are refused. The
+   method is still this pass's. Both notes are taken away.
+6. `als` weights errors with `context.feature_weights[node]` where there are any.
 """
 
 import re
@@ -25,18 +29,25 @@ from functools import lru_cache
 import numpy as np
 
 from atd.calibration.streams import Moments
-from atd.decomposition import error_feedback
+from atd.decomposition import error_feedback, quantize, trellis_codes
 from atd.decomposition.greedy import greedy
-from atd.decomposition.least_squares import als
-from atd.decomposition.options import decided_type
-from atd.decomposition.rmse import decomposition_rmse
+from atd.decomposition.options import decided_type, trellis_type
+from atd.decomposition.rmse import relative_error
 from atd.decomposition.second_moments import asymmetric_target
 from atd.errors import BadInput
 from atd.ir import Graph, Node, WeightRef
 from atd.ir.notes import DECISION, MOMENTS, SecondMoments, without
 from atd.ir.rewrite import with_weight
 from atd.pipeline import Context, Pass, checks
-from atd.weights import DTYPES, Dense, Group, Ternary, TernaryType, canonical_group
+from atd.weights import (
+    DTYPES,
+    Dense,
+    Ternary,
+    TernaryType,
+    Trellis,
+    TrellisType,
+    canonical_group,
+)
 
 METHODS = ("als", "greedy", "hessian")
 
@@ -51,9 +62,10 @@ class Decompose(Pass):
     scope = "node"
 
     method: str = "als"
-    bases: int = 2  # N, 1..4
+    bases: int | float = 2  # N: 1..4; with a trellis code 1.25, 1.5, 1.75, 2, 2.5 or 3
     group: int | str = 128  # inputs that share their scales
     scales: str = "free"  # or "tied": s_i = s_0 / 3^i, one stored scale per group
+    trellis: str = ""  # a trellis code: "fast", "default" or "best"; it has one scale per row
     dtype: str = "f16"  # of the stored scales
     # Which matrices, by whole names; ".*" takes model.embed_tokens and lm_head as well.
     nodes: str = r"model\.layers\..*"
@@ -67,8 +79,13 @@ class Decompose(Pass):
 
     def __post_init__(self):
         checks.check_known("decompose.method", self.method, METHODS)
-        if not 1 <= self.bases <= 4:
-            raise BadInput(f"decompose.bases must be 1, 2, 3 or 4, not {self.bases}")
+        if self.trellis:
+            self._check_trellis()
+        elif self.bases not in (1, 2, 3, 4):
+            raise BadInput(
+                f"decompose.bases must be 1, 2, 3 or 4, not {self.bases}; "
+                "decompose.trellis has codes for some numbers between"
+            )
         checks.check_group("decompose.group", self.group)
         checks.check_dtype("decompose.dtype", self.dtype)
         checks.check_pattern("decompose.nodes", self.nodes)
@@ -86,6 +103,15 @@ class Decompose(Pass):
         if min(self.sweeps, self.refits) < 0 or self.damping < 0 or not 0 <= self.asymmetric <= 1:
             raise BadInput(
                 "decompose: sweeps, refits and damping must be 0 or more, asymmetric from 0 to 1"
+            )
+
+    def _check_trellis(self) -> None:
+        trellis_codes.known_code(self.bases, self.trellis)
+        if self.method == "greedy":
+            raise BadInput("decompose.method greedy has no trellis codes; use als or hessian")
+        if self.group != "row":
+            raise BadInput(
+                f"decompose.trellis has one scale per row: group must be 'row', not {self.group!r}"
             )
 
     @property
@@ -124,46 +150,48 @@ class Decompose(Pass):
             return self._as_decided(name, node, context)
         if not node.is_dense_matrix or not re.fullmatch(self.nodes, name):
             return None
-        return self._decomposed(name, node, context)
+        return self._decomposed(name, node, self._type(name, node), context)
 
     def _as_decided(self, name: str, node: Node, context: Context) -> Node:
         """What `allocate` decided for the node; its notes are taken away."""
         type = decided_type(node.attrs[DECISION], node.weights["weight"].type.shape)
         if type is None:
             return replace(node, attrs=without(node.attrs, DECISION, MOMENTS))
-        scales = "tied" if type.tied else "free"
-        step = replace(
-            self, bases=type.bases, group=type.group, scales=scales, dtype=type.dtype, rules=()
-        )
-        return step._decomposed(name, node, context)
+        return self._decomposed(name, node, type, context)
 
-    def _decomposed(self, name: str, node: Node, context: Context) -> Node:
-        """The node with a ternary weight; its notes are taken away."""
+    def _type(self, name: str, node: Node) -> TernaryType | TrellisType:
+        """What the options make of a node's matrix."""
+        out, inputs = node.weights["weight"].type.shape
+        if not self.trellis:
+            group, tied = canonical_group(self.group, inputs), self.scales == "tied"
+            return TernaryType((out, inputs), int(self.bases), group, tied, self.dtype)
+        code = trellis_codes.known_code(self.bases, self.trellis)
+        if (type := trellis_type((out, inputs), code, self.dtype)) is None:
+            raise BadInput(
+                f"{name}: {out} rows are too few for this trellis code, or no multiple of "
+                f"{code.period}; give it another N or trellis = '' with a rule"
+            )
+        return type
+
+    def _decomposed(
+        self, name: str, node: Node, type: TernaryType | TrellisType, context: Context
+    ) -> Node:
+        """The node with a ternary weight of this type; its notes are taken away."""
         ref, moments = node.weights["weight"], node.attrs.get(MOMENTS)
-        out, inputs = ref.type.shape
-        group = canonical_group(self.group, inputs)
-        type = TernaryType((out, inputs), self.bases, group, self.scales == "tied", self.dtype)
 
-        def load() -> Ternary:
+        def load() -> Ternary | Trellis:
             dense = ref.load()
             assert isinstance(dense, Dense)
             weight = np.asarray(dense.array).astype(np.float32)
-            if self.method == "greedy":
-                trits, scales = greedy(weight, self.bases, DTYPES[self.dtype], group)
+            if self.method == "greedy" and isinstance(type, TernaryType):
+                found = greedy(weight, type.bases, DTYPES[type.dtype], type.group)
+                made = Ternary(*found, type)
             elif self.method == "hessian" and (node.op == "linear" or moments is not None):
-                trits, scales = self._calibrated(name, weight, group, moments, context)
+                made = self._calibrated(name, weight, type, moments, context)
             else:
-                features = context.feature_weights.get(name)
-                trits, scales = als(
-                    weight,
-                    self.bases,
-                    group,
-                    type.tied,
-                    DTYPES[self.dtype],
-                    feature_weights=features,
-                )
-            context.record(name, error=decomposition_rmse(weight, trits, scales, group))
-            return Ternary(trits, scales, type)
+                made = quantize.nearest(weight, type, context.feature_weights.get(name))
+            context.record(name, error=relative_error(weight, made))
+            return made
 
         weight = WeightRef(ref.tensor, type, load, ref.source)
         return replace(with_weight(node, weight), attrs=without(node.attrs, DECISION, MOMENTS))
@@ -172,11 +200,11 @@ class Decompose(Pass):
         self,
         name: str,
         weight: np.ndarray,
-        group: Group,
+        type: TernaryType | TrellisType,
         given: SecondMoments | None,
         context: Context,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """(trits, scales) under the given moments, or those of the node's inputs."""
+    ) -> Ternary | Trellis:
+        """The weight under the given moments, or those of the node's inputs."""
         target = weight
         if given is not None:
             hessian = given.matrix
@@ -192,20 +220,10 @@ class Decompose(Pass):
             if self.asymmetric:
                 corrected = asymmetric_target(weight, hessian, moments.cross, self.damping)
                 target = weight + self.asymmetric * (np.asarray(corrected) - weight)
-        trits, scales = error_feedback.decompose(
-            target,
-            factor,
-            hessian,
-            bases=self.bases,
-            group=group,
-            tied=self.scales == "tied",
-            dtype=DTYPES[self.dtype],
-            sweeps=self.sweeps,
-            refits=self.refits,
-        )
+        made = quantize.calibrated(target, type, factor, hessian, self.sweeps, self.refits)
         if factor.damping > self.damping:
             context.record(name, damping=factor.damping)
-        return trits, scales
+        return made
 
 
 @lru_cache(maxsize=1)

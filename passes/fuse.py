@@ -5,8 +5,8 @@
    a bias and those without are not joined with one another.
 2. Each old name lives on as a `slice` of the joined output, so nothing else in the block changes,
    and export can take the parts apart.
-3. Left alone are weights with one scale per tensor, and packed layouts whose rows cannot be told
-   apart.
+3. Left alone are weights with one scale per tensor, packed layouts whose rows cannot be told
+   apart, and weights with a trellis code whose last segment is shorter than the others.
 """
 
 from collections.abc import Sequence
@@ -19,12 +19,13 @@ from atd.ir.rewrite import slices
 from atd.pipeline import Context, Pass
 from atd.weights import (
     Dense,
+    DenseType,
     Packed,
     PackedType,
-    Ternary,
-    TernaryType,
+    TrellisType,
     Weight,
     WeightType,
+    summed,
     ternary_of,
 )
 from atd.weights.layouts import LAYOUTS
@@ -57,7 +58,7 @@ class Fuse(Pass):
 
 def _kind(node: Node) -> tuple:
     """Equal for linears that can be joined: input, attrs, and types but for the number of rows."""
-    types = tuple((slot, _with_rows(node.weights[slot].type, 0)) for slot in sorted(node.weights))
+    types = tuple((slot, _row_type(node.weights[slot].type)) for slot in sorted(node.weights))
     return node.inputs, types, str(sorted(node.attrs.items()))
 
 
@@ -92,14 +93,22 @@ def _join_refs(tensor: str, refs: Sequence[WeightRef]) -> WeightRef:
 
 
 def _is_joinable(node: Node) -> bool:
-    """Whether the node has a weight whose rows stand for themselves."""
+    """Whether the node has a weight whose rows, or segments of rows, stand for themselves."""
     if "weight" not in node.weights:
         return False
     type = node.weights["weight"].type
     if isinstance(type, PackedType) and not LAYOUTS[type.layout].row_separable:
         return False
     ternary = ternary_of(type)
+    if isinstance(ternary, TrellisType):
+        return ternary.shape[0] % ternary.segment == 0
     return ternary is None or ternary.group != "tensor"
+
+
+def _row_type(type: WeightType) -> WeightType:
+    """The type of one row, or of one segment of rows: equal for what can be joined."""
+    ternary = ternary_of(type)
+    return _with_rows(type, ternary.segment if isinstance(ternary, TrellisType) else 1)
 
 
 def _with_rows(type: WeightType, rows: int) -> WeightType:
@@ -117,6 +126,6 @@ def _join_rows(weights: Sequence[Weight], type: WeightType) -> Weight:
 
     if isinstance(type, PackedType):
         return Packed(rows("codes"), rows("scales"), type)
-    if isinstance(type, TernaryType):
-        return Ternary(rows("trits"), rows("scales"), type)
-    return Dense(rows("array"))
+    if isinstance(type, DenseType):
+        return Dense(rows("array"))
+    return summed(rows("trits"), rows("scales"), type)

@@ -12,7 +12,7 @@ from atd.errors import BadInput
 from atd.ir import Graph, Node, WeightRef
 from atd.ir.rewrite import with_weight
 from atd.pipeline import Context, Pass, checks
-from atd.weights import Packed, PackedType, Ternary, ternary_of
+from atd.weights import Dense, Packed, PackedType, ternary_of
 from atd.weights.layouts import DEFAULT_LAYOUT, LAYOUTS
 
 
@@ -46,13 +46,13 @@ class Pack(Pass):
         if type == ref.type:
             return None
         layout = LAYOUTS[self.layout]
-        if reason := layout.refuses(*ternary.shape, ternary.bases):
+        if reason := layout.refuses(*ternary.trits_shape):
             raise BadInput(f"pass pack: {name}: {reason}; give it another layout with a rule")
 
         def load() -> Packed:
             weight = ref.load()
             weight = weight.unpack() if isinstance(weight, Packed) else weight
-            assert isinstance(weight, Ternary)
+            assert not isinstance(weight, Dense)
             return Packed(layout.pack(weight.trits), weight.scales, type)
 
         return with_weight(node, WeightRef(ref.tensor, type, load, ref.source))

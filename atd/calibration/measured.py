@@ -13,13 +13,13 @@ import numpy as np
 from atd.calibration.moments import dense_moments
 from atd.calibration.sensitivity import HEAD, Candidates
 from atd.calibration.windows import windows_holding
-from atd.decomposition import error_feedback, least_squares
+from atd.decomposition import error_feedback, quantize
 from atd.decomposition.options import Candidate
 from atd.ir import Graph
 from atd.models.execute import dense_weights, forward, structure_of
 from atd.models.ops import Weights
 from atd.progress import Progress, Report, unheard
-from atd.weights import DTYPES, Dense, DenseType, Ternary, Weight
+from atd.weights import Dense, DenseType, Weight
 
 
 def measured_losses(
@@ -84,7 +84,7 @@ def middle_of(types: Sequence[Candidate]) -> int:
 
 def quantized_candidates(
     graph: Graph, windows: np.ndarray, candidates: Candidates
-) -> dict[str, list[Ternary | Dense]]:
+) -> dict[str, list[Weight]]:
     """Makes every candidate of every matrix.
 
     Linears by error feedback under the dense model's second moments over the windows, embeddings by
@@ -93,7 +93,7 @@ def quantized_candidates(
     Returns:
         By full name, in the order of the candidates.
     """
-    found: dict[str, list[Ternary | Dense]] = {}
+    found: dict[str, list[Weight]] = {}
     linears = {n for n, node in graph.nodes() if node.op == "linear" and n in candidates}
     for unit, weights, _, moments in dense_moments(graph, windows, linears):
         for value, hessian in [*moments.items(), (None, None)]:
@@ -103,25 +103,17 @@ def quantized_candidates(
                 if (name := unit.full_name(node)) in candidates and read == value:
                     weight = np.asarray(weights[node.name]["weight"].dequantize())
                     found[name] = [
-                        _quantized(weight, type, hessian, factor) for type in candidates[name]
+                        _quantized(weight, type, factor, hessian) for type in candidates[name]
                     ]
     return found
 
 
-def _quantized(
-    weight: np.ndarray, type: Candidate, hessian: np.ndarray | None, factor
-) -> Ternary | Dense:
+def _quantized(weight: np.ndarray, type: Candidate, factor, hessian) -> Weight:
     if isinstance(type, DenseType):
         return Dense(weight)
-    options = {
-        "bases": type.bases,
-        "group": type.group,
-        "tied": type.tied,
-        "dtype": DTYPES[type.dtype],
-    }
-    if hessian is None:
-        return Ternary(*least_squares.als(weight, **options), type)
-    return Ternary(*error_feedback.decompose(weight, factor, hessian, **options), type)
+    if factor is None:
+        return quantize.nearest(weight, type)
+    return quantize.calibrated(weight, type, factor, hessian)
 
 
 # --- the model ---------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ codes
     Latent weights v = q + delta u, with q the weights as they were decomposed and u the smallest
     scale of the group: delta is counted in levels. The weight is the level nearest to v; the
     gradient passes straight through (Bengio 1308.3432; EfficientQAT 2407.11062), but where v lies
-    beyond the outermost level.
+    beyond the outermost level. Weights with a trellis code keep their trits.
 
 `trainable` makes a unit, `atd.calibration.gradients` runs it and takes gradients, and `merged`
 makes a block of it again.
@@ -43,11 +43,14 @@ from atd.weights import (
     Packed,
     PackedType,
     Ternary,
+    Trellis,
     Weight,
     WeightType,
     level_weights,
+    summed,
     ternary_of,
 )
+from atd.weights.codes import values_of
 from atd.weights.groups import group_inputs, spread_scales
 from atd.weights.layouts import LAYOUTS
 
@@ -75,13 +78,28 @@ class QuantizedMatrix:
     tied: bool
 
 
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["trits", "values", "scales"], meta_fields=[]
+)
+@dataclass(frozen=True)
+class TrellisMatrix:
+    """A matrix with a trellis code as it was converted: w[o, k] = s[o] v[o, k]."""
+
+    trits: np.ndarray  # int8 [out / P, in, M]
+    values: jax.Array  # v, float32 [out, in]
+    scales: jax.Array  # float32 [out, 1, 1]
+
+
+QUANTIZED = QuantizedMatrix, TrellisMatrix
+
+
 @dataclass(frozen=True)
 class TrainableUnit:
     """A block as a function of its input and of parameters."""
 
     block: Block
     structure: Structure
-    fixed: dict[str, dict[str, Any]]  # node -> slot -> QuantizedMatrix, or float32 array
+    fixed: dict[str, dict[str, Any]]  # node -> slot -> a quantized matrix, or float32 array
     parameters: Parameters  # at the start: zeros
 
 
@@ -107,12 +125,12 @@ def trainable(
             value = quantized_matrix(ref.load()) if ternary else jnp.asarray(ref.dense())
             fixed.setdefault(node.name, {})[slot] = value
             deltas = parameters.setdefault(node.name, {})
-            if isinstance(value, QuantizedMatrix) and node.name not in ROTATIONS:
+            if isinstance(value, QUANTIZED) and node.name not in ROTATIONS:
                 if scales:
                     deltas["scales"] = jnp.zeros_like(value.scales)
-                if codes and node.op == "linear":
+                if codes and node.op == "linear" and isinstance(value, QuantizedMatrix):
                     deltas["codes"] = jnp.zeros(value.codes.shape, CODES)
-            elif node.op == "rms_norm" and gains and not isinstance(value, QuantizedMatrix):
+            elif node.op == "rms_norm" and gains and not isinstance(value, QUANTIZED):
                 deltas["gain"] = jnp.zeros_like(value)
     parameters = {name: deltas for name, deltas in parameters.items() if deltas}
     return TrainableUnit(block, structure_of(block), fixed, parameters)
@@ -123,9 +141,13 @@ def frozen(block: Block) -> TrainableUnit:
     return trainable(block, scales=False, gains=False)
 
 
-def quantized_matrix(weight: Weight) -> QuantizedMatrix:
+def quantized_matrix(weight: Weight) -> QuantizedMatrix | TrellisMatrix:
     """Takes a ternary or packed weight apart into codes and scales."""
     weight = weight.unpack() if isinstance(weight, Packed) else weight
+    if isinstance(weight, Trellis):
+        values = values_of(jnp.asarray(weight.trits), weight.type.code, weight.type.segment)
+        trits = np.asarray(weight.trits)
+        return TrellisMatrix(trits, values, jnp.asarray(weight.scales, jnp.float32))
     assert isinstance(weight, Ternary)
     type = weight.type
     places = level_weights(type.bases).astype(np.int8)
@@ -148,10 +170,12 @@ def weights_at(unit: TrainableUnit, parameters: Parameters) -> Weights:
     }
 
 
-def weight_at(fixed: QuantizedMatrix | jax.Array, deltas: Deltas) -> jax.Array:
+def weight_at(fixed: QuantizedMatrix | TrellisMatrix | jax.Array, deltas: Deltas) -> jax.Array:
     """Returns one weight of a unit, changed by the deltas: float32."""
     if isinstance(fixed, QuantizedMatrix):
         return dequantize(fixed, deltas)
+    if isinstance(fixed, TrellisMatrix):
+        return fixed.values * _scales(fixed, deltas)[:, 0]
     return fixed * (1 + deltas["gain"]) if "gain" in deltas else fixed
 
 
@@ -197,7 +221,7 @@ def nearest(latent, scales, matrix: QuantizedMatrix) -> tuple[jax.Array, jax.Arr
     return codes.reshape(out, -1)[:, :inputs], inside.reshape(out, -1)[:, :inputs]
 
 
-def _scales(matrix: QuantizedMatrix, deltas: Deltas) -> jax.Array:
+def _scales(matrix: QuantizedMatrix | TrellisMatrix, deltas: Deltas) -> jax.Array:
     return matrix.scales * jnp.exp(deltas["scales"]) if "scales" in deltas else matrix.scales
 
 
@@ -241,7 +265,7 @@ def merged(unit: TrainableUnit, parameters: Parameters) -> Block:
         if not deltas:
             return node
         ref, fixed = node.weights["weight"], unit.fixed[node.name]["weight"]
-        if isinstance(fixed, QuantizedMatrix):
+        if isinstance(fixed, QUANTIZED):
             weight = _stored(ref.type, fixed, deltas)
             return with_weight(node, replace(ref, load=lambda: weight))
         assert isinstance(ref.type, DenseType)
@@ -252,12 +276,15 @@ def merged(unit: TrainableUnit, parameters: Parameters) -> Block:
     return replace(unit.block, nodes=tuple(node(n) for n in unit.block.nodes))
 
 
-def _stored(type: WeightType, matrix: QuantizedMatrix, deltas: Deltas) -> Weight:
+def _stored(type: WeightType, matrix: QuantizedMatrix | TrellisMatrix, deltas: Deltas) -> Weight:
     """The weight of this type that the deltas make of a matrix."""
     ternary = ternary_of(type)
     assert ternary is not None
-    trits, scales = _rounded(matrix, deltas, ternary.bases, ternary.dtype)
-    made = Ternary(np.asarray(trits), np.asarray(scales).astype(DTYPES[ternary.dtype]), ternary)
+    if isinstance(matrix, TrellisMatrix):
+        trits, scales = matrix.trits, round_scales(_scales(matrix, deltas), DTYPES[ternary.dtype])
+    else:
+        trits, scales = _rounded(matrix, deltas, ternary.bases, ternary.dtype)
+    made = summed(np.asarray(trits), np.asarray(scales).astype(DTYPES[ternary.dtype]), ternary)
     if isinstance(type, PackedType):
         return Packed(LAYOUTS[type.layout].pack(made.trits), made.scales, type)
     return made

@@ -8,7 +8,8 @@ import numpy as np
 
 from atd.decomposition.allocation import Choice, allocate, total_bytes
 from atd.decomposition.options import Candidate, stored_bytes
-from atd.weights import DenseType
+from atd.decomposition.trellis_codes import gaussian_error
+from atd.weights import DenseType, TrellisType
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,8 @@ def stand_in_loss(type: Candidate) -> float:
     """
     if isinstance(type, DenseType):
         return 0.0
+    if isinstance(type, TrellisType):
+        return math.prod(type.shape) * gaussian_error(type.code)
     finer = 0.97 if type.group == "row" else 0.85 + 0.02 * math.log2(type.group_size / 32)
     free = 1.0 if type.tied else 0.97
     return math.prod(type.shape) * 9.0**-type.bases * min(finer, 0.97) * free

@@ -5,7 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from atd.decomposition.chunks import chunks, group_size, grouped, take
-from atd.weights import Group, level_weights
+from atd.weights import Group, Ternary, Trellis, level_weights
+
+
+def relative_error(weight, made: Ternary | Trellis) -> float:
+    """Returns `decomposition_rmse` of a weight that was made of float [out, in]."""
+    if isinstance(made, Ternary):
+        return decomposition_rmse(weight, made.trits, made.scales, made.type.group)
+    error, total = np.linalg.norm(weight - made.dequantize()), np.linalg.norm(weight)
+    return float(error / total) if total else (np.inf if error else 0.0)
 
 
 def decomposition_rmse(weight, trits, scales, group: Group) -> float:

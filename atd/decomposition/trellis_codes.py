@@ -111,6 +111,13 @@ def known_code(bases: float, kind: str = "default") -> Code:
     return found.get(kind, found["default"])
 
 
+def gaussian_error(code: Code) -> float:
+    """Returns the mean square error on a long row of Gaussians of variance 1, for a code of the
+    table.
+    """
+    return next(known.error for known in TABLE if known.code == code)
+
+
 def bound(bases: float) -> float:
     """Returns 3^(-2N): no code of N trits per weight has a smaller mean square error on Gaussians
     of variance 1.

@@ -47,10 +47,13 @@ def check_groups(option: str, values: tuple) -> None:
         )
 
 
-def check_bases(option: str, values: tuple) -> None:
-    """Checks that there is at least one value, and that each is a number of bases, 1 to 4."""
-    if not values or not all(type(n) is int and 1 <= n <= 4 for n in values):
-        raise BadInput(f"{option} must be some of 1, 2, 3 and 4, not {list(values)}")
+def check_bases(option: str, values: tuple, more: Iterable[float] = ()) -> None:
+    """Checks that there is at least one value, and that each is 1 to 4 or one of `more`."""
+    known = sorted({1, 2, 3, 4, *more})
+    if not values or not all(type(n) in (int, float) and n in known for n in values):
+        raise BadInput(
+            f"{option} must be some of {', '.join(f'{n:g}' for n in known)}, not {list(values)}"
+        )
 
 
 def _is_group_size(value: Any) -> bool:

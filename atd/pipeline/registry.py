@@ -103,7 +103,7 @@ def _checked(cls: type[Pass], key: str, value: Any) -> Any:
     allowed = (
         typing.get_args(hints[key]) if isinstance(hints[key], types.UnionType) else (hints[key],)
     )
-    if float in allowed and type(value) is int:
+    if float in allowed and int not in allowed and type(value) is int:
         value = float(value)
     if isinstance(value, list):
         value = tuple(value)

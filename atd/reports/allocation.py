@@ -11,7 +11,7 @@ from atd.checkpoint.folder import NodeReport
 from atd.errors import BadInput
 from atd.reports.plots import new_figure, save_figure
 from atd.reports.tables import sizes
-from atd.weights import parse_type, ternary_of
+from atd.weights import TernaryType, TrellisType, parse_type, ternary_of
 
 _BLOCK = re.compile(r"(.*\.\d+)\..*?([^.]+)")
 _ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -30,11 +30,12 @@ def allocation_table(rows: Sequence[NodeReport]) -> Table:
     """
     rows, blocks, others, kinds = _sorted(rows)
     types = [ternary_of(parse_type(row["type"])) for row in rows]
-    plain = len({(type.group, type.tied) for type in types if type is not None}) < 2
+    plain = len({_kind(type) for type in types if type is not None}) < 2
     caption = (
         None
         if plain
-        else "N bases; f: free scales, else tied; /64: group size, else one group per row"
+        else "N bases; t: trellis code; f: free scales, else tied; "
+        "/64: group size, else one group per row"
     )
     table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), caption=caption)
     table.add_column("block", overflow="fold")
@@ -118,11 +119,18 @@ def _option(row: NodeReport, plain: bool) -> str:
     type = ternary_of(parse_type(row["type"]))
     if type is None:
         return "dense"
+    if isinstance(type, TrellisType):
+        return f"{type.code.bases:g}{'' if plain else 't'}"
     if plain:
         return str(type.bases)
     return (
         f"{type.bases}{'' if type.tied else 'f'}{'' if type.group == 'row' else f'/{type.group}'}"
     )
+
+
+def _kind(type: TernaryType | TrellisType) -> tuple:
+    """What stands behind N in a table of matrices of several kinds."""
+    return ("trellis",) if isinstance(type, TrellisType) else (type.group, type.tied)
 
 
 def _figures(rows: Sequence[NodeReport]) -> tuple[str, str, str]:

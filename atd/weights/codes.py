@@ -119,3 +119,39 @@ def _segments(trits, code: Code, length: int):
                     rows[at] = rows[at] + np.float32(taps[age]) * part
     stacked = xp.stack(rows, axis=2)  # [segments, periods, P, ...]
     return stacked.reshape(-1, *shape)
+
+
+def rows_of(take, rows, code: Code, length: int, out: int):
+    """Rebuilds the values of some rows: the same numbers as `values_of` of all of them.
+
+    Args:
+        take: int [n] -> trits int8 [n, ..., code.trits] of these periods of rows.
+        rows: int [n].
+        length: rows per segment.
+        out: rows of the matrix; what is left behind whole segments is a segment of its own.
+
+    Returns:
+        float32 [n, ...].
+    """
+    xp = namespace(rows)
+    begin = rows // length * length
+    rows_here = xp.minimum(length, out - begin)
+    total = 0.0
+    for age in range(code.memory + 1):
+        born = (rows - begin - age) % rows_here  # where the trits were born that are of this age
+        trits = take((begin + born) // code.period).astype(np.float32)
+        taps = xp.asarray(_taps_at(code, age))[born % code.period]  # [n, M]
+        for i in range(code.trits):
+            shape = (-1, *[1] * (trits.ndim - 2))
+            total = total + taps[:, i].reshape(shape) * trits[..., i]
+    return total
+
+
+def _taps_at(code: Code, age: int) -> np.ndarray:
+    """float32 [period, trits]: the taps of an age of the trits of each phase; 0 for the others'."""
+    table = np.zeros((code.period, code.trits), np.float32)
+    first = np.cumsum([0, *map(len, code.taps)])
+    for phase, trits in enumerate(code.taps):
+        for i, taps in enumerate(trits):
+            table[phase, first[phase] + i] = taps[age] if age < len(taps) else 0.0
+    return table

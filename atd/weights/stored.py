@@ -4,7 +4,7 @@ import numpy as np
 
 from atd.weights.layouts import LAYOUTS
 from atd.weights.types import DTYPES, DenseType, PackedType, WeightType
-from atd.weights.values import Dense, Packed, Ternary, Weight
+from atd.weights.values import Dense, Packed, Weight, summed
 
 
 def stored(tensor: str, type: WeightType) -> dict[str, tuple[str, tuple[int, ...], np.dtype]]:
@@ -34,7 +34,7 @@ def stored(tensor: str, type: WeightType) -> dict[str, tuple[str, tuple[int, ...
             "scales": scales,
         }
     return {
-        "trits": (f"{tensor}_trits", (*ternary.shape, ternary.bases), np.dtype(np.int8)),
+        "trits": (f"{tensor}_trits", ternary.trits_shape, np.dtype(np.int8)),
         "scales": scales,
     }
 
@@ -45,4 +45,4 @@ def build(type: WeightType, fields: dict) -> Weight:
         return Dense(fields["array"])
     if isinstance(type, PackedType):
         return Packed(fields["codes"], fields["scales"], type)
-    return Ternary(fields["trits"], fields["scales"], type)
+    return summed(fields["trits"], fields["scales"], type)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
+from atd.weights.codes import Code, parse_code
 from atd.weights.layouts import LAYOUTS
 
 DTYPES = {
@@ -52,6 +53,11 @@ class TernaryType:
     dtype: str  # of the scales
 
     @property
+    def trits_shape(self) -> tuple[int, int, int]:
+        """Returns [out, in, N]."""
+        return *self.shape, self.bases
+
+    @property
     def group_size(self) -> int:
         """Returns how many inputs share a scale; the last group of a row may hold fewer."""
         return self.shape[1] if isinstance(self.group, str) else self.group
@@ -86,10 +92,77 @@ class TernaryType:
 
 
 @dataclass(frozen=True)
-class PackedType:
-    """A `TernaryType` whose trits lie in a layout of `atd.weights.layouts`."""
+class TrellisType:
+    """A sum of trits that count in several rows each, and one scale per row.
 
-    ternary: TernaryType
+        w[o, k] = s[o] sum_(j, i) a[p][i][j] t_i[q, k],    q = (o - j) mod L,  p = q mod P
+
+    Trits are int8 [out / P, in, M], with P the period of the code (`atd.weights.codes.Code`) and M
+    the trits that the rows of a period hold together; scales are [out, 1, 1]. Rows lie in segments
+    of L; what is left behind the whole segments is a segment of its own.
+    """
+
+    shape: tuple[int, int]  # out, in
+    code: Code
+    segment: int  # rows
+    dtype: str  # of the scales
+
+    def __post_init__(self):
+        out, code = self.shape[0], self.code
+        if not 0 < self.segment <= out:
+            raise ValueError(
+                f"a segment has 1 to {out} rows in a matrix of {out}, not {self.segment}"
+            )
+        if out % code.period or self.segment % code.period:
+            raise ValueError(
+                f"a code of period {code.period} needs a multiple of that many rows: in the matrix "
+                f"({out}) and in each segment ({self.segment})"
+            )
+        if (last := out % self.segment or self.segment) <= code.memory:
+            raise ValueError(
+                f"a trit counts in {code.memory + 1} rows, and of {out} rows in segments of "
+                f"{self.segment} the last one has {last}"
+            )
+
+    @property
+    def bases(self) -> int:
+        """Returns M, the trits that the rows of a period hold together: N where the period is 1."""
+        return self.code.trits
+
+    @property
+    def trits_shape(self) -> tuple[int, int, int]:
+        """Returns [out / P, in, M]."""
+        return self.shape[0] // self.code.period, self.shape[1], self.code.trits
+
+    @property
+    def scales_shape(self) -> tuple[int, int, int]:
+        """Returns (rows, 1, 1)."""
+        return self.shape[0], 1, 1
+
+    @property
+    def scales_nbytes(self) -> int:
+        """Returns the bytes of the scales in a file."""
+        return self.shape[0] * DTYPES[self.dtype].itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Returns its bytes in a file, one per trit."""
+        return math.prod(self.trits_shape) + self.scales_nbytes
+
+    @property
+    def options(self) -> str:
+        """Returns N, segment and taps as they stand in the text of the type."""
+        return f"n={self.code.bases:g} segment={self.segment} taps={self.code}"
+
+    def __str__(self) -> str:
+        return f"trellis {self.options} {self.dtype}[{self.shape[0]},{self.shape[1]}]"
+
+
+@dataclass(frozen=True)
+class PackedType:
+    """A `TernaryType` or `TrellisType` whose trits lie in a layout of `atd.weights.layouts`."""
+
+    ternary: TernaryType | TrellisType
     layout: str  # a name of LAYOUTS
 
     @property
@@ -103,7 +176,7 @@ class PackedType:
     @property
     def codes_shape(self) -> tuple[int, ...]:
         """Returns the shape of the codes, padding of the layout included."""
-        return LAYOUTS[self.layout].codes_shape(*self.shape, self.ternary.bases)
+        return LAYOUTS[self.layout].codes_shape(*self.ternary.trits_shape)
 
     @property
     def nbytes(self) -> int:
@@ -114,7 +187,8 @@ class PackedType:
     def __str__(self) -> str:
         out, inputs = self.shape
         options = f"{self.ternary.options} layout={LAYOUTS[self.layout]}"
-        return f"packed {options} {self.dtype}[{out},{inputs}]"
+        kind = "packed trellis" if isinstance(self.ternary, TrellisType) else "packed"
+        return f"{kind} {options} {self.dtype}[{out},{inputs}]"
 
 
 def canonical_group(group: Group, inputs: int) -> Group:
@@ -122,9 +196,10 @@ def canonical_group(group: Group, inputs: int) -> Group:
     return "row" if isinstance(group, int) and group >= inputs else group
 
 
-WeightType = DenseType | TernaryType | PackedType
+WeightType = DenseType | TernaryType | TrellisType | PackedType
 _TYPE = re.compile(
-    r"(?P<kind>dense|ternary|packed)"
+    r"(?P<kind>dense|ternary|trellis|packed trellis|packed)"
+    r"(?: n=(?P<trits>[\d.]+) segment=(?P<segment>\d+) taps=(?P<taps>\S+))?"
     r"(?: n=(?P<bases>\d+) g=(?P<group>\d+|row|tensor) (?P<scales>free|tied))?"
     r"(?: layout=(?P<layout>[\w-]+)/(?P<version>\d+))?"
     r" (?P<dtype>\w+)\[(?P<shape>[\d,]*)\]"
@@ -135,27 +210,27 @@ def parse_type(text: str) -> WeightType:
     """Returns the type whose text this is.
 
     Raises:
-        ValueError: the text is no type, or names an unknown layout or layout version.
+        ValueError: the text is no type or one that cannot be, or names an unknown layout or layout
+            version.
     """
     match = _TYPE.fullmatch(text)
     if match is None or match["dtype"] not in DTYPES:
         raise ValueError(f"not a weight type: {text!r}")
     shape = tuple(int(n) for n in match["shape"].split(",") if n)
     kind, layout = match["kind"], match["layout"]
-    if kind == "dense" and match["bases"] is None and layout is None:
+    if kind == "dense" and match["bases"] is match["taps"] is layout is None:
         return DenseType(shape, match["dtype"])
+    trellis = kind.endswith("trellis")
     if (
         kind == "dense"
-        or match["bases"] is None
         or len(shape) != 2
-        or (kind == "packed") != (layout is not None)
+        or (match["taps"] is None) == trellis
+        or (match["bases"] is None) != trellis
+        or kind.startswith("packed") != (layout is not None)
     ):
         raise ValueError(f"not a weight type: {text!r}")
-    group = match["group"] if match["group"] in ("row", "tensor") else int(match["group"])
-    ternary = TernaryType(
-        (shape[0], shape[1]), int(match["bases"]), group, match["scales"] == "tied", match["dtype"]
-    )
-    if kind == "ternary":
+    ternary = _trellis_type(match, shape) if trellis else _ternary_type(match, shape)
+    if layout is None:
         return ternary
     if layout not in LAYOUTS or LAYOUTS[layout].version != int(match["version"]):
         known = ", ".join(str(known) for known in LAYOUTS.values())
@@ -166,11 +241,26 @@ def parse_type(text: str) -> WeightType:
     return PackedType(ternary, layout)
 
 
-def ternary_of(type: WeightType) -> TernaryType | None:
-    """Returns the ternary type of a ternary or packed type, else None."""
+def _ternary_type(match: re.Match, shape: tuple[int, ...]) -> TernaryType:
+    group = match["group"] if match["group"] in ("row", "tensor") else int(match["group"])
+    tied = match["scales"] == "tied"
+    return TernaryType((shape[0], shape[1]), int(match["bases"]), group, tied, match["dtype"])
+
+
+def _trellis_type(match: re.Match, shape: tuple[int, ...]) -> TrellisType:
+    code = parse_code(match["taps"])
+    if f"{code.bases:g}" != match["trits"]:
+        raise ValueError(
+            f"its taps make {code.bases:g} trits per weight, not {match['trits']}: {match[0]!r}"
+        )
+    return TrellisType((shape[0], shape[1]), code, int(match["segment"]), match["dtype"])
+
+
+def ternary_of(type: WeightType) -> TernaryType | TrellisType | None:
+    """Returns the type of the trits behind a weight, packed or not; None for a dense one."""
     if isinstance(type, PackedType):
         return type.ternary
-    return type if isinstance(type, TernaryType) else None
+    return None if isinstance(type, DenseType) else type
 
 
 def bits_per_weight(type: WeightType) -> float:

@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from atd.weights.codes import values_of
 from atd.weights.groups import spread_scales
 from atd.weights.layouts import LAYOUTS
-from atd.weights.types import DTYPE_NAMES, DenseType, PackedType, TernaryType
+from atd.weights.types import DTYPE_NAMES, DenseType, PackedType, TernaryType, TrellisType
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=[])
@@ -75,6 +76,33 @@ def combine(trits, scales, type: TernaryType):
     return reduce(operator.add, (part * spread(i) for i, part in enumerate(parts)))
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["trits", "scales"], meta_fields=["type"])
+@dataclass(frozen=True)
+class Trellis:
+    """Trits that count in the rows below them as well (`TrellisType`), one scale per row:
+
+        w[o, k] = s[o] sum_(j, i) a[p][i][j] t_i[q, k],    q = (o - j) mod L,  p = q mod P
+
+    within segments of L rows, summed over j and then i, in float32.
+    """
+
+    trits: jax.Array | np.ndarray  # int8 [out / P, in, M]
+    scales: jax.Array | np.ndarray  # [out, 1, 1]
+    type: TrellisType
+
+    def dequantize(self, dtype: Any = np.float32):
+        """Returns the weights [out, in] in `dtype`."""
+        values = values_of(self.trits, self.type.code, self.type.segment)
+        return (values * self.scales[:, 0].astype(np.float32)).astype(dtype)
+
+
+def summed(trits, scales, type: TernaryType | TrellisType) -> Ternary | Trellis:
+    """Returns the weight of this type that the trits and scales make."""
+    if isinstance(type, TrellisType):
+        return Trellis(trits, scales, type)
+    return Ternary(trits, scales, type)
+
+
 @partial(jax.tree_util.register_dataclass, data_fields=["codes", "scales"], meta_fields=["type"])
 @dataclass(frozen=True)
 class Packed:
@@ -84,18 +112,18 @@ class Packed:
     scales: jax.Array | np.ndarray  # [rows, groups, N or 1]
     type: PackedType
 
-    def unpack(self) -> Ternary:
+    def unpack(self) -> Ternary | Trellis:
         """Returns the same weight with its trits one per byte."""
         ternary = self.type.ternary
-        trits = LAYOUTS[self.type.layout].unpack(self.codes, *ternary.shape, ternary.bases)
-        return Ternary(trits, self.scales, ternary)
+        trits = LAYOUTS[self.type.layout].unpack(self.codes, *ternary.trits_shape)
+        return summed(trits, self.scales, ternary)
 
     def dequantize(self, dtype: Any = np.float32):
         """Returns the weights [out, in] in `dtype`."""
         return self.unpack().dequantize(dtype)
 
 
-Weight = Dense | Ternary | Packed
+Weight = Dense | Ternary | Trellis | Packed
 
 
 def broken(weight: Weight) -> str | None:
@@ -109,7 +137,7 @@ def broken(weight: Weight) -> str | None:
                     f"{count} bytes are no codes of layout {weight.type.layout}: "
                     "the tensor is corrupted"
                 )
-        case Ternary():
+        case Ternary() | Trellis():
             if np.abs(np.asarray(weight.trits)).max(initial=0) > 1:
                 return "it holds trits other than -1, 0, 1: the tensor is corrupted"
     return None if np.isfinite(np.asarray(weight.scales)).all() else "its scales hold NaN or Inf"

@@ -8,6 +8,7 @@ import numpy as np
 
 from atd.calibration.trainable import Parameters, TrainableUnit
 from atd.ir import Graph, in_memory
+from atd.passes.decompose import Decompose
 from atd.pipeline import Pipeline
 from atd.weights import DTYPES, DenseType, Ternary, TernaryType
 from tests.models.tiny import tiny_graph
@@ -55,6 +56,12 @@ def tied_rotated() -> Graph:
 def free_fused() -> Graph:
     """All matrices, embedding and head too, with free scales in groups, packed and joined."""
     return rough(tiny_graph(), TernaryType((1, 1), 2, 32, False, "f16"), after=("pack", "fuse"))
+
+
+def trellis_packed() -> Graph:
+    """The linears of the blocks with a trellis code, packed and joined."""
+    step = Decompose(group="row", trellis="fast")
+    return Pipeline([step, "pack", "fuse"])(tiny_graph())
 
 
 def moved(unit: TrainableUnit, scale: float, seed: int = 0) -> Parameters:

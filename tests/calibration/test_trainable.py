@@ -13,11 +13,13 @@ from atd.calibration.trainable import (
     merged,
     quantized_matrix,
     trainable,
+    weight_at,
     weights_at,
 )
-from atd.weights import Packed, PackedType, Ternary, TernaryType
+from atd.decomposition.trellis_codes import known_code
+from atd.weights import Packed, PackedType, Ternary, TernaryType, Trellis, TrellisType
 from atd.weights.layouts import LAYOUTS
-from tests.calibration.converted import free_fused, moved, ternary, tied_rotated
+from tests.calibration.converted import free_fused, moved, ternary, tied_rotated, trellis_packed
 
 ROWS, INPUTS = 6, 80  # with groups of 32 the last one is smaller
 KINDS = [
@@ -52,6 +54,7 @@ def test_a_matrix(tied, group, bases):
     """
     weight = ternary(TernaryType((ROWS, INPUTS), bases, group, tied, "f16"))
     matrix, wanted = quantized_matrix(weight), np.asarray(weight.dequantize(), np.float32)
+    assert isinstance(matrix, QuantizedMatrix)
     again = quantized_matrix(packed(weight))
     assert all(
         np.array_equal(a, b)
@@ -106,6 +109,7 @@ def test_scales_that_cross_keep_their_trits():
     latent ones.
     """
     matrix = quantized_matrix(ternary(TernaryType((ROWS, INPUTS), 2, "row", False, "f16")))
+    assert isinstance(matrix, QuantizedMatrix)
     theta = np.zeros(matrix.scales.shape, np.float32)
     theta[..., 0], theta[..., 1] = -1.0, 1.0
     scales = np.asarray(matrix.scales) * np.exp(theta)
@@ -118,10 +122,25 @@ def test_scales_that_cross_keep_their_trits():
     )
 
 
+@pytest.mark.parametrize("bases", [2, 1.5])
+def test_a_matrix_with_a_trellis_code(bases):
+    """Its scales move, and its trits stay."""
+    type = TrellisType((12, INPUTS), known_code(bases), 12, "f16")
+    rng = np.random.default_rng(3)
+    trits = rng.integers(-1, 2, type.trits_shape).astype(np.int8)
+    weight = Trellis(trits, rng.uniform(0.5, 2, type.scales_shape).astype(np.float16), type)
+    matrix, theta = quantized_matrix(weight), random(12, 1, 1, scale=0.1)
+    wanted = np.asarray(weight.dequantize())
+    np.testing.assert_allclose(weight_at(matrix, {}), wanted, rtol=1e-6)
+    np.testing.assert_allclose(
+        weight_at(matrix, {"scales": jnp.asarray(theta)}), wanted * np.exp(theta[:, 0]), rtol=1e-5
+    )
+
+
 # --- units ---
 
 
-@pytest.mark.parametrize("make", [tied_rotated, free_fused])
+@pytest.mark.parametrize("make", [tied_rotated, free_fused, trellis_packed])
 def test_merged_keeps_types_and_values(make):
     """What is stored is what the parameters say, but for the rounding of scales; moved gains are no
     longer ones.

@@ -3,6 +3,7 @@ read.
 """
 
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -284,3 +285,50 @@ def test_better_than_chance_on_a_real_model(stories260k, small):
     )
     assert seen.used <= seen.budget
     assert seen.predicted_kl < blind_kl
+
+
+def test_trellis_codes_are_options_and_decompose_follows(windows):
+    graph = Pipeline(["fold_norms", "rotate"])(tiny_graph(layers=2, hidden=64, mlp=160, heads=4))
+    step = Allocate(bits=3.4, bases=(1, 1.5, 2, 2.5, 3), trellis="fast", fused=False)
+    decided = step(graph, context_of(windows))
+    chosen = [text for text in decisions(decided).values() if text != "dense"]
+    assert sum("taps=" in text for text in chosen) > len(chosen) / 2
+    after = packed(graph, windows, step)
+    types = {name: str(ref.type) for name, ref in after.weights()}
+    assert any(text.startswith("packed trellis n=") for text in types.values())
+    found, _ = graph_size(after)
+    assert 0.96 * 3.4 < found <= 3.4
+
+
+@pytest.mark.parametrize("kind", ["fast", "default", "best"])
+def test_with_codes_it_is_never_worse_than_without_them_or_than_one_for_all(windows, kind):
+    """By the predicted losses: at the bytes of every uniform choice, and of every budget."""
+    graph = Pipeline(["fold_norms", "rotate"])(tiny_graph(layers=2, hidden=64, mlp=160, heads=4))
+    bases, context = (1, 1.25, 1.5, 1.75, 2, 2.5, 3), context_of(windows)
+    step = Allocate(bits=3.4, bases=bases, trellis=kind, scales=("tied", "free"), fused=False)
+    problem = step.problem(graph)
+    losses, _ = step.sensitivities(problem, graph, context)
+    options = len(problem.candidates[problem.choices[0][0]])
+    assert options >= 9
+    for option in range(options):
+        size = sum(problem.bytes_of(names)[option] for names in problem.choices)
+        uniform = sum(float(found[:, option].sum()) for found in losses)
+        solved = replace(problem, budget=problem.fixed + size).solved(losses)
+        assert solved.predicted_kl <= uniform * (1 + 1e-9)
+    scalar = Allocate(bits=3.4, bases=(1, 2, 3), scales=("tied", "free"), fused=False)
+    before = scalar.problem(graph)
+    without = before.solved(scalar.sensitivities(before, graph, context)[0])
+    assert problem.solved(losses).predicted_kl < 0.8 * without.predicted_kl
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"trellis": "slow"}, "allocate.trellis 'slow' is unknown"),
+        ({"bases": (1.5, 2)}, r"allocate.bases must be some of 1, 2, 3, 4, not \[1.5, 2\]"),
+        ({"trellis": "fast", "bases": (1.6, 2)}, r"some of 1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4, not"),
+    ],
+)
+def test_trellis_options_that_cannot_be(options, message):
+    with pytest.raises(BadInput, match=message):
+        Allocate(bits=3.4, **options)

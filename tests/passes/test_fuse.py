@@ -94,3 +94,26 @@ def test_one_scale_a_tensor_and_strided_rows_are_left_alone():
         tiny_graph()
     )
     assert "self_attn.q_proj" in linears(strided)
+
+
+@pytest.mark.parametrize("bases", [2, 1.5])
+def test_trellis_codes_are_joined_segment_on_segment(bases):
+    """q has two segments, k and v have one."""
+    step = Decompose(group="row", bases=bases, trellis="default")
+    graph = tiny_graph(hidden=256, mlp=192)
+    apart, joined = (Pipeline([step, *fuse, Pack()])(graph) for fuse in ([], [Fuse()]))
+    qkv = linears(joined)["self_attn.qkv_proj"].weights["weight"]
+    parts = [linears(apart)[f"self_attn.{n}_proj"].weights["weight"] for n in "qkv"]
+    assert all("segment=128" in str(part.type) for part in parts)
+    np.testing.assert_array_equal(
+        qkv.load().dequantize(), np.concatenate([part.load().dequantize() for part in parts])
+    )
+    np.testing.assert_allclose(logits(joined), logits(apart), atol=1e-5)
+
+
+def test_a_short_last_segment_is_left_alone():
+    """149 rows are segments of 128 and 21."""
+    step = Decompose(group="row", trellis="default", nodes=r".*(gate|up)_proj")
+    joined = linears(Pipeline([step, Fuse()])(tiny_graph(mlp=149)))
+    assert "segment=128" in str(joined["mlp.gate_proj"].weights["weight"].type)
+    assert "mlp.gate_up_proj" not in joined

@@ -5,7 +5,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atd.weights import DTYPES, DenseType, PackedType, TernaryType, bits_per_weight, build, stored
+from atd.weights import (
+    DTYPES,
+    DenseType,
+    PackedType,
+    TernaryType,
+    bits_per_weight,
+    build,
+    stored,
+    ternary_of,
+)
 from atd.weights.layouts import LAYOUTS
 from tests.weights.types import PACKED_TYPES, TERNARY_TYPES, random_ternary
 
@@ -13,7 +22,9 @@ from tests.weights.types import PACKED_TYPES, TERNARY_TYPES, random_ternary
 @settings(max_examples=60, deadline=None)
 @given(st.one_of(TERNARY_TYPES, PACKED_TYPES))
 def test_nbytes_is_what_is_stored(type):
-    ternary = random_ternary(type.ternary if isinstance(type, PackedType) else type)
+    kind = ternary_of(type)
+    assert isinstance(kind, TernaryType)
+    ternary = random_ternary(kind)
     values = {"trits": ternary.trits, "scales": ternary.scales}
     if isinstance(type, PackedType):
         values = {"codes": LAYOUTS[type.layout].pack(ternary.trits), "scales": ternary.scales}

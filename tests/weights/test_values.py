@@ -65,8 +65,8 @@ def test_packed_is_ternary_bit_for_bit(type, seed):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("group", [7, 48, "row", "tensor"])
 def test_numpy_and_jit_agree_bit_for_bit(group, tied):
-    type = PackedType(TernaryType((8, 50), 3, group, tied, "f16"), "interleaved")
-    ternary = random_ternary(type.ternary)
+    ternary = random_ternary(TernaryType((8, 50), 3, group, tied, "f16"))
+    type = PackedType(ternary.type, "interleaved")
     packed = Packed(LAYOUTS["interleaved"].pack(ternary.trits), ternary.scales, type)
     on_device = jax.tree.map(jnp.asarray, packed)  # types are static: pytrees of arrays alone
     assert isinstance(on_device, Packed)

@@ -171,6 +171,7 @@ def test_sixteen_tokens_are_fixed_point_and_exact():
     x = random.integers(-99, 100, (16, 700))
     x[:, 5] = limit
     values = random.integers(-1, 2, (40, 700, 2)).astype(np.int8)
+    assert isinstance(type.ternary, TernaryType)
     scales = np.ones(type.ternary.scales_shape, np.float16)
     weight = Packed(jnp.asarray(LAYOUTS["tiles"].pack(values)), jnp.asarray(scales), type)
     wanted = x @ np.asarray(weight.dequantize()).astype(int).T

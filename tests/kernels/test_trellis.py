@@ -1,0 +1,84 @@
+"""Products with weights that have a trellis code, against float64 numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from atd.decomposition.trellis_codes import TABLE, known_code
+from atd.errors import BadInput
+from atd.kernels import matmul as kernels
+from atd.kernels import xla
+from atd.weights import Packed, PackedType, Trellis, TrellisType
+from atd.weights.layouts import LAYOUTS
+
+INPUTS = 323  # no multiple of a cell of any layout
+LAYOUT_NAMES = [name for name in LAYOUTS if name != "hf-bitnet"]  # which holds one base
+
+
+def weight(code, out: int = 60, segment: int = 24, layout: str | None = None) -> Trellis | Packed:
+    random = np.random.default_rng(out)
+    type = TrellisType((out, INPUTS), code, segment, "f16")
+    trits = random.integers(-1, 2, type.trits_shape).astype(np.int8)
+    made = Trellis(trits, random.uniform(0.5, 2, type.scales_shape).astype(np.float16), type)
+    if layout is None:
+        return jax.tree.map(jnp.asarray, made)
+    codes = LAYOUTS[layout].pack(trits)
+    return jax.tree.map(jnp.asarray, Packed(codes, made.scales, PackedType(type, layout)))
+
+
+def check(w, tokens: int, dtype=jnp.float32):
+    x = np.random.default_rng(tokens).standard_normal((tokens, INPUTS))
+    x = jnp.asarray(x, dtype)
+    found = np.asarray(xla.matmul(x, w), np.float64)
+    exact = np.asarray(x, np.float64) @ np.asarray(w.dequantize(), np.float64).T
+    size = np.abs(np.asarray(x, np.float64)) @ np.abs(np.asarray(w.dequantize(), np.float64)).T
+    ulp = float(jnp.finfo(dtype).eps)
+    assert found.shape == exact.shape
+    # A weight can be a small difference of large taps, which the planes' products round one by one.
+    assert np.all(np.abs(found - exact) <= ulp * np.abs(exact) + 32 * 1.2e-7 * (size + size.mean()))
+
+
+@pytest.mark.parametrize("known", TABLE, ids=lambda known: f"{known.bases:g}-{known.kind}")
+def test_every_code(known):
+    check(weight(known.code), 3)
+
+
+@pytest.mark.parametrize("layout", LAYOUT_NAMES)
+@pytest.mark.parametrize("bases", [2, 2.5])
+def test_every_layout(layout, bases):
+    check(weight(known_code(bases), layout=layout), 3)
+
+
+def test_one_trit_in_the_layout_for_one_base():
+    code = known_code(2, "fast").__class__((((0.5, 0.25),),))
+    check(weight(code, layout="hf-bitnet"), 3)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_dtypes_of_activations(dtype):
+    check(weight(known_code(2), layout="aligned"), 2, dtype)
+
+
+@pytest.mark.parametrize("layout", [None, "aligned"])
+@pytest.mark.parametrize("bases", [2, 1.5])
+def test_rows_in_many_chunks(bases, layout, monkeypatch):
+    monkeypatch.setattr(xla, "CHUNK_BYTES", {"cpu": 1 << 15})
+    check(weight(known_code(bases), 600, 96, layout), 2)  # the last segment has 24 rows
+
+
+@pytest.mark.parametrize("layout", [None, "aligned", "tiles"])
+@pytest.mark.parametrize("known", TABLE, ids=lambda known: f"{known.bases:g}-{known.kind}")
+def test_rows_are_those_of_the_matrix(known, layout):
+    w = weight(known.code, layout=layout)
+    rows = np.array([[59, 0, 23, 24], [47, 48, 30, 0]])
+    whole = np.asarray(w.dequantize())
+    np.testing.assert_allclose(xla.take_rows(w, jnp.asarray(rows)), whole[rows], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["triton-interpret", "mosaic-interpret"])
+def test_backends_without_kernels_for_it_refuse(backend):
+    with pytest.raises(BadInput, match="no kernels for trellis codes; use backend 'xla'"):
+        kernels.matmul(
+            jnp.ones((1, INPUTS)), weight(known_code(2), layout="aligned"), backend=backend
+        )
