@@ -28,7 +28,7 @@ class Backend:
     """A backend of `atd.kernels.matmul` that has kernels for packed weights.
 
     A subclass brings `name`, the `layout` in which it reads weights as they lie, the GPUs that it
-    `allows`, what it `needs` there, and `multiply`.
+    `allows`, what it `needs` there, whether it `takes_codes` of a trellis, and `multiply`.
 
     Attributes:
         interpret: whether its kernels run on a CPU, in jax's interpreter, with twins of what that
@@ -39,6 +39,7 @@ class Backend:
     name = ""
     layout = "words"
     needs = ""
+    takes_codes = False
 
     def allows(self, capability: tuple[int, int]) -> bool:
         """Returns whether the kernels run on a GPU of this compute capability, (8, 0) for 8.0."""
@@ -60,7 +61,7 @@ class Backend:
         assert isinstance(weight, Packed)
         type = weight.type.ternary
         if not self.interpret and jax.default_backend() == "gpu":
-            self_test(self.__class__, type.bases, type.tied)
+            self_test(self.__class__, type.bases, isinstance(type, TernaryType) and type.tied)
         return self.multiply(x, weight, **fused)
 
     def device_refuses(self) -> str | None:
@@ -86,12 +87,12 @@ class Backend:
                 f"it multiplies weights packed in layout {', '.join(READABLE)}; repack, or use "
                 "backend 'xla'"
             )
-        if isinstance(type.ternary, TrellisType):
+        if isinstance(type.ternary, TrellisType) and not self.takes_codes:
             return "it has no kernels for trellis codes; use backend 'xla'"
         if type.ternary.bases > prefixes.MAX_BASES:
             return (
-                f"it multiplies up to {prefixes.MAX_BASES} bases, not {type.ternary.bases}; "
-                "backend 'xla' multiplies any"
+                f"it multiplies up to {prefixes.MAX_BASES} bases, or planes of a trellis code, not "
+                f"{type.ternary.bases}; backend 'xla' multiplies any"
             )
         if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
             return f"it takes activations in float32, bfloat16 or float16, not {dtype}"

@@ -81,7 +81,7 @@ def matmul(x: jax.Array, weight: Weight) -> jax.Array:
             def planes(cut: Cut) -> Sequence[Array]:
                 return [jnp.moveaxis(jnp.asarray(cut(trits)), -1, 0).astype(jnp.float32)]
 
-            y = _filtered(_by_rows([wide], len(trits), planes, type.code.trits), weight)
+            y = filtered(_by_rows([wide], len(trits), planes, type.code.trits), weight)
         case Packed() if weight.type.layout in ("words", "tiles"):
             y = _packed(wide, _as_bytes(weight))
         case Packed(type=PackedType(TrellisType(), "hf-bitnet")):
@@ -136,8 +136,15 @@ def _combine_rows(
     return jnp.asarray(combine(take(rows), mine, type))
 
 
-def _filtered(products: jax.Array, weight: Trellis | Packed) -> jax.Array:
-    """T_i x of a weight with a trellis code, [M, rows / P, planes] -> float32 [M, rows]."""
+def filtered(products: jax.Array, weight: Trellis | Packed) -> jax.Array:
+    """Makes the product of a weight with a trellis code of those of its planes.
+
+    Args:
+        products: T_i x, float32 [M, rows / P, planes].
+
+    Returns:
+        float32 [M, rows].
+    """
     type = ternary_of(weight.type)
     assert isinstance(type, TrellisType)
     values = values_of(products.swapaxes(0, 1), type.code, type.segment)  # [rows, M]
@@ -296,7 +303,7 @@ def _packed(x: jax.Array, weight: Packed) -> jax.Array:
 
     planes_of_x = [planes.of(x, plane) for plane in range(planes.count)]
     if isinstance(type, TrellisType):
-        return _filtered(_by_rows(planes_of_x, rows, separate, bases), weight)
+        return filtered(_by_rows(planes_of_x, rows, separate, bases), weight)
     return _by_rows(planes_of_x, rows, planes_of_w)
 
 

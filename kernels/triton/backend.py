@@ -7,7 +7,8 @@
 How many is few, and the shapes of blocks of threads: `atd.kernels.settings`. All results are
 deterministic: everything adds up in a fixed order. For few tokens a product is two kernels: a norm
 is computed where the activations are folded, and SwiGLU or a residual where the results are
-written.
+written. Of weights with a trellis code `gemv` makes the products of the planes, and XLA filters
+them; of more tokens XLA decodes the weights.
 """
 
 from dataclasses import dataclass, replace
@@ -15,12 +16,13 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 
-from atd.kernels import packed
+from atd.kernels import packed, xla
 from atd.kernels.settings import Settings, choose
+from atd.kernels.trellis import decode_once, planes_type
 from atd.kernels.triton import decode, gemm, gemv
 from atd.kernels.triton.fold import Norm
 from atd.kernels.triton.geometry import ROWS, most_tokens
-from atd.weights import Packed, TernaryType, Weight
+from atd.weights import Packed, TernaryType, TrellisType, Weight
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Triton(packed.Backend):
     settings: Settings | None = None
     name = "triton"
     layout = "tiles"
+    takes_codes = True
     needs = "Triton needs 8.0 (RTX 30xx, A10, A100 or newer); backend 'xla' runs there"
 
     def allows(self, capability: tuple[int, int]) -> bool:
@@ -42,7 +45,9 @@ class Triton(packed.Backend):
     def fuses(self, x: jax.Array, weight: Weight, gated: bool = False) -> bool:
         """Returns whether `matmul` takes a norm and a residual, or is gated, for these."""
         type = weight.type.ternary
-        if gated and type.shape[0] % (2 * ROWS):
+        if isinstance(type, TrellisType):
+            type = planes_type(type)
+        elif gated and type.shape[0] % (2 * ROWS):
             return False
         return way_of(self._settings(x, type), type, x.shape[0]) == "gemv"
 
@@ -60,9 +65,11 @@ class Triton(packed.Backend):
             norm, residual, gated: as in `gemv.matmul`, only where it `fuses`.
         """
         type, dtype, interpret = weight.type.ternary, x.dtype, self.interpret
-        settings = self._settings(x, type)
         held = self.prepare(weight)
         assert isinstance(held, Packed)
+        if isinstance(type, TrellisType):
+            return self._with_code(x, held, norm, residual, gated)
+        settings = self._settings(x, type)
         codes, scales = jnp.asarray(held.codes), jnp.asarray(held.scales)
         way = way_of(settings, type, x.shape[0])
         if way == "gemv":
@@ -74,6 +81,31 @@ class Triton(packed.Backend):
             tiles = settings.tiles
             return gemm.matmul(narrow, codes, scales, type, tiles, dtype, interpret=interpret)
         return decode.matmul(narrow, codes, scales, type, dtype, interpret=interpret)
+
+    def _with_code(
+        self,
+        x: jax.Array,
+        weight: Packed,
+        norm: Norm | None,
+        residual: jax.Array | None,
+        gated: bool,
+    ) -> jax.Array:
+        """`multiply` by a weight with a trellis code, in layout `tiles`."""
+        assert isinstance(weight.type.ternary, TrellisType)
+        type = planes_type(weight.type.ternary)
+        settings = self._settings(x, type)
+        if way_of(settings, type, x.shape[0]) == "gemv":
+            codes, scales = jnp.asarray(weight.codes), jnp.asarray(weight.scales)
+            options = {"norm": norm, "planes": True, "interpret": self.interpret}
+            found = gemv.matmul(x, codes, scales, type, settings.gemv, **options)  # [M, N, rows]
+            y = xla.filtered(found.swapaxes(1, 2), weight)
+        else:
+            narrow = x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x  # as in a dense model
+            y = decode_once(narrow, weight)
+        if gated:
+            gate, up = jnp.split(y, 2, axis=1)
+            y = jax.nn.silu(gate) * up
+        return (y if residual is None else y + residual.astype(jnp.float32)).astype(x.dtype)
 
     def largest_difference(self, bases: int, tied: bool) -> float:
         """Returns the larger of the differences of few and of some tokens: see `packed.Backend`."""

@@ -52,6 +52,7 @@ def matmul(
     norm: Norm | None = None,
     residual: jax.Array | None = None,
     gated: bool = False,
+    planes: bool = False,
     interpret: bool = False,
 ) -> jax.Array:
     """Multiplies as many tokens at a time as have columns.
@@ -66,20 +67,23 @@ def matmul(
         residual: [M, out], added to the result.
         gated: for a gate above an up matrix, silu(gate) * up; out is a multiple of 32 and there is
             no residual.
+        planes: for the products of the bases, without scales.
 
     Returns:
-        [M, out], or [M, out / 2] where it is gated, in x's dtype.
+        [M, out], or [M, out / 2] where it is gated, in x's dtype; of planes float32 [M, N, out].
     """
     shape = shape.paired() if gated else shape
     most = most_tokens(type, x.shape[0])
     results = []
     for start in range(0, x.shape[0], most):
         part = x[start : start + most]
-        g = Geometry(type, part.shape[0], shape, gated, interpret)
+        g = Geometry(type, part.shape[0], shape, gated, planes, interpret)
         folded = fold(g, part, norm)
         added = None if residual is None else residual[start : start + most]
-        results.append(multiply(g, *folded, codes, scales, added, x.dtype))
-    return jnp.concatenate(results) if len(results) > 1 else results[0]
+        dtype = jnp.float32 if planes else x.dtype
+        results.append(multiply(g, *folded, codes, scales, added, dtype))
+    found = jnp.concatenate(results) if len(results) > 1 else results[0]
+    return found.reshape(x.shape[0], -1, type.shape[0]) if planes else found
 
 
 def multiply(
@@ -98,18 +102,18 @@ def multiply(
         codes, scales, residual: as in `matmul`.
 
     Returns:
-        [tokens, results] in dtype, computed in float32.
+        [vectors, results] in dtype, computed in float32.
     """
     rows = g.shape.rows // 2 if g.gated else g.shape.rows
     added = [] if residual is None else [residual.reshape(-1)]
     return pl.pallas_call(
         functools.partial(_kernel, g=g),
-        out_shape=jax.ShapeDtypeStruct((g.tokens * g.results,), dtype),
+        out_shape=jax.ShapeDtypeStruct((g.vectors * g.results,), dtype),
         grid=(-(-g.results // rows),),
         compiler_params=plt.CompilerParams(num_warps=g.shape.warps, num_stages=1),
         interpret=g.interpret,
         name=g.name,
-    )(x, codes.reshape(-1), largest, scales.reshape(-1), *added).reshape(g.tokens, g.results)
+    )(x, codes.reshape(-1), largest, scales.reshape(-1), *added).reshape(g.vectors, g.results)
 
 
 def _kernel(x_ref, codes_ref, largest_ref, scales_ref, *rest, g: Geometry):
@@ -138,7 +142,8 @@ def _kernel(x_ref, codes_ref, largest_ref, scales_ref, *rest, g: Geometry):
 
     # What the end needs is on its way before the loop.
     octets = range(g.columns.octets)
-    scales = [[block.scale(r, o) for o in octets] for r in range(0 if grouped else row_blocks)]
+    scaled_at_end = 0 if grouped or g.planes else row_blocks
+    scales = [[block.scale(r, o) for o in octets] for r in range(scaled_at_end)]
     groups = range(block.result_blocks)
     ends = [_ends(g, block.first_row(r), largest_ref, residual_ref) for r in groups]
 
@@ -150,6 +155,8 @@ def _kernel(x_ref, codes_ref, largest_ref, scales_ref, *rest, g: Geometry):
         """float32, by octets of columns."""
         if grouped:
             return sums[r]
+        if g.planes:
+            return block.values(sums[r])
         return [v * scale for v, scale in zip(block.values(sums[r]), scales[r], strict=True)]
 
     for r in groups:
@@ -284,12 +291,13 @@ class _End:
 
 
 def _ends(g: Geometry, first_row, largest_ref, residual_ref) -> list[_End]:
-    columns, shape = g.columns, g.shape
+    columns, shape = g.result_columns, g.shape
 
-    def end(result, token, row) -> _End:
-        at, mask = token * g.results + row, (row < g.results) & (token < g.tokens)
+    def end(result, vector, row) -> _End:
+        at, mask = vector * g.results + row, (row < g.results) & (vector < g.vectors)
+        token = divided(vector, g.plan.sums)[0] if g.planes else vector
         if token.ndim:
-            unit = plt.load(largest_ref.at[token], mask=token < g.tokens, other=0.0)
+            unit = plt.load(largest_ref.at[token], mask=vector < g.vectors, other=0.0)
         else:
             unit = largest_ref[token]
         read = (plt.load(ref.at[at], mask=mask, other=0.0) for ref in residual_ref)
@@ -301,28 +309,28 @@ def _ends(g: Geometry, first_row, largest_ref, residual_ref) -> list[_End]:
             return parts
         return parts.reshape(shape.row_warps, shape.splits, -1).sum(axis=1)
 
-    if columns.apart and columns.coefficients == g.tokens:  # a column is a token: as they lie
+    if columns.apart and columns.coefficients == g.vectors:  # a column is a vector: as they lie
         place = _Place.of(shape.row_warps, 1)
 
         def of_octet(o: int, octets: Sequence[jax.Array]) -> jax.Array:
             return of_rows(octets[o]).reshape(-1)
 
-        tokens = [columns.of(o, place.column)[0] for o in range(columns.octets)]
+        vectors = [columns.of(o, place.column)[0] for o in range(columns.octets)]
         return [
-            end(functools.partial(of_octet, o), token, first_row + place.row)
-            for o, token in enumerate(tokens)
+            end(functools.partial(of_octet, o), vector, first_row + place.row)
+            for o, vector in enumerate(vectors)
         ]
 
     column = _Place.of(shape.row_warps, shape.splits).column
 
-    def of_token(t: int, octets: Sequence[jax.Array]) -> jax.Array:
-        """The sum over the token's columns [row warps, g, row half]: within a warp first, which
+    def of_vector(vector: int, octets: Sequence[jax.Array]) -> jax.Array:
+        """The sum over the vector's columns [row warps, g, row half]: within a warp first, which
         takes no memory."""
-        mine = [jnp.where(columns.of(o, column)[0] == t, v, 0.0) for o, v in enumerate(octets)]
+        mine = [jnp.where(columns.of(o, column)[0] == vector, v, 0.0) for o, v in enumerate(octets)]
         parts = functools.reduce(operator.add, mine).reshape(-1, 8, 4, 2, 2)
         return of_rows(parts.sum(axis=4).sum(axis=2)).reshape(rows)
 
     rows = (shape.row_warps, 8, 2)
     row_warp, eighth, half = (lax.broadcasted_iota(jnp.int32, rows, axis) for axis in range(3))
     row = first_row + row_warp * ROWS + eighth + 8 * half
-    return [end(functools.partial(of_token, t), jnp.int32(t), row) for t in range(g.tokens)]
+    return [end(functools.partial(of_vector, v), jnp.int32(v), row) for v in range(g.vectors)]

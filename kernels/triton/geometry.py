@@ -82,6 +82,8 @@ class Geometry:
         shape: how the work is cut into blocks of threads; `paired` where the product is gated.
         gated: whether the matrix is a gate above an up matrix, and the result silu(gate) * up
             [tokens, out / 2].
+        planes: whether the sums of the bases are results of their own, without scales:
+            T_i x [tokens x N, out]. The type has free scales.
         interpret: whether jax's interpreter runs the kernels, in which PTX is replaced by its twins
             in jnp.
     """
@@ -90,6 +92,7 @@ class Geometry:
     tokens: int
     shape: Shape
     gated: bool = False
+    planes: bool = False
     interpret: bool = False
 
     @property
@@ -147,6 +150,16 @@ class Geometry:
         if self.group_size is not None:
             slots = prefixes.slots_of(self.plan, self.steps, self.group_size)[1]
         return Columns(self.tokens, self.plan.sums, slots)
+
+    @property
+    def vectors(self) -> int:
+        """Vectors of results: one per token, or per token and base."""
+        return self.tokens * (self.plan.sums if self.planes else 1)
+
+    @property
+    def result_columns(self) -> Columns:
+        """The columns as parts of vectors of results instead of tokens."""
+        return Columns(self.vectors, 1) if self.planes else self.columns
 
     @property
     def name(self) -> str:

@@ -8,7 +8,8 @@ import pytest
 from atd.decomposition.trellis_codes import TABLE, known_code
 from atd.errors import BadInput
 from atd.kernels import matmul as kernels
-from atd.kernels import xla
+from atd.kernels import trellis, xla
+from atd.kernels.triton.fold import Norm
 from atd.weights import Packed, PackedType, Trellis, TrellisType
 from atd.weights.layouts import LAYOUTS
 
@@ -76,9 +77,61 @@ def test_rows_are_those_of_the_matrix(known, layout):
     np.testing.assert_allclose(xla.take_rows(w, jnp.asarray(rows)), whole[rows], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["triton-interpret", "mosaic-interpret"])
-def test_backends_without_kernels_for_it_refuse(backend):
-    with pytest.raises(BadInput, match="no kernels for trellis codes; use backend 'xla'"):
-        kernels.matmul(
-            jnp.ones((1, INPUTS)), weight(known_code(2), layout="aligned"), backend=backend
-        )
+@pytest.mark.parametrize(
+    ("bases", "kind", "tokens"),
+    [
+        (2, "default", 1),
+        (2, "default", 3),
+        pytest.param(2, "best", 16, marks=pytest.mark.slow),
+        (1.5, "fast", 2),
+        (3, "default", 1),
+        pytest.param(3, "fast", 5, marks=pytest.mark.slow),
+    ],
+)
+def test_triton_multiplies_planes_of_few_tokens(bases, kind, tokens):
+    """As exactly as it multiplies by free scales: activations are integers of 22 bits."""
+    w = weight(known_code(bases, kind), layout="aligned")
+    x = jnp.asarray(np.random.default_rng(tokens).standard_normal((tokens, INPUTS)), jnp.float32)
+    found = kernels.matmul(x, w, backend="triton-interpret")
+    exact = np.asarray(x, np.float64) @ np.asarray(w.dequantize(), np.float64).T
+    np.testing.assert_allclose(found, exact, atol=2e-6 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize(("out", "segment"), [(60, 24), (192, 96)])
+def test_triton_decodes_segments_for_many_tokens(out, segment, monkeypatch):
+    monkeypatch.setattr(trellis, "CHUNK_BYTES", 1)
+    w = weight(known_code(1.5), out, segment, "aligned")
+    x = np.random.default_rng(0).standard_normal((70, INPUTS))
+    x = jnp.asarray(x, jnp.bfloat16)
+    found = np.asarray(kernels.matmul(x, w, backend="triton-interpret"), np.float32)
+    rounded = np.asarray(w.dequantize(jnp.float32).astype(jnp.bfloat16), np.float32)
+    exact = np.asarray(x, np.float32) @ rounded.T
+    np.testing.assert_allclose(found, exact, atol=0.01 * np.abs(exact).max())
+
+
+def test_triton_takes_in_what_comes_before_and_after():
+    """A norm in front, a residual or SwiGLU behind."""
+    w, rng = weight(known_code(2), 64, 32, "tiles"), np.random.default_rng(0)
+    x, gain = (jnp.asarray(rng.standard_normal(n), jnp.float32) for n in ((1, INPUTS), INPUTS))
+    residual = jnp.asarray(rng.standard_normal((1, 64)), jnp.float32)
+    norm = Norm(gain, 1e-5)
+    plain = norm(x) @ np.asarray(w.dequantize()).T
+    options = {"norm": norm, "backend": "triton-interpret"}
+    added = kernels.fused(x, w, residual=residual, **options)
+    np.testing.assert_allclose(added, plain + residual, rtol=1e-4, atol=1e-4)
+    gated = kernels.fused(x, w, gated=True, **options)
+    wanted = jax.nn.silu(plain[:, :32]) * plain[:, 32:]
+    np.testing.assert_allclose(gated, wanted, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("backend", "bases", "reason"),
+    [
+        ("mosaic-interpret", 2, "no kernels for trellis codes; use backend 'xla'"),
+        ("triton-interpret", 2.5, "or planes of a trellis code, not 5; backend 'xla'"),
+    ],
+)
+def test_backends_without_kernels_for_it_refuse(backend, bases, reason):
+    w = weight(known_code(bases), layout="aligned")
+    with pytest.raises(BadInput, match=reason):
+        kernels.matmul(jnp.ones((1, INPUTS)), w, backend=backend)
