@@ -32,7 +32,7 @@ from atd.weights.codes import Code
 
 ROWS = 1024  # of a chunk on a CPU, about: wide enough for vectors, small enough for the cache
 LANES = 1024  # segments, of all columns that are searched together without second moments
-LEAST_SEGMENTS = 4  # of a chunk, where there are so many: vectors run over segments
+LEAST_SEGMENTS = 4  # of a chunk, where there are this many: vectors run over segments
 
 
 def decompose(

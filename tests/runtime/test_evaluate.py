@@ -134,7 +134,7 @@ def test_llama_cpp_scores_the_second_half_after_a_bos_that_replaces_the_first_to
     windows = [np.concatenate([[3], text[i * 16 + 1 : i * 16 + 16]]) for i in range(9)]
     for name, value in reference(model, dense, windows, first=8).items():
         np.testing.assert_allclose(getattr(result, name), value, rtol=2e-5, err_msg=name)
-    assert result.positions == 9 * 7  # llama-perplexity: n_ctx - n_ctx/2 - 1 a window
+    assert result.positions == 9 * 7  # llama-perplexity: n_ctx - n_ctx/2 - 1 per window
     assert result.convention == "llama.cpp"
 
 
