@@ -91,7 +91,9 @@ BOUNDS = {
 }  # free and tied, 2 % above what was measured
 
 
-@pytest.mark.parametrize("bases", [1, 2, 3])
+@pytest.mark.parametrize(
+    "bases", [2, *(pytest.param(bases, marks=pytest.mark.slow) for bases in (1, 3))]
+)
 def test_real_weights(trained, bases):
     tensors = load_file(trained.folder / "model.safetensors")
     linears = [

@@ -57,7 +57,10 @@ def test_the_search_finds_the_best_of_all_combinations(code, length):
 
 
 @pytest.mark.exact
-@pytest.mark.parametrize(("code", "length"), SMALL)
+@pytest.mark.parametrize(
+    ("code", "length"),
+    [SMALL[-1], *(pytest.param(*small, marks=pytest.mark.slow) for small in SMALL[:-1])],
+)
 def test_the_seam_that_is_found_can_be_kept(code, length):
     x, scale = column(32 * length, seed=1)
     trits, values, seam = snap(x, scale, code, length)

@@ -91,7 +91,7 @@ GRAPHS = {
     [
         ("dense", "xla-unpacked"),
         ("one key head", "xla-unpacked"),
-        ("window", "xla-unpacked"),
+        pytest.param("window", "xla-unpacked", marks=pytest.mark.slow),
         ("packed", "xla"),
         ("packed", "xla-unpacked"),
         ("packed, window, tied scales", "xla"),
@@ -155,7 +155,7 @@ def test_a_window_hides_what_lies_before_it():
     )  # position 3 still sees 0
 
 
-@pytest.mark.parametrize("layout", ["interleaved", "tq2_0"])
+@pytest.mark.parametrize("layout", ["interleaved", pytest.param("tq2_0", marks=pytest.mark.slow)])
 def test_packed_and_unpacked_agree(layout):
     graph = ternary(tiny_graph(layers=1), packed=True, layout=layout)
     tokens = tokens_of(2, 9)
