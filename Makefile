@@ -61,9 +61,10 @@ check: $(VENV)/.test
 
 # GPU kernels compiled for GPUs that are not here, and their PTX run in an emulator (1.6 GB in an
 # environment of its own). Programs for devices that are not here can be written to jax's compilation
-# cache, but not read from it.
+# cache, but not read from it. Where a tool is missing the tests would be skipped: an error here.
 FOR_GPUS := JAX_PLATFORMS=cpu JAX_ENABLE_COMPILATION_CACHE=false .venv-gpu-check/bin/python -m pytest
 gpu-check: .venv-gpu-check/.ready
+	.venv-gpu-check/bin/python -c 'import sys; from atd.kernels.tuning import aot; sys.exit(aot.missing())'
 	$(FOR_GPUS) -n 2 tests/kernels/tuning/test_aot.py tests/kernels/ptx tests/kernels/triton/test_compiled.py tests/kernels/mosaic
 	$(FOR_GPUS) -n 2 tests/kernels/test_matmul.py -k triton-ptx
 
