@@ -89,10 +89,12 @@ class Backend:
             )
         if isinstance(type.ternary, TrellisType) and not self.takes_codes:
             return "it has no kernels for trellis codes; use backend 'xla'"
-        if type.ternary.bases > prefixes.MAX_BASES:
+        coded = isinstance(type.ternary, TrellisType)
+        most = prefixes.MAX_PLANES if coded else prefixes.MAX_BASES
+        if type.ternary.bases > most:
             return (
-                f"it multiplies up to {prefixes.MAX_BASES} bases, or planes of a trellis code, not "
-                f"{type.ternary.bases}; backend 'xla' multiplies any"
+                f"it multiplies up to {most} {'planes of a trellis code' if coded else 'bases'}, "
+                f"not {type.ternary.bases}; backend 'xla' multiplies any"
             )
         if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
             return f"it takes activations in float32, bfloat16 or float16, not {dtype}"

@@ -86,6 +86,7 @@ def test_rows_are_those_of_the_matrix(known, layout):
         (1.5, "fast", 2),
         (3, "default", 1),
         pytest.param(3, "fast", 5, marks=pytest.mark.slow),
+        pytest.param(2.5, "default", 1, marks=pytest.mark.slow),
     ],
 )
 def test_triton_multiplies_planes_of_few_tokens(bases, kind, tokens):
@@ -128,7 +129,7 @@ def test_triton_takes_in_what_comes_before_and_after():
     ("backend", "bases", "reason"),
     [
         ("mosaic-interpret", 2, "no kernels for trellis codes; use backend 'xla'"),
-        ("triton-interpret", 2.5, "or planes of a trellis code, not 5; backend 'xla'"),
+        ("triton-interpret", 1.75, "up to 5 planes of a trellis code, not 7; backend 'xla'"),
     ],
 )
 def test_backends_without_kernels_for_it_refuse(backend, bases, reason):
