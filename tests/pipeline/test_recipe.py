@@ -66,7 +66,7 @@ def test_overrides():
         ("decompos.bases=3", "no pass 'decompos'; did you mean 'decompose'"),
         ("bases=3", "not of the form pass.option=value"),
         ("decompose.bases", "not of the form pass.option=value"),
-        ("decompose.bases=two", "must be int, not 'two'"),
+        ("decompose.bases=two", "must be int or float, not 'two'"),
     ],
 )
 def test_bad_overrides(override, message):
