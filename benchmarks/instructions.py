@@ -15,12 +15,15 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from atd.decomposition.options import trellis_type
+from atd.decomposition.trellis_codes import known_code
 from atd.kernels.settings import heuristic
+from atd.kernels.trellis import planes_type
 from atd.kernels.triton import gemv
 from atd.kernels.triton.backend import way_of
 from atd.kernels.triton.geometry import Geometry
 from atd.kernels.tuning import aot
-from atd.weights import PackedType, TernaryType, bits_per_weight
+from atd.weights import PackedType, TernaryType, TrellisType, bits_per_weight
 
 CASES = [
     (n, tied, group)
@@ -29,22 +32,26 @@ CASES = [
     for tied in (True, False)
     if tied or n > 1
 ]
+CODED = (1.25, 1.5, 2, 2.5, 3)  # N of trellis codes
 COPY = {"H200": 4.3e12, "H100": 3.0e12, "A10": 5.1e11, "L4": 2.6e11}  # bytes/s that a copy reaches
 CLOCK = {"H200": 1.75e9, "H100": 1.75e9, "A10": 1.5e9, "L4": 1.6e9}  # Hz under load
 
 
-def instructions(device: str, type: TernaryType) -> tuple[float, aot.Compiled]:
+def instructions(device: str, type: TernaryType | TrellisType) -> tuple[float, aot.Compiled]:
     """Returns (instructions of a thread in the main loop per weight that it multiplies, machine
     code)."""
-    g = Geometry(type, 1, heuristic(type, 1).gemv)
+    planes, period = isinstance(type, TrellisType), 1
+    if isinstance(type, TrellisType):
+        type, period = planes_type(type), type.code.period
+    g = Geometry(type, 1, heuristic(type, 1).gemv, planes=planes)
     operands = (
         jax.ShapeDtypeStruct((1, type.shape[1]), jnp.bfloat16),
         jax.ShapeDtypeStruct(PackedType(type, "tiles").codes_shape, jnp.uint32),
         jax.ShapeDtypeStruct(type.scales_shape, jnp.float16),
     )
-    function = partial(gemv.matmul, type=type, shape=g.shape)
+    function = partial(gemv.matmul, type=type, shape=g.shape, planes=planes)
     compiled = aot.compile_for(device, function, *operands, kernel=g.name)
-    weights = 2 * g.shape.row_blocks * g.shape.unroll * g.plan.piece_params
+    weights = 2 * g.shape.row_blocks * g.shape.unroll * g.plan.piece_params * period
     return aot.main_loop_instructions(compiled.sass).total() / weights, compiled
 
 
@@ -66,9 +73,11 @@ def main() -> None:
         "| modelled, x bf16 |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
-    for bases, tied, group in CASES:
-        type = TernaryType((out, inputs), bases, group, tied, "f16")
-        if way_of(heuristic(type, 1), type, 1) != "gemv":
+    types = [TernaryType((out, inputs), n, group, tied, "f16") for n, tied, group in CASES]
+    codes = [trellis_type((out, inputs), known_code(n), "f16") for n in CODED]
+    for type in (*types, *codes):
+        assert type is not None
+        if isinstance(type, TernaryType) and way_of(heuristic(type, 1), type, 1) != "gemv":
             continue  # more groups in a step than the kernel has columns for
         count, compiled = instructions(arguments.device, type)
         bits = bits_per_weight(PackedType(type, "tiles"))
@@ -76,11 +85,11 @@ def main() -> None:
         bound, speed = min(
             ("bytes", by_bytes), ("instructions", by_instructions), key=lambda way: way[1]
         )
-        kind = "tied" if tied else "free"
+        what = [f"{type.code.bases:g}", "trellis", "row"] if isinstance(type, TrellisType) else []
+        if isinstance(type, TernaryType):
+            what = [type.bases, "tied" if type.tied else "free", type.group]
         row = [
-            bases,
-            kind,
-            group,
+            *what,
             f"{bits:.2f}",
             f"{count:.2f}",
             compiled.registers,

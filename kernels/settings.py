@@ -140,8 +140,8 @@ def heuristic(type: TernaryType, tokens: int) -> Settings:
     per_row = type.scales_shape[1] == 1
     if tokens > 8:  # more activations than codes to load: two groups of rows share them
         row_blocks, unroll = 2, 1
-    else:  # rows of a few steps have nothing to unroll
-        row_blocks, unroll = 1, 2 if steps >= 8 and per_row else 1
+    else:  # rows of a few steps have nothing to unroll, and five planes no registers for it
+        row_blocks, unroll = 1, 2 if steps >= 8 and per_row and type.bases < 5 else 1
     shape = Shape(warps=warps, row_blocks=row_blocks, unroll=unroll)
     return Settings(shape, tiles=tiles, gemm_tokens=max(64, 2 * tiles.tokens if per_row else 0))
 

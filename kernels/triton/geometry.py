@@ -165,7 +165,8 @@ class Geometry:
     def name(self) -> str:
         """The gemv kernel's name in traces and dumps."""
         columns = self.columns
-        return f"ternary_gemv_{self.plan}_c{columns.sets * columns.kept}"
+        kind = "planes" if self.planes else "gemv"
+        return f"ternary_{kind}_{self.plan}_c{columns.sets * columns.kept}"
 
 
 def most_tokens(type: TernaryType, tokens: int) -> int:

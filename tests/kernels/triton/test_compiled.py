@@ -29,7 +29,7 @@ OUT = INPUTS = 4096
 ONE_TOKEN = Settings(Shape(warps=4))
 
 
-CODES = {bases: LAYOUTS["tiles"].codes_shape(OUT, INPUTS, bases) for bases in (1, 2, 3, 4)}
+CODES = {bases: LAYOUTS["tiles"].codes_shape(OUT, INPUTS, bases) for bases in (1, 2, 3, 4, 5)}
 
 
 def compiled_gemv(
@@ -39,12 +39,13 @@ def compiled_gemv(
     tokens: int = 1,
     settings: Settings = ONE_TOKEN,
     gated: bool = False,
+    planes: bool = False,
 ) -> tuple[aot.Compiled, float]:
     """Returns (machine code, instructions in the loop per weight)."""
     type = TernaryType((OUT, INPUTS), bases, "row", tied, "f16")
     shape = settings.gemv.paired() if gated else settings.gemv
-    g = Geometry(type, tokens, shape, gated)
-    function = partial(gemv.matmul, type=type, shape=settings.gemv, gated=gated)
+    g = Geometry(type, tokens, shape, gated, planes)
+    function = partial(gemv.matmul, type=type, shape=settings.gemv, gated=gated, planes=planes)
     operands = (
         jax.ShapeDtypeStruct((tokens, INPUTS), jnp.bfloat16),
         jax.ShapeDtypeStruct(CODES[bases], jnp.uint32),
@@ -86,6 +87,18 @@ def test_instructions_a_weight_of_one_token(device, bases, tied, most):
     assert loads(compiled) == WIDE
     most_registers = 80 if (bases, tied) == (3, False) else 64  # 25, 32 warps a multiprocessor
     assert compiled.registers <= most_registers
+
+
+@pytest.mark.parametrize(
+    ("planes", "tokens", "most"), [(2, 1, 2.3), (2, 2, 3.0), (3, 1, 3.8), (5, 1, 9.0)]
+)
+@pytest.mark.parametrize("device", ["H200", "A10"])
+def test_planes_of_a_trellis_code(device, planes, tokens, most):
+    """Per parameter, which is a weight where rows have whole numbers of trits."""
+    compiled, instructions = compiled_gemv(device, planes, False, tokens, planes=True)
+    assert compiled.spill_bytes == 0
+    assert instructions < most
+    assert loads(compiled) == WIDE
 
 
 @pytest.mark.parametrize(
