@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from atd.calibration.trainable import Parameters, TrainableUnit
+from atd.decomposition.options import trellis_type
+from atd.decomposition.trellis_codes import known_code
 from atd.ir import Graph, in_memory
-from atd.passes.decompose import Decompose
+from atd.ir.rewrite import map_nodes
 from atd.pipeline import Pipeline
-from atd.weights import DTYPES, DenseType, Ternary, TernaryType
+from atd.weights import DTYPES, Code, DenseType, Ternary, TernaryType, Trellis
 from tests.models.tiny import tiny_graph
 
 
@@ -58,10 +60,26 @@ def free_fused() -> Graph:
     return rough(tiny_graph(), TernaryType((1, 1), 2, 32, False, "f16"), after=("pack", "fuse"))
 
 
+def coded(graph: Graph, code: Code, nodes: str = r"model\.layers\..*") -> Graph:
+    """The graph with weights of this trellis code, of any trits, in place of some linears."""
+
+    def node(unit, node):
+        ref = node.weights.get("weight")
+        if node.op != "linear" or ref is None or not re.fullmatch(nodes, unit.full_name(node)):
+            return node
+        type, rng = trellis_type(ref.type.shape, code, "f16"), np.random.default_rng(len(node.name))
+        assert type is not None
+        trits = rng.integers(-1, 2, type.trits_shape).astype(np.int8)
+        scales = rng.uniform(0.02, 0.03, type.scales_shape).astype(np.float16)
+        weight = in_memory(ref.tensor, Trellis(trits, scales, type))
+        return replace(node, weights=node.weights | {"weight": weight})
+
+    return map_nodes(graph, node)
+
+
 def trellis_packed() -> Graph:
     """The linears of the blocks with a trellis code, packed and joined."""
-    step = Decompose(group="row", trellis="fast")
-    return Pipeline([step, "pack", "fuse"])(tiny_graph())
+    return Pipeline(["pack", "fuse"])(coded(tiny_graph(), known_code(2)))
 
 
 def moved(unit: TrainableUnit, scale: float, seed: int = 0) -> Parameters:

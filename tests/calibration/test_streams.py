@@ -25,7 +25,7 @@ from atd.pipeline.recipe import read_recipe
 from atd.runtime.evaluate import evaluate
 from tests.models.tiny import tiny_graph
 
-RECIPE = replace(read_recipe("ternary2", ["decompose.bases=2"]), calibration_tokens=4096)
+RECIPE = replace(read_recipe("ternary2", ["decompose.trellis=fast"]), calibration_tokens=4096)
 
 
 def quiet(line: str) -> None:

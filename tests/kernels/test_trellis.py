@@ -81,9 +81,9 @@ def test_rows_are_those_of_the_matrix(known, layout):
     ("bases", "kind", "tokens"),
     [
         (2, "default", 1),
-        (2, "default", 3),
+        pytest.param(2, "default", 3, marks=pytest.mark.slow),
         pytest.param(2, "best", 16, marks=pytest.mark.slow),
-        (1.5, "fast", 2),
+        pytest.param(1.5, "fast", 2, marks=pytest.mark.slow),
         (3, "default", 1),
         pytest.param(3, "fast", 5, marks=pytest.mark.slow),
         pytest.param(2.5, "default", 1, marks=pytest.mark.slow),

@@ -107,20 +107,26 @@ def test_damping_holds_for_the_correction_as_well():
 
 @pytest.mark.parametrize(
     ("bases", "kind", "bound"),
-    [(1.5, "default", 0.26), (2, "fast", 0.15), (2, "default", 0.14), (3, "default", 0.05)],
+    [
+        (1.5, "fast", 0.26),
+        pytest.param(2, "fast", 0.15, marks=pytest.mark.slow),
+        (2, "default", 0.14),
+        pytest.param(2, "best", 0.14, marks=pytest.mark.slow),
+        pytest.param(3, "default", 0.05, marks=pytest.mark.slow),
+    ],
 )
 def test_trellis_codes_on_real_weights(trained, bases, kind, bound):
     """The relative RMSE of rotated weights, without second moments; one weight at a time, two bases
     cannot reach 0.17 and three not 0.06.
     """
     graph = Pipeline(["fold_norms", "rotate"])(frontend.open(trained.folder))
-    step = Decompose(group="row", bases=bases, trellis=kind, nodes=r"model\.layers\.0\..*")
+    step = Decompose(group="row", bases=bases, trellis=kind, nodes=r".*\.0\.self_attn.*")
     errors = []
     for (_, before), (_, after) in zip(graph.weights(), step(graph).weights(), strict=True):
         if after.type != before.type:
             dense, made = before.load().dequantize(), np.asarray(after.load().dequantize())
             errors.append(np.linalg.norm(dense - made) / np.linalg.norm(dense))
-    assert len(errors) == 7
+    assert len(errors) == 4
     assert np.mean(errors) < bound
 
 

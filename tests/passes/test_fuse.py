@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from atd.decomposition.trellis_codes import known_code
 from atd.ir import Node
 from atd.models import frontend
 from atd.models.model import load
@@ -11,6 +12,7 @@ from atd.passes.fuse import Fuse
 from atd.passes.pack import Pack
 from atd.pipeline import Pipeline, Rule
 from atd.weights import Dense
+from tests.calibration.converted import coded
 from tests.models.tiny import tiny_graph
 
 
@@ -99,9 +101,8 @@ def test_one_scale_a_tensor_and_strided_rows_are_left_alone():
 @pytest.mark.parametrize("bases", [2, 1.5])
 def test_trellis_codes_are_joined_segment_on_segment(bases):
     """q has two segments, k and v have one."""
-    step = Decompose(group="row", bases=bases, trellis="default")
-    graph = tiny_graph(hidden=256, mlp=192)
-    apart, joined = (Pipeline([step, *fuse, Pack()])(graph) for fuse in ([], [Fuse()]))
+    graph = coded(tiny_graph(hidden=256, mlp=192), known_code(bases))
+    apart, joined = (Pipeline([*fuse, Pack()])(graph) for fuse in ([], [Fuse()]))
     qkv = linears(joined)["self_attn.qkv_proj"].weights["weight"]
     parts = [linears(apart)[f"self_attn.{n}_proj"].weights["weight"] for n in "qkv"]
     assert all("segment=128" in str(part.type) for part in parts)
@@ -113,7 +114,6 @@ def test_trellis_codes_are_joined_segment_on_segment(bases):
 
 def test_a_short_last_segment_is_left_alone():
     """149 rows are segments of 128 and 21."""
-    step = Decompose(group="row", trellis="default", nodes=r".*(gate|up)_proj")
-    joined = linears(Pipeline([step, Fuse()])(tiny_graph(mlp=149)))
+    joined = linears(Fuse()(coded(tiny_graph(mlp=149), known_code(2), r".*(gate|up)_proj")))
     assert "segment=128" in str(joined["mlp.gate_proj"].weights["weight"].type)
     assert "mlp.gate_up_proj" not in joined
