@@ -32,7 +32,7 @@ from atd.weights.codes import Code
 
 ROWS = 1024  # of a chunk on a CPU, about: wide enough for vectors, small enough for the cache
 LANES = 1024  # segments, of all columns that are searched together without second moments
-LEAST_SEGMENTS = 4  # of a chunk, where there are this many: vectors run over segments
+LEAST_SEGMENTS = 3  # of a chunk, where there are this many: vectors run over segments
 
 
 def decompose(
@@ -166,16 +166,19 @@ def _in_chunks(
 
 
 def _chunks(out: int, length: int) -> list[tuple[int, int]]:
-    """(start, stop) of rows that are worked on together: whole segments, about as many for each
-    core.
+    """(start, stop) of rows that are worked on together: whole segments, as many in each chunk
+    where that can be, since each number of rows is compiled anew.
     """
     if jax.default_backend() != "cpu":
         return [(0, out)]
     segments = max(1, out // length)
     most = max(1, ROWS // length)
+    least = min(LEAST_SEGMENTS, segments)
     cores = os.cpu_count() or 1
-    each = min(most, max(LEAST_SEGMENTS, -(-segments // cores)))
-    starts = [*range(0, segments * length, each * length)]
+    fewest = max(-(-segments // most), min(cores, segments // least))
+    counts = range(fewest, max(fewest, segments // least) + 1)
+    chunks = next((n for n in counts if segments % n == 0), fewest)
+    starts = [*range(0, segments * length, -(-segments // chunks) * length)]
     return list(zip(starts, [*starts[1:], out], strict=True))
 
 
