@@ -64,9 +64,9 @@ def convert(
     Args:
         out: The folder to write.
         recipe: The recipe to convert with. adaptive chooses N for each matrix under --bits or
-            --budget; ternary1, ternary2 and ternary3 use one N; datafree2 and datafree3 need no
-            calibration and are quick; greedy3 is the simplest; llama3-8b-4gb fits Llama 3 8B into 4
-            GB. Or the path of a .toml file.
+            --budget; ternary1, ternary2 and ternary3 use one N; rotated2, rotated3, datafree2 and
+            datafree3 need no calibration and are quick; greedy3 is the simplest; llama3-8b-4gb fits
+            Llama 3 8B into 4 GB. Or the path of a .toml file.
         overrides: Change an option of a pass, for instance --set decompose.bases=3. Give it again
             for more.
         nonfinite: What to do with weights that are NaN or infinite: refuse the model, which is the

@@ -16,6 +16,8 @@ def test_the_recipes_that_come_with_atd():
         "datafree3",
         "greedy3",
         "llama3-8b-4gb",
+        "rotated2",
+        "rotated3",
         "ternary1",
         "ternary2",
         "ternary3",
