@@ -50,6 +50,7 @@ from atd.weights import (
 )
 
 METHODS = ("als", "greedy", "hessian")
+TOLERATED = 1.5  # times the error on Gaussians, before a code's error is worth a warning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +191,8 @@ class Decompose(Pass):
                 made = self._calibrated(name, weight, type, moments, context)
             else:
                 made = quantize.nearest(weight, type, context.feature_weights.get(name))
+            if isinstance(type, TrellisType):
+                _warn_of_other_weights(name, weight, type, context)
             context.record(name, error=relative_error(weight, made))
             return made
 
@@ -224,6 +227,20 @@ class Decompose(Pass):
         if factor.damping > self.damping:
             context.record(name, damping=factor.damping)
         return made
+
+
+def _warn_of_other_weights(
+    name: str, weight: np.ndarray, type: TrellisType, context: Context
+) -> None:
+    """Says where a code is worse than it should be, because the weights are far from Gaussian."""
+    expected = trellis_codes.gaussian_error(type.code)
+    if (found := quantize.code_error(weight, type)) > TOLERATED * expected:
+        context.say(
+            f"decompose: {name}: the trellis code leaves {found:.4f} of its energy, not "
+            f"{expected:.4f} as on Gaussian weights (excess kurtosis "
+            f"{quantize.excess_kurtosis(weight):.1f}): put rotate in front, or leave the code out "
+            "with a rule"
+        )
 
 
 @lru_cache(maxsize=1)

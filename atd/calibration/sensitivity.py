@@ -34,7 +34,6 @@ from atd.calibration.moments import BATCH, dense_moments
 from atd.calibration.windows import windows_holding
 from atd.decomposition import error_feedback, quantize
 from atd.decomposition.options import Candidate
-from atd.decomposition.trellis_codes import gaussian_error
 from atd.ir import Graph
 from atd.models.execute import Structure, dense_weights, output, run, structure_of
 from atd.models.ops import Weights
@@ -124,7 +123,7 @@ def feedback_loss(
         return np.zeros(len(weight))
     size = np.square(weight) @ pivots
     if isinstance(type, TrellisType):
-        return LEFT_BY_CODES * gaussian_error(type.code) * size
+        return LEFT_BY_CODES * quantize.code_error(weight, type) * size
     step = -(-len(weight) // ROWS)
     part = weight[::step]
     made = quantize.nearest(part, replace(type, shape=part.shape), np.diagonal(hessian))

@@ -3,7 +3,12 @@
 import numpy as np
 
 from atd.decomposition import error_feedback, least_squares, trellis_feedback
+from atd.decomposition.options import trellis_type
+from atd.decomposition.trellis_codes import gaussian_error
 from atd.weights import DTYPES, Ternary, TernaryType, Trellis, TrellisType
+
+NEARLY_GAUSSIAN = 0.3  # excess kurtosis up to which a code's error is that on Gaussians, within 8 %
+SAMPLE = 256  # rows and inputs that are quantized to find the error on other weights
 
 
 def nearest(
@@ -49,3 +54,32 @@ def calibrated(
         return Trellis(*trellis_feedback.decompose(weight, factor, hessian, **options), type)
     options |= {"bases": type.bases, "group": type.group, "tied": type.tied}
     return Ternary(*error_feedback.decompose(weight, factor, hessian, **options), type)
+
+
+def excess_kurtosis(weight: np.ndarray) -> float:
+    """Returns the mean of z^4 less 3, z the weights in units of their row's root mean square: 0 for
+    Gaussians, 3 for a Laplace distribution, -1.2 for a uniform one.
+    """
+    squares = np.square(weight, dtype=np.float32)
+    squares /= np.maximum(squares.mean(axis=1, keepdims=True), 1e-30)
+    return float(np.mean(np.square(squares))) - 3
+
+
+def code_error(weight: np.ndarray, type: TrellisType) -> float:
+    """Returns what a trellis code leaves of a matrix without second moments: sum (w - q)^2 over
+    sum w^2.
+
+    That is the code's error on Gaussians where the weights are nearly so, and is else measured on a
+    sample of the matrix.
+
+    Args:
+        weight: float32 [out, in].
+        type: its code is one of `trellis_codes`.
+    """
+    if abs(excess_kurtosis(weight)) <= NEARLY_GAUSSIAN:
+        return gaussian_error(type.code)
+    part = weight[:SAMPLE, :: -(-weight.shape[1] // SAMPLE)]
+    sample = trellis_type(part.shape, type.code, type.dtype)
+    assert sample is not None, "a code for all rows that is none for some"
+    left = part - np.asarray(nearest(part, sample).dequantize())
+    return float(np.sum(np.square(left)) / max(np.sum(np.square(part)), 1e-30))

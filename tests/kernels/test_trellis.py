@@ -119,8 +119,10 @@ def test_triton_takes_in_what_comes_before_and_after():
     plain = norm(x) @ np.asarray(w.dequantize()).T
     options = {"norm": norm, "backend": "triton-interpret"}
     added = kernels.fused(x, w, residual=residual, **options)
+    assert added is not None
     np.testing.assert_allclose(added, plain + residual, rtol=1e-4, atol=1e-4)
     gated = kernels.fused(x, w, gated=True, **options)
+    assert gated is not None
     wanted = jax.nn.silu(plain[:, :32]) * plain[:, 32:]
     np.testing.assert_allclose(gated, wanted, rtol=1e-4, atol=1e-3)
 

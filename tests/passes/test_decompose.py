@@ -9,10 +9,13 @@ import pytest
 from atd.calibration.streams import Calibration, Moments
 from atd.decomposition.second_moments import proxy_loss
 from atd.errors import BadInput
+from atd.ir import in_memory
 from atd.ir.notes import MOMENTS, SecondMoments
+from atd.ir.rewrite import with_weight
 from atd.models import frontend
 from atd.passes.decompose import Decompose
 from atd.pipeline import Context, Figures, Pipeline, parse_pass
+from atd.weights import Dense
 from tests.models.tiny import tiny_graph
 
 
@@ -170,3 +173,24 @@ def test_trellis_options_round_trip():
     assert parse_pass(str(step)) == step
     assert "bases = 1.5" in str(step)
     assert "bases = 3," in str(Decompose(bases=3))
+
+
+def test_a_code_on_weights_that_are_not_gaussian_is_warned_of():
+    """Weights with heavy tails; Gaussian ones pass in silence."""
+    rng = np.random.default_rng(0)
+    gaussian, heavy = rng.standard_normal((64, 96)), rng.standard_t(4, (64, 96))
+    for matrix, warns in ((gaussian, False), (heavy, True)):
+        lines = []
+        graph = tiny_graph(hidden=96, mlp=64)
+        block = graph.blocks[0]
+        gate = with_weight(
+            block.node("mlp.gate_proj"), in_memory("w", Dense(matrix.astype(np.float32)))
+        )
+        graph = graph.with_units(
+            tuple(u.replace_node(gate) if u is block else u for u in graph.units)
+        )
+        step = Decompose(group="row", trellis="fast", nodes=r"model\.layers\.0\.mlp\.gate_proj")
+        after = step(graph, Context(say=lines.append))
+        after.blocks[0].node("mlp.gate_proj").weights["weight"].load()
+        assert bool(lines) == warns
+        assert not warns or "mlp.gate_proj: the trellis code leaves 0." in lines[0]
