@@ -33,7 +33,7 @@ def run(units, parameters):
     return np.asarray(x)
 
 
-@pytest.mark.parametrize("make", MAKE)
+@pytest.mark.parametrize("make", [tied_rotated, pytest.param(free_fused, marks=pytest.mark.slow)])
 def test_forward_is_the_loaded_model_before_and_after_they_move(make):
     graph = make()
     units = [trainable(unit, codes=True) for unit in graph.units[:-1]]

@@ -25,7 +25,9 @@ from atd.pipeline.recipe import read_recipe
 from atd.runtime.evaluate import evaluate
 from tests.models.tiny import tiny_graph
 
-RECIPE = replace(read_recipe("ternary2", ["decompose.trellis=fast"]), calibration_tokens=4096)
+RECIPE = replace(
+    read_recipe("ternary2", ["decompose.trellis=", "decompose.refits=0"]), calibration_tokens=4096
+)
 
 
 def quiet(line: str) -> None:
@@ -126,6 +128,7 @@ def test_an_interrupted_calibrated_run_ends_in_the_same_bytes(
 
 
 @pytest.mark.exact
+@pytest.mark.slow
 def test_its_own_recipe_makes_the_same_bytes_and_refuses_another_text(
     stories260k, calib, calibrated, small, tmp_path
 ):

@@ -35,7 +35,12 @@ def als_rmse(weight, bases, group, tied=False, dtype: DTypeLike = np.float32, **
 
 
 @pytest.mark.parametrize(
-    ("bases", "tensor", "group64"), [(1, 0.436, 0.429), (2, 0.175, 0.167), (3, 0.080, 0.066)]
+    ("bases", "tensor", "group64"),
+    [
+        pytest.param(1, 0.436, 0.429, marks=pytest.mark.slow),
+        (2, 0.175, 0.167),
+        pytest.param(3, 0.080, 0.066, marks=pytest.mark.slow),
+    ],
 )
 def test_known_errors_on_a_gaussian_matrix(bases, tensor, group64):
     weight = weights("gaussian", (96, 1024))

@@ -61,17 +61,27 @@ def test_dtypes_of_activations(dtype):
     check(weight(known_code(2), layout="aligned"), 2, dtype)
 
 
-@pytest.mark.parametrize("layout", [None, "aligned"])
-@pytest.mark.parametrize("bases", [2, 1.5])
+@pytest.mark.parametrize(
+    ("bases", "layout"),
+    [
+        (1.5, "aligned"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, None), (2, "aligned"))),
+    ],
+)
 def test_rows_in_many_chunks(bases, layout, monkeypatch):
     monkeypatch.setattr(xla, "CHUNK_BYTES", {"cpu": 1 << 15})
     check(weight(known_code(bases), 600, 96, layout), 2)  # the last segment has 24 rows
 
 
-@pytest.mark.parametrize("layout", [None, "aligned", "tiles"])
-@pytest.mark.parametrize("known", TABLE, ids=lambda known: f"{known.bases:g}-{known.kind}")
-def test_rows_are_those_of_the_matrix(known, layout):
-    w = weight(known.code, layout=layout)
+@pytest.mark.parametrize(
+    ("bases", "kind", "layout"),
+    [
+        *((known.bases, known.kind, None) for known in TABLE),
+        *((bases, "default", layout) for bases in (2, 2.5) for layout in ("aligned", "tiles")),
+    ],
+)
+def test_rows_are_those_of_the_matrix(bases, kind, layout):
+    w = weight(known_code(bases, kind), layout=layout)
     rows = np.array([[59, 0, 23, 24], [47, 48, 30, 0]])
     whole = np.asarray(w.dequantize())
     np.testing.assert_allclose(xla.take_rows(w, jnp.asarray(rows)), whole[rows], rtol=0, atol=1e-6)
@@ -84,7 +94,7 @@ def test_rows_are_those_of_the_matrix(known, layout):
         pytest.param(2, "default", 3, marks=pytest.mark.slow),
         pytest.param(2, "best", 16, marks=pytest.mark.slow),
         pytest.param(1.5, "fast", 2, marks=pytest.mark.slow),
-        (3, "default", 1),
+        pytest.param(3, "default", 1, marks=pytest.mark.slow),
         pytest.param(3, "fast", 5, marks=pytest.mark.slow),
         pytest.param(2.5, "default", 1, marks=pytest.mark.slow),
     ],

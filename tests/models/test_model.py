@@ -94,8 +94,8 @@ GRAPHS = {
         pytest.param("window", "xla-unpacked", marks=pytest.mark.slow),
         ("packed", "xla"),
         ("packed", "xla-unpacked"),
-        ("packed, window, tied scales", "xla"),
-        ("ternary", "xla"),
+        pytest.param("packed, window, tied scales", "xla", marks=pytest.mark.slow),
+        pytest.param("ternary", "xla", marks=pytest.mark.slow),
     ],
 )
 def test_prefill_and_decode_are_the_forward_pass(name, backend):
@@ -184,7 +184,11 @@ def test_kernels_of_gpus_write_the_same_tokens(backend, group):
     ("graph", "length"),
     [
         (lambda: Pipeline(["fuse"])(tiny_graph(layers=2)), 16),
-        (lambda: with_window(tiny_graph(layers=1, heads=4, kv_heads=1), 5), 16),
+        pytest.param(
+            lambda: with_window(tiny_graph(layers=1, heads=4, kv_heads=1), 5),
+            16,
+            marks=pytest.mark.slow,
+        ),
         (lambda: tiny_graph(layers=1), 1100),  # a cache that several blocks of the kernel share
     ],
     ids=["fused", "window", "long"],

@@ -49,7 +49,7 @@ def packed(graph, windows, *passes):
 
 
 @pytest.mark.parametrize(
-    "bits", [2.8, 4.1, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (3.4, 5.0))]
+    "bits", [4.1, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (2.8, 3.4, 5.0))]
 )
 def test_bits_are_kept_over_all_bytes_of_the_linears(windows, bits):
     graph = tiny_graph(layers=4, hidden=64, mlp=160, heads=4)
@@ -64,11 +64,10 @@ def test_bits_are_kept_over_all_bytes_of_the_linears(windows, bits):
 @pytest.mark.parametrize(
     ("tied", "share"),
     [
-        (False, 0.2),
         (True, 0.8),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in ((False, 0.5), (False, 0.8), (True, 0.2), (True, 0.5))
+            for case in ((False, 0.2), (False, 0.5), (False, 0.8), (True, 0.2), (True, 0.5))
         ),
     ],
 )
@@ -257,6 +256,7 @@ def test_an_embeddings_moments_are_left_for_decompose_and_kept(windows, tmp_path
     np.testing.assert_allclose(moments(), first, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_measured(windows):
     decided = decisions(
         Allocate(bits=3.4, sensitivity="measured")(tiny_graph(mlp=32), context_of(windows))
@@ -300,7 +300,9 @@ def test_trellis_codes_are_options_and_decompose_follows(windows):
     assert 0.96 * 3.4 < found <= 3.4
 
 
-@pytest.mark.parametrize("kind", ["fast", "default", "best"])
+@pytest.mark.parametrize(
+    "kind", ["fast", *(pytest.param(k, marks=pytest.mark.slow) for k in ("default", "best"))]
+)
 def test_with_codes_it_is_never_worse_than_without_them_or_than_one_for_all(windows, kind):
     """By the predicted losses: at the bytes of every uniform choice, and of every budget."""
     graph = Pipeline(["fold_norms", "rotate"])(tiny_graph(layers=2, hidden=64, mlp=160, heads=4))

@@ -125,7 +125,9 @@ def test_what_cannot_improve_changes_nothing(context):
 
 
 @pytest.mark.parametrize(
-    "rates", [{"codes_learning_rate": 8.0}, {"learning_rate": 1e4}], ids=["codes", "scales"]
+    "rates",
+    [pytest.param({"codes_learning_rate": 8.0}, marks=pytest.mark.slow), {"learning_rate": 1e4}],
+    ids=["codes", "scales"],
 )
 def test_rates_that_diverge_are_halved_and_the_best_state_kept(context, rates):
     """The second makes infinities and NaN."""
@@ -140,6 +142,7 @@ def test_rates_that_diverge_are_halved_and_the_best_state_kept(context, rates):
     )
 
 
+@pytest.mark.slow
 def test_after_a_bad_start_it_still_improves(context):
     """At a rate for codes that is several times too high the first check is worse; at half of it,
     and half again, it is not.

@@ -116,7 +116,7 @@ def test_damping_holds_for_the_correction_as_well():
 @pytest.mark.parametrize(
     ("bases", "kind", "bound"),
     [
-        (1.5, "fast", 0.26),
+        pytest.param(1.5, "fast", 0.26, marks=pytest.mark.slow),
         pytest.param(2, "fast", 0.15, marks=pytest.mark.slow),
         (2, "default", 0.14),
         pytest.param(2, "best", 0.14, marks=pytest.mark.slow),

@@ -98,7 +98,7 @@ def test_one_scale_a_tensor_and_strided_rows_are_left_alone():
     assert "self_attn.q_proj" in linears(strided)
 
 
-@pytest.mark.parametrize("bases", [2, 1.5])
+@pytest.mark.parametrize("bases", [pytest.param(2, marks=pytest.mark.slow), 1.5])
 def test_trellis_codes_are_joined_segment_on_segment(bases):
     """q has two segments, k and v have one."""
     graph = coded(tiny_graph(hidden=256, mlp=192), known_code(bases))

@@ -111,8 +111,9 @@ MORE_SHAPES = [
 @pytest.mark.parametrize(
     ("bases", "shape"),
     [
-        *((1, shape) for shape in SHAPES),
-        *(pytest.param(1, shape, marks=pytest.mark.slow) for shape in MORE_SHAPES),
+        (1, SHAPES[0]),
+        (1, SHAPES[2]),
+        *(pytest.param(1, s, marks=pytest.mark.slow) for s in SHAPES[1::2] + MORE_SHAPES),
         *(pytest.param(2, shape, marks=pytest.mark.slow) for shape in SHAPES + MORE_SHAPES),
     ],
 )
