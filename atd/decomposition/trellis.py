@@ -2,10 +2,10 @@
 of them.
 
 A code repeats after P rows. Row o of a segment of L rows holds the trits of phase p = o mod P, and
-trit i of phase p has taps a[p][i][0..J]: it adds a[p][i][j] to the value of the row j below,
+trit i of phase p has taps a[p, i, 0..J]: it adds a[p, i, j] to the value of the row j below,
 cyclically within the segment (*tail-biting*):
 
-    w[o, k] = s[o] sum_(j, i) a[p][i][j] t_i[q, k],    q = (o - j) mod L,  p = q mod P
+    w[o, k] = s[o] sum_(j, i) a[p, i, j] t_i[q, k],    q = (o - j) mod L,  p = q mod P
 
 A trit with one tap is *loose*: it counts in its own row alone. One with more is *coded*: it is in
 the *state* of the rows below it, of which there are at most 3^(coded trits alive). `snap` finds the

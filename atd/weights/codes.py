@@ -16,7 +16,7 @@ _TEXT = re.compile(rf"{_NUMBER}(?:[,|/]{_NUMBER})*")
 
 @dataclass(frozen=True)
 class Code:
-    """taps[p][i][j]: what trit i of a row of phase p adds to the value of the row j below it.
+    """`taps[p][i][j]` is what trit i of a row of phase p adds to the value of the row j below it.
 
     Rows repeat after `period` phases, the rows of a segment begin with phase 0, and behind the last
     row of a segment comes its first (tail-biting). With L rows per segment, q = (o - j) mod L and p
@@ -86,7 +86,7 @@ def parse_code(text: str) -> Code:
 
 
 def values_of(trits, code: Code, length: int):
-    """Rebuilds values in units of the scale: sum_(j, i) a[p][i][j] t_i[q], summed by age j, then by
+    """Rebuilds values in units of the scale: sum_(j, i) a[p, i, j] t_i[q], summed by age j, then by
     trit, in float32.
 
     Args:

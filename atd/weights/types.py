@@ -95,7 +95,7 @@ class TernaryType:
 class TrellisType:
     """A sum of trits that count in several rows each, and one scale per row.
 
-        w[o, k] = s[o] sum_(j, i) a[p][i][j] t_i[q, k],    q = (o - j) mod L,  p = q mod P
+        w[o, k] = s[o] sum_(j, i) a[p, i, j] t_i[q, k],    q = (o - j) mod L,  p = q mod P
 
     Trits are int8 [out / P, in, M], with P the period of the code (`atd.weights.codes.Code`) and M
     the trits that the rows of a period hold together; scales are [out, 1, 1]. Rows lie in segments

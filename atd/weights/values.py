@@ -81,7 +81,7 @@ def combine(trits, scales, type: TernaryType):
 class Trellis:
     """Trits that count in the rows below them as well (`TrellisType`), one scale per row:
 
-        w[o, k] = s[o] sum_(j, i) a[p][i][j] t_i[q, k],    q = (o - j) mod L,  p = q mod P
+        w[o, k] = s[o] sum_(j, i) a[p, i, j] t_i[q, k],    q = (o - j) mod L,  p = q mod P
 
     within segments of L rows, summed over j and then i, in float32.
     """
