@@ -1,15 +1,18 @@
 """How good predictions of KL are: against measured KL, by node and option and over ten budgets.
 
     python benchmarks/allocation.py MODEL --data TEXT [--json FILE]    stories15M: five minutes
+    python benchmarks/allocation.py MODEL --data TEXT --trellis default    with trellis codes
     python benchmarks/allocation.py MODEL --data TEXT --tiny           less of all, for CI
 
-Rank correlations are over every linear and N = 1, 2, 3, rotated, tied, one scale per row; every
-linear is a choice of its own. Models for the budgets are made by error feedback under the dense
-model's moments, and measured on the calibration text: what is judged is the prediction.
+Rank correlations are over every linear and N = 1, 2, 3, rotated, tied, one scale per row, or over N
+= 1 and those of the trellis codes; every linear is a choice of its own. Models for the budgets are
+made by error feedback under the dense model's moments, and measured on the calibration text: what
+is judged is the prediction.
 """
 
 import argparse
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +32,8 @@ from atd.calibration.windows import cut_windows, windows_holding
 from atd.checkpoint.files import read_text, write_json
 from atd.checkpoint.reader import open_tokenizer
 from atd.decomposition.allocation import Choice, allocate, total_bytes, total_loss
-from atd.decomposition.options import stored_bytes, ternary_types
+from atd.decomposition.options import stored_bytes, ternary_types, trellis_types
+from atd.decomposition.trellis_codes import BASES
 from atd.models import frontend
 from atd.models.execute import dense_weights
 from atd.pipeline import Pipeline
@@ -49,6 +53,7 @@ def main() -> None:
         "--measured-tokens", type=int, default=2048, help="for gradients and measurements"
     )
     parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--trellis", default="", help="kind of codes: fast, default or best")
     parser.add_argument("--tiny", action="store_true", help="1024 and 256 tokens, two budgets")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
     options = parser.parse_args()
@@ -64,9 +69,16 @@ def main() -> None:
         for n in b.nodes
         if n.op == "linear"
     }
+    rounded = (1,) if options.trellis else (1, 2, 3)
+    coded = BASES if options.trellis else ()
     candidates = {
-        n: ternary_types(t.shape, (1, 2, 3), ("row",), ("tied",), "f16") for n, t in linears.items()
+        n: [
+            *ternary_types(t.shape, rounded, ("row",), ("tied",), "f16"),
+            *trellis_types(t.shape, coded, options.trellis, "f16"),
+        ]
+        for n, t in linears.items()
     }
+    labels = [f"{n:g}" for n in (*rounded, *coded)]
 
     clock = time.perf_counter()
     predicted, _ = fisher_losses(graph, windows, candidates, few)
@@ -74,7 +86,7 @@ def main() -> None:
     clock = time.perf_counter()
     measured = measured_losses(graph, windows, [[name] for name in candidates], candidates, few)
     seconds["measured"] = time.perf_counter() - clock
-    # [linears, 3] each
+    # [linears, options] each
     proxy, truth = (
         np.array([predicted[name] for name in candidates]),
         np.array(measured),
@@ -84,10 +96,10 @@ def main() -> None:
         return float(np.asarray(spearmanr(a.ravel(), b.ravel()))[0])
 
     ranks = {"all nodes and options": rank(proxy, truth)}
-    ranks |= {f"N = {i + 1}": rank(proxy[:, i], truth[:, i]) for i in range(3)}
+    ranks |= {f"N = {n}": rank(proxy[:, i], truth[:, i]) for i, n in enumerate(labels)}
     ranks |= {
-        f"N = {i + 1} less N = {i + 2}": rank(-np.diff(proxy)[:, i], -np.diff(truth)[:, i])
-        for i in range(2)
+        f"N = {n} less N = {m}": rank(-np.diff(proxy)[:, i], -np.diff(truth)[:, i])
+        for i, (n, m) in enumerate(pairwise(labels))
     }
     console = Console()
     table = Table(
