@@ -1,6 +1,7 @@
 """Shows models side by side, and a graph by layer. Tables are printed on `console`, stdout."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -129,11 +130,11 @@ def _unit_name(graph: Graph, unit: Block) -> str:
 
 
 def _summary(types: Sequence[WeightType]) -> str:
-    """The types of the matrices without shapes, by frequency: "6 x packed n=2, 1 x dense"."""
+    """The types of matrices by frequency, without shapes and taps: "6 x packed n=2, 1 x dense"."""
     kinds: dict[str, int] = {}
     for type in types:
         if len(type.shape) > 1 or all(len(t.shape) == 1 for t in types):
-            text = str(type).partition("[")[0]
+            text = re.sub(r" segment=\S+ taps=\S+", "", str(type)).partition("[")[0]
             kinds[text] = kinds.get(text, 0) + 1
     return ", ".join(
         f"{count} x {text}" for text, count in sorted(kinds.items(), key=lambda item: -item[1])

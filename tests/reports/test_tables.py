@@ -7,11 +7,15 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from atd.decomposition.trellis_codes import known_code
 from atd.ir import Block, Graph, Node, in_memory
+from atd.pipeline import Pipeline
 from atd.reports.tables import EvaluatedModel, evaluation_table, graph_table, sizes
 from atd.runtime.compare import graph_size
 from atd.runtime.evaluate import Evaluation
 from atd.weights import Dense, Packed, PackedType, TernaryType
+from tests.calibration.converted import coded
+from tests.models.tiny import tiny_graph
 
 DENSE = Evaluation(
     30.358, None, None, None, None, None, 8, 4088, 512, False, "standard", 4096, 10.0, 400.0
@@ -134,3 +138,10 @@ def test_graph_table_by_layer_and_by_node():
     assert [row[-4] for row in rows] == ["200", "160", "10", "370"]
     assert rows[-1][-2] == "648"
     assert "model.layers.0.down_proj" in text_of(graph_table(graph(), nodes=True))
+
+
+def test_the_taps_of_a_code_are_left_out_of_sums():
+    converted = Pipeline(["pack"])(coded(tiny_graph(layers=1), known_code(2)))
+    table = text_of(graph_table(converted))
+    assert "7 x packed trellis n=2 layout=aligned/1 f16" in table
+    assert "taps=" not in table
