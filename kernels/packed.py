@@ -21,6 +21,8 @@ from atd.weights.layouts import LAYOUTS, tiles_of, words_of, words_of_tiles
 
 # A backend reads one of these layouts as it lies, and copies the others.
 READABLE = ("tiles", "words", "aligned", "interleaved")
+# Of weights that are decoded at a time: enough for the product, little beside a model.
+CHUNK_BYTES = 128 << 20
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,11 @@ def can_be_exact(type: TernaryType) -> bool:
     return type.tied and type.scales_shape[1] == 1
 
 
+def narrowed(x: jax.Array) -> jax.Array:
+    """Returns activations in 16 bits, as a dense model has them: float32 becomes bfloat16."""
+    return x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x
+
+
 def decode_once(x: jax.Array, weight: Packed) -> jax.Array:
     """Multiplies x [M, in] by weight [out, in] in x's 16 bits -> float32 [M, out].
 
@@ -187,7 +194,7 @@ def decode_once(x: jax.Array, weight: Packed) -> jax.Array:
     ternary, scales = weight.type.ternary, jnp.asarray(weight.scales)
     integers = can_be_exact(ternary)
     held = replace(weight, scales=jnp.ones_like(scales)) if integers else weight
-    narrow = x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x
+    narrow = narrowed(x)
     y = xla.tensor_cores(narrow, jnp.asarray(held.dequantize(jnp.float32)).astype(narrow.dtype))
     return y * scales[:, 0, 0].astype(jnp.float32) if integers else y
 

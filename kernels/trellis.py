@@ -12,11 +12,9 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 
-from atd.kernels import xla
+from atd.kernels import packed, xla
 from atd.weights import Packed, PackedType, TernaryType, TrellisType
 from atd.weights.layouts import TILE_ROWS
-
-CHUNK_BYTES = 128 << 20  # of decoded weights: enough for the product, little beside a model
 
 
 def planes_type(type: TrellisType) -> TernaryType:
@@ -35,7 +33,7 @@ def decode_once(x: jax.Array, weight: Packed) -> jax.Array:
     assert weight.type.layout == "tiles"
     (out, inputs), period = type.shape, type.code.period
     alike = math.lcm(type.segment, TILE_ROWS * period)  # rows after which segments and tiles begin
-    step = max(1, CHUNK_BYTES // (2 * inputs * alike)) * alike
+    step = max(1, packed.CHUNK_BYTES // (2 * inputs * alike)) * alike
     starts = [step * i for i in range(max(1, out // step))]
     results = []
     for start, stop in zip(starts, [*starts[1:], out], strict=True):

@@ -105,31 +105,26 @@ def real(shared_data: Path, name: str) -> Trained:
 
 
 def packaged_or(name: str):
-    return pytest.fixture(
-        scope="session",
-        params=["packaged", pytest.param(name, marks=pytest.mark.slow)],
+    """Makes a fixture of the packaged model, and in slow runs of the real one of this name."""
+
+    @pytest.fixture(
+        scope="session", params=["packaged", pytest.param(name, marks=pytest.mark.slow)]
     )
+    def model(request) -> Trained:
+        if request.param == "packaged":
+            return request.getfixturevalue("packaged")
+        return real(request.getfixturevalue("shared_data"), request.param)
+
+    return model
 
 
-@packaged_or("stories260K")
-def small(request) -> Trained:
-    """A model of 260 thousand weights: the packaged one, and in slow runs stories260K."""
-    if request.param == "packaged":
-        return request.getfixturevalue("packaged")
-    return real(request.getfixturevalue("shared_data"), request.param)
+small = packaged_or("stories260K")  # 260 thousand weights both
+trained = packaged_or("stories15M")  # which is 60 times as large as the packaged one
 
 
 @pytest.fixture(scope="session")
 def stories260k(small: Trained) -> Path:
     return small.folder
-
-
-@packaged_or("stories15M")
-def trained(request) -> Trained:
-    """The packaged model, and in slow runs stories15M, which is 60 times as large."""
-    if request.param == "packaged":
-        return request.getfixturevalue("packaged")
-    return real(request.getfixturevalue("shared_data"), request.param)
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ class DenseUnit(NamedTuple):
     unit: Block
     weights: Weights  # dense float32
     inputs: np.ndarray  # [windows, context, D]; token ids [windows, context] of the prologue
-    # H = X'X / n float32 [in, in] of each value X that was asked for
+    # H = X'X / n float32 [in, in] of each value X whose readers were named
     moments: dict[str, np.ndarray]
 
 

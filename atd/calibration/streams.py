@@ -87,7 +87,7 @@ class Calibration:
 
 
 class _Stream:
-    """One model's values in all batches: its input, and what was asked for inside the unit."""
+    """One model's values in all batches: its input, and the watched ones inside the unit."""
 
     def __init__(self, batches: list):
         self.x = batches

@@ -109,6 +109,15 @@ def factor(hessian, damping: float = DAMPING, order: bool = True) -> Factor:
     return Factor(visits, feedback, damping)
 
 
+def check_widths(inputs: int, factor: Factor, hessian) -> None:
+    """Raises BadInput where second moments or their factor are of another width than weights."""
+    if len(hessian) != inputs or len(factor.order) != inputs:
+        raise BadInput(
+            f"second moments of {len(hessian)} inputs (factor: {len(factor.order)}) for weights of "
+            f"{inputs}"
+        )
+
+
 def decompose(
     weight,
     factor: Factor,
@@ -157,11 +166,7 @@ def decompose(
             "error feedback works on rows, each with its own scales: group must be a size or "
             "'row', not 'tensor'"
         )
-    if len(hessian) != inputs or len(factor.order) != inputs:
-        raise BadInput(
-            f"second moments of {len(hessian)} inputs (factor: {len(factor.order)}) for weights of "
-            f"{inputs}"
-        )
+    check_widths(inputs, factor, hessian)
     _, scales = als(weight, bases, group, tied, dtype, feature_weights=jnp.diagonal(hessian))
     scales = np.asarray(scales, np.float32)
 

@@ -19,6 +19,7 @@ from numpy.typing import DTypeLike
 
 from atd.decomposition.error_feedback import (
     Factor,
+    check_widths,
     descent_matrix,
     stored_order,
     sweep_columns,
@@ -68,11 +69,7 @@ def decompose(
     """
     (weight, scales), hessian = _with_scales(weight, dtype), checked_moment(hessian)
     out, inputs = weight.shape
-    if len(hessian) != inputs or len(factor.order) != inputs:
-        raise BadInput(
-            f"second moments of {len(hessian)} inputs (factor: {len(factor.order)}) "
-            f"for weights of {inputs}"
-        )
+    check_widths(inputs, factor, hessian)
     hessian = damped(hessian, factor.damping)
     descent = descent_matrix(hessian, factor.order)
     options = {"code": code, "length": length, "order": factor.order}

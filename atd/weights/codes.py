@@ -5,6 +5,7 @@ its storage form.
 import math
 import re
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
@@ -52,6 +53,11 @@ class Code:
     def trits(self) -> int:
         """Trits that the rows of a period hold together."""
         return sum(map(len, self.taps))
+
+    @property
+    def first(self) -> tuple[int, ...]:
+        """Where the trits of each phase begin among those of a period."""
+        return tuple(accumulate(map(len, self.taps[:-1]), initial=0))
 
     @property
     def bases(self) -> float:
@@ -108,14 +114,13 @@ def _segments(trits, code: Code, length: int):
     """`values_of` rows that are whole segments."""
     xp, shape = namespace(trits), trits.shape[1:-1]
     wide = trits.reshape(-1, length // code.period, *shape, code.trits).astype(np.float32)
-    first = np.cumsum([0, *map(len, code.taps)])
     rows = [0.0] * code.period
     for age in range(code.memory + 1):
         for phase, trits_of_phase in enumerate(code.taps):
             for i, taps in enumerate(trits_of_phase):
                 if age < len(taps):
                     down, at = divmod(phase + age, code.period)
-                    part = xp.roll(wide[..., first[phase] + i], down, axis=1)
+                    part = xp.roll(wide[..., code.first[phase] + i], down, axis=1)
                     rows[at] = rows[at] + np.float32(taps[age]) * part
     stacked = xp.stack(rows, axis=2)  # [segments, periods, P, ...]
     return stacked.reshape(-1, *shape)
@@ -150,8 +155,7 @@ def rows_of(take, rows, code: Code, length: int, out: int):
 def _taps_at(code: Code, age: int) -> np.ndarray:
     """float32 [period, trits]: the taps of an age of the trits of each phase; 0 for the others'."""
     table = np.zeros((code.period, code.trits), np.float32)
-    first = np.cumsum([0, *map(len, code.taps)])
     for phase, trits in enumerate(code.taps):
         for i, taps in enumerate(trits):
-            table[phase, first[phase] + i] = taps[age] if age < len(taps) else 0.0
+            table[phase, code.first[phase] + i] = taps[age] if age < len(taps) else 0.0
     return table

@@ -76,7 +76,7 @@ class Triton(packed.Backend):
             fused = {"norm": norm, "residual": residual, "gated": gated}
             return gemv.matmul(x, codes, scales, type, settings.gemv, **fused, interpret=interpret)
         assert (norm, residual, gated) == (None, None, False), "see `Triton.fuses`"
-        narrow = x.astype(jnp.bfloat16) if dtype == jnp.float32 else x  # as in a dense model
+        narrow = packed.narrowed(x)
         if way == "gemm":
             tiles = settings.tiles
             return gemm.matmul(narrow, codes, scales, type, tiles, dtype, interpret=interpret)
@@ -100,8 +100,7 @@ class Triton(packed.Backend):
             found = gemv.matmul(x, codes, scales, type, settings.gemv, **options)  # [M, N, rows]
             y = xla.filtered(found.swapaxes(1, 2), weight)
         else:
-            narrow = x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x  # as in a dense model
-            y = decode_once(narrow, weight)
+            y = decode_once(packed.narrowed(x), weight)
         if gated:
             gate, up = jnp.split(y, 2, axis=1)
             y = jax.nn.silu(gate) * up

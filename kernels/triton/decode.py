@@ -25,7 +25,6 @@ from atd.kernels.triton.ptx import plt
 from atd.kernels.triton.trits import integers_of
 from atd.weights import TernaryType
 
-CHUNK_BYTES = 128 << 20  # of decoded weights: enough for the product, little beside a model
 ROWS, UNITS, WARPS = 16, 64, 4  # of a block
 
 
@@ -73,7 +72,7 @@ def matmul(
     units, params = of.count, of.params
     x_planes = jnp.pad(x, ((0, 0), (0, units * params - x.shape[1])))
     x_planes = x_planes.reshape(-1, units, params).swapaxes(1, 2).reshape(-1, params * units)
-    step = max(ROWS, CHUNK_BYTES // (2 * params * units) // 128 * 128)
+    step = max(ROWS, packed.CHUNK_BYTES // (2 * params * units) // 128 * 128)
     exact = dtype == jnp.float32 and packed.can_be_exact(type)
     parts = [
         Geometry(of, start, min(step, type.shape[0] - start), exact, interpret)

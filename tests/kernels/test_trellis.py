@@ -8,7 +8,7 @@ import pytest
 from atd.decomposition.trellis_codes import TABLE, known_code
 from atd.errors import BadInput
 from atd.kernels import matmul as kernels
-from atd.kernels import trellis, xla
+from atd.kernels import packed, xla
 from atd.kernels.triton.fold import Norm
 from atd.weights import Packed, PackedType, Trellis, TrellisType
 from atd.weights.layouts import LAYOUTS
@@ -110,7 +110,7 @@ def test_triton_multiplies_planes_of_few_tokens(bases, kind, tokens):
 
 @pytest.mark.parametrize(("out", "segment"), [(60, 24), (192, 96)])
 def test_triton_decodes_segments_for_many_tokens(out, segment, monkeypatch):
-    monkeypatch.setattr(trellis, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(packed, "CHUNK_BYTES", 1)
     w = weight(known_code(1.5), out, segment, "aligned")
     x = np.random.default_rng(0).standard_normal((70, INPUTS))
     x = jnp.asarray(x, jnp.bfloat16)

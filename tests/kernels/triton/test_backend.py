@@ -15,7 +15,7 @@ import pytest
 from atd.kernels import packed as packed_backends
 from atd.kernels import prefixes, settings
 from atd.kernels.settings import Settings, Shape, Tiles
-from atd.kernels.triton import decode, geometry, ptx, trits
+from atd.kernels.triton import geometry, ptx, trits
 from atd.kernels.triton.backend import Triton, way_of
 from atd.weights import Packed, PackedType, TernaryType
 from atd.weights.layouts import LAYOUTS
@@ -88,7 +88,7 @@ def test_all_ways_agree(way, bases, group, tied):
 
 
 def test_decoding_goes_chunk_by_chunk(monkeypatch):
-    monkeypatch.setattr(decode, "CHUNK_BYTES", 0)  # as few rows as a block has
+    monkeypatch.setattr(packed_backends, "CHUNK_BYTES", 0)  # as few rows as a block has
     weight, x = packed(28, 700, 1), sixteen_bits(3, 700)
     assert_close(interpreted(x, weight, WAYS["decode"]), x @ weight.dequantize().T)
 
