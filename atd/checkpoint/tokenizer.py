@@ -11,6 +11,8 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
+from itertools import groupby
 
 import jinja2
 import jinja2.ext
@@ -61,8 +63,45 @@ class Tokenizer:
         return np.asarray(ids, np.int32)
 
     def decode(self, ids: Iterable[int], special: bool = False) -> str:
-        """Returns the text of the ids; special tokens are left out unless `special`."""
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=not special)
+        """Returns the text of the ids; special tokens are left out unless `special`.
+
+        Bytes that make no character become U+FFFD, and those around them stay what they are.
+        """
+        ids = self._with_whole_characters(self.shown(ids, special))
+        return self.backend.decode(ids, skip_special_tokens=False)
+
+    def shown(self, ids: Iterable[int], special: bool = False) -> list[int]:
+        """Returns the ids whose text `decode` shows: of tokens that exist, and are not special."""
+        hidden = frozenset() if special else self._special_ids
+        known = self.backend.id_to_token
+        return [i for i in map(int, ids) if i not in hidden and known(i) is not None]
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        added = self.backend.get_added_tokens_decoder()
+        return frozenset(i for i, token in added.items() if token.special)
+
+    @cached_property
+    def _byte_ids(self) -> list[int]:
+        """The ids of the tokens <0x00> to <0xFF>; [] where these are not decoded as bytes."""
+        names = (f"<0x{byte:02X}>" for byte in range(256))
+        ids = [i for name in names if (i := self.backend.token_to_id(name)) is not None]
+        return ids if len(ids) == 256 and self.backend.decode([ids[65]]) == "A" else []
+
+    def _with_whole_characters(self, ids: list[int]) -> list[int]:
+        """The ids, with U+FFFD in place of bytes that make no character.
+
+        The library takes a run of bytes for text or not as a whole: one character that was cut off
+        would cost all those in front of it.
+        """
+        byte_of = {i: byte for byte, i in enumerate(self._byte_ids)}
+        repaired: list[int] = []
+        for are_bytes, run in groupby(ids, byte_of.__contains__):
+            if are_bytes:
+                text = bytes(byte_of[i] for i in run).decode(errors="replace")
+                run = (self._byte_ids[byte] for byte in text.encode())
+            repaired += run
+        return repaired
 
     def apply_chat(self, messages: Sequence[dict], add_generation_prompt: bool = True) -> str:
         """Returns the text of a conversation in the model's own chat template.

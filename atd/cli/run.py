@@ -119,6 +119,7 @@ def generate(
     import time
 
     from atd.checkpoint.reader import open_tokenizer
+    from atd.checkpoint.text_stream import TextStream
     from atd.models.model import load
     from atd.runtime.generate import generate as run
 
@@ -126,20 +127,17 @@ def generate(
     text = words.apply_chat([{"role": "user", "content": prompt}]) if chat else prompt
     ids = words.encode(text, bos=words.adds_bos and not chat)
     loaded = load(model, backend=backend)
-    new: list[int] = []
+    stream = TextStream(words, () if chat else ids)
     times = [time.perf_counter()]
 
     def show(token: int) -> None:
-        before = words.decode(new)
-        new.append(token)
         times.append(time.perf_counter())
-        text = words.decode(new)
-        if not text.endswith("\ufffd"):  # the bytes of a character come one token at a time
-            print(text[len(before.rstrip("\ufffd")) :], end="", flush=True)
+        if token not in words.eos_ids:
+            print(stream.add(token), end="", flush=True)
 
     if not chat:
         print(prompt, end="", flush=True)
-    run(
+    new = run(
         loaded,
         ids.tolist(),
         max_new_tokens=max_new_tokens,
@@ -150,9 +148,10 @@ def generate(
         stop_tokens=words.eos_ids,
         on_token=show,
     )
+    print(stream.end(), flush=True)
     rate = (len(new) - 2) / max(times[-1] - times[2], 1e-9) if len(new) > 2 else 0.0
     print(
-        f"\n[{len(new)} tokens; the first after {times[1] - times[0]:.1f} s, compilation included, "
+        f"[{len(new)} tokens; the first after {times[1] - times[0]:.1f} s, compilation included, "
         f"then {rate:.1f} tokens/s]",
         file=sys.stderr,
     )

@@ -1,22 +1,11 @@
 """Tokenizers of Hugging Face folders: their files, special tokens, chat templates, bad input."""
 
-import json
-from pathlib import Path
-
 import pytest
 
 from atd.checkpoint.reader import open_tokenizer
 from atd.checkpoint.tokenizer import FILES
 from atd.errors import BadInput
-
-
-def folder(path: Path, source: Path, **configs) -> Path:
-    """A folder with the tokenizer.json of `source` and JSON files: name without .json = content."""
-    path.mkdir()
-    (path / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
-    for name, content in configs.items():
-        (path / f"{name}.json").write_text(json.dumps(content))
-    return path
+from tests.checkpoint.tokenizer_files import folder
 
 
 def test_a_folder_keeps_its_files_byte_for_byte(stories260k):

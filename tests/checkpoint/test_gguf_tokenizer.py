@@ -4,13 +4,13 @@ import contextlib
 import json
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 
 from atd.checkpoint.gguf_tokenizer import merges_of_scores
 from atd.checkpoint.reader import open_tokenizer
 from atd.errors import BadInput
+from tests.checkpoint.tokenizer_files import byte_level, sentencepiece_of, write_gguf
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "tokenizer.json").read_text())
 TEXTS = [case["text"] for case in GOLDEN["smollm"]]
@@ -20,48 +20,6 @@ TEXTS = [case["text"] for case in GOLDEN["smollm"]]
 def smollm(smollm2):
     assert smollm2.name == GOLDEN["file"]
     return open_tokenizer(smollm2)
-
-
-def write_gguf(path: Path, **metadata) -> Path:
-    """A GGUF file without tensors; keys of `metadata` lack their "tokenizer.ggml."."""
-    writer = gguf.GGUFWriter(path, "llama")
-    for name, value in metadata.items():
-        key = f"tokenizer.{name}" if name == "chat_template" else f"tokenizer.ggml.{name}"
-        if isinstance(value, list):
-            writer.add_array(key, value)
-        elif isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, int):
-            writer.add_uint32(key, value)
-        else:
-            writer.add_string(key, value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    return path
-
-
-def byte_level(path: Path, **metadata) -> Path:
-    """A GGUF file with a vocabulary of 256 bytes, a word no merge leads to, a merged pair and two
-    special tokens.
-    """
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    tokens = [*sorted(ByteLevel.alphabet()), "Ġhello", "ab", "<|begin|>", "<|end|>"]
-    types = [1] * 258 + [3, 3]
-    return write_gguf(
-        path,
-        **(
-            {
-                "model": "gpt2",
-                "tokens": tokens,
-                "token_type": types,
-                "merges": ["a b"],
-                "bos_token_id": 258,
-            }
-            | metadata
-        ),
-    )
 
 
 # --- GGUF, byte-level -----------------------------------------------------------------------------
@@ -169,20 +127,6 @@ def test_generation_ends_at_the_end_of_a_turn_too(tmp_path):
 
 
 # --- GGUF, SentencePiece --------------------------------------------------------------------------
-
-
-def sentencepiece_of(tokenizer) -> tuple[list[str], list[float], list[int]]:
-    """tokens, scores, types of the SentencePiece model behind a tokenizer.json: <unk>, <s>, </s>,
-    256 bytes, pieces.
-
-    Llama 2's scores are minus the rank, and -1e9 for runs of blanks.
-    """
-    tokens = [tokenizer.backend.id_to_token(i) for i in range(tokenizer.vocabulary_size)]
-    ranks = [
-        0.0 if i < 259 else -1e9 if set(t) == {"▁"} and t != "▁" else 259.0 - i
-        for i, t in enumerate(tokens)
-    ]
-    return tokens, ranks, [2, 3, 3] + [6] * 256 + [1] * (len(tokens) - 259)
 
 
 @pytest.mark.slow

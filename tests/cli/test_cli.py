@@ -125,6 +125,7 @@ def test_generate_gives_the_same_text_packed_and_unpacked(atd, converted):
         for backend in ("xla", "xla-unpacked")
     }
     assert texts["xla"] == texts["xla-unpacked"]
+    assert re.match(r"Once upon a time(,| \w+)", texts["xla"])
 
 
 def test_inspect_by_layer_and_by_node(atd, converted, stories260k, monkeypatch):
