@@ -131,7 +131,7 @@ class Decompose(Pass):
                     f"{self.rules[0].match!r} would have no say; take the rules out, "
                     "or leave the choice to them and take allocate out"
                 )
-            return None
+            return self._beyond_greedy(graph) if self.method == "greedy" else None
         if not any(re.fullmatch(self.nodes, name) for name in dense):
             return (
                 f"nodes = {self.nodes!r} matches none of the dense matrices; "
@@ -144,6 +144,20 @@ class Decompose(Pass):
                     f"rule {rule.match!r} matches no dense matrix among those that "
                     f"nodes = {self.nodes!r} lets through"
                 )
+        return None
+
+    def _beyond_greedy(self, graph: Graph) -> str | None:
+        """Why greedy cannot do what `allocate` decided: it has no codes and no tied scales."""
+        for name, node in graph.nodes():
+            if DECISION in node.attrs:
+                decided = node.attrs[DECISION]
+                type = decided_type(decided, node.weights["weight"].type.shape)
+                if isinstance(type, TrellisType) or (type and type.tied and type.bases > 1):
+                    return (
+                        f"method greedy fits free scales without a trellis code, and allocate has "
+                        f"decided on {decided!r} for {name}; use method als or hessian, or set "
+                        "allocate.trellis='' and allocate.scales=['free']"
+                    )
         return None
 
     def rewrite(self, name: str, node: Node, context: Context) -> Node | None:
@@ -184,7 +198,8 @@ class Decompose(Pass):
             dense = ref.load()
             assert isinstance(dense, Dense)
             weight = np.asarray(dense.array).astype(np.float32)
-            if self.method == "greedy" and isinstance(type, TernaryType):
+            if self.method == "greedy":
+                assert isinstance(type, TernaryType)  # `requires` has refused codes
                 found = greedy(weight, type.bases, DTYPES[type.dtype], type.group)
                 made = Ternary(*found, type)
             elif self.method == "hessian" and (node.op == "linear" or moments is not None):
@@ -234,7 +249,8 @@ def _warn_of_other_weights(
 ) -> None:
     """Says where a code is worse than it should be, because the weights are far from Gaussian."""
     expected = trellis_codes.gaussian_error(type.code)
-    if (found := quantize.code_error(weight, type)) > TOLERATED * expected:
+    (found,) = quantize.code_errors(weight, [type])
+    if found > TOLERATED * expected:
         context.say(
             f"decompose: {name}: the trellis code leaves {found:.4f} of its energy, not "
             f"{expected:.4f} as on Gaussian weights (excess kurtosis "

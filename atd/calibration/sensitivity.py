@@ -95,14 +95,15 @@ def fisher_losses(
         moments += squares[head].sum() * tied[head]
     moments, pivots = moments.astype(np.float32), feedback_pivots(moments)
     share, matrix = squares[head] / squares[head].sum(), embed.weights["weight"].dense()
-    rows = [feedback_loss(matrix, type, moments, pivots) for type in candidates[name]]
-    return losses | {name: 0.5 * np.stack(rows) @ share}, {name: moments}
+    rows = feedback_losses(matrix, candidates[name], moments, pivots)
+    return losses | {name: 0.5 * rows @ share}, {name: moments}
 
 
-def feedback_loss(
-    weight: np.ndarray, type: Candidate, hessian: np.ndarray, pivots: np.ndarray
+def feedback_losses(
+    weight: np.ndarray, types: Sequence[Candidate], hessian: np.ndarray, pivots: np.ndarray
 ) -> np.ndarray:
-    """Predicts what error feedback and descent leave of (w - q) H (w - q)' in each row.
+    """Predicts what error feedback and descent leave of (w - q) H (w - q)' in each row, for each
+    type.
 
         LEFT sum_j R_jj^2 e_j^2
 
@@ -112,18 +113,31 @@ def feedback_loss(
 
     Args:
         weight: float32 [out, in].
-        type: what it becomes; dense loses nothing.
+        types: what it becomes; dense loses nothing.
         hessian: H float32 [in, in].
         pivots: R_jj^2 float64 [in], from `feedback_pivots`.
 
     Returns:
-        float64 [out].
+        float64 [types, out].
     """
-    if isinstance(type, DenseType):
-        return np.zeros(len(weight))
     size = np.square(weight) @ pivots
-    if isinstance(type, TrellisType):
-        return LEFT_BY_CODES * quantize.code_error(weight, type) * size
+    codes = [type for type in types if isinstance(type, TrellisType)]
+    left = dict(zip(codes, quantize.code_errors(weight, codes), strict=True))
+
+    def rows(type: Candidate) -> np.ndarray:
+        if isinstance(type, DenseType):
+            return np.zeros(len(weight))
+        if isinstance(type, TrellisType):
+            return LEFT_BY_CODES * left[type] * size
+        return _rounded_loss(weight, type, hessian, pivots, size)
+
+    return np.stack([rows(type) for type in types])
+
+
+def _rounded_loss(
+    weight: np.ndarray, type: TernaryType, hessian: np.ndarray, pivots: np.ndarray, size: np.ndarray
+) -> np.ndarray:
+    """What a ternary type without a code loses in each row; size [out]: w under the pivots."""
     step = -(-len(weight) // ROWS)
     part = weight[::step]
     made = quantize.nearest(part, replace(type, shape=part.shape), np.diagonal(hessian))
@@ -181,8 +195,7 @@ def _errors(
                     tied[name] = hessian
                     continue
                 weight = np.asarray(weights[node.name]["weight"].dequantize())
-                rows = [feedback_loss(weight, type, hessian, pivots) for type in candidates[name]]
-                errors[name] = np.stack(rows)
+                errors[name] = feedback_losses(weight, candidates[name], hessian, pivots)
     return errors, inputs, tied
 
 

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +87,7 @@ def fit_chunks(
     else:
         trits, scales = _fit_rows(fit, weight, bases, group_size(weight, group), importance)
     if not np.isfinite(scales.astype(np.float32)).all():
-        _refuse(weight, scales.dtype)
+        refuse_nonfinite(weight, scales.dtype)
     return trits, scales
 
 
@@ -150,8 +151,8 @@ def take(array: np.ndarray, chunk: slice) -> np.ndarray:
     return np.pad(part, [(0, short)] + [(0, 0)] * (part.ndim - 1)) if short else part
 
 
-def _refuse(weight, dtype: np.dtype):
-    """Says why scales are not finite."""
+def refuse_nonfinite(weight, dtype: np.dtype) -> NoReturn:
+    """Raises BadInput that says why scales of a matrix are not finite in their dtype."""
     weight = np.asarray(weight, np.float32)
     if not np.isfinite(weight).all():
         count = (~np.isfinite(weight)).sum()

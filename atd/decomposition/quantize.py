@@ -1,5 +1,7 @@
 """One matrix into a weight of any type: the search that its type asks for."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from atd.decomposition import error_feedback, least_squares, trellis_feedback
@@ -65,8 +67,8 @@ def excess_kurtosis(weight: np.ndarray) -> float:
     return float(np.mean(np.square(squares))) - 3
 
 
-def code_error(weight: np.ndarray, type: TrellisType) -> float:
-    """Returns what a trellis code leaves of a matrix without second moments: sum (w - q)^2 over
+def code_errors(weight: np.ndarray, types: Sequence[TrellisType]) -> list[float]:
+    """Returns what each trellis code leaves of a matrix without second moments: sum (w - q)^2 over
     sum w^2.
 
     That is the code's error on Gaussians where the weights are nearly so, and is else measured on a
@@ -74,10 +76,15 @@ def code_error(weight: np.ndarray, type: TrellisType) -> float:
 
     Args:
         weight: float32 [out, in].
-        type: its code is one of `trellis_codes`.
+        types: their codes are among those of `trellis_codes`.
     """
-    if abs(excess_kurtosis(weight)) <= NEARLY_GAUSSIAN:
-        return gaussian_error(type.code)
+    if types and abs(excess_kurtosis(weight)) <= NEARLY_GAUSSIAN:
+        return [gaussian_error(type.code) for type in types]
+    return [_measured_error(weight, type) for type in types]
+
+
+def _measured_error(weight: np.ndarray, type: TrellisType) -> float:
+    """What a code leaves of a sample of the matrix."""
     part = weight[:SAMPLE, :: -(-weight.shape[1] // SAMPLE)]
     sample = trellis_type(part.shape, type.code, type.dtype)
     assert sample is not None, "a code for all rows that is none for some"

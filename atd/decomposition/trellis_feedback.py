@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 from numpy.typing import DTypeLike
 
+from atd.decomposition.chunks import refuse_nonfinite
 from atd.decomposition.error_feedback import (
     Factor,
     check_widths,
@@ -28,7 +29,6 @@ from atd.decomposition.error_feedback import (
 from atd.decomposition.levels import round_scales
 from atd.decomposition.second_moments import checked_moment, damped, matmul
 from atd.decomposition.trellis import snap_column
-from atd.errors import BadInput
 from atd.weights.codes import Code
 
 ROWS = 1024  # of a chunk on a CPU, about: wide enough for vectors, small enough for the cache
@@ -132,11 +132,9 @@ def _nearest(weight, scale, *, code: Code, length: int, dtype, refits: int):
 def _with_scales(weight, dtype: DTypeLike) -> tuple[np.ndarray, jax.Array]:
     """The weights in float32, and their rows' root mean squares as `dtype` stores them."""
     weight = np.asarray(weight, np.float32)
-    if not np.isfinite(weight).all():
-        raise BadInput("the weights have entries that are NaN or infinite")
     scales = round_scales(jnp.sqrt(jnp.mean(jnp.square(weight), axis=1)), np.dtype(dtype))
     if not bool(jnp.isfinite(scales).all()):
-        raise BadInput(f"a scale overflows {np.dtype(dtype).name}; store scales in f32")
+        refuse_nonfinite(weight, np.dtype(dtype))
     return weight, scales
 
 

@@ -82,7 +82,7 @@ def _text(tap: float) -> str:
 def parse_code(text: str) -> Code:
     """Reads the code whose text this is. Raises ValueError for text that is no code."""
     if not _TEXT.fullmatch(text):
-        raise ValueError(f"not a trellis code: {text!r}")
+        raise ValueError(f"not a trellis code that this version of atd knows: {text!r}")
     return Code(
         tuple(
             tuple(tuple(float(tap) for tap in trit.split(",")) for trit in phase.split("|"))

@@ -215,7 +215,7 @@ def parse_type(text: str) -> WeightType:
     """
     match = _TYPE.fullmatch(text)
     if match is None or match["dtype"] not in DTYPES:
-        raise ValueError(f"not a weight type: {text!r}")
+        raise ValueError(f"not a weight type that this version of atd knows: {text!r}")
     shape = tuple(int(n) for n in match["shape"].split(",") if n)
     kind, layout = match["kind"], match["layout"]
     if kind == "dense" and match["bases"] is match["taps"] is layout is None:
@@ -228,7 +228,7 @@ def parse_type(text: str) -> WeightType:
         or (match["bases"] is None) != trellis
         or kind.startswith("packed") != (layout is not None)
     ):
-        raise ValueError(f"not a weight type: {text!r}")
+        raise ValueError(f"not a weight type that this version of atd knows: {text!r}")
     ternary = _trellis_type(match, shape) if trellis else _ternary_type(match, shape)
     if layout is None:
         return ternary

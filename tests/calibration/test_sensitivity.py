@@ -80,7 +80,7 @@ def test_predicted_losses_are_what_feedback_leaves(trained, options):
                     *error_feedback.decompose(weight, factor, hessian, **options), type
                 ).dequantize()
                 real = float(jnp.sum(proxy_loss(weight - q, hessian)))
-                predicted = sensitivity.feedback_loss(weight, type, hessian, pivots).sum()
+                predicted = sensitivity.feedback_losses(weight, [type], hessian, pivots).sum()
                 assert predicted == pytest.approx(real, rel=0.12 if type.bases == 1 else 0.08), (
                     node.name,
                     str(type),
@@ -185,9 +185,9 @@ def test_a_sample_of_rows_stands_for_all(monkeypatch):
     hessian = (np.eye(48) + 20).astype(np.float32)
     type = candidates_of(tiny_graph(), ["lm_head"], (3,))["lm_head"][0]
     pivots = sensitivity.feedback_pivots(hessian)
-    sampled = sensitivity.feedback_loss(weight, type, hessian, pivots)
+    (sampled,) = sensitivity.feedback_losses(weight, [type], hessian, pivots)
     monkeypatch.setattr(sensitivity, "ROWS", len(weight))
-    exact = sensitivity.feedback_loss(weight, type, hessian, pivots)
+    (exact,) = sensitivity.feedback_losses(weight, [type], hessian, pivots)
     assert sampled[1::2].sum() / exact[1::2].sum() < 4
     assert sampled[::2].sum() == pytest.approx(exact[::2].sum(), rel=0.1)
 

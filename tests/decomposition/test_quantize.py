@@ -41,7 +41,7 @@ def test_the_error_of_a_code_is_known_on_gaussians():
     assert CODED is not None
     weight = gaussian() * np.linspace(0.5, 2, 128, dtype=np.float32)[:, None]
     assert abs(quantize.excess_kurtosis(weight)) < 0.1
-    assert quantize.code_error(weight, CODED) == gaussian_error(CODED.code)
+    assert quantize.code_errors(weight, [CODED]) == [gaussian_error(CODED.code)]
     assert measured(weight, CODED) == pytest.approx(gaussian_error(CODED.code), rel=0.05)
 
 
@@ -52,6 +52,16 @@ def test_and_found_on_a_sample_of_other_weights(draw, kurtosis):
     drawn = getattr(np.random.default_rng(0), draw)(size=SHAPE, **low)
     weight = drawn.astype(np.float32)
     assert quantize.excess_kurtosis(weight) == pytest.approx(kurtosis, abs=0.3)
-    found = quantize.code_error(weight, CODED)
+    (found,) = quantize.code_errors(weight, [CODED])
     assert found == pytest.approx(measured(weight, CODED), rel=0.1)
     assert abs(found / gaussian_error(CODED.code) - 1) > 0.1
+
+
+def test_the_kurtosis_is_taken_once_for_all_codes(monkeypatch):
+    seen, kurtosis = [], quantize.excess_kurtosis
+    monkeypatch.setattr(quantize, "excess_kurtosis", lambda w: seen.append(1) or kurtosis(w))
+    types = [trellis_type(SHAPE, known_code(n), "f16") for n in (1.5, 2, 3)]
+    errors = quantize.code_errors(gaussian(), [type for type in types if type is not None])
+    assert errors == [gaussian_error(known_code(n)) for n in (1.5, 2, 3)]
+    assert quantize.code_errors(gaussian(), []) == []
+    assert len(seen) == 1

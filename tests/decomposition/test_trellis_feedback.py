@@ -1,11 +1,13 @@
 """Error feedback with a trellis code: what it leaves, beside rounding each weight by itself."""
 
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from atd.decomposition import error_feedback, trellis_feedback
+from atd.decomposition.least_squares import als
 from atd.decomposition.second_moments import proxy_loss
 from atd.decomposition.trellis_codes import known_code
 from atd.errors import BadInput
@@ -88,9 +90,17 @@ def test_a_row_of_zeros_stays_zero(problem):
 def test_what_cannot_be_is_refused(problem):
     weight, hessian, factor = problem
     code = known_code(2)
-    with pytest.raises(BadInput, match="NaN or infinite"):
-        trellis_feedback.nearest(weight * np.nan, code=code, length=LENGTH)
-    with pytest.raises(BadInput, match="a scale overflows float16"):
-        trellis_feedback.nearest(weight * 1e7, code=code, length=LENGTH)
+    one = weight.copy()
+    one[3, 5] = np.nan
+    searches = (
+        partial(trellis_feedback.nearest, code=code, length=LENGTH),
+        lambda w: trellis_feedback.decompose(w, factor, hessian, code=code, length=LENGTH),
+        partial(als, bases=2, group="row", tied=False),
+    )
+    for search in searches:  # with a code and without, one message
+        with pytest.raises(BadInput, match="1 of 30720 weights are NaN or infinite"):
+            search(one)
+        with pytest.raises(BadInput, match=r"weights of up to .* overflow scales of float16"):
+            search(weight * 1e8)
     with pytest.raises(BadInput, match="second moments of 80 inputs"):
         trellis_feedback.decompose(weight, factor, hessian[:80, :80], code=code, length=LENGTH)

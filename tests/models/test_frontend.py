@@ -477,6 +477,42 @@ def test_damaged_graph(tmp_path, damage):
     refused(tmp_path / "m")
 
 
+CODED = "trellis n=2 segment=16 taps=0.5,0.5|1.1 f16[32,32]"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (CODED, ""),
+        (CODED.replace("|1.1", "|1.1|0.3"), "its taps make 3 trits per weight, not 2"),
+        (
+            CODED.replace("n=2", "n=3").replace("|1.1", "|1.1|0.3"),
+            "q_proj.weight_trits has the shape [32, 32, 2], expected [32, 32, 3]",
+        ),
+        (CODED.replace("|1.1", "|1e999"), "taps of a trellis code must be finite numbers"),
+        (CODED.replace("0.5,0.5", "sin"), "not a trellis code that this version of atd knows"),
+        (CODED.replace("segment=16", "segment=0"), "a segment has 1 to 32 rows"),
+        (CODED.replace("segment=16", "segment=64"), "a segment has 1 to 32 rows"),
+    ],
+)
+def test_stored_trellis_codes(tmp_path, text, words):
+    """A folder whose graph names a code for one of its matrices of two trits per weight."""
+    written(tmp_path / "m")
+    name = "model.layers.0.self_attn.q_proj"
+    tensors = load_file(tmp_path / "m" / SINGLE)
+    tensors[f"{name}.scales"] = np.ones((32, 1, 1), np.float16)
+    save_file(tensors, tmp_path / "m" / SINGLE)
+    file = tmp_path / "m" / "atd_graph.json"
+    graph = json.loads(file.read_text())
+    (node,) = (n for n in graph["blocks"][0]["nodes"] if n["name"] == "self_attn.q_proj")
+    node["weights"]["weight"]["type"] = text
+    file.write_text(json.dumps(graph))
+    if words:
+        assert words in refused(tmp_path / "m")
+    else:
+        assert str(dict(frontend.open(tmp_path / "m").weights())[name].type) == text
+
+
 def test_no_graph_file(tmp_path):
     written(tmp_path / "m")
     (tmp_path / "m" / "atd_graph.json").unlink()

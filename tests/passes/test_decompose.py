@@ -10,7 +10,7 @@ from atd.calibration.streams import Calibration, Moments
 from atd.decomposition.second_moments import proxy_loss
 from atd.errors import BadInput
 from atd.ir import in_memory
-from atd.ir.notes import MOMENTS, SecondMoments
+from atd.ir.notes import DECISION, MOMENTS, SecondMoments
 from atd.ir.rewrite import with_weight
 from atd.models import frontend
 from atd.passes.decompose import Decompose
@@ -157,6 +157,27 @@ def test_trellis_codes_follow_second_moments():
 def test_trellis_options_that_cannot_be(options, message):
     with pytest.raises(BadInput, match=message):
         Decompose(**options)
+
+
+@pytest.mark.parametrize(
+    ("decided", "refused"),
+    [
+        ("n=2 g=row free f16", False),
+        ("n=1 g=row tied f16", False),
+        ("dense", False),
+        ("n=2 g=row tied f16", True),
+        ("n=2 segment=32 taps=0.5,0.5|1.1 f16", True),
+    ],
+)
+def test_greedy_refuses_what_allocate_decided_where_it_cannot_do_it(decided, refused):
+    graph = tiny_graph()
+    block, name = graph.blocks[0], "mlp.up_proj"
+    node = replace(block.node(name), attrs={DECISION: decided})
+    graph = graph.with_units(tuple(u.replace_node(node) if u is block else u for u in graph.units))
+    reason = Decompose(method="greedy", group="row").requires(graph) or ""
+    assert bool(reason) == refused
+    assert not refused or f"allocate has decided on {decided!r} for {block.name}.{name}" in reason
+    assert Decompose(method="als", group="row").requires(graph) is None
 
 
 def test_rows_that_no_code_fits():
