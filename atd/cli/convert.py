@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional, UseAppendAction
 
-from atd.cli.options import Calib, Context, Model, check_writable, command
+from atd.cli.options import Calib, Context, IgnoreExtra, Model, check_writable, command
 
 
 @command()
@@ -55,6 +55,7 @@ def convert(
     calibration_tokens: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None,
     bits: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None,
     budget: Annotated[str | None, tyro.conf.arg(metavar="BYTES")] = None,
+    ignore_extra: IgnoreExtra = False,
 ) -> None:
     """Convert a checkpoint into one of N-base ternary weights.
 
@@ -92,8 +93,8 @@ def convert(
     given = {"nonfinite": nonfinite, "calibration_tokens": calibration_tokens}
     chosen = replace(chosen, **{name: value for name, value in given.items() if value is not None})
     with shown() as (say, progress):
-        options = {"calib": calib, "overwrite": overwrite, "say": say, "progress": progress}
-        folder = run(model, out, chosen, **options)
+        options = {"calib": calib, "overwrite": overwrite, "ignore_extra": ignore_extra}
+        folder = run(model, out, chosen, **options, say=say, progress=progress)
     allocates = any(step.name == "allocate" for step in chosen.pipeline.passes)
     if allocates:
         console.print(allocation_table(read_report(folder)))
@@ -110,6 +111,7 @@ def inspect(
     *,
     nodes: bool = False,
     plot: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
+    ignore_extra: IgnoreExtra = False,
 ) -> None:
     """Show type, bits and size of the weights of each layer.
 
@@ -129,7 +131,7 @@ def inspect(
     if plot is not None:
         check_writable("--plot", plot)
         check_picture(plot)
-    console.print(graph_table(frontend.open(model), nodes=nodes))
+    console.print(graph_table(frontend.open(model, ignore_extra=ignore_extra), nodes=nodes))
     if plot is not None:
         allocation_picture(read_report(model), plot)
         print(f"picture: {plot}")
@@ -160,6 +162,7 @@ def export(
     to: Literal["hf"],
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
     overwrite: bool = False,
+    ignore_extra: IgnoreExtra = False,
 ) -> None:
     """Write the dequantized weights as a dense checkpoint that other tools read.
 
@@ -173,5 +176,6 @@ def export(
     from atd.reports.progress import shown
 
     with shown() as (say, progress):
-        export_hf(model, out, dtype=dtype, overwrite=overwrite, say=say, progress=progress)
+        options = {"dtype": dtype, "overwrite": overwrite, "ignore_extra": ignore_extra}
+        export_hf(model, out, **options, say=say, progress=progress)
     print(f"{out}: dense {dtype} weights in Hugging Face form")

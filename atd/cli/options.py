@@ -37,6 +37,10 @@ Tokenizer = Annotated[
         help="Take the tokenizer from this folder or .gguf file, where MODEL has none.",
     ),
 ]
+IgnoreExtra = Annotated[
+    bool,
+    tyro.conf.arg(help="Leave out tensors of MODEL that are not part of its architecture."),
+]
 Context = Annotated[int, tyro.conf.arg(help="The length of a window in tokens.")]
 Tokens = Annotated[
     int | None,

@@ -13,6 +13,7 @@ from tyro.conf import Positional
 from atd.cli.options import (
     Backend,
     Context,
+    IgnoreExtra,
     Json,
     Model,
     Tokenizer,
@@ -36,6 +37,7 @@ def evaluate(
     backend: Backend = "auto",
     batch: int = 8,
     tokenizer: Tokenizer = None,
+    ignore_extra: IgnoreExtra = False,
     json: Json = None,
 ) -> None:
     """Measure perplexity, and KL divergence and top-1 agreement against a dense model.
@@ -65,7 +67,7 @@ def evaluate(
     check_writable("--json", json)
     # What can be refused is, before a model is loaded.
     for path in filter(None, (model, against)):
-        frontend.open(path)
+        frontend.open(path, ignore_extra=ignore_extra)
     words = open_tokenizer(tokenizer or model)
     if bos and words.bos_id is None:
         raise BadInput(f"{words.name}: its tokenizer has no BOS token; leave out --bos")
@@ -74,7 +76,8 @@ def evaluate(
     cut(texts[data.name], context, bos_id, convention)
     options = {"context": context, "batch": batch, "bos_id": bos_id, "convention": convention}
     with shown() as (_, progress):
-        load = partial(load_checkpoint, backend=backend, progress=progress)
+        how = {"backend": backend, "ignore_extra": ignore_extra, "progress": progress}
+        load = partial(load_checkpoint, **how)
         loaded, dense = load(model), load(against) if against else None
         (result,) = compare(loaded, texts, against=dense, **options, progress=progress).values()
     bits, size = loaded.bits_per_weight, loaded.nbytes
@@ -103,6 +106,7 @@ def generate(
     seed: int = 0,
     backend: Backend = "auto",
     tokenizer: Tokenizer = None,
+    ignore_extra: IgnoreExtra = False,
 ) -> None:
     """Generate text with a model.
 
@@ -120,13 +124,14 @@ def generate(
 
     from atd.checkpoint.reader import open_tokenizer
     from atd.checkpoint.text_stream import TextStream
+    from atd.models import frontend
     from atd.models.model import load
     from atd.runtime.generate import generate as run
 
     words = open_tokenizer(tokenizer or model)
     text = words.apply_chat([{"role": "user", "content": prompt}]) if chat else prompt
     ids = words.encode(text, bos=words.adds_bos and not chat)
-    loaded = load(model, backend=backend)
+    loaded = load(frontend.open(model, ignore_extra=ignore_extra), backend=backend)
     stream = TextStream(words, () if chat else ids)
     times = [time.perf_counter()]
 
@@ -171,6 +176,7 @@ def bench(
     steps: int = 64,
     repeats: int = 5,
     one_jit: bool = False,
+    ignore_extra: IgnoreExtra = False,
     json: Json = None,
     tune: bool = False,
     minutes: float = 8,
@@ -201,6 +207,7 @@ def bench(
     import jax
 
     from atd.checkpoint.files import write_json
+    from atd.models import frontend
     from atd.models.model import load
     from atd.reports.progress import shown
     from atd.runtime.bench import measure, speed_table
@@ -212,10 +219,12 @@ def bench(
         raise BadInput("give a MODEL to measure, or --tune")
     check_writable("--json", json)
     chosen = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    loaders = {model.name: partial(load, model, backend=backend, dtype=chosen)}
+    graph = frontend.open(model, ignore_extra=ignore_extra)
+    loaders = {model.name: partial(load, graph, backend=backend, dtype=chosen)}
     if against:
         name = f"{against.name} (dense)" if against.name in loaders else against.name
-        loaders[name] = partial(load, against, dtype=chosen)
+        graph = frontend.open(against, ignore_extra=ignore_extra)
+        loaders[name] = partial(load, graph, dtype=chosen)
     sizes = {"prompt": prompt, "steps": steps, "repeats": repeats}
     with shown() as (_, progress):
         rows = measure(loaders, **sizes, one_jit=one_jit, progress=progress)

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional, UseAppendAction
 
-from atd.cli.options import Calib, Context, Model, Tokens, check_writable, command
+from atd.cli.options import Calib, Context, IgnoreExtra, Model, Tokens, check_writable, command
 
 
 @command()
@@ -26,6 +26,7 @@ def study(
     context: Context = 512,
     tokens: Tokens = None,
     keep: bool = False,
+    ignore_extra: IgnoreExtra = False,
 ) -> None:
     """Convert and evaluate a model at each point of a grid of recipes and options.
 
@@ -50,6 +51,7 @@ def study(
 
     check_picture(out / PICTURE)
     options = {"calib": calib, "context": context, "tokens": tokens, "keep": keep}
+    options["ignore_extra"] = ignore_extra
     with shown() as (say, progress):
         rows, failed = run_study(
             model, out, recipe, vary, data=data, **options, say=say, progress=progress

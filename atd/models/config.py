@@ -50,6 +50,11 @@ def check_architecture(config: dict, origin) -> str:
         architectures, named = config.get("architectures"), ""
         if isinstance(architectures, list) and architectures:
             named = f" ({', '.join(map(str, architectures))})"
+        if family is None:
+            raise BadInput(
+                f"{origin}: config.json: model_type is missing{named}; "
+                f"supported: {', '.join(FAMILIES)}"
+            )
         raise BadInput(
             f"{origin}: the architecture {family!r}{named} is not supported; "
             f"supported: {', '.join(FAMILIES)}"

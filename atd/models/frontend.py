@@ -15,18 +15,25 @@ from atd.checkpoint.folder import GRAPH
 from atd.checkpoint.reader import Checkpoint, is_gguf, open_checkpoint, read_config
 from atd.errors import BadInput
 from atd.ir import Graph, InvalidGraph, WeightRef, graph_from_json, verify
-from atd.models.config import ModelConfig, check_architecture, parse_config
+from atd.models.config import parse_config
 from atd.models.llama import EMBEDDING, HEAD, llama_graph
-from atd.weights import DTYPE_NAMES, DenseType, Weight, WeightType, build, stored
+from atd.models.names import by_plain_name
+from atd.weights import DTYPE_NAMES, DTYPES, DenseType, Weight, WeightType, build, stored
 
 FORMAT_VERSION = 1
-_WEIGHT_DTYPES = ("f32", "f16", "bf16")
+_WEIGHT_DTYPES = ("f32", "f16", "bf16", "f64")
 _HARMLESS = re.compile(r"(.*\.)?rotary_emb\.inv_freq")  # a buffer of older transformers
 _SHOWN = 20  # most problems in one message
 
 
-def open(path: str | Path) -> Graph:
+def open(path: str | Path, *, ignore_extra: bool = False) -> Graph:
     """Opens a checkpoint; headers alone are read.
+
+    A `quantization_config` that dense weights have left of a former life is dropped.
+
+    Args:
+        path: a Hugging Face folder, a GGUF file, or a folder that atd wrote.
+        ignore_extra: leave out tensors that are not part of the model.
 
     Returns:
         Its graph, verified.
@@ -39,19 +46,16 @@ def open(path: str | Path) -> Graph:
     path = Path(path)
     if is_gguf(path):
         checkpoint = open_checkpoint(path)
-        return _verified(_from_config(checkpoint, parse_config(checkpoint.config, path)), path)
+        return _verified(_from_config(checkpoint, ignore_extra), path)
     config = read_config(path)
     quantization = config.get("quantization_config")
-    if quantization is None:
-        parsed = parse_config(config, path)
-        return _verified(_from_config(open_checkpoint(path), parsed), path)
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    if method != "atd":
-        check_architecture(config, path)
-        raise BadInput(
-            f"{path}: its weights are quantized already, with {method!r}; "
-            f"give the original checkpoint, in f32, f16 or bf16"
-        )
+    if not isinstance(quantization, dict) or method != "atd":
+        parse_config(config, path)
+        checkpoint = open_checkpoint(path)
+        if quantization is not None:
+            checkpoint = _unquantized(checkpoint, method)
+        return _verified(_from_config(checkpoint, ignore_extra), path)
     version = quantization.get("format_version")
     if type(version) is not int or version < 1:
         raise BadInput(
@@ -64,6 +68,18 @@ def open(path: str | Path) -> Graph:
             f"this atd reads versions up to {FORMAT_VERSION}; install a newer atd"
         )
     return _verified(_from_stored_graph(open_checkpoint(path)), path)
+
+
+def _unquantized(checkpoint: Checkpoint, method: object) -> Checkpoint:
+    """The checkpoint without its quantization_config. Raises BadInput where that still holds."""
+    coded = [t.name for t in checkpoint.tensors.values() if t.dtype not in _WEIGHT_DTYPES]
+    if coded or method == "bitnet":  # whose weights may be dense, and are rounded as they run
+        raise BadInput(
+            f"{checkpoint.path}: its weights are quantized already, with {method!r}; "
+            f"give the original checkpoint, in f32, f16 or bf16"
+        )
+    config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+    return replace(checkpoint, config=config)
 
 
 def _verified(graph: Graph, path: Path) -> Graph:
@@ -90,16 +106,24 @@ class _Binder:
         return self._reference(tensor, type, names, found)
 
     def dense(self, tensor: str, *shape: int, place: str) -> WeightRef:
-        """The weight called `tensor`, of this shape, and the dtype that the file has at `place`."""
+        """The weight called `tensor`, of this shape, and the dtype that the file has at `place`;
+        f32 for f64."""
         found = self._find(place, shape, _WEIGHT_DTYPES)
-        type = DenseType(shape, found.dtype if found else "f32")
+        type = DenseType(shape, found.dtype if found and found.dtype != "f64" else "f32")
         return self._reference(tensor, type, {"array": place}, [found])
 
     def _reference(
         self, tensor: str, type: WeightType, names: dict[str, str], found: list[StoredTensor | None]
     ) -> WeightRef:
+        def read(name: str) -> np.ndarray:
+            array = self.checkpoint.read(name)
+            if array.dtype != np.float64 or not isinstance(type, DenseType):
+                return array
+            with np.errstate(over="ignore"):  # Inf, which the converter refuses by name
+                return array.astype(DTYPES[type.dtype])
+
         def load() -> Weight:
-            return build(type, {slot: self.checkpoint.read(name) for slot, name in names.items()})
+            return build(type, {slot: read(name) for slot, name in names.items()})
 
         return WeightRef(tensor, type, load, "; ".join(part.source for part in found if part))
 
@@ -112,8 +136,9 @@ class _Binder:
             self.problems.append(f"{name} {list(shape)} is missing")
             return None
         if found.shape != tuple(shape):
+            empty = "; its data was not saved" if 0 in found.shape else ""
             self.problems.append(
-                f"{name} has the shape {list(found.shape)}, expected {list(shape)}"
+                f"{name} has the shape {list(found.shape)}, expected {list(shape)}{empty}"
             )
         if found.dtype not in dtypes:
             self.problems.append(
@@ -121,18 +146,22 @@ class _Binder:
             )
         return found
 
-    def finish(self) -> None:
+    def finish(self, ignore_extra: bool = False) -> None:
         """Raises BadInput with all problems, if there are any."""
         extra = sorted(
             name
-            for name in self.checkpoint.tensors
-            if name not in self.used and not _HARMLESS.fullmatch(name)
+            for name, tensor in self.checkpoint.tensors.items()
+            if name not in self.used and not _HARMLESS.fullmatch(name) and 0 not in tensor.shape
         )
-        problems = self.problems + [f"{name} is not part of the model" for name in extra]
+        problems = list(self.problems)
+        if not ignore_extra:
+            problems += [f"{name} is not part of the model" for name in extra]
         if problems:
             shown = problems[:_SHOWN] + (
                 [f"and {len(problems) - _SHOWN} more"] if problems[_SHOWN:] else []
             )
+            if extra and not self.problems:
+                shown.append("leave them out with --ignore-extra, if the model works without them")
             raise BadInput(
                 f"{self.checkpoint.path}: the tensors do not fit the model:\n  "
                 + "\n  ".join(shown)
@@ -160,8 +189,11 @@ def _from_stored_graph(checkpoint: Checkpoint) -> Graph:
 # --- Hugging Face's models ----------------------------------------------------------------------
 
 
-def _from_config(checkpoint: Checkpoint, config: ModelConfig) -> Graph:
-    binder, here = _Binder(checkpoint), checkpoint.tensors
+def _from_config(checkpoint: Checkpoint, ignore_extra: bool) -> Graph:
+    config = parse_config(checkpoint.config, checkpoint.path)
+    here = by_plain_name(checkpoint.tensors, checkpoint.path)
+    checkpoint = replace(checkpoint, tensors=here)
+    binder = _Binder(checkpoint)
     tied = config.tie_word_embeddings and _head_is_embedding(checkpoint)
     # Tied, with the head alone in the file: it is the embedding (transformers ties either way).
     embedding = HEAD if tied and EMBEDDING not in here and HEAD in here else EMBEDDING
@@ -172,7 +204,7 @@ def _from_config(checkpoint: Checkpoint, config: ModelConfig) -> Graph:
     graph = llama_graph(checkpoint.config, replace(config, tie_word_embeddings=tied), reference)
     if tied:
         binder.used.add(HEAD)
-    binder.finish()
+    binder.finish(ignore_extra)
     return graph
 
 

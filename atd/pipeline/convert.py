@@ -36,6 +36,7 @@ def convert(
     overrides: Sequence[str] = (),
     calib: str | Path | Sequence[str | Path] = (),
     overwrite: bool = False,
+    ignore_extra: bool = False,
     cache: Path | None = None,
     say: Say = print,
     progress: Report = unheard,
@@ -50,6 +51,7 @@ def convert(
       calib: UTF-8 texts for passes that need activations, or "self" for text that the model
         writes; by default what the recipe says.
       overwrite: replace `out` if atd made it.
+      ignore_extra: leave out tensors of `model` that are not part of its architecture.
       cache: folder for what other runs can use again; by default
         `atd.checkpoint.cache.default_cache()`.
       say: takes lines for people.
@@ -61,7 +63,8 @@ def convert(
     """
     recipe = _resolved(recipe, overrides, calib, say)
     source, target = Path(model), Path(out).absolute()
-    graph = finite(frontend.open(source), recipe.nonfinite, say)
+    graph = frontend.open(source, ignore_extra=ignore_extra)
+    graph = finite(graph, recipe.nonfinite, say)
     final = recipe.pipeline.preflight(graph)
     check_target(target, source, overwrite)
     tokenizer = tokenizer_files(source, say)

@@ -29,6 +29,7 @@ def export_hf(
     *,
     dtype: str = "float32",
     overwrite: bool = False,
+    ignore_extra: bool = False,
     say: Say = print,
     progress: Report = unheard,
 ) -> Path:
@@ -41,11 +42,13 @@ def export_hf(
       out: the folder to write.
       dtype: float32, which holds every ternary sum exactly, float16 or bfloat16.
       overwrite: replace `out` if atd made it.
+      ignore_extra: leave out tensors of `model` that are not part of its architecture.
 
     Raises RunFailed where a value does not fit the dtype.
     """
     source, target = Path(model), Path(out).absolute()
-    graph = absorb(frontend.open(source))  # other tools do not know the nodes of a rotated stream
+    # Other tools do not know the nodes of a rotated stream.
+    graph = absorb(frontend.open(source, ignore_extra=ignore_extra))
     check_target(target, source, overwrite)
     tokenizer = tokenizer_files(source, say)
     units = [

@@ -35,10 +35,14 @@ class LoadedCheckpoint:
 
 
 def load_checkpoint(
-    path: Path, *, backend: str = "auto", progress: Report = unheard
+    path: Path,
+    *,
+    backend: str = "auto",
+    ignore_extra: bool = False,
+    progress: Report = unheard,
 ) -> LoadedCheckpoint:
     """Loads the model of a Hugging Face folder, a GGUF file or a converted folder."""
-    graph = frontend.open(path)
+    graph = frontend.open(path, ignore_extra=ignore_extra)
     model = load(graph, backend=backend, progress=progress)
     return LoadedCheckpoint(path.name, model, *graph_size(graph))
 

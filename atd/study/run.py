@@ -42,6 +42,7 @@ def run_study(
     context: int = 512,
     tokens: int | None = None,
     keep: bool = False,
+    ignore_extra: bool = False,
     say: Say = print,
     progress: Report = unheard,
 ) -> tuple[list[StudyRow], list[str]]:
@@ -59,6 +60,7 @@ def run_study(
         recipe.
       context: window length in tokens.
       tokens: how many tokens of each text to use; None: all.
+      ignore_extra: leaves out tensors of the model that are not part of its architecture.
       keep: keeps whole checkpoints; else a point's weights are deleted once it is evaluated.
       say, progress: where lines and progress go.
 
@@ -72,13 +74,20 @@ def run_study(
     calibration = tuple(map(str, (calib,) if isinstance(calib, str | Path) else calib))
     texts = [Path(path) for path in data]
     setting = read_setting(
-        model, points, data=texts, calib=calibration, context=context, tokens=tokens
+        model,
+        points,
+        data=texts,
+        calib=calibration,
+        context=context,
+        tokens=tokens,
+        ignore_extra=ignore_extra,
     )
     with _opened(out, model) as rows:
         by_key = {row["key"]: row for row in rows}
         todo = [p for p in points if by_key.get(setting.key(p), {"error": "new"})["error"]]
         say(f"{len(points)} points, {len(points) - len(todo)} of them done already")
-        dense = load_checkpoint(model, progress=progress) if todo else None
+        options = {"ignore_extra": ignore_extra, "progress": progress}
+        dense = load_checkpoint(model, **options) if todo else None
         for i, point in enumerate(todo):
             progress(Progress("study", i, len(todo), "points", point.label))
             row = _done(setting, point, out, dense, say, progress)
@@ -181,6 +190,7 @@ def _convert(
         point.recipe,
         calib=setting.calib if point.calibrated else (),
         overwrite=folder.exists(),
+        ignore_extra=setting.ignore_extra,
         say=say,
         progress=progress,
     )

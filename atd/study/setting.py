@@ -41,6 +41,7 @@ class Setting:
     context: int
     tokens: int | None
     calib: tuple[str, ...]  # calibration texts; none: those of each recipe
+    ignore_extra: bool  # tensors of the model that are not part of its architecture
     calib_sha256: dict[str, str]  # calibration text -> sha256 of the file, or SELF
 
     @cached_property
@@ -96,6 +97,7 @@ def read_setting(
     calib: tuple[str, ...],
     context: int,
     tokens: int | None,
+    ignore_extra: bool = False,
 ) -> Setting:
     """Reads the headers of the model and the texts.
 
@@ -104,7 +106,7 @@ def read_setting(
     """
     if not data:
         raise BadInput("a study needs a text to evaluate on: --data TEXT")
-    graph = frontend.open(model)
+    graph = frontend.open(model, ignore_extra=ignore_extra)
     limit = graph.config.get("max_position_embeddings")
     if limit is not None and context > limit:
         raise BadInput(
@@ -127,4 +129,4 @@ def read_setting(
             calib_sha256[name] = file_digest(Path(name))
     sources = [ref.source for _, ref in graph.weights()]
     identity = digest_of(json.dumps([sources, graph.to_json(), graph.config], sort_keys=True))
-    return Setting(model, identity, texts, context, tokens, calib, calib_sha256)
+    return Setting(model, identity, texts, context, tokens, calib, ignore_extra, calib_sha256)

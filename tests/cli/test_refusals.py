@@ -186,7 +186,7 @@ def test_what_the_system_refuses_is_one_line(atd, stories260k, monkeypatch):
         (PermissionError(13, "Permission denied", "/some/file"), "/some/file: Permission denied"),
         (MemoryError(), "out of memory"),
     ):
-        monkeypatch.setattr(frontend, "open", lambda path, error=error: raise_(error))
+        monkeypatch.setattr(frontend, "open", lambda path, error=error, **_: raise_(error))
         code, _, err = atd("inspect", stories260k)
         assert (code, "Traceback" in err) == (1, False)
         assert err.startswith(f"error: {told}")

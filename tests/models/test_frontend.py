@@ -203,7 +203,7 @@ def test_all_problems_are_told_at_once(tmp_path):
     message = refused(copied(tmp_path, "llama_mha", tensors=tensors))
     assert message.splitlines()[1:] == [
         "  model.layers.0.mlp.up_proj.weight has the shape [64, 31], expected [64, 32]",
-        "  model.layers.1.mlp.up_proj.weight has the dtype i64, expected f32 or f16 or bf16",
+        "  model.layers.1.mlp.up_proj.weight has the dtype i64, expected f32 or f16 or bf16 or f64",
         "  model.norm.weight [32] is missing",
         "  model.layers.2.mlp.up_proj.weight is not part of the model",
     ]
@@ -228,8 +228,8 @@ def test_a_long_list_of_problems_is_cut(tmp_path):
     "config",
     [
         {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]},
-        {"model_type": None},
         {"model_type": ["llama"]},
+        {"model_type": {"llama": 1}},
     ],
 )
 def test_unsupported_architecture_is_refused_before_tensors_are_read(tmp_path, config):
@@ -239,6 +239,11 @@ def test_unsupported_architecture_is_refused_before_tensors_are_read(tmp_path, c
     assert "is not supported; supported: llama, mistral, qwen2, qwen3" in message
     if config.get("architectures"):
         assert "'gpt2' (GPT2LMHeadModel)" in message
+
+
+def test_a_config_without_an_architecture_says_so(tmp_path):
+    message = refused(copied(tmp_path, "llama_mha", {"model_type": None, "architectures": ["A"]}))
+    assert message.endswith("model_type is missing (A); supported: llama, mistral, qwen2, qwen3")
 
 
 @pytest.mark.parametrize(
@@ -358,9 +363,75 @@ def test_rope_in_both_spellings():
 
 def test_weights_that_are_quantized_already(tmp_path):
     message = refused(
-        copied(tmp_path, "llama_mha", {"quantization_config": {"quant_method": "gptq", "bits": 4}})
+        copied(
+            tmp_path,
+            "llama_mha",
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            {"model.layers.0.mlp.up_proj.qweight": np.zeros((8, 64), np.int32)},
+        )
     )
     assert "'gptq'" in message
+
+
+def test_a_quantization_config_over_dense_weights_is_dropped(tmp_path):
+    stale = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    graph = frontend.open(copied(tmp_path, "llama_mha", stale))
+    assert str(graph) == str(frontend.open(GOLDEN / "llama_mha"))
+    assert "quantization_config" not in graph.config
+    rounded = {"quantization_config": {"quant_method": "bitnet"}}  # while the model runs
+    assert "'bitnet'" in refused(copied(tmp_path / "b", "llama_mha", rounded))
+
+
+# --- tensors as other tools write them ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: f"_orig_mod.{name}",
+        lambda name: name.replace("layers.0.", "layers.0._orig_mod."),
+        lambda name: f"module._orig_mod.{name}",
+        lambda name: f"language_model.{name}",
+        lambda name: name.replace("model.", "model.language_model."),
+        lambda name: name.removeprefix("model."),
+    ],
+)
+def test_names_of_other_tools_are_read(tmp_path, rename):
+    tensors = load_file(GOLDEN / "llama_mha" / SINGLE)
+    renamed = dict.fromkeys(tensors) | {rename(name): array for name, array in tensors.items()}
+    graph = frontend.open(copied(tmp_path, "llama_mha", tensors=renamed))
+    assert str(graph) == str(frontend.open(GOLDEN / "llama_mha"))
+    for _, ref in graph.weights():
+        np.testing.assert_array_equal(ref.dense(), tensors[ref.tensor])
+
+
+def test_two_tensors_of_one_name_are_refused(tmp_path):
+    norm = {"_orig_mod.model.norm.weight": np.ones(32, np.float32)}
+    message = refused(copied(tmp_path, "llama_mha", tensors=norm))
+    assert "_orig_mod.model.norm.weight and model.norm.weight would be model.norm" in message
+
+
+def test_f64_is_read_as_f32_and_empty_tensors_are_no_weights(tmp_path):
+    wide = np.arange(32) / 3
+    tensors = {"model.norm.weight": wide, "model.extra": np.zeros((0, 4), np.float32)}
+    graph = frontend.open(copied(tmp_path, "llama_mha", tensors=tensors))
+    norm = graph.epilogue.node("model.norm").weights["weight"]
+    assert str(norm.type) == "dense f32[32]"
+    np.testing.assert_array_equal(norm.load().dequantize(), wide.astype(np.float32))
+    empty = {"model.norm.weight": np.zeros(0, np.float32)}
+    message = refused(copied(tmp_path / "e", "llama_mha", tensors=empty))
+    assert "model.norm.weight has the shape [0], expected [32]; its data was not saved" in message
+
+
+def test_extra_tensors_are_ignored_where_asked(tmp_path):
+    extra = {"model.layers.0.self_attn.extra": np.ones(4, np.float32)}
+    folder = copied(tmp_path, "llama_mha", tensors=extra)
+    assert refused(folder).endswith(
+        "  model.layers.0.self_attn.extra is not part of the model\n"
+        "  leave them out with --ignore-extra, if the model works without them"
+    )
+    plain = frontend.open(GOLDEN / "llama_mha")
+    assert str(frontend.open(folder, ignore_extra=True)) == str(plain)
 
 
 # --- folders that atd wrote -----------------------------------------------------------------------
