@@ -24,11 +24,20 @@ class StoredTensor:
     load: Callable[[], np.ndarray] = field(compare=False, repr=False)
 
 
+def refuse_pointer(file: Path) -> None:
+    """Raises BadInput for what git-lfs leaves in the place of a file that it did not fetch."""
+    if read_bytes(file, 0, 24) == b"version https://git-lfs.":
+        raise BadInput(
+            f"{file}: a pointer of git-lfs instead of the file; fetch it with git lfs pull"
+        )
+
+
 def read_json(file: Path) -> dict:
     """Reads the object in a JSON file.
 
     Raises BadInput where it cannot be read, is no object, or has a key twice.
     """
+    refuse_pointer(file)
     try:
         return json_object(read_bytes(file))
     except (ValueError, RecursionError) as error:

@@ -17,7 +17,7 @@ from typing import Any
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from atd.checkpoint.files import read_bytes
+from atd.checkpoint.files import read_bytes, refuse_pointer
 from atd.errors import BadInput
 
 # Stored as they are.
@@ -41,11 +41,12 @@ class GGUFTensor:
 def read_header(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
     """Reads the header of a GGUF file: (metadata, tensors by name).
 
-    Metadata values are int, float, bool, str or lists of one of them. Every tensor lies within the
-    file, in whole rows of blocks.
+    Metadata values are int, float, bool, str, or lists of one of them or of lists. Every tensor
+    lies within the file, in whole rows of blocks.
 
     Raises BadInput for a file that is absent, truncated or damaged.
     """
+    refuse_pointer(path)
     if read_bytes(path, 0, 4) != b"GGUF":
         raise BadInput(f"{path}: not a whole GGUF file: it does not start with 'GGUF'")
     with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -56,7 +57,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
                 f"{path}: not a whole GGUF file: its header goes past the end ({len(data)} bytes): "
                 f"truncated; download it again"
             ) from None
-        except (KeyError, UnicodeDecodeError) as error:
+        except (KeyError, UnicodeDecodeError, RecursionError) as error:
             raise BadInput(
                 f"{path}: not a whole GGUF file: unknown value {error} in its header; "
                 "download it again"
@@ -130,6 +131,8 @@ class _Cursor:
         if kind != _ARRAY:
             return self.number(_CODES[kind])
         kind, count = self.number("I"), self.number("Q")
+        if kind == _ARRAY:
+            return [self.value(_ARRAY) for _ in range(count)]
         return self.strings(count) if kind == _STRING else self.numbers(_CODES[kind], count)
 
 

@@ -125,7 +125,14 @@ def _rebuild(path: Path, metadata: dict) -> Tokenizer:
         ),
         "generation_config.json": _json_bytes(generation),
     }
-    return Tokenizer(backend, bos, ends, adds_bos, template, special, stored, str(path))
+    name = str(path)
+    assumed = ""
+    if model == "gpt2" and "pre" not in metadata:
+        assumed = (
+            f"{path}: tokenizer.ggml.pre is missing, so text is cut into words as by GPT-2; where "
+            "the model is of another kind, use its Hugging Face folder"
+        )
+    return Tokenizer(backend, bos, ends, adds_bos, template, special, stored, name, assumed)
 
 
 def _json_bytes(value: dict) -> bytes:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from atd.checkpoint.files import StoredTensor, path_exists, read_json
+from atd.checkpoint.files import StoredTensor, path_exists, read_bytes, read_json
 from atd.checkpoint.folder_tokenizer import open_folder_tokenizer
 from atd.checkpoint.gguf import open_gguf
 from atd.checkpoint.gguf_tokenizer import open_gguf_tokenizer
@@ -47,7 +47,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def is_gguf(path: Path) -> bool:
-    """Returns whether the path names a GGUF file."""
+    """Returns whether the path names a GGUF file: by its ending, or by how it begins."""
+    if path_exists(path) and path.is_file():
+        return path.suffix == ".gguf" or read_bytes(path, 0, 4) == b"GGUF"
     return path.suffix == ".gguf" and not path.is_dir()
 
 
@@ -73,13 +75,13 @@ def open_tokenizer(path: str | os.PathLike) -> Tokenizer:
     Raises BadInput where there is none, or one of an unknown kind.
     """
     path = Path(path)
-    if path.is_dir():
-        return open_folder_tokenizer(path)
-    if not path.exists():
+    if not path_exists(path):
         raise BadInput(
             f"{path}: no such file or folder; give a Hugging Face folder or a .gguf file"
         )
-    if path.suffix != ".gguf":
+    if path.is_dir():
+        return open_folder_tokenizer(path)
+    if not is_gguf(path):
         raise BadInput(
             f"{path}: a tokenizer is read from a Hugging Face folder or a .gguf file, "
             "and this is neither"

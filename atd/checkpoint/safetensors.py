@@ -8,9 +8,17 @@ import ml_dtypes  # noqa: F401  safetensors finds bfloat16 in numpy once this is
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from atd.checkpoint.files import StoredTensor, json_object, path_exists, read_bytes, read_json
+from atd.checkpoint.files import (
+    StoredTensor,
+    json_object,
+    path_exists,
+    read_bytes,
+    read_json,
+    refuse_pointer,
+)
 from atd.errors import BadInput
 
+_LONGEST_HEADER = 100_000_000  # bytes that the library safetensors reads
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -97,6 +105,7 @@ def _header(file: Path):
 
     The library safetensors itself validates the header.
     """
+    refuse_pointer(file)
     prefix = read_bytes(file, 0, 8)
     status = file.stat()
     if len(prefix) < 8:
@@ -104,6 +113,11 @@ def _header(file: Path):
             f"{file}: not a safetensors file: it has {len(prefix)} bytes; download it again"
         )
     (length,) = struct.unpack("<Q", prefix)
+    if length > _LONGEST_HEADER:
+        raise BadInput(
+            f"{file}: not a safetensors file: it begins with {prefix}, where a header of {length} "
+            "bytes would be announced; download it again"
+        )
     if 8 + length > status.st_size:
         raise BadInput(
             f"{file}: its header should have {length} bytes, but the file has {status.st_size}: "

@@ -16,6 +16,8 @@ from itertools import groupby
 
 import jinja2
 import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
 import numpy as np
 import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -27,6 +29,7 @@ FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     "chat_template.jinja",
     "generation_config.json",
 )
@@ -44,6 +47,7 @@ class Tokenizer:
     special: dict[str, str] = field(repr=False)  # what chat templates see: "bos_token" -> "<s>"
     stored: dict[str, bytes] = field(repr=False)  # file name -> content
     name: str  # of the folder or file, for messages
+    assumed: str = ""  # what the file does not say, in words for people
 
     @property
     def vocabulary_size(self) -> int:
@@ -53,8 +57,14 @@ class Tokenizer:
     def encode(self, text: str, bos: bool = False) -> np.ndarray:
         """Returns the token ids int32 [n] of a text; with `bos`, BOS in front.
 
-        Special tokens in the text get their ids. Raises BadInput for `bos` where there is none.
+        Special tokens in the text get their ids. Raises BadInput for `bos` where there is none, and
+        for text that is no Unicode, such as bytes of another encoding on a command line.
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            where = f"character {error.start}, {text[error.start]!r}"
+            raise BadInput(f"the text is not valid Unicode at {where}; give it in UTF-8") from None
         ids = self.backend.encode(text, add_special_tokens=False).ids
         if bos:
             if self.bos_id is None:
@@ -78,8 +88,8 @@ class Tokenizer:
 
     @cached_property
     def _special_ids(self) -> frozenset[int]:
-        added = self.backend.get_added_tokens_decoder()
-        return frozenset(i for i, token in added.items() if token.special)
+        added, named = self.backend.get_added_tokens_decoder(), self.special.values()
+        return frozenset(i for i, t in added.items() if t.special or t.content in named)
 
     @cached_property
     def _byte_ids(self) -> list[int]:
@@ -121,7 +131,13 @@ class Tokenizer:
                 "give it plain text (it is a base model, most likely)"
             )
         try:
-            return _compile_template(self.chat_template).render(
+            template = _compile_template(self.chat_template)
+        except jinja2.TemplateSyntaxError as error:
+            raise BadInput(
+                f"{self.name}: its chat template is no valid Jinja: line {error.lineno}: {error}"
+            ) from None
+        try:
+            return template.render(
                 messages=list(messages),
                 tools=None,
                 documents=None,
@@ -132,6 +148,10 @@ class Tokenizer:
             raise BadInput(
                 f"{self.name}: its chat template refuses this conversation: {error}"
             ) from None
+        except Exception as error:  # a template is a program of the model's author
+            raise BadInput(
+                f"{self.name}: its chat template fails: {type(error).__name__}: {error}"
+            ) from None
 
     def files(self) -> dict[str, bytes]:
         """Returns what gives a converted checkpoint the same tokenizer: file name -> content."""
@@ -139,6 +159,17 @@ class Tokenizer:
 
 
 # --- chat templates -------------------------------------------------------------------------------
+
+
+class _Generation(jinja2.ext.Extension):
+    """{% generation %} ... {% endgeneration %}, which marks the text that models learn from."""
+
+    tags = {"generation"}  # noqa: RUF012  jinja2 declares it so
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body, lineno=line)
 
 
 def _compile_template(text: str) -> jinja2.Template:
@@ -158,7 +189,7 @@ def _compile_template(text: str) -> jinja2.Template:
         )
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation]
     )
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = raise_exception

@@ -51,7 +51,7 @@ def evaluate(
         against: The dense model to compare with.
         bos: Put the begin-of-sequence token in front of each window, as one of its tokens.
         convention: standard scores whole windows; llama.cpp scores only the second half of each,
-            BOS in front, as llama-perplexity does.
+            BOS in front where the tokenizer adds one, as llama-perplexity does.
         batch: The number of windows that run together.
     """
     from functools import partial
@@ -69,10 +69,12 @@ def evaluate(
     for path in filter(None, (model, against)):
         frontend.open(path, ignore_extra=ignore_extra)
     words = open_tokenizer(tokenizer or model)
+    _say_assumed(words)
     if bos and words.bos_id is None:
         raise BadInput(f"{words.name}: its tokenizer has no BOS token; leave out --bos")
     texts = {data.name: read_tokens(data, words, tokens)}
-    bos_id = words.bos_id if bos or convention == "llama.cpp" else None
+    in_front = bos or (convention == "llama.cpp" and words.adds_bos)
+    bos_id = words.bos_id if in_front else None
     cut(texts[data.name], context, bos_id, convention)
     options = {"context": context, "batch": batch, "bos_id": bos_id, "convention": convention}
     with shown() as (_, progress):
@@ -129,6 +131,7 @@ def generate(
     from atd.runtime.generate import generate as run
 
     words = open_tokenizer(tokenizer or model)
+    _say_assumed(words)
     text = words.apply_chat([{"role": "user", "content": prompt}]) if chat else prompt
     ids = words.encode(text, bos=words.adds_bos and not chat)
     loaded = load(frontend.open(model, ignore_extra=ignore_extra), backend=backend)
@@ -233,6 +236,12 @@ def bench(
     print(speed_table(rows, rows[1].model if against else None))
     if json:
         write_json(json, [asdict(row) for row in rows])
+
+
+def _say_assumed(words) -> None:
+    """Says on stderr what the tokenizer's file does not say."""
+    if words.assumed:
+        print(f"note: {words.assumed}", file=sys.stderr)
 
 
 def _tune(minutes: float) -> None:

@@ -26,10 +26,13 @@ from atd.version import __version__
 def tokenizer_files(source: Path, say: Say) -> dict[str, bytes]:
     """Returns the tokenizer's files by name.
 
-    Warns where the source has no tokenizer, and returns none.
+    Warns where the source has no tokenizer, and returns none; says what one had to assume.
     """
     try:
-        return open_tokenizer(source).files()
+        tokenizer = open_tokenizer(source)
+        if tokenizer.assumed:
+            say(f"note: {tokenizer.assumed}")
+        return tokenizer.files()
     except BadInput as error:
         say(
             f"warning: {error}. The converted checkpoint will have no tokenizer; "

@@ -12,9 +12,9 @@ Conventions (`Evaluation` names the one used, for their figures cannot be compar
     standard    that of papers: all context - 1 shifted tokens of a window are scored. With BOS, a
                 window is BOS and context - 1 tokens of text.
     llama.cpp   that of `llama-perplexity`: BOS in front of the text and again in place of each
-                window's first token (if the model has one); of a window only the tokens
-                context/2 + 1 ... context - 1 are scored, so that each has at least half a window
-                before it.
+                window's first token, where the model's tokenizer adds one (add_bos_token); of a
+                window only the tokens context/2 + 1 ... context - 1 are scored, so that each has
+                at least half a window before it.
 
 Logits never exist for more than a few positions: the hidden states [B, T, D] of a batch of windows
 are computed, then the head and the log-softmax run over chunks of `positions` of them, for both

@@ -1,5 +1,7 @@
 """Tokenizers of Hugging Face folders: their files, special tokens, chat templates, bad input."""
 
+import json
+
 import pytest
 
 from atd.checkpoint.reader import open_tokenizer
@@ -58,6 +60,92 @@ def test_chat_template_file_wins_and_sees_what_transformers_gives(tmp_path, stor
     )
     with pytest.raises(BadInput, match="refuses this conversation: no system"):
         tokenizer.apply_chat([{"role": "system", "content": "x"}])
+
+
+def test_tokens_of_the_config_are_the_tokenizers(tmp_path, stories260k):
+    """Those that only added_tokens_decoder or added_tokens.json has, as transformers reads them."""
+    config = {
+        "eos_token": "<|im_end|>",
+        "added_tokens_decoder": {
+            "1": {"content": "<s>", "special": True},
+            "512": {"content": "<|im_end|>", "special": True},
+            "513": {"content": "<tool>", "special": False},
+        },
+    }
+    path = folder(tmp_path / "m", stories260k, tokenizer_config=config)
+    tokenizer = open_tokenizer(path)
+    assert tokenizer.eos_ids == (512,)
+    ids = tokenizer.encode("Once<tool><|im_end|>").tolist()
+    assert ids[-2:] == [513, 512]
+    assert tokenizer.decode(ids) == "Once<tool>"
+    added = {"<|im_end|>": 512, "<tool>": 513}
+    eos = {"eos_token": {"content": "<|im_end|>"}}
+    legacy = folder(tmp_path / "l", stories260k, added_tokens=added, special_tokens_map=eos)
+    tokenizer = open_tokenizer(legacy)
+    assert tokenizer.eos_ids == (512,)
+    assert tokenizer.encode("Once<tool><|im_end|>").tolist() == ids
+    assert tokenizer.decode(ids) == "Once<tool>"
+    assert set(tokenizer.files()) == {
+        "tokenizer.json",
+        "added_tokens.json",
+        "special_tokens_map.json",
+    }
+
+
+def test_a_special_token_of_the_vocabulary_stays_whole(tmp_path, stories260k):
+    words = json.loads((stories260k / "tokenizer.json").read_text())
+    (path := tmp_path / "m").mkdir()
+    (path / "tokenizer.json").write_text(json.dumps(words | {"added_tokens": []}))
+    (path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    tokenizer = open_tokenizer(path)
+    assert tokenizer.encode("a</s>").tolist()[-1] == 2
+    assert tokenizer.decode([2]) == ""
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"added_tokens": {"<x>": 600}}, "has the id 600, but with tokenizer.json it is 512"),
+        ({"added_tokens": {"<x>": "1"}}, "the id of '<x>' is '1'"),
+        ({"tokenizer_config": {"added_tokens_decoder": []}}, "added_tokens_decoder is []"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"5": "x"}}}, "'x' is no token"),
+        (
+            {"tokenizer_config": {"added_tokens_decoder": {"5": {"content": "x", "special": 1}}}},
+            "is no token",
+        ),
+    ],
+)
+def test_tokens_that_are_none_are_refused(tmp_path, stories260k, files, words):
+    with pytest.raises(BadInput) as caught:
+        open_tokenizer(folder(tmp_path / "m", stories260k, **files))
+    assert words in str(caught.value)
+
+
+def test_chat_templates_by_name_and_for_training(tmp_path, stories260k):
+    learned = "{% set a = 'x' %}{% generation %}{% set a = 'y' %}{{ a }}{% endgeneration %}{{ a }}"
+    named = {"tool_use": "tools", "default": learned}
+    path = folder(tmp_path / "m", stories260k, tokenizer_config={"chat_template": named})
+    assert open_tokenizer(path).apply_chat([]) == "yx"
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{% for m in 3 %}{% endfor %}", "its chat template fails: TypeError: 'int' object is not"),
+        ("{{ 1 // 0 }}", "its chat template fails: ZeroDivisionError"),
+        ("a\n{% if %}", "its chat template is no valid Jinja: line 2"),
+    ],
+)
+def test_a_chat_template_that_fails_is_told(tmp_path, stories260k, template, words):
+    path = folder(tmp_path / "m", stories260k, tokenizer_config={"chat_template": template})
+    with pytest.raises(BadInput) as caught:
+        open_tokenizer(path).apply_chat([])
+    assert words in str(caught.value)
+
+
+def test_text_that_is_no_unicode_is_refused(stories260k):
+    with pytest.raises(BadInput, match="not valid Unicode at character 1"):
+        open_tokenizer(stories260k).encode("a\udcff")
 
 
 def test_a_chat_template_is_kept_in_its_sandbox(tmp_path, stories260k):

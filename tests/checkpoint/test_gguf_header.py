@@ -78,6 +78,24 @@ def test_metadata_and_tensors_are_those_of_the_gguf_package(tmp_path, alignment)
         )
 
 
+def test_arrays_of_arrays(tmp_path):
+    def number(value: int, size: int = 4) -> bytes:
+        return value.to_bytes(size, "little")
+
+    def file(value: bytes) -> Path:
+        key = number(3, 8) + b"key"
+        header = b"GGUF" + number(3) + number(0, 8) + number(1, 8) + key + number(9) + value
+        (tmp_path / "m.gguf").write_bytes(header)
+        return tmp_path / "m.gguf"
+
+    numbers = number(4) + number(2, 8) + number(5) + number(6)
+    words = number(8) + number(1, 8) + number(1, 8) + b"a"
+    metadata, _ = read_header(file(number(9) + number(2, 8) + numbers + words))
+    assert metadata == {"key": [[5, 6], ["a"]]}
+    with pytest.raises(BadInput, match="not a whole GGUF file"):
+        read_header(file((number(9) + number(1, 8)) * 100_000))
+
+
 @pytest.mark.parametrize(
     ("position", "data", "words"),
     [

@@ -79,6 +79,18 @@ def test_llama3_takes_a_whole_word_that_is_a_token_and_others_merge(tmp_path):
     assert gpt2.encode("abab").tolist() == [257, 257]
 
 
+def test_a_missing_pre_tokenizer_is_told(tmp_path):
+    assert (
+        "tokenizer.ggml.pre is missing" in open_tokenizer(byte_level(tmp_path / "a.gguf")).assumed
+    )
+    assert open_tokenizer(byte_level(tmp_path / "b.gguf", pre="qwen2")).assumed == ""
+
+
+def test_a_gguf_file_needs_no_ending(tmp_path):
+    path = byte_level(tmp_path / "sha256-0123", pre="gpt-2")
+    assert open_tokenizer(path).vocabulary_size == 260
+
+
 def test_qwen2_composes_characters(tmp_path):
     tokenizer = open_tokenizer(byte_level(tmp_path / "a.gguf", pre="qwen2"))
     assert tokenizer.decode(tokenizer.encode("e\u0301")) == "\u00e9"

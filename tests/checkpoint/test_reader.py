@@ -146,6 +146,22 @@ def test_absent_or_no_checkpoint(tmp_path):
     refused(tmp_path / "m", "pytorch_model.bin")
 
 
+def test_a_pointer_of_git_lfs_is_called_one(tmp_path):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    path = folder_of(tmp_path / "m", {"a": A})
+    (tmp_path / "m.gguf").write_text(pointer)
+    refused(tmp_path / "m.gguf", "m.gguf", "git lfs pull")
+    for name in (SINGLE, "config.json"):
+        (path / name).write_text(pointer)
+        refused(path, name, "git lfs pull")
+
+
+def test_a_page_saved_as_weights_is_no_file_of_weights(tmp_path):
+    path = folder_of(tmp_path / "m", {"a": A})
+    (path / SINGLE).write_text("<!DOCTYPE html>")
+    refused(path, "not a safetensors file: it begins with b'<!DOCTYP'")
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -10,6 +10,7 @@ from typing import get_type_hints
 import pytest
 
 from atd.cli import convert, run, study
+from atd.errors import BadInput
 from atd.reports.tables import console
 from atd.version import __version__
 
@@ -84,6 +85,29 @@ def test_eval_writes_what_it_prints(atd, converted, small, stories260k, text, tm
     assert least < figures["kl_mean"] < most
     assert f"{figures['perplexity']:.3f}" in out
     assert "no BOS" in out
+
+
+def test_the_convention_of_llama_cpp_has_bos_where_the_tokenizer_adds_it(
+    atd, stories260k, text, tmp_path, monkeypatch
+):
+    seen = []
+
+    def compare(checkpoint, texts, *, bos_id, **options):
+        seen.append(bos_id)
+        raise BadInput("enough")
+
+    monkeypatch.setattr("atd.runtime.compare.load_checkpoint", lambda path, **options: None)
+    monkeypatch.setattr("atd.runtime.compare.compare", compare)
+    evaluation = ("eval", stories260k, "--data", text, "--context", 64)
+    for adds in (True, False):
+        other = tmp_path / str(adds)
+        other.mkdir()
+        (other / "tokenizer.json").write_bytes((stories260k / "tokenizer.json").read_bytes())
+        config = {"bos_token": "<s>", "add_bos_token": adds}
+        (other / "tokenizer_config.json").write_text(json.dumps(config))
+        for more in (("--convention", "llama.cpp"), ("--bos",), ()):
+            atd(*evaluation, "--tokenizer", other, *more)
+    assert seen == [1, 1, None, None, 1, None]
 
 
 def test_eval_against_itself_is_zero(atd, stories260k, text, tmp_path):
