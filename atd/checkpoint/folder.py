@@ -1,30 +1,34 @@
 """Writes a checkpoint so that nothing is lost: in a partial folder, which is renamed at the end.
 
-    .OUT.atd-partial/   shards, each written to a temporary name, fsynced and renamed;
-                        `journal.jsonl` with one line per finished unit; a lock
-    OUT                 appears whole, by rename; with `--overwrite` an existing OUT is moved aside
-                        first and deleted last
+    .OUT.atd-partial/   a lock; a journal with one line per finished unit; and
+        result/         shards, each written to a temporary name, fsynced and renamed
+    OUT                 appears whole, as result/ gets its name; with `--overwrite` an existing OUT
+                        is moved aside first and deleted last
 
 A run that is killed leaves the partial folder; the next run with the same inputs takes up the units
 whose journal line and digest agree.
+
+Only what atd wrote is ever deleted, and only where it is unchanged: a folder whose files are those
+of its manifest, by name and by sha256. An OUT that is to be replaced is checked when the run begins
+and again when it has been moved aside, where no other program looks for it.
 """
 
 import fcntl
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from atd.checkpoint.files import disk_errors, path_exists, read_json
-from atd.checkpoint.writer import sync_folder
+from atd.checkpoint.writer import file_digest, sync_folder
 from atd.errors import BadInput
 
 MANIFEST = "manifest.json"
 GRAPH = "atd_graph.json"
 REPORT = "report.json"
-LOCK = "lock"
+LOCK, RESULT = "lock", "result"
 NodeReport = Mapping[str, Any]  # a row of report.json: node, type, weights, bits, bytes, error, ...
 
 
@@ -37,10 +41,15 @@ def _replaced_folder(target: Path) -> Path:
     return target.parent / f".{target.name}.atd-replaced"
 
 
+def result_folder(target: Path) -> Path:
+    """Returns the part of the partial folder that becomes the target."""
+    return partial_folder(target) / RESULT
+
+
 def check_target(target: Path, source: Path, overwrite: bool) -> None:
     """Raises BadInput for a target that cannot be written, and makes the folder that it lies in.
 
-    So it is where the target exists (with `overwrite`: is not a checkpoint that atd made), is or
+    So it is where the target exists (with `overwrite`: is not a folder of atd's, unchanged), is or
     holds the source or lies in it, or may not be written. A former output that a run moved aside
     and did not replace is put back first.
     """
@@ -50,16 +59,9 @@ def check_target(target: Path, source: Path, overwrite: bool) -> None:
             f"{target}: the output must lie outside the model's folder {source}, and not hold it"
         )
     replaced = _replaced_folder(target)
-    if replaced.exists() and not target.exists():
+    if replaced.exists() and not os.path.lexists(target):
         os.rename(replaced, target)
-    if os.path.lexists(target):
-        if not overwrite:
-            raise BadInput(f"{target} exists; choose another name, or replace it with --overwrite")
-        if target.is_symlink() or not (target / MANIFEST).is_file():
-            raise BadInput(
-                f"{target} is no checkpoint that atd made, so it is not overwritten; "
-                "remove it yourself or choose another name"
-            )
+    _check_replaceable(target, overwrite)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -70,31 +72,127 @@ def check_target(target: Path, source: Path, overwrite: bool) -> None:
         raise BadInput(f"{target.parent}: no permission to write there")
 
 
+def _check_replaceable(target: Path, overwrite: bool) -> None:
+    """Raises BadInput where something is at the target that this run may not delete."""
+    if not os.path.lexists(target):
+        return
+    if not overwrite:
+        made = (target / MANIFEST).is_file() and not target.is_symlink()
+        way = ", or replace it with --overwrite" if made else ""
+        raise BadInput(f"{target} exists; choose another name{way}")
+    if reason := foreign(target):
+        raise _refused(target, reason)
+
+
+def _refused(folder: Path, reason: str) -> BadInput:
+    return BadInput(
+        f"{folder} is no checkpoint that atd made, so it is not overwritten: {reason}; "
+        "remove it yourself or choose another name"
+    )
+
+
+def foreign(folder: Path) -> str | None:
+    """Returns why a path is not a folder of atd's as atd wrote it; None where it is.
+
+    Files of the manifest may be missing; those that are there are read, for their digests.
+    """
+    if reason := _foreign_names(folder):
+        return reason
+    for name, sha256 in read_manifest(folder).items():
+        if (folder / name).exists() and file_digest(folder / name) != sha256:
+            return f"its {name} was changed since atd wrote it"
+    return None
+
+
+def _foreign_names(folder: Path) -> str | None:
+    """What `foreign` finds without reading more than manifest and report."""
+    if folder.is_symlink() or not folder.is_dir():
+        return "it is no folder"
+    if not (folder / MANIFEST).is_file():
+        return f"it has no {MANIFEST}"
+    try:
+        files = read_manifest(folder)
+        if not {"atd", "export"} & set(read_json(folder / MANIFEST)):
+            return f"its {MANIFEST} is none of atd's"
+        for path in sorted(folder.iterdir()):
+            if path.name not in (*files, REPORT, MANIFEST):
+                return f"atd did not write its {path.name}"
+            if path.is_symlink() or not path.is_file():
+                return f"its {path.name} is no file"
+        if REPORT not in files and (folder / REPORT).exists():
+            read_report(folder)
+    except BadInput as error:
+        return str(error)
+    return None
+
+
+def _delete(folder: Path) -> None:
+    """Deletes a folder that is not `foreign`, its manifest last. What else has come into it in
+    the meantime stays, and the folder with it.
+    """
+    names = {*read_manifest(folder), REPORT}
+    for path in folder.iterdir():
+        if path.name in names:
+            path.unlink()
+    (folder / MANIFEST).unlink()
+    with suppress(OSError):
+        folder.rmdir()
+
+
 @contextmanager
-def open_partial(target: Path) -> Iterator[Path]:
-    """Yields the target's partial folder, made where there is none, locked against a second run."""
-    folder = partial_folder(target)
-    with disk_errors(folder):
-        folder.mkdir(exist_ok=True)
-        (folder / LOCK).touch()
-    with locked(folder / LOCK, target):
-        yield folder
+def open_result(target: Path) -> Iterator[Path]:
+    """Yields the folder that becomes the target, in a partial folder that is locked against a
+    second run: what a run that was cut off left there, or an empty one.
+
+    A partial folder in which nothing was written is deleted again.
+    """
+    partial, result = partial_folder(target), result_folder(target)
+    if partial.is_symlink() or (partial.exists() and not _is_partial(partial)):
+        raise BadInput(f"{partial}: not a folder of an unfinished run of atd; remove it yourself")
+    with disk_errors(partial):
+        partial.mkdir(exist_ok=True)
+        (partial / LOCK).touch()
+    with locked(partial / LOCK, target):
+        with disk_errors(result):
+            result.mkdir(exist_ok=True)
+        try:
+            yield result
+        finally:
+            _drop_empty(partial)
+
+
+def _is_partial(folder: Path) -> bool:
+    """Whether a folder is one that `open_result` made, or an empty one."""
+    return folder.is_dir() and ((folder / LOCK).is_file() or not any(folder.iterdir()))
+
+
+def _drop_empty(partial: Path) -> None:
+    """Deletes a partial folder in which nothing was written."""
+    with suppress(OSError):
+        (partial / RESULT).rmdir()
+        if [path.name for path in partial.iterdir()] == [LOCK]:
+            (partial / LOCK).unlink()
+            partial.rmdir()
 
 
 @contextmanager
 def locked(path: Path, target: Path) -> Iterator[None]:
     """Locks a file or folder, so that no two runs write one target.
 
-    Raises BadInput where another run has the lock.
+    Raises BadInput where another run has the lock, or has just finished.
     """
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    busy = BadInput(f"another run is writing {target} now; wait for it or choose another name")
+    try:
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    except FileNotFoundError:
+        raise busy from None
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise BadInput(
-                f"another run is writing {target} now; wait for it or choose another name"
-            ) from None
+            raise busy from None
+        if not os.fstat(descriptor).st_nlink:  # deleted by a run that finished in between
+            raise busy
         yield
     finally:
         os.close(descriptor)
@@ -110,25 +208,68 @@ def check_space(folder: Path, needed: int) -> None:
         )
 
 
-def finish(target: Path, partial: Path, keep: Iterable[str]) -> None:
-    """Deletes all but the files `keep` from the partial folder, and gives it the target's name."""
-    keep = set(keep)
+def finish(target: Path, result: Path, keep: Iterable[str], overwrite: bool = False) -> None:
+    """Gives the result, with nothing but the files `keep` in it, the target's name; deletes the
+    rest of the partial folder.
+
+    Raises:
+        BadInput: something is at the target now that may not be replaced (see `check_target`). The
+            partial folder stays, so that the same command has nothing left to do but this.
+    """
+    keep, replaced = set(keep), _replaced_folder(target)
     with disk_errors(target):
-        for path in partial.iterdir():
+        for path in result.iterdir():
             if path.name not in keep:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        replaced = _replaced_folder(target)
-        if target.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            os.rename(target, replaced)
-        os.rename(partial, target)
+        try:
+            with _moved_aside(target, replaced, overwrite):
+                os.rename(result, target)
+        except BadInput as error:
+            raise BadInput(
+                f"{error}. What was to be there is kept: once {target} is gone, the same command "
+                "has only its name left to give it"
+            ) from None
         sync_folder(target.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
+        if replaced.exists():
+            _delete(replaced)
+        shutil.rmtree(partial_folder(target))
+
+
+@contextmanager
+def _moved_aside(target: Path, replaced: Path, overwrite: bool) -> Iterator[None]:
+    """Moves what is at the target aside, and back again where it may not be deleted, or what is
+    done under this cannot be.
+    """
+    if not os.path.lexists(target):
+        yield
+        return
+    if not overwrite:
+        _check_replaceable(target, overwrite)
+    if reason := _foreign_names(target):
+        raise _refused(target, reason)
+    if os.path.lexists(replaced):
+        if reason := foreign(replaced):
+            raise _refused(replaced, reason)
+        _delete(replaced)
+    os.rename(target, replaced)
+    try:
+        if reason := foreign(replaced):
+            raise _refused(target, reason)
+        yield
+    except BaseException:
+        if not os.path.lexists(target):
+            os.rename(replaced, target)
+        raise
 
 
 def read_manifest(folder: Path) -> dict[str, str]:
     """Reads file name -> sha256 of a folder that atd made. Raises BadInput where it is none."""
-    return _read_entry(folder, MANIFEST, "files", dict)
+    files = _read_entry(folder, MANIFEST, "files", dict)
+    if not all(isinstance(sha256, str) for sha256 in files.values()):
+        raise BadInput(f"{folder / MANIFEST}: damaged: expected the sha256 of each file")
+    if any(Path(name).name != name for name in files):
+        raise BadInput(f"{folder / MANIFEST}: damaged: expected plain file names")
+    return files
 
 
 def read_report(folder: Path) -> list[NodeReport]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -42,13 +43,19 @@ def file_digest(path: Path) -> str:
 
 
 def write_file(path: Path, content: bytes | str) -> None:
-    """Writes a file whole or not at all: under a temporary name, then fsync, then rename."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with disk_errors(path):
-        with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            sync_file(file)
-        os.rename(temporary, path)
+    """Writes a file whole or not at all: under a temporary name, then fsync, then rename.
+
+    The name is this call's own, as several runs may write one file of the cache.
+    """
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with disk_errors(path):
+            with temporary.open("xb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                sync_file(file)
+            os.rename(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def sync_file(file) -> None:

@@ -72,7 +72,7 @@ def convert(
             for more.
         nonfinite: What to do with weights that are NaN or infinite: refuse the model, which is the
             default, or set them to zero.
-        overwrite: Replace OUT if it is a folder that atd made.
+        overwrite: Replace OUT if it is a folder that atd made, with no file changed or added.
         calibration_tokens: The number of tokens of calibration text to use or to let the model
             write; by default what the recipe says.
         bits: The average bits per weight of the decoder's linears, scales and padding included;
@@ -170,7 +170,7 @@ def export(
         out: The folder to write.
         to: The format; hf is a Hugging Face folder (config.json, safetensors, tokenizer).
         dtype: The dtype of the written weights; float32 holds every ternary sum exactly.
-        overwrite: Replace OUT if it is a folder that atd made.
+        overwrite: Replace OUT if it is a folder that atd made, with no file changed or added.
     """
     from atd.pipeline.export import export_hf
     from atd.reports.progress import shown

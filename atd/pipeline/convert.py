@@ -14,7 +14,7 @@ from atd.calibration.streams import Calibration
 from atd.calibration.text import calibration_text
 from atd.calibration.windows import tokens_digest
 from atd.checkpoint.cache import Cache, default_cache
-from atd.checkpoint.folder import check_space, check_target, finish, open_partial
+from atd.checkpoint.folder import check_space, check_target, finish, open_result
 from atd.checkpoint.journal import JournalEntry
 from atd.errors import BadInput
 from atd.ir import Graph
@@ -74,11 +74,12 @@ def convert(
         windows = _calibration_windows(recipe, source, graph, store, say, progress)
         recipe = replace(recipe, calibration_sha256=tokens_digest(windows))
     context = Context(recipe.seed, cache=store, say=say, progress=progress)
-    with open_partial(target) as partial:
+    with open_result(target) as result:
         stages = recipe.pipeline.stages()
-        check_space(partial, _bytes_to_write(stages, final) - _bytes_written(partial))
-        entries = _run_stages(graph, stages, context, recipe, windows, tokenizer, partial)
-        finish(target, partial, write_summary(partial, source, recipe, entries, tokenizer, windows))
+        check_space(result.parent, _bytes_to_write(stages, final) - _bytes_written(result.parent))
+        entries = _run_stages(graph, stages, context, recipe, windows, tokenizer, result)
+        files = write_summary(result, source, recipe, entries, tokenizer, windows)
+        finish(target, result, files, overwrite)
     return target
 
 
@@ -139,16 +140,16 @@ def _run_stages(
     recipe: Recipe,
     windows: np.ndarray | None,
     tokenizer: dict[str, bytes],
-    partial: Path,
+    result: Path,
 ) -> tuple[JournalEntry, ...]:
-    """Carries out all stages, the last of them into the partial folder itself; returns the entries
-    of its units.
+    """Carries out all stages, the last of them into the folder `result`, the others beside it;
+    returns the entries of its units.
 
     What a stage hands on (`Written`) goes into the context and the report of the next one.
     """
     figures, entries = {}, ()
     for i, (passes, after) in enumerate(stages):
-        folder = partial if i == len(stages) - 1 else partial / f"stage-{i}"
+        folder = result if i == len(stages) - 1 else result.with_name(f"stage-{i}")
         folder.mkdir(exist_ok=True)
         # The streams of a new calibration start in front of the model.
         calibration = None if windows is None else Calibration(windows)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from atd.checkpoint.folder import MANIFEST, check_space, check_target, finish, open_partial
+from atd.checkpoint.folder import MANIFEST, check_space, check_target, finish, open_result
 from atd.checkpoint.safetensors import INDEX, shard_name
 from atd.checkpoint.writer import file_digest, write_file, write_shard
 from atd.decomposition.rotations import by_rows
@@ -57,12 +57,12 @@ def export_hf(
     ]
     names = [unit.name or "epilogue" for unit in graph.units]
     total = sum(ref.type.nbytes for refs in units for ref in refs)
-    with open_partial(target) as partial:
-        check_space(partial, total)
+    with open_result(target) as result:
+        check_space(result, total)
         weight_map, done = {}, 0
         for i, refs in enumerate(units):
             shard = shard_name(i, len(units))
-            weight_map |= dict.fromkeys(write_shard(partial / shard, refs), shard)
+            weight_map |= dict.fromkeys(write_shard(result / shard, refs), shard)
             done += sum(ref.type.nbytes for ref in refs)
             progress(Progress("exporting", done, total, "bytes", names[i]))
         files = {
@@ -71,12 +71,12 @@ def export_hf(
             **tokenizer,
         }
         for name, content in files.items():
-            write_file(partial / name, content)
+            write_file(result / name, content)
         written = sorted({*files, *weight_map.values()})
-        digests = {name: file_digest(partial / name) for name in written}
+        digests = {name: file_digest(result / name) for name in written}
         manifest = {"export": "hf", "files": digests}
-        write_file(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-        finish(target, partial, [*digests, MANIFEST])
+        write_file(result / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        finish(target, result, [*digests, MANIFEST], overwrite)
     return target
 
 

@@ -242,9 +242,10 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _drop_weights(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.name not in _KEPT:
-            path.unlink()
+    """Deletes the files of a point's manifest but for those that are kept."""
+    for name in read_manifest(folder):
+        if name not in _KEPT:
+            (folder / name).unlink(missing_ok=True)
 
 
 def _say_which_are_gone(rows: Sequence[StudyRow], out: Path, say: Say) -> None:

@@ -1,10 +1,13 @@
 """The cache: what was saved comes back, and what is damaged counts as absent."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
 from atd.checkpoint.cache import Cache, cache_key, default_cache
-from atd.errors import BadInput
+from atd.errors import BadInput, RunFailed
 from atd.kernels.settings import user_file
 
 ARRAYS = {"losses model.layers.0.mlp": np.arange(3.0), "ids": np.array([[1, 2]], np.int32)}
@@ -56,3 +59,31 @@ def test_default_cache(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert default_cache().parts[-2:] == (".cache", "atd")
     assert user_file("cpu").parent == default_cache() / "tuned"
+
+
+def test_runs_that_save_one_entry_at_once_do_not_meet(tmp_path, monkeypatch):
+    """Each has a temporary name of its own, and none is left."""
+    cache, names, rename = Cache(tmp_path), set(), os.rename
+
+    def counted(a, b):
+        names.add(a)
+        rename(a, b)
+
+    monkeypatch.setattr(os, "rename", counted)
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda i: cache.save("x", {"a": np.full(1000, i)}), range(12)))
+    assert len(names) == 12
+    assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
+    found = cache.load("x")
+    assert found is not None
+    assert len(set(found["a"].tolist())) == 1
+
+
+def test_a_disk_that_fails_leaves_no_temporary_file(tmp_path, monkeypatch):
+    def full(a, b):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "rename", full)
+    with pytest.raises(RunFailed, match="the disk is full"):
+        Cache(tmp_path).save("x", ARRAYS)
+    assert not list(tmp_path.iterdir())

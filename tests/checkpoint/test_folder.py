@@ -2,15 +2,25 @@
 
 import json
 import os
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors import safe_open
 
-from atd.checkpoint.folder import MANIFEST, check_space, check_target, finish, open_partial
-from atd.checkpoint.journal import JOURNAL, JournalEntry, append_journal, read_journal
-from atd.checkpoint.writer import digest, write_file, write_shard
+from atd.checkpoint.folder import (
+    MANIFEST,
+    check_space,
+    check_target,
+    finish,
+    foreign,
+    open_result,
+    partial_folder,
+    result_folder,
+)
+from atd.checkpoint.journal import JournalEntry, append_journal, journal_file, read_journal
+from atd.checkpoint.writer import digest, file_digest, write_shard
 from atd.errors import BadInput, RunFailed
 from atd.ir import WeightRef, in_memory
 from atd.weights import Dense, DenseType, Ternary, TernaryType
@@ -70,16 +80,20 @@ def test_a_full_disk_is_one_clear_message(tmp_path):
 
 
 def test_a_journal_line_that_was_cut_off_is_no_entry(tmp_path):
+    folder = tmp_path / "result"
     entries = [
         JournalEntry(f"u{i}", "key", f"s{i}", "sha", {"t": "d"}, [{"node": "n"}]) for i in range(3)
     ]
-    append_journal(tmp_path, entries[0])
-    append_journal(tmp_path, entries[1])
-    path = tmp_path / JOURNAL
+    append_journal(folder, entries[0])
+    append_journal(folder, entries[1])
+    path = journal_file(folder)
     path.write_bytes(path.read_bytes()[:-10])
-    assert read_journal(tmp_path) == {"s0": entries[0]}
-    append_journal(tmp_path, entries[2])
-    assert read_journal(tmp_path) == {"s0": entries[0], "s2": entries[2]}
+    assert read_journal(folder) == {"s0": entries[0]}
+    append_journal(folder, entries[2])
+    assert read_journal(folder) == {"s0": entries[0], "s2": entries[2]}
+    with path.open("ab") as file:
+        file.write(b"\xff\xfe\n[1]\n")
+    assert read_journal(folder) == {"s0": entries[0], "s2": entries[2]}
 
 
 def test_targets_that_are_refused(tmp_path):
@@ -88,9 +102,7 @@ def test_targets_that_are_refused(tmp_path):
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")
-    with pytest.raises(
-        BadInput, match="exists; choose another name, or replace it with --overwrite"
-    ):
+    with pytest.raises(BadInput, match=r"exists; choose another name$"):
         check_target(mine, source, overwrite=False)
     with pytest.raises(BadInput, match="no checkpoint that atd made, so it is not overwritten"):
         check_target(mine, source, overwrite=True)
@@ -112,22 +124,55 @@ def test_a_folder_without_permission(tmp_path, monkeypatch):
 
 def test_two_runs_do_not_write_the_same_target(tmp_path):
     with (
-        open_partial(tmp_path / "out"),
+        open_result(tmp_path / "out"),
         pytest.raises(BadInput, match="another run is writing"),
-        open_partial(tmp_path / "out"),
+        open_result(tmp_path / "out"),
     ):
         pass
+    assert os.listdir(tmp_path) == []
+
+
+def made(folder: Path, content: str = "ours") -> Path:
+    """A folder as atd writes it, with one file `data`."""
+    folder.mkdir(exist_ok=True)
+    (folder / "data").write_text(content)
+    files = {"data": file_digest(folder / "data"), "dropped": "of a file that is gone"}
+    (folder / MANIFEST).write_text(json.dumps({"atd": "1.0", "files": files}))
+    (folder / "report.json").write_text(json.dumps({"nodes": []}))
+    return folder
+
+
+def nothing(target: Path) -> None:
+    pass
+
+
+def finished(target: Path, content: str, overwrite: bool = False, meanwhile=nothing) -> None:
+    """A run that writes the folder `made` makes, and what happens to the target meanwhile."""
+    with open_result(target) as result:
+        meanwhile(target)
+        (result.parent / "stage-0").mkdir(exist_ok=True)
+        (result / "after-0").mkdir(exist_ok=True)
+        append_journal(result, JournalEntry("u", "key", "data", "sha", {}, []))
+        made(result, content)
+        finish(target, result, ["data", MANIFEST, "report.json"], overwrite)
+
+
+def contents(folder: Path) -> dict[str, bytes | str]:
+    """All files and links below a folder."""
+    return {
+        str(path.relative_to(folder)): os.readlink(path) if path.is_symlink() else path.read_bytes()
+        for path in folder.rglob("*")
+        if not path.is_dir() or path.is_symlink()
+    }
 
 
 def test_finish_replaces_whole_and_keeps_nothing_else(tmp_path):
     target = tmp_path / "out"
     for content in ("first", "second"):
-        with open_partial(target) as partial:
-            (partial / "stage-0").mkdir()
-            write_file(partial / "data", content)
-            finish(target, partial, ["data"])
-        assert {p.name: p.read_text() for p in target.iterdir()} == {"data": content}
-    assert os.listdir(tmp_path) == ["out"]
+        finished(target, content, overwrite=True)
+        assert set(os.listdir(target)) == {"data", MANIFEST, "report.json"}
+        assert (target / "data").read_text() == content
+        assert os.listdir(tmp_path) == ["out"]
 
 
 def test_an_overwrite_cut_off_between_its_renames_is_undone(tmp_path):
@@ -137,3 +182,159 @@ def test_an_overwrite_cut_off_between_its_renames_is_undone(tmp_path):
     with pytest.raises(BadInput, match="exists"):
         check_target(tmp_path / "out", tmp_path / "model", overwrite=False)
     assert (tmp_path / "out" / MANIFEST).exists()
+
+
+# --- what is not ours is not deleted ---
+
+
+def a_file(path: Path) -> None:
+    path.write_text("years of work")
+
+
+def an_empty_folder(path: Path) -> None:
+    path.mkdir()
+
+
+def a_link(path: Path) -> None:
+    path.symlink_to(made(path.parent / "elsewhere").name)
+
+
+def a_broken_link(path: Path) -> None:
+    path.symlink_to("nowhere")
+
+
+def with_another_file(path: Path) -> None:
+    (made(path) / "notes.txt").write_text("years of work")
+
+
+def with_a_folder(path: Path) -> None:
+    (made(path) / "experiments").mkdir()
+
+
+def with_a_changed_file(path: Path) -> None:
+    (made(path) / "data").write_text("edited")
+
+
+def with_a_linked_file(path: Path) -> None:
+    (made(path) / "data").unlink()
+    (path.parent / "data").write_text("ours")
+    (path / "data").symlink_to("../data")
+
+
+def with_another_report(path: Path) -> None:
+    (made(path) / "report.json").write_text('{"of": "mine"}')
+
+
+def with_the_manifest_of_another_tool(path: Path) -> None:
+    path.mkdir()
+    (path / MANIFEST).write_text('{"name": "an extension", "files": {}}')
+    (path / "report.json").write_text('{"nodes": []}')
+
+
+FOREIGN = {
+    "it is no folder": (a_file, a_link, a_broken_link),
+    "it has no manifest.json": (an_empty_folder,),
+    "atd did not write its notes.txt": (with_another_file,),
+    "atd did not write its experiments": (with_a_folder,),
+    "its data was changed since atd wrote it": (with_a_changed_file,),
+    "its data is no file": (with_a_linked_file,),
+    "it has no 'nodes'": (with_another_report,),
+    "its manifest.json is none of atd's": (with_the_manifest_of_another_tool,),
+}
+CASES = [(make, reason) for reason, all in FOREIGN.items() for make in all]
+
+
+@pytest.mark.parametrize(("make", "reason"), CASES, ids=lambda x: getattr(x, "__name__", ""))
+def test_what_is_not_ours_is_refused_and_stays(tmp_path, make, reason):
+    target = tmp_path / "out"
+    make(target)
+    before = contents(tmp_path)
+    assert reason in str(foreign(target))
+    for overwrite in (False, True):
+        with pytest.raises(BadInput, match=r"out exists|is no checkpoint that atd made"):
+            check_target(target, tmp_path / "model", overwrite)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(("make", "reason"), CASES, ids=lambda x: getattr(x, "__name__", ""))
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_appears_during_a_run_stays_and_the_run_goes_on_behind_it(
+    tmp_path, make, reason, overwrite
+):
+    target = tmp_path / "out"
+    with pytest.raises(BadInput, match=r"exists|not overwritten") as refusal:
+        finished(target, "ours", overwrite, make)
+    assert "is kept: once" in str(refusal.value)
+    assert not overwrite or reason in str(refusal.value)
+    (tmp_path / "other").mkdir()
+    make(tmp_path / "other" / "out")
+    partial = partial_folder(target)
+    assert {
+        name: content
+        for name, content in contents(tmp_path).items()
+        if not name.startswith(("other", partial.name))
+    } == contents(tmp_path / "other")
+    assert read_journal(result_folder(target)).keys() == {"data"}
+    os.rename(target, tmp_path / "mine")
+    finished(target, "ours")
+    assert (target / "data").read_text() == "ours"
+
+
+def test_without_overwrite_even_ours_that_appears_during_a_run_stays(tmp_path):
+    target = tmp_path / "out"
+    with pytest.raises(BadInput, match="exists"):
+        finished(target, "of this run", meanwhile=lambda target: made(target, "of another run"))
+    assert (target / "data").read_text() == "of another run"
+
+
+def test_what_was_left_aside_is_deleted_only_if_it_is_ours(tmp_path):
+    target, aside = made(tmp_path / "out"), made(tmp_path / ".out.atd-replaced")
+    (aside / "notes.txt").write_text("years of work")
+    with pytest.raises(BadInput, match=r"atd-replaced is no checkpoint.*notes\.txt"):
+        finished(target, "new", overwrite=True)
+    assert (target / "data").read_text() == "ours"
+    (aside / "notes.txt").unlink()
+    finished(target, "new", overwrite=True)
+    assert (target / "data").read_text() == "new"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_failure_between_the_renames_puts_the_former_output_back(tmp_path, monkeypatch):
+    target, rename = made(tmp_path / "out"), os.rename
+
+    def failing(a, b):
+        if Path(a).name == "result":
+            raise OSError(5, "Input/output error")
+        rename(a, b)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(RunFailed, match="Input/output error"):
+        finished(target, "new", overwrite=True)
+    assert (target / "data").read_text() == "ours"
+    monkeypatch.undo()
+    finished(target, "new", overwrite=True)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_partial_folder_that_atd_did_not_make_is_not_used(tmp_path):
+    partial = partial_folder(tmp_path / "out")
+    partial.mkdir()
+    (partial / "notes.txt").write_text("years of work")
+    with (
+        pytest.raises(BadInput, match="not a folder of an unfinished run"),
+        open_result(tmp_path / "out"),
+    ):
+        pass
+    assert os.listdir(partial) == ["notes.txt"]
+
+
+def test_a_manifest_that_names_other_folders_is_damaged(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    folder = made(tmp_path / "out")
+    files = {"../thesis.txt": file_digest(tmp_path / "thesis.txt")}
+    (folder / MANIFEST).write_text(json.dumps({"atd": "1.0", "files": files}))
+    (folder / "data").unlink()
+    assert "expected plain file names" in str(foreign(folder))
+    with pytest.raises(BadInput, match="expected plain file names"):
+        finished(folder, "new", overwrite=True)
+    assert (tmp_path / "thesis.txt").exists()

@@ -13,7 +13,7 @@ import pytest
 from atd.calibration.streams import Calibration
 from atd.calibration.windows import cut_windows
 from atd.checkpoint.files import read_text
-from atd.checkpoint.folder import partial_folder, read_manifest
+from atd.checkpoint.folder import read_manifest, result_folder
 from atd.checkpoint.reader import open_tokenizer
 from atd.checkpoint.writer import write_shard
 from atd.errors import BadInput
@@ -91,7 +91,7 @@ def test_the_report_still_knows_the_errors_of_the_stage_before(calibrated):
 def test_interrupted_in_the_last_stage(stories260k, recipe, calibrated, tmp_path, monkeypatch):
     """It ends in the same bytes, and what was trained is not trained again."""
     write, rewrite, runs = write_shard, Calibrate.rewrite, []
-    last = partial_folder((tmp_path / "out").absolute())
+    last = result_folder((tmp_path / "out").absolute())
 
     def stop(path, refs):
         if path.parent == last and "00004" in path.name:

@@ -17,8 +17,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import atd
-from atd.checkpoint.folder import LOCK, MANIFEST, REPORT, partial_folder, read_manifest
-from atd.checkpoint.journal import JOURNAL, read_journal
+from atd.checkpoint.folder import MANIFEST, REPORT, read_manifest, result_folder
+from atd.checkpoint.journal import journal_file, read_journal
 from atd.checkpoint.writer import file_digest, write_shard
 from atd.errors import BadInput, RunFailed
 from atd.models import frontend
@@ -57,7 +57,7 @@ def test_the_folder_says_how_it_was_made(converted, stories260k):
     assert (converted / "tokenizer.json").read_bytes() == (
         stories260k / "tokenizer.json"
     ).read_bytes()
-    assert not {JOURNAL, LOCK} & {path.name for path in converted.iterdir()}
+    assert [path.name for path in converted.parent.iterdir()] == [converted.name]
     assert {path.name for path in converted.iterdir()} == {
         *read_manifest(converted),
         MANIFEST,
@@ -250,7 +250,7 @@ def test_kill_at_random_moments_ends_in_the_same_bytes(trained, tmp_path):
         if out.exists():  # finished; perhaps killed on its way out, with nothing left to write
             break
         assert process.returncode == -signal.SIGKILL
-        now = set(read_journal(partial_folder(out))) if partial_folder(out).exists() else set()
+        now = set(read_journal(result_folder(out)))
         assert kept <= now, "a finished unit was lost"
         kept = now
     if not out.exists():
@@ -263,7 +263,8 @@ def test_kill_at_random_moments_ends_in_the_same_bytes(trained, tmp_path):
 
 def test_ctrl_c_leaves_one_line_and_a_run_that_goes_on(trained, tmp_path):
     process = run_convert(trained.folder, tmp_path / "out")
-    journal = partial_folder(tmp_path / "out") / JOURNAL
+    result = result_folder(tmp_path / "out")
+    journal = journal_file(result)
     while process.poll() is None and not (journal.exists() and journal.stat().st_size):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
@@ -275,11 +276,8 @@ def test_ctrl_c_leaves_one_line_and_a_run_that_goes_on(trained, tmp_path):
     )
     assert "Traceback" not in errors
     assert not (tmp_path / "out").exists()
-    finished = read_journal(partial_folder(tmp_path / "out"))
-    times = {
-        entry.shard: (partial_folder(tmp_path / "out") / entry.shard).stat().st_mtime_ns
-        for entry in finished.values()
-    }
+    finished = read_journal(result)
+    times = {entry.shard: (result / entry.shard).stat().st_mtime_ns for entry in finished.values()}
     assert times
     convert(trained.folder, tmp_path / "out", "datafree3", say=quiet)
     assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in times} == times, (
@@ -339,6 +337,29 @@ def test_an_existing_output_is_not_touched(stories260k, converted, tmp_path):
     convert(stories260k, out, "datafree3", overwrite=True, say=quiet)
     assert verify_checkpoint(out)
     assert read_manifest(out) != read_manifest(converted)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_appears_at_the_output_during_a_run_stays(
+    stories260k, converted, tmp_path, monkeypatch, overwrite
+):
+    out = tmp_path / "out"
+
+    def thesis(now) -> None:
+        if not out.exists():
+            out.mkdir()
+            (out / "thesis.txt").write_text("years of work")
+
+    options = {"overwrite": overwrite, "say": quiet}
+    with pytest.raises(BadInput, match="is kept: once"):
+        convert(stories260k, out, "datafree2", **options, progress=thesis)
+    assert (out / "thesis.txt").read_text() == "years of work"
+    out.rename(tmp_path / "thesis")
+    monkeypatch.setattr(driver, "write_shard", None)  # all units are finished
+    assert read_manifest(convert(stories260k, out, "datafree2", **options)) == read_manifest(
+        converted
+    )
+    assert sorted(os.listdir(tmp_path)) == ["out", "thesis"]
 
 
 def test_a_full_disk_is_seen_before_the_work(stories260k, tmp_path, monkeypatch):

@@ -65,3 +65,20 @@ def test_values_that_do_not_fit_are_not_written_as_infinity(stories260k, tmp_pat
     with pytest.raises(RunFailed, match=r"model\.norm\.weight: its values do not fit f16"):
         export_hf(folder, tmp_path / "out", dtype="float16", say=quiet)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_appears_at_the_output_during_an_export_stays(stories260k, tmp_path, overwrite):
+    out = tmp_path / "out"
+
+    def thesis(now) -> None:
+        out.write_text("years of work")
+
+    with pytest.raises(BadInput, match=r"exists|is no folder"):
+        export_hf(stories260k, out, overwrite=overwrite, say=quiet, progress=thesis)
+    assert out.read_text() == "years of work"
+    out.unlink()
+    export_hf(stories260k, out, say=quiet)
+    (out / "config.json").write_text("{}")
+    with pytest.raises(BadInput, match=r"its config\.json was changed since atd wrote it"):
+        export_hf(stories260k, out, overwrite=True, say=quiet)

@@ -172,6 +172,21 @@ def test_keep_and_other_settings(stories260k, fast, texts, tmp_path, stubbed, st
     assert stubbed == ["fast-bases=1"] * 2  # damaged weights are made again
 
 
+def test_what_atd_did_not_write_stays_in_the_folder_of_a_point(
+    stories260k, fast, texts, tmp_path, stubbed, study
+):
+    out, one = tmp_path / "out", ["decompose.bases=1"]
+    (row,), _ = study(stories260k, out, fast, texts, one, keep=True)
+    notes = out / row["folder"] / "notes.txt"
+    notes.write_text("years of work")
+    study(stories260k, out, fast, texts, one, tokens=128)  # the weights are dropped
+    assert not list(notes.parent.glob("*.safetensors"))
+    _, failed = study(stories260k, out, fast, texts, one, tokens=192)  # and would be made again
+    assert len(failed) == 1
+    assert "atd did not write its notes.txt" in failed[0]
+    assert notes.read_text() == "years of work"
+
+
 def test_a_grid_that_grows_fills_in_its_new_options(
     stories260k, fast, texts, tmp_path, stubbed, study
 ):
