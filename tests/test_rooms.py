@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"errors", "host", "progress", "version"},
     {"weights"},
-    {"ir", "kernels", "decomposition"},
+    {"ir", "kernels"},
+    {"decomposition"},
     {"checkpoint"},
     {"models"},
     {"calibration", "runtime"},

@@ -22,6 +22,7 @@ Sources: trellis-coded quantization, Marcellin & Fischer 1990; tail-biting, Ma &
 of shifted symbols are good codes (marginals that are nearly Gaussian, a white spectrum), Eriksson
 et al. 1008.2008; trellis codes of weights with a nonlinear lookup, QTIP 2406.11235."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 from itertools import product
@@ -36,6 +37,9 @@ from atd.weights.codes import Code
 SEAM_ROWS = 32  # rows on either side of the seam that a free run looks at to find the state there
 FAR = 1e20  # cost of a state that is excluded
 START = 1.0  # cost at the start: not 0, or numbers in the low bits of a cost would be denormal
+
+Way = tuple[list[jax.Array], list[jax.Array]]
+Search = Callable[..., Way]
 
 
 # --- the trellis of a code ------------------------------------------------------------------------
@@ -61,6 +65,16 @@ class Phase:
     loose_trits: np.ndarray  # int8 [F, loose]
     coded: tuple[int, ...]  # which trits of the phase
     loose_at: tuple[int, ...]
+
+    @property
+    def behind(self) -> int:
+        """States behind the row."""
+        return self.state.shape[1] * len(self.new)
+
+    @property
+    def mask(self) -> int:
+        """The lowest bits of a cost, in which the number d of the ended trits has room."""
+        return (1 << (len(self.head) - 1).bit_length()) - 1
 
 
 @lru_cache
@@ -107,7 +121,32 @@ def _words(trits: int) -> np.ndarray:
 # --- the search -----------------------------------------------------------------------------------
 
 
-def snap(x, scale, code: Code, length: int, seam=None) -> tuple[jax.Array, jax.Array, jax.Array]:
+def best_way(target, weight, seam, steps: tuple[Phase, ...]) -> Way:
+    """Finds the way through the states that costs least: min sum_o weight[o] (target[o] - v[o])^2
+    over the values v that a code can make, in units of the scale.
+
+    Args:
+        target, weight: float32 [rows, segments], whole periods of rows.
+        seam: int32 [segments], the state in which a way begins and ends. None: any two.
+        steps: the phases of the code.
+
+    Returns:
+        (states in front of the rows, numbers of their new coded trits): for each phase int32
+        [periods, segments].
+    """
+    shape = 3 ** steps[0].alive, target.shape[1]
+    if seam is None:
+        cost = jnp.full(shape, START, jnp.float32)
+    else:
+        cost = jnp.where(jnp.arange(shape[0])[:, None] == seam, np.float32(START), np.float32(FAR))
+    cost, back = _forward(cost, target, weight, steps)
+    last = jnp.argmin(cost, axis=0).astype(jnp.int32) if seam is None else seam
+    return _trace(last, back, steps)
+
+
+def snap(
+    x, scale, code: Code, length: int, seam=None, search: Search = best_way
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Finds the trits of a column whose values come nearest to x: min sum_o (x[o] - w[o])^2.
 
     Args:
@@ -118,6 +157,7 @@ def snap(x, scale, code: Code, length: int, seam=None) -> tuple[jax.Array, jax.A
         seam: int32 [segments], the state in front of the first row of each segment, which is also
             the one behind its last. None: a free run over the last and first SEAM_ROWS rows finds
             it.
+        search: `best_way`, or what does the same.
 
     Returns:
         (trits int8 [rows / period, code.trits], those of a period's rows side by side;
@@ -127,12 +167,10 @@ def snap(x, scale, code: Code, length: int, seam=None) -> tuple[jax.Array, jax.A
     weight = scale * scale / jnp.maximum(jnp.mean(scale * scale), 1e-30)
     target = x * jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1.0), 0.0)
     target, weight = (a.reshape(-1, length).T for a in (target, weight))  # [L, segments]
-    states, segments = 3 ** steps[0].alive, target.shape[1]
+    segments = target.shape[1]
     if seam is None:
-        seam = _seam(target, weight, steps)
-    cost = jnp.where(jnp.arange(states)[:, None] == seam, jnp.float32(START), jnp.float32(FAR))
-    _, back = _forward(cost, target, weight, steps)
-    before, symbols = _trace(seam, back, steps)
+        seam = _seam(target, weight, steps, search)
+    before, symbols = search(target, weight, seam, steps)
     parts, values = [], []
     for p, step in enumerate(steps):  # rows of one phase: [periods, segments]
         state, symbol, wanted = before[p], symbols[p], target[p :: len(steps)]
@@ -150,7 +188,7 @@ def snap(x, scale, code: Code, length: int, seam=None) -> tuple[jax.Array, jax.A
     return trits.reshape(-1, trits.shape[-1]), value.reshape(-1) * scale, seam
 
 
-def snap_column(x, scale, code: Code, length: int, seam=None):
+def snap_column(x, scale, code: Code, length: int, seam=None, search: Search = best_way):
     """`snap` of a column of any number of rows: behind the whole segments, the rest of the rows is
     a segment of its own.
     """
@@ -161,22 +199,19 @@ def snap_column(x, scale, code: Code, length: int, seam=None):
         if stop > start:
             first = start // length
             known = None if seam is None else seam[first : first + (stop - start) // rows]
-            found.append(snap(x[start:stop], scale[start:stop], code, rows, known))
+            found.append(snap(x[start:stop], scale[start:stop], code, rows, known, search))
     trits, values, seams = (jnp.concatenate(arrays) for arrays in zip(*found, strict=True))
     return trits, values, seams
 
 
-def _seam(target, weight, steps: tuple[Phase, ...]) -> jax.Array:
+def _seam(target, weight, steps: tuple[Phase, ...], search: Search) -> jax.Array:
     """The state in front of the first row of each segment, on the best way through the rows around
     the seam.
     """
     length, period = len(target), len(steps)
     around = max(period, min(SEAM_ROWS, length // 2) // period * period)
     target, weight = (jnp.concatenate([a[-around:], a[:around]]) for a in (target, weight))
-    cost = jnp.full((3 ** steps[0].alive, target.shape[1]), START, jnp.float32)
-    cost, back = _forward(cost, target, weight, steps)
-    last = jnp.argmin(cost, axis=0).astype(jnp.int32)
-    before, _ = _trace(last, back, steps)
+    before, _ = search(target, weight, None, steps)
     return before[0][around // period]
 
 
@@ -202,32 +237,48 @@ def _forward(cost, target, weight, steps: tuple[Phase, ...]) -> tuple[jax.Array,
 
 def _row(cost, y, w, step: Phase, head, new) -> tuple[jax.Array, jax.Array]:
     """One row: cost [states before, segments] -> (cost [states behind, segments], ended trits uint8
-    of the best way).
-
-    The number of the ended trits rides in the lowest bits of a cost: a minimum then carries it
-    along, at a third of the price of comparing and selecting. Costs are off by 2^-18 of themselves
-    at most.
-    """
+    of the best way)."""
     segments = cost.shape[-1]
     cost = cost.reshape(*[3] * step.alive, segments)
-    rest = y - new[:, None]  # [U, segments]
-    mask = (1 << (len(head) - 1).bit_length()) - 1
-    ways = []
-    for d, ended in enumerate(product(range(3), repeat=len(step.ending))):
-        error = rest - head[d][:, None, None]  # [K, U, segments]
+    costs = []  # [K, 1, segments], of the states with the same ended trits
+    for ended in product(range(3), repeat=len(step.ending)):
         at = dict(zip(step.ending, ended, strict=True))
-        way = cost[tuple(at.get(n, slice(None)) for n in range(step.alive))].reshape(
-            -1, 1, segments
-        )
-        way = way + w * _square(error, step.loose)
-        if mask:
-            bits = lax.bitcast_convert_type(way, jnp.int32)
-            way = lax.bitcast_convert_type((bits & ~mask) | d, jnp.float32)
-        ways.append(way)
-    best = reduce(jnp.minimum, ways).reshape(-1, segments)  # [K, U, ..] -> [states behind, ..]
+        of_these = cost[tuple(at.get(n, slice(None)) for n in range(step.alive))]
+        costs.append(of_these.reshape(-1, 1, segments))
+    heads = [head[d][:, None, None] for d in range(len(costs))]
+    best = least_cost(costs, heads, y - new[:, None], w, step).reshape(-1, segments)
     # Without the barrier XLA computes a row anew for each of the next row's readers.
     best = lax.optimization_barrier(best)
-    return best, (lax.bitcast_convert_type(best, jnp.int32) & mask).astype(jnp.uint8)
+    return best, ended_trits(best, step).astype(jnp.uint8)
+
+
+def least_cost(costs: list, heads: list, rest, w, step: Phase):
+    """Returns the cost behind a row of the best way into each state: min_d costs[d] + w (rest -
+    heads[d] - loose trits)^2.
+
+    The number d of the ended trits rides in the lowest bits of a cost: a minimum then carries it
+    along, at a third of the price of comparing and selecting. Costs are off by 2^-18 of themselves
+    at most.
+
+    Args:
+        costs, heads: for each d, the cost in front of the row, and what the older trits add to its
+            value.
+        rest: what is wanted of the row, without its new coded trits.
+        w: the weight of the row's error.
+    """
+    ways = []
+    for d, (cost, head) in enumerate(zip(costs, heads, strict=True)):
+        way = cost + w * _square(rest - head, step.loose)
+        if step.mask:
+            bits = lax.bitcast_convert_type(way, jnp.int32)
+            way = lax.bitcast_convert_type((bits & ~step.mask) | d, jnp.float32)
+        ways.append(way)
+    return reduce(jnp.minimum, ways)
+
+
+def ended_trits(best, step: Phase):
+    """Returns the number of the ended trits of the ways whose costs `least_cost` found, int32."""
+    return lax.bitcast_convert_type(best, jnp.int32) & step.mask
 
 
 def _square(error, loose: np.ndarray):
@@ -243,9 +294,7 @@ def _nearest(rest, loose: np.ndarray):
     return jnp.argmin(jnp.stack([jnp.abs(rest - value) for value in loose]), axis=0)
 
 
-def _trace(
-    last, back: list[jax.Array], steps: tuple[Phase, ...]
-) -> tuple[list[jax.Array], list[jax.Array]]:
+def _trace(last, back: list[jax.Array], steps: tuple[Phase, ...]) -> Way:
     """Goes back along the best way: state behind the last row int32 [segments] -> (states in front
     of each row, its new coded trits), int32 [periods, segments] each, by phase."""
 

@@ -28,7 +28,8 @@ from atd.decomposition.error_feedback import (
 )
 from atd.decomposition.levels import round_scales
 from atd.decomposition.second_moments import checked_moment, damped, matmul
-from atd.decomposition.trellis import snap_column
+from atd.decomposition.trellis import Search, snap_column
+from atd.decomposition.trellis_kernel import fastest_search
 from atd.weights.codes import Code
 
 ROWS = 1024  # of a chunk on a CPU, about: wide enough for vectors, small enough for the cache
@@ -73,6 +74,7 @@ def decompose(
     hessian = damped(hessian, factor.damping)
     descent = descent_matrix(hessian, factor.order)
     options = {"code": code, "length": length, "order": factor.order}
+    options["search"] = fastest_search(code)
 
     def carry(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         rows, scale = weight[start:stop], scales[start:stop]
@@ -99,6 +101,7 @@ def nearest(
     """
     weight, scales = _with_scales(weight, dtype)
     options = {"code": code, "length": length, "dtype": np.dtype(dtype), "refits": refits}
+    options["search"] = fastest_search(code)
 
     def carry(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         trits, scale = _nearest(weight[start:stop], scales[start:stop], **options)
@@ -107,8 +110,8 @@ def nearest(
     return _in_chunks(carry, len(weight), length, dtype)
 
 
-@partial(jax.jit, static_argnames=("code", "length", "dtype", "refits"))
-def _nearest(weight, scale, *, code: Code, length: int, dtype, refits: int):
+@partial(jax.jit, static_argnames=("code", "length", "dtype", "refits", "search"))
+def _nearest(weight, scale, *, code: Code, length: int, dtype, refits: int, search: Search):
     """weight [rows, in], scale [rows] -> (trits int8 [rows / P, in, M], scales [rows])."""
     rows, inputs = weight.shape
     count = max(1, LANES // max(1, rows // length))  # columns that are searched together
@@ -117,8 +120,8 @@ def _nearest(weight, scale, *, code: Code, length: int, dtype, refits: int):
     def searched(scale, seams=None):
         """(trits, values, seams), [batches, count, ...] each."""
         given = (columns,) if seams is None else (columns, seams)
-        search = jax.vmap(lambda x, seam=None: snap_column(x, scale, code, length, seam))
-        return lax.map(lambda some: search(*some), given)
+        snap = jax.vmap(lambda x, seam=None: snap_column(x, scale, code, length, seam, search))
+        return lax.map(lambda some: snap(*some), given)
 
     trits, values, seams = searched(scale)
     for _ in range(refits):
@@ -177,8 +180,8 @@ def _chunks(out: int, length: int) -> list[tuple[int, int]]:
     return list(zip(starts, [*starts[1:], out], strict=True))
 
 
-@partial(jax.jit, static_argnames=("code", "length"))
-def _sweep(target, quantized, seams, *, matrix, scale, order, code: Code, length: int):
+@partial(jax.jit, static_argnames=("code", "length", "search"))
+def _sweep(target, quantized, seams, *, matrix, scale, order, code: Code, length, search: Search):
     """`sweep_columns` with the code -> (quantized [in, rows], seams int32 [in, segments], trits
     int8 [in, rows / P, M]).
 
@@ -191,7 +194,7 @@ def _sweep(target, quantized, seams, *, matrix, scale, order, code: Code, length
 
     def nearest(x, j, column):
         known = None if seams is None else column[0]
-        found, value, seam = snap_column(x, scale, code, length, known)
+        found, value, seam = snap_column(x, scale, code, length, known, search)
         return value, (seam, found)
 
     quantized, kept = sweep_columns(
