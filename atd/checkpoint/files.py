@@ -124,7 +124,7 @@ def write_json(path: Path, value: object) -> None:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turns an OSError into RunFailed with the path and the way out."""
+    """Turns an OSError into RunFailed with the path and the way out; BadInput for a long name."""
     try:
         yield
     except OSError as error:
@@ -133,4 +133,6 @@ def disk_errors(path: Path) -> Iterator[None]:
                 f"{path}: the disk is full. What is finished is kept: "
                 "free some space and run the same command again"
             ) from error
+        if error.errno == errno.ENAMETOOLONG:
+            raise BadInput(f"{path}: the name is too long; choose a shorter one") from None
         raise RunFailed(f"{path}: cannot be written: {error.strerror}") from error

@@ -106,8 +106,8 @@ def read_recipe(name_or_file: str | Path, overrides: Sequence[str] = ()) -> Reci
             "(or the path of a .toml file)"
         )
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{path}: not a TOML file: {error}") from None
     except OSError as error:
         raise BadInput(f"{path}: cannot be read: {error.strerror}") from None
@@ -212,7 +212,7 @@ def _override(tables: list[dict[str, Any]], override: str) -> None:
         )
     try:
         value = tomllib.loads(f"value = {text.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text.strip()
     for table in matching:
         table[option] = value

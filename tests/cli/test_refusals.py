@@ -1,11 +1,14 @@
 """Bad input: exit code 2, one line that names what is wrong, no traceback, nothing written."""
 
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 
@@ -182,14 +185,74 @@ def test_outputs_that_cannot_be_written_are_refused_before_the_work(
 def test_what_the_system_refuses_is_one_line(atd, stories260k, monkeypatch):
     from atd.models import frontend
 
-    for error, told in (
-        (PermissionError(13, "Permission denied", "/some/file"), "/some/file: Permission denied"),
-        (MemoryError(), "out of memory"),
+    for error, code, told in (
+        (PermissionError(13, "Permission denied", "/f"), 2, "/f: Permission denied"),
+        (OSError(36, "File name too long", "/f"), 2, "/f: File name too long"),
+        (OSError(28, "No space left on device"), 1, "the output: No space left on device"),
+        (MemoryError(), 1, "out of memory"),
+        (ValueError("array is too big; and so on"), 1, "out of memory"),
+        (RuntimeError("RESOURCE_EXHAUSTED: allocating 1 TB"), 1, "out of memory"),
+        (RuntimeError("Symlink loop from '/l'"), 2, "Symlink loop from '/l'; give"),
+        (IndexError("list index\nout of range"), 1, "IndexError: list index. This is a fault of"),
+        (AssertionError(), 1, "AssertionError. This is a fault of atd: the same command with --de"),
     ):
         monkeypatch.setattr(frontend, "open", lambda path, error=error, **_: raise_(error))
-        code, _, err = atd("inspect", stories260k)
-        assert (code, "Traceback" in err) == (1, False)
+        exit_code, _, err = atd("inspect", stories260k)
+        assert (exit_code, err.count("\n")) == (code, 1)
         assert err.startswith(f"error: {told}")
+        with pytest.raises(type(error)):
+            atd("inspect", stories260k, "--debug")
+
+
+def test_a_device_that_is_not_here_is_named(atd, stories260k, monkeypatch, refused):
+    from atd.models import frontend
+
+    def no_device():
+        raise AssertionError
+
+    monkeypatch.setattr(frontend, "open", lambda path, **_: no_device())
+    monkeypatch.setattr("jax.devices", no_device)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    refused(atd("inspect", stories260k), "no device of JAX_PLATFORMS=cuda here; unset it")
+
+
+def test_a_prompt_in_another_encoding_is_refused(atd, stories260k, refused):
+    refused(
+        atd("generate", stories260k, "--prompt", "caf\udce9"), "not valid Unicode at character 3"
+    )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_that_nobody_takes_is_one_line():
+    command = [sys.executable, "-m", "atd", "--version"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (1, "error: the output: No space left on device\n")
+
+
+def test_a_working_directory_that_is_gone_is_told(tmp_path):
+    (gone := tmp_path / "gone").mkdir()
+    script = 'cd "$0" && rmdir "$0" && exec "$@"'
+    command = ["sh", "-c", script, gone, sys.executable, "-m", "atd", "inspect", "m"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    assert (
+        done.stderr
+        == "error: the working directory does not exist any more; change to another one\n"
+    )
+
+
+def test_characters_that_the_terminal_lacks_are_no_error(monkeypatch):
+    from atd.cli import main
+
+    for encoding in ("latin-1", "ascii"):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr(sys, "argv", ["atd", "--version"])
+        main.main()
+        print("– 漢字 \udcff", flush=True)
+        assert stream.buffer.getvalue().endswith(b"? ?? ?\n")
 
 
 def raise_(error: Exception):
