@@ -16,12 +16,6 @@ from atd.checkpoint.writer import write_file
 from atd.errors import BadInput
 
 
-def default_cache() -> Path:
-    """Returns the folder $ATD_CACHE, or $XDG_CACHE_HOME/atd, or ~/.cache/atd."""
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("ATD_CACHE") or caches / "atd")
-
-
 def cache_key(name: str, made_from: Any) -> str:
     """Returns a key of the cache: a name, and the hash of a JSON value that says what the entry is
     made from.

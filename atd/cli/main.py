@@ -14,7 +14,7 @@ import tyro
 from atd.cli import convert, run, study  # noqa: F401  they enter their commands
 from atd.cli.options import app
 from atd.errors import AtdError, BadInput, RunFailed
-from atd.host import one_blas_thread
+from atd.host import keep_compiled, one_blas_thread
 from atd.version import __version__
 
 DESCRIPTION = """\
@@ -35,6 +35,7 @@ def main(prefix: tuple[str, ...] = ()) -> None:
         convert`.
     """
     one_blas_thread()
+    keep_compiled()
     _print_anything()
     arguments = [*prefix, *sys.argv[1:]]
     debug = "--debug" in arguments

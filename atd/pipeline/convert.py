@@ -13,10 +13,11 @@ import numpy as np
 from atd.calibration.streams import Calibration
 from atd.calibration.text import calibration_text
 from atd.calibration.windows import tokens_digest
-from atd.checkpoint.cache import Cache, default_cache
+from atd.checkpoint.cache import Cache
 from atd.checkpoint.folder import check_space, check_target, finish, open_result
 from atd.checkpoint.journal import JournalEntry
 from atd.errors import BadInput
+from atd.host import default_cache
 from atd.ir import Graph
 from atd.models import frontend
 from atd.pipeline.context import Context
@@ -53,7 +54,7 @@ def convert(
       overwrite: replace `out` if atd made it.
       ignore_extra: leave out tensors of `model` that are not part of its architecture.
       cache: folder for what other runs can use again; by default
-        `atd.checkpoint.cache.default_cache()`.
+        `atd.host.default_cache()`.
       say: takes lines for people.
       progress: hears how far the conversion is.
 

@@ -6,8 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from atd.checkpoint.cache import Cache, cache_key, default_cache
+from atd.checkpoint.cache import Cache, cache_key
 from atd.errors import BadInput, RunFailed
+from atd.host import default_cache
 from atd.kernels.settings import user_file
 
 ARRAYS = {"losses model.layers.0.mlp": np.arange(3.0), "ids": np.array([[1, 2]], np.int32)}
