@@ -16,26 +16,30 @@ from atd.cli.options import Calib, Context, IgnoreExtra, Model, check_writable, 
 def demo(
     *,
     out: Path = Path("demo"),
-    recipe: str = "datafree3",
+    recipe: str = "ternary2",
     data: Annotated[Path | None, tyro.conf.arg(metavar="TEXT")] = None,
-    tokens: int = 6144,
+    tokens: int = 4096,
     context: Context = 512,
+    calibration_tokens: int = 4096,
 ) -> None:
     """Convert a real model, compare it with the original and let both generate text.
 
-    The model is SmolLM2-135M. A picture shows bits and error of each layer.
+    The model is SmolLM2-135M. A picture shows bits and error of each layer, and a table has the
+    published figures of llama.cpp's types on the same model, which are on WikiText-2.
 
     Args:
         out: The folder for the converted model and the picture; an earlier demo there is replaced.
-        recipe: The recipe to convert with: datafree2, datafree3, greedy3, adaptive and so on, or
-            the path of a .toml file.
+        recipe: The recipe to convert with: ternary2, ternary3, rotated3, datafree3, adaptive and so
+            on, or the path of a .toml file.
         data: A UTF-8 text to evaluate on; by default the help topics of Python, which are on every
             machine.
         tokens: The number of tokens of the text to evaluate on.
+        calibration_tokens: The number of tokens of calibration text that the model writes, where
+            the recipe reads any.
     """
     from atd.cli.demo import run_demo
 
-    run_demo(out, recipe, data, tokens, context)
+    run_demo(out, recipe, data, tokens, context, calibration_tokens)
 
 
 @command()

