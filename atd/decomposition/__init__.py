@@ -6,6 +6,7 @@
     error_feedback    trits whose errors cancel in the outputs of a layer: GPTQ, coordinate descent
     second_moments    what a layer's inputs say about errors of its weights: cost, damping, target
     trellis           codes in which a trit counts in several rows; trellis_codes, trellis_feedback
+    trellis_kernel    the search for the trits of such a code as one kernel on NVIDIA GPUs
     rmse              the error of a decomposition
     chunks            matrices in chunks of equal shape, one per core
     rotations         random Hadamard rotations

@@ -73,18 +73,17 @@ def decompose(
     check_widths(inputs, factor, hessian)
     hessian = damped(hessian, factor.damping)
     descent = descent_matrix(hessian, factor.order)
-    options = {"code": code, "length": length, "order": factor.order}
-    options["search"] = fastest_search(code)
+    options = {"code": code, "length": length, "search": fastest_search(code)}
 
     def carry(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         rows, scale = weight[start:stop], scales[start:stop]
         target = visit_order(rows, factor.order)
-        found = _sweep(target, target, None, matrix=factor.feedback, scale=scale, **options)
+        found = sweep(target, target, None, matrix=factor.feedback, scale=scale, **options)
         for _ in range(sweeps):
-            found = _sweep(target, *found[:2], matrix=descent, scale=scale, **options)
+            found = sweep(target, *found[:2], matrix=descent, scale=scale, **options)
         for _ in range(refits):
             quantized, scale = _refit(rows, found[0], scale, hessian, factor.order, np.dtype(dtype))
-            found = _sweep(target, quantized, found[1], matrix=descent, scale=scale, **options)
+            found = sweep(target, quantized, found[1], matrix=descent, scale=scale, **options)
         return np.asarray(stored_order(found[2], factor.order)), np.asarray(scale)
 
     return _in_chunks(carry, out, length, dtype)
@@ -101,10 +100,10 @@ def nearest(
     """
     weight, scales = _with_scales(weight, dtype)
     options = {"code": code, "length": length, "dtype": np.dtype(dtype), "refits": refits}
-    options["search"] = fastest_search(code)
+    search = fastest_search(code)
 
     def carry(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        trits, scale = _nearest(weight[start:stop], scales[start:stop], **options)
+        trits, scale = _nearest(weight[start:stop], scales[start:stop], search=search, **options)
         return np.asarray(trits), np.asarray(scale)
 
     return _in_chunks(carry, len(weight), length, dtype)
@@ -181,11 +180,17 @@ def _chunks(out: int, length: int) -> list[tuple[int, int]]:
 
 
 @partial(jax.jit, static_argnames=("code", "length", "search"))
-def _sweep(target, quantized, seams, *, matrix, scale, order, code: Code, length, search: Search):
-    """`sweep_columns` with the code -> (quantized [in, rows], seams int32 [in, segments], trits
-    int8 [in, rows / P, M]).
+def sweep(target, quantized, seams, *, matrix, scale, code: Code, length: int, search: Search):
+    """Does one sweep over all columns: `sweep_columns`, with trits of the code.
 
-    seams None: they are found.
+    Args:
+        target, quantized, matrix: as `sweep_columns` takes them; rows are those of a chunk.
+        seams: int32 [in, segments], which are kept; None: they are found.
+        scale: float32 [rows].
+        search: `atd.decomposition.trellis.best_way`, or what does the same.
+
+    Returns:
+        (quantized [in, rows], seams, trits int8 [in, rows / P, M]).
     """
     rows = target.shape[1]
     segments = max(1, -(-rows // length))

@@ -79,7 +79,7 @@ def best_way(target, weight, seam, steps: tuple[Phase, ...], *, interpret: bool 
         interpret: whether jax's interpreter runs the kernel, on a CPU.
     """
     rows, segments = target.shape
-    width = max(pl.next_power_of_2(step.behind) for step in steps)
+    width = _width(steps)
     shape = jax.ShapeDtypeStruct
     states, *_ = pl.pallas_call(
         functools.partial(_kernel, steps=steps, rows=rows, width=width, interpret=interpret),
@@ -89,7 +89,7 @@ def best_way(target, weight, seam, steps: tuple[Phase, ...], *, interpret: bool 
             shape((segments * rows * width,), jnp.int16),  # where the best way into a state began
         ],
         grid=(segments,),
-        compiler_params=plt.CompilerParams(num_warps=min(width, THREADS) // 32 or 1, num_stages=1),
+        compiler_params=plt.CompilerParams(num_warps=warps(steps), num_stages=1),
         interpret=interpret,
         name=name(steps),
     )(
@@ -107,6 +107,16 @@ def best_way(target, weight, seam, steps: tuple[Phase, ...], *, interpret: bool 
 def name(steps: tuple[Phase, ...]) -> str:
     """Returns the kernel's name in traces and dumps."""
     return f"trellis_search_{'_'.join(str(step.behind) for step in steps)}"
+
+
+def warps(steps: tuple[Phase, ...]) -> int:
+    """Returns the warps of a block: a thread per state, up to THREADS."""
+    return max(1, min(_width(steps), THREADS) // 32)
+
+
+def _width(steps: tuple[Phase, ...]) -> int:
+    """States behind any row, up to a power of 2."""
+    return max(pl.next_power_of_2(step.behind) for step in steps)
 
 
 def _tables(step: Phase) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -13,6 +13,7 @@ from atd.decomposition.trellis_codes import TABLE, known_code
 from atd.kernels.triton.backend import Triton
 from atd.weights.codes import Code
 from tests.decomposition.test_trellis import column
+from tests.kernels.matrices import lowered_for
 
 LENGTH, SEGMENTS, RAGGED = 24, 3, 12
 interpreted = partial(trellis_kernel.best_way, interpret=True)
@@ -51,6 +52,17 @@ def test_a_known_seam_is_kept():
     found = jax.jit(partial(trellis.snap, **options, search=interpreted))(x, scale)
     assert_same(found, jax.jit(partial(trellis.snap, **options))(x, scale))
     np.testing.assert_array_equal(found[2], seam)
+
+
+@pytest.mark.parametrize("device", ["NVIDIA H200", "NVIDIA A10"])
+def test_it_lowers_for_gpus(device):
+    steps = trellis.phases(known_code(1.75))
+
+    def search(target, weight):
+        return trellis_kernel.best_way(target, weight, None, steps)
+
+    rows = jax.ShapeDtypeStruct((24, 3), np.float32)
+    assert trellis_kernel.name(steps) in lowered_for(device, search, rows, rows)
 
 
 @pytest.mark.slow
