@@ -100,6 +100,14 @@ def test_quality(stories260k, small, tmp_path):
     assert als[text.stem]["kl_mean"] < 0.2 * greedy[text.stem]["kl_mean"]
 
 
+def test_input_rotation(stories260k, small, tmp_path):
+    arguments = ("--tokens", 2048, "--context", 64, "--blocks", 0, 1, "--json", tmp_path / "f.json")
+    run("input_rotation.py", stories260k, "--data", small.calibration, *arguments)
+    rows = json.loads((tmp_path / "f.json").read_text())["rows"]
+    assert [row["node"] for row in rows] == [f"model.layers.{i}.mlp.down_proj" for i in (0, 1)]
+    assert all(0.5 < row["rotated, held out"] < 1.5 for row in rows)
+
+
 @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "benchmarks").glob("*.py")))
 def test_help(name):
     run(name, "--help")
