@@ -256,22 +256,27 @@ class Allocate(Pass):
         tokens = context.calibration.tokens
         windows = tokens[: windows_holding(self.moment_tokens, tokens.shape[1])]
         if context.cache is None:
-            return self._find(problem, graph, windows, context.seed)
+            return self._find(problem, graph, windows, context)
         key = self._key(problem, graph, windows, context.seed)
         if (kept := context.cache.load(key)) is not None:
             return _unpacked(kept, problem)
-        found = self._find(problem, graph, windows, context.seed)
+        found = self._find(problem, graph, windows, context)
         context.cache.save(key, _packed(*found, problem))
         return found
 
     def _find(
-        self, problem: Problem, graph: Graph, windows: np.ndarray, seed: int
+        self, problem: Problem, graph: Graph, windows: np.ndarray, context: Context
     ) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
         """What `sensitivities` returns, found on the windows int32 [windows, context]."""
         if self.sensitivity == "fisher":
-            by_node, moments = fisher_losses(graph, windows, problem.candidates, self.tokens, seed)
+            options = {"seed": context.seed, "progress": context.progress}
+            by_node, moments = fisher_losses(
+                graph, windows, problem.candidates, self.tokens, **options
+            )
             return [np.array([by_node[n] for n in names]) for names in problem.choices], moments
-        together = measured_losses(graph, windows, problem.choices, problem.candidates, self.tokens)
+        together = measured_losses(
+            graph, windows, problem.choices, problem.candidates, self.tokens, context.progress
+        )
         losses = [
             np.repeat(loss[None] / len(names), len(names), axis=0)  # nobody knows whose it is
             for names, loss in zip(problem.choices, together, strict=True)

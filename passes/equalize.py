@@ -40,6 +40,7 @@ from atd.ir import Block, Graph, Node, WeightRef
 from atd.ir.notes import UNIT_GAIN, without
 from atd.ir.rewrite import map_array, with_weight
 from atd.pipeline import Context, Pass, checks
+from atd.progress import Progress
 from atd.weights import DenseType, TernaryType, canonical_group, combine
 
 # Of the root mean square over all features: one that is hardly ever there gets no boundless scale.
@@ -130,6 +131,8 @@ class Equalize(Pass):
             scales = {site: f.scale for site, f in found.items() if f.scale is not None}
             blocks.append(_scaled(block, scales))
             all_found += found.values()
+            at = len(blocks), len(graph.blocks), "blocks", block.name
+            context.progress(Progress("equalizing", *at))
         context.say(_summary(all_found))
         return replace(graph, blocks=tuple(blocks))
 

@@ -34,9 +34,10 @@ from atd.calibration.moments import BATCH, dense_moments
 from atd.calibration.windows import windows_holding
 from atd.decomposition import error_feedback, quantize
 from atd.decomposition.options import Candidate
-from atd.ir import Graph
+from atd.ir import Block, Graph
 from atd.models.execute import Structure, dense_weights, output, run, structure_of
 from atd.models.ops import Weights
+from atd.progress import Progress, Report, unheard
 from atd.weights import Dense, DenseType, TernaryType, TrellisType
 
 HEAD = 256  # positions whose logits exist at a time
@@ -56,7 +57,12 @@ Candidates = Mapping[str, Sequence[Candidate]]  # full name of a node -> what it
 
 
 def fisher_losses(
-    graph: Graph, windows: np.ndarray, candidates: Candidates, tokens: int = 2048, seed: int = 0
+    graph: Graph,
+    windows: np.ndarray,
+    candidates: Candidates,
+    tokens: int = 2048,
+    seed: int = 0,
+    progress: Report = unheard,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Predicts what each candidate costs: 1/2 sum_o E[g_o^2] (dW H dW')_oo, one base times BEYOND.
 
@@ -75,13 +81,14 @@ def fisher_losses(
         candidates: types that each matrix may become.
         tokens: of the windows, at least one window, for gradients.
         seed: of the labels.
+        progress: hears of each unit, forward and backward.
 
     Returns:
         Nats per position, float64 [candidates], by node; and M float32 [D, D] of the embedding by
         its name, if it is among the candidates.
     """
-    errors, inputs, tied = _errors(graph, windows, candidates, tokens)
-    squares, gradient = output_gradients(graph, inputs, candidates, seed)
+    errors, inputs, tied = _errors(graph, windows, candidates, tokens, progress)
+    squares, gradient = output_gradients(graph, inputs, candidates, seed, progress)
     losses = {
         name: 0.5 * np.array([_beyond(type) for type in candidates[name]]) * (error @ squares[name])
         for name, error in errors.items()
@@ -174,7 +181,7 @@ def _beyond(type: Candidate) -> float:
 
 
 def _errors(
-    graph: Graph, windows: np.ndarray, candidates: Candidates, tokens: int
+    graph: Graph, windows: np.ndarray, candidates: Candidates, tokens: int, progress: Report
 ) -> tuple[dict[str, np.ndarray], list[np.ndarray], dict[str, np.ndarray]]:
     """Runs the dense model forward.
 
@@ -196,11 +203,16 @@ def _errors(
                     continue
                 weight = np.asarray(weights[node.name]["weight"].dequantize())
                 errors[name] = feedback_losses(weight, candidates[name], hessian, pivots)
+        _tell(progress, graph, len(inputs), unit)
     return errors, inputs, tied
 
 
 def output_gradients(
-    graph: Graph, inputs: Sequence[np.ndarray], candidates: Candidates, seed: int
+    graph: Graph,
+    inputs: Sequence[np.ndarray],
+    candidates: Candidates,
+    seed: int,
+    progress: Report = unheard,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Runs the dense model backward, unit by unit, each computed again from its input.
 
@@ -208,6 +220,7 @@ def output_gradients(
         inputs: of each unit, [windows, context, ...], as `dense_moments` has them.
         candidates: names the linears that are looked at; the head always is.
         seed: of the labels.
+        progress: hears of each unit, as one of two passes.
 
     Returns:
         E[g^2] float64 [out] at the output of each linear, by name; g float32 [windows, context, D]
@@ -215,7 +228,8 @@ def output_gradients(
     """
     squares, head = {}, graph.epilogue.full_name(graph.epilogue.nodes[-1])
     gradient, squares[head] = _head_gradient(graph, inputs[-1], seed)
-    step = windows_holding(BATCH, inputs[0].shape[1])
+    step, done = windows_holding(BATCH, inputs[0].shape[1]), len(graph.units) + 1
+    _tell(progress, graph, done, graph.epilogue)
     for unit, x in zip(reversed(graph.units[:-1]), reversed(inputs[:-1]), strict=True):
         weights, source = dense_weights(unit.nodes), "x"
         if unit is graph.prologue:  # token ids have no gradient: from the embedding's output on
@@ -234,7 +248,13 @@ def output_gradients(
         squares |= {
             unit.full_name(unit.node(name)): total / inputs[0].size for name, total in sums.items()
         }
+        _tell(progress, graph, done := done + 1, unit)
     return squares, gradient
+
+
+def _tell(progress: Report, graph: Graph, done: int, unit: Block) -> None:
+    """Says how many units are done, of a pass forward and one back."""
+    progress(Progress("measuring sensitivities", done, 2 * len(graph.units), "units", unit.name))
 
 
 def _head_gradient(graph: Graph, x: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:

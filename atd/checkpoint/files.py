@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -89,7 +90,10 @@ def json_object(text: bytes) -> dict:
 
 
 def read_text(path: str | os.PathLike) -> str:
-    """Reads a UTF-8 text. Raises BadInput where it is absent, unreadable, not UTF-8 or empty.
+    """Reads a UTF-8 text, or the texts of a JSON Lines file, one after the other.
+
+    A byte-order mark is no text. Raises BadInput where the file is absent, unreadable, not UTF-8,
+    empty, or holds something else than text.
 
     Line ends become "\\n", as in Python's text mode and so in other tools' figures: with carriage
     returns left in, a text of TinyStories has a perplexity of 6.842 instead of 6.390 (stories15M).
@@ -103,8 +107,10 @@ def read_text(path: str | os.PathLike) -> str:
         raise BadInput(f"{path}: no such file") from None
     except OSError as error:
         raise BadInput(f"{path}: cannot be read: {error.strerror}") from None
+    if data[:4] == b"PAR1":
+        raise BadInput(f"{path}: is a parquet file; write its texts to a .txt or .jsonl file")
     try:
-        text = data.decode("utf-8")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         found = f"byte 0x{data[error.start]:02x} at offset {error.start} (line {line})"
@@ -113,7 +119,33 @@ def read_text(path: str | os.PathLike) -> str:
         ) from None
     if not text.strip():
         raise BadInput(f"{path}: is empty; a text file is expected")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return _texts_of_json(path, text) if text.lstrip()[0] in "{[" else text
+
+
+def _texts_of_json(path: Path, text: str) -> str:
+    """The field `text` of each line of JSON Lines; a text that is no JSON as it is."""
+    lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+    rows = {i: _json_or_none(line) for i, line in lines}
+    if not isinstance(rows[lines[0][0]], dict):
+        if None in rows.values() and _json_or_none(text) is None:
+            return text
+        raise BadInput(f"{path}: is JSON, not text; write its texts to a .txt or .jsonl file")
+    for i, row in rows.items():
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+            found = f"the fields {', '.join(row)}" if isinstance(row, dict) else "no object"
+            raise BadInput(
+                f"{path}: line {i} of JSON Lines has {found}; expected a string in a field 'text'"
+            )
+    return "\n".join(row["text"] for row in rows.values())
+
+
+def _json_or_none(text: str) -> Any:
+    """What the text is in JSON; None where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def write_json(path: Path, value: object) -> None:

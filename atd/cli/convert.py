@@ -85,6 +85,7 @@ def convert(
             75MB.
     """
     from dataclasses import replace
+    from shlex import quote
 
     from atd.checkpoint.folder import read_report
     from atd.pipeline.convert import convert as run
@@ -103,9 +104,10 @@ def convert(
     if allocates:
         console.print(allocation_table(read_report(folder)))
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    made, source, plot = quote(str(out)), quote(str(model)), quote(f"{out}.png")
     print(
-        f"{out}: {sizes(size)} of weights. Next: atd eval {out} --against {model} --data TEXT, "
-        f"atd generate {out}, atd inspect {out}{f' --plot {out}.png' if allocates else ''}"
+        f"{out}: {sizes(size)} of weights. Next: atd eval {made} --against {source} --data TEXT, "
+        f"atd generate {made}, atd inspect {made}{f' --plot {plot}' if allocates else ''}"
     )
 
 

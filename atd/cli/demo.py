@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from atd.checkpoint.files import read_text
 from atd.checkpoint.folder import read_report
@@ -17,7 +18,7 @@ from atd.pipeline.convert import convert
 from atd.pipeline.recipe import read_recipe
 from atd.reports.plots import check_picture, layers_picture
 from atd.reports.progress import shown
-from atd.reports.tables import EvaluatedModel, console, evaluation_table
+from atd.reports.tables import EvaluatedModel, console, evaluation_table, print_line
 from atd.runtime.compare import LoadedCheckpoint, compare, load_checkpoint
 from atd.runtime.evaluate import Evaluation, cut
 from atd.runtime.generate import generate
@@ -89,15 +90,15 @@ def run_demo(
     text = words.encode(read_text(data) if data else demo_text())[:tokens]
     cut(text, context, None)
 
-    console.rule(f"1. convert {source.name} by recipe {recipe}")
+    console.rule(Text(f"1. convert {source.name} by recipe {recipe}"))
     with shown() as (say, progress):
         convert(source, folder, chosen, overwrite=True, say=say, progress=progress)
     layers_picture(read_report(folder), picture)
     seconds = time.perf_counter() - started
-    console.print(f"wrote {folder} in {seconds:.0f} s; bits and error by layer: {picture}")
+    print_line(f"wrote {folder} in {seconds:.0f} s; bits and error by layer: {picture}")
 
     name = data.name if data else "help topics of Python"
-    console.rule(f"2. compare on {data or name}")
+    console.rule(Text(f"2. compare on {data or name}"))
     with shown() as (_, progress):
         dense, converted = (load_checkpoint(path, progress=progress) for path in (source, folder))
         options = {"context": context, "against": dense, "progress": progress}
@@ -136,7 +137,8 @@ def _beside_published(name: str, bits: float, kl: float, text: str) -> Table:
     for title in ("bits/\nweight", "KL\nmean"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("text", overflow="fold")
-    table.add_row(name, f"{bits:.2f}", f"{kl:.3f}", f"{text}, this run", end_section=True)
+    cells = (name, f"{bits:.2f}", f"{kl:.3f}", f"{text}, this run")
+    table.add_row(*map(Text, cells), end_section=True)
     for model, nominal, published in PUBLISHED:
         table.add_row(model, f"{nominal:.2f}", f"{published:.3f}", "WikiText-2, published")
     return table
@@ -156,7 +158,7 @@ def _answer(checkpoint: LoadedCheckpoint, words: Tokenizer, max_new_tokens: int 
 
     The first, which compiles, is not printed.
     """
-    console.print(f"[bold]{checkpoint.name}[/bold]")
+    print_line(checkpoint.name, style="bold")
     rates = []
     for prompt in (PROMPTS[0], *PROMPTS):
         ids = words.encode(words.apply_chat([{"role": "user", "content": prompt}])).tolist()
@@ -165,6 +167,6 @@ def _answer(checkpoint: LoadedCheckpoint, words: Tokenizer, max_new_tokens: int 
         new = generate(checkpoint.model, ids, **options)
         rates.append(len(new) / (time.perf_counter() - started))
         if len(rates) > 1:
-            console.print(f"  > {prompt}", style="dim", markup=False)
+            print_line(f"  > {prompt}", style="dim")
             console.print(f"  {words.decode(new).strip()}\n", markup=False, highlight=False)
     return sum(rates[1:]) / len(rates[1:])

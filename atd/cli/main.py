@@ -35,7 +35,6 @@ def main(prefix: tuple[str, ...] = ()) -> None:
         convert`.
     """
     one_blas_thread()
-    keep_compiled()
     _print_anything()
     arguments = [*prefix, *sys.argv[1:]]
     debug = "--debug" in arguments
@@ -70,6 +69,7 @@ def _run(arguments: list[str]) -> None:
     if arguments[:1] == ["sweep"]:
         arguments[0] = "study"
     _check_working_directory()
+    keep_compiled()
     app.cli(
         prog="atd",
         description=DESCRIPTION,

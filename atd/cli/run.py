@@ -60,7 +60,7 @@ def evaluate(
     from atd.checkpoint.reader import open_tokenizer
     from atd.models import frontend
     from atd.reports.progress import shown
-    from atd.reports.tables import EvaluatedModel, console, evaluation_table
+    from atd.reports.tables import EvaluatedModel, console, evaluation_table, print_line
     from atd.runtime.compare import compare, load_checkpoint, read_tokens
     from atd.runtime.evaluate import cut
 
@@ -83,16 +83,16 @@ def evaluate(
         loaded, dense = load(model), load(against) if against else None
         (result,) = compare(loaded, texts, against=dense, **options, progress=progress).values()
     bits, size = loaded.bits_per_weight, loaded.nbytes
-    console.print(evaluation_table([EvaluatedModel(loaded.name, bits, size, result)]))
-    if result.against_perplexity is not None and dense:
-        console.print(
-            f"{dense.name}: perplexity {result.against_perplexity:.3f}; "
-            f"KL is KL({dense.name} || {loaded.name})"
-        )
     if json:
         made_of = {"model": str(model), "against": str(against) if against else None}
         sizes = {"bits_per_weight": bits, "bytes": size}
         write_json(json, made_of | {"data": str(data)} | sizes | result.to_json())
+    console.print(evaluation_table([EvaluatedModel(loaded.name, bits, size, result)]))
+    if result.against_perplexity is not None and dense:
+        print_line(
+            f"{dense.name}: perplexity {result.against_perplexity:.3f}; "
+            f"KL is KL({dense.name} || {loaded.name})"
+        )
 
 
 @command()
@@ -231,11 +231,11 @@ def bench(
     sizes = {"prompt": prompt, "steps": steps, "repeats": repeats}
     with shown() as (_, progress):
         rows = measure(loaders, **sizes, one_jit=one_jit, progress=progress)
+    if json:
+        write_json(json, [asdict(row) for row in rows])
     device = jax.devices()[0].device_kind
     print(f"prompt {prompt}, {steps} tokens, {chosen}, {device}, jax {jax.__version__}")
     print(speed_table(rows, rows[1].model if against else None))
-    if json:
-        write_json(json, [asdict(row) for row in rows])
 
 
 def _say_assumed(words) -> None:

@@ -45,7 +45,7 @@ def study(
     """
     from atd.reports.plots import check_picture
     from atd.reports.progress import shown
-    from atd.reports.tables import console
+    from atd.reports.tables import console, print_line
     from atd.study.results import PICTURE, RESULTS, study_picture, study_table
     from atd.study.run import raise_failed, run_study
 
@@ -57,9 +57,9 @@ def study(
             model, out, recipe, vary, data=data, **options, say=say, progress=progress
         )
     if rows:
-        console.print(study_table(rows))
         study_picture(rows, out / PICTURE)
-        console.print(f"table: {out / RESULTS}; picture: {out / PICTURE}")
+        console.print(study_table(rows))
+        print_line(f"table: {out / RESULTS}; picture: {out / PICTURE}")
     raise_failed(failed)
 
 
@@ -81,13 +81,13 @@ def experiment(
     """
     from atd.reports.plots import check_picture
     from atd.reports.progress import shown
-    from atd.reports.tables import console
+    from atd.reports.tables import console, print_line
     from atd.study.gaussian import gaussian, gaussian_picture, gaussian_table
 
     check_writable("--plot", plot)
     check_picture(plot)
     with shown() as (_, progress):
         rows = gaussian(size=size, seed=seed, progress=progress)
-    console.print(gaussian_table(rows))
     gaussian_picture(rows, plot)
-    console.print(f"picture: {plot}")
+    console.print(gaussian_table(rows))
+    print_line(f"picture: {plot}")

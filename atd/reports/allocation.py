@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from atd.checkpoint.folder import NodeReport
 from atd.errors import BadInput
@@ -43,10 +44,11 @@ def allocation_table(rows: Sequence[NodeReport]) -> Table:
         table.add_column(title, justify="right", no_wrap=True)
     for block, nodes in blocks.items():
         cells = [_option(nodes[kind], plain) if kind in nodes else "" for kind in kinds]
-        table.add_row(block.rpartition(".")[2], *cells, *_figures(list(nodes.values())))
+        table.add_row(Text(block.rpartition(".")[2]), *cells, *_figures(list(nodes.values())))
     table.add_section()
     for row in others:
-        table.add_row(f"{row['node']}: {_option(row, plain)}", *[""] * len(kinds), *_figures([row]))
+        title = Text(f"{row['node']}: {_option(row, plain)}")
+        table.add_row(title, *[""] * len(kinds), *_figures([row]))
     table.add_row("all", *[""] * len(kinds), *_figures(rows))
     return table
 

@@ -34,7 +34,7 @@ def shown(console: Console | None = None) -> Iterator[tuple[Say, Report]]:
         yield say, _Lines(say)
         return
     columns = (
-        bars.TextColumn("{task.description}"),
+        bars.TextColumn("{task.description}", markup=False),
         bars.BarColumn(),
         bars.TextColumn("{task.percentage:>3.0f} %"),
         _Rate(),

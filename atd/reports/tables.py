@@ -1,7 +1,9 @@
 """Shows models side by side, and a graph by layer. Tables are printed on `console`, stdout."""
 
 import math
+import os
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +16,21 @@ from atd.ir import Block, Graph
 from atd.runtime.evaluate import Evaluation
 from atd.weights import WeightType
 
-console = Console()
+_LOG_WIDTH = 160  # columns where there is no terminal
+
+
+def _width() -> int | None:
+    """The columns of stdout; None: those of the terminal, or of the variable COLUMNS."""
+    terminal = sys.stdout is not None and sys.stdout.isatty()
+    return None if terminal or "COLUMNS" in os.environ else _LOG_WIDTH
+
+
+console = Console(width=_width())
+
+
+def print_line(line: str, style: str | None = None) -> None:
+    """Prints a line as it is: a path in it is neither cut nor taken for markup."""
+    console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def sizes(n: float) -> str:
@@ -73,7 +89,7 @@ def evaluation_table(models: Sequence[EvaluatedModel]) -> Table:
     for model in models:
         result = model.evaluation
         table.add_row(
-            model.name,
+            Text(model.name),
             f"{model.bits_per_weight:.2f}",
             sizes(model.nbytes),
             f"{result.perplexity:.3f}",
@@ -122,7 +138,7 @@ def graph_table(graph: Graph, nodes: bool = False) -> Table:
 
 def _add(table: Table, name: str, type: str, types: Sequence[WeightType]) -> None:
     weights, size = sum(math.prod(t.shape) for t in types), sum(t.nbytes for t in types)
-    table.add_row(name, Text(type), f"{weights:,}", f"{8 * size / weights:.2f}", sizes(size))
+    table.add_row(Text(name), Text(type), f"{weights:,}", f"{8 * size / weights:.2f}", sizes(size))
 
 
 def _unit_name(graph: Graph, unit: Block) -> str:

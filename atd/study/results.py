@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from atd.checkpoint.writer import write_file
 from atd.errors import BadInput
@@ -132,12 +133,12 @@ def study_table(rows: Sequence[StudyRow]) -> Table:
         box=SIMPLE_HEAD,
         show_edge=False,
         padding=(0, 1, 0, 0),
-        caption="\n".join([*conditions, "● Pareto front"]),
+        caption=Text("\n".join([*conditions, "● Pareto front"])),
     )
     table.add_column("recipe", overflow="fold", min_width=_room(row["recipe"] for row in rows))
     for option, title in options.items():
         room = _room([title, *(row.get(option, "") for row in rows)])
-        table.add_column(title, justify="right", overflow="fold", min_width=room)
+        table.add_column(Text(title), justify="right", overflow="fold", min_width=room)
     calibrated = len({row.get("calib_sha256", "") for row in rows}) > 1
     if calibrated:
         table.add_column("calib", justify="right", overflow="fold")
@@ -151,7 +152,7 @@ def study_table(rows: Sequence[StudyRow]) -> Table:
         cells += [sizes(number(row, "bytes"))] if single else []
         for text in texts:
             cells += _figure_cells(row, text, on_front=i in fronts[text])[: 4 if single else 2]
-        table.add_row(*cells)
+        table.add_row(*map(Text, cells))
     return table
 
 

@@ -12,6 +12,8 @@ import pytest
 from atd.cli import convert, run, study
 from atd.errors import BadInput
 from atd.reports.tables import console
+from atd.runtime.compare import LoadedCheckpoint
+from atd.runtime.evaluate import Evaluation
 from atd.version import __version__
 
 ROOT = Path(__file__).parents[2]
@@ -110,6 +112,25 @@ def test_the_convention_of_llama_cpp_has_bos_where_the_tokenizer_adds_it(
     assert seen == [1, 1, None, None, 1, None]
 
 
+def test_figures_are_written_before_they_are_printed(atd, stories260k, text, tmp_path, monkeypatch):
+    loaded = LoadedCheckpoint("m", None, 16.0, 1)  # type: ignore[arg-type]
+    figures = (None, None, None, None, None, 1, 63, 64, False, "standard", 64, 1.0, 1.0)
+
+    def full(table):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("atd.runtime.compare.load_checkpoint", lambda path, **options: loaded)
+    monkeypatch.setattr(
+        "atd.runtime.compare.compare", lambda *_, **options: {text.name: Evaluation(2.0, *figures)}
+    )
+    monkeypatch.setattr("atd.reports.tables.evaluation_table", full)
+    file = tmp_path / "figures.json"
+    sizes = ("--context", 64, "--tokens", 64)
+    code, _, err = atd("eval", stories260k, "--data", text, *sizes, "--json", file)
+    assert (code, err) == (1, "error: the output: No space left on device\n")
+    assert json.loads(file.read_text())["perplexity"] == 2
+
+
 def test_eval_against_itself_is_zero(atd, stories260k, text, tmp_path):
     file = tmp_path / "figures.json"
     sizes = ("--context", 64, "--tokens", 256)
@@ -166,10 +187,10 @@ def test_verify(atd, converted):
 
 
 def test_set_reaches_the_recipe(atd, stories260k, tmp_path):
-    code, _, err = atd(
+    code, printed, err = atd(
         "convert",
         stories260k,
-        tmp_path / "o",
+        tmp_path / "o [1]",
         "--recipe",
         "datafree2",
         "--set",
@@ -178,8 +199,9 @@ def test_set_reaches_the_recipe(atd, stories260k, tmp_path):
         "decompose.group=row",
     )
     assert code == 0, err
-    assert "packed n=1 g=row" in (tmp_path / "o" / "atd_graph.json").read_text()
-    assert "bases = 1" in (tmp_path / "o" / "recipe.toml").read_text()
+    assert "packed n=1 g=row" in (tmp_path / "o [1]" / "atd_graph.json").read_text()
+    assert "bases = 1" in (tmp_path / "o [1]" / "recipe.toml").read_text()
+    assert f"atd generate '{tmp_path}/o [1]', atd inspect" in printed  # a shell takes it as it is
 
 
 def test_an_allocation_is_shown_and_drawn(atd, stories260k, text, tmp_path, monkeypatch, refused):

@@ -15,10 +15,10 @@ def test_on_a_terminal_there_is_a_bar_with_a_rate():
     console = Console(file=text, force_terminal=True, width=100)
     with shown(console) as (_, progress):
         for done in (0, 500_000, 1_500_000):
-            progress(Progress("evaluating", done, 2_000_000, "tokens"))
+            progress(Progress("evaluating", done, 2_000_000, "tokens", "on [b]"))
             time.sleep(0.01)
         time.sleep(0.2)  # the display is refreshed ten times per second
-    assert "evaluating" in text.getvalue()
+    assert "evaluating on [b]" in text.getvalue()
     assert "75 %" in text.getvalue()
     assert re.search(r"[\d.]+[kMG] tokens/s", text.getvalue())
 

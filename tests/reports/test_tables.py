@@ -10,7 +10,7 @@ from rich.console import Console
 from atd.decomposition.trellis_codes import known_code
 from atd.ir import Block, Graph, Node, in_memory
 from atd.pipeline import Pipeline
-from atd.reports.tables import EvaluatedModel, evaluation_table, graph_table, sizes
+from atd.reports.tables import EvaluatedModel, evaluation_table, graph_table, print_line, sizes
 from atd.runtime.compare import graph_size
 from atd.runtime.evaluate import Evaluation
 from atd.weights import Dense, Packed, PackedType, TernaryType
@@ -53,6 +53,17 @@ def text_of(renderable, width: int = 200) -> str:
 )
 def test_sizes(n, text):
     assert sizes(n) == text
+
+
+def test_names_are_no_markup():
+    model = EvaluatedModel("[red]m[/red]", 16.0, 1, DENSE)
+    assert "[red]m[/red]" in text_of(evaluation_table([model]))
+
+
+def test_a_line_is_printed_as_it_is(capsys):
+    line = f"[bold]{'long/' * 60}[/]"
+    print_line(line)
+    assert capsys.readouterr().out == line + "\n"
 
 
 def test_evaluation_table_has_every_figure_and_dashes_for_those_that_are_not():
