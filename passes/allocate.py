@@ -136,7 +136,7 @@ class Allocate(Pass):
         losses, moments = self.sensitivities(problem, graph, context)
         decided = problem.solved(losses)
         context.say(f"allocate: {decided}")
-        for name, loss in decided.losses.items():
+        for name, loss in decided.shares.items():
             context.record(name, predicted_kl=loss)
         return _noted(graph, decided, moments)
 

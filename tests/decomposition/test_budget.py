@@ -5,8 +5,9 @@ within.
 import numpy as np
 import pytest
 
-from atd.decomposition.budget import Problem, stand_in_loss
-from atd.decomposition.options import ternary_types
+from atd.decomposition.budget import Allocation, Problem, stand_in_loss
+from atd.decomposition.options import ternary_types, trellis_type
+from atd.decomposition.trellis_codes import known_code
 from atd.weights import DenseType, PackedType
 from atd.weights.layouts import DEFAULT_LAYOUT
 
@@ -37,6 +38,16 @@ def test_the_choice_that_gains_most_gets_the_bytes(slack):
     assert decided.used == 100 + 3 * BYTES[0] + step
     assert decided.bits == 8 * decided.used / decided.weights
     assert "bits per weight" in str(decided)
+
+
+def test_a_matrix_with_a_code_adds_more_to_the_kl_than_it_loses_alone():
+    """1 + 4 D times, with D = 0.09753 for N = 1.25; what decides are the losses alone."""
+    coded = trellis_type((64, 64), known_code(1.25), "f16")
+    assert coded is not None
+    decided = Allocation({"q": coded, "o": TYPES[1]}, {"q": 2.0, "o": 1.0}, 100, 100, 400)
+    assert decided.predicted_kl == 3.0
+    assert decided.shares == {"q": pytest.approx(2 * 1.39012), "o": 1.0}
+    assert str(decided).endswith("predicted KL 3.7802")
 
 
 def test_stand_in_losses_fall_with_bases_and_are_none_for_dense():
