@@ -146,8 +146,11 @@ class _Binder:
             )
         return found
 
-    def finish(self, ignore_extra: bool = False) -> None:
-        """Raises BadInput with all problems, if there are any."""
+    def finish(self, ignore_extra: bool | None = None) -> None:
+        """Raises BadInput with all problems, if there are any.
+
+        `ignore_extra` leaves out tensors that are not part of the model; None: it is no choice.
+        """
         extra = sorted(
             name
             for name, tensor in self.checkpoint.tensors.items()
@@ -160,7 +163,7 @@ class _Binder:
             shown = problems[:_SHOWN] + (
                 [f"and {len(problems) - _SHOWN} more"] if problems[_SHOWN:] else []
             )
-            if extra and not self.problems:
+            if extra and not self.problems and ignore_extra is not None:
                 shown.append("leave them out with --ignore-extra, if the model works without them")
             raise BadInput(
                 f"{self.checkpoint.path}: the tensors do not fit the model:\n  "

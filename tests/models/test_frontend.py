@@ -488,6 +488,15 @@ def test_a_folder_that_atd_wrote_opens_as_it_was(tmp_path):
         np.testing.assert_array_equal(now.load().dequantize(), was.load().dequantize())
 
 
+def test_a_stray_tensor_among_stored_ones_is_always_refused(tmp_path):
+    written(tmp_path / "m")
+    stray = {"stray": np.zeros(1, np.float32)}
+    save_file(load_file(tmp_path / "m" / SINGLE) | stray, tmp_path / "m" / SINGLE)
+    with pytest.raises(BadInput) as caught:
+        frontend.open(tmp_path / "m", ignore_extra=True)
+    assert str(caught.value).endswith("stray is not part of the model")
+
+
 def test_stored_tensors_that_do_not_fit_the_stored_graph(tmp_path):
     written(tmp_path / "m")
     tensors = load_file(tmp_path / "m" / SINGLE)
