@@ -1,5 +1,5 @@
-"""Instructions per weight of the Triton kernel for one token, compiled without a GPU, and the speed
-they allow.
+"""Instructions per weight of the Triton kernels, compiled without a GPU, and the speed that they
+allow for one token.
 
     make gpu-check && JAX_PLATFORMS=cpu PYTHONPATH=. .venv-gpu-check/bin/python
     benchmarks/instructions.py [--device H200]
@@ -19,8 +19,9 @@ from atd.decomposition.options import trellis_type
 from atd.decomposition.trellis_codes import known_code
 from atd.kernels.settings import heuristic
 from atd.kernels.trellis import planes_type
-from atd.kernels.triton import gemv
+from atd.kernels.triton import decode, gemm, gemv
 from atd.kernels.triton.backend import way_of
+from atd.kernels.triton.gemm import Units
 from atd.kernels.triton.geometry import Geometry
 from atd.kernels.tuning import aot
 from atd.weights import PackedType, TernaryType, TrellisType, bits_per_weight
@@ -32,7 +33,7 @@ CASES = [
     for tied in (True, False)
     if tied or n > 1
 ]
-CODED = (1.25, 1.5, 2, 2.5, 3)  # N of trellis codes
+CODED = (1.25, 1.5, 1.75, 2, 2.5, 3)  # N of trellis codes
 COPY = {"H200": 4.3e12, "H100": 3.0e12, "A10": 5.1e11, "L4": 2.6e11}  # bytes/s that a copy reaches
 CLOCK = {"H200": 1.75e9, "H100": 1.75e9, "A10": 1.5e9, "L4": 1.6e9}  # Hz under load
 
@@ -53,6 +54,35 @@ def instructions(device: str, type: TernaryType | TrellisType) -> tuple[float, a
     compiled = aot.compile_for(device, function, *operands, kernel=g.name)
     weights = 2 * g.shape.row_blocks * g.shape.unroll * g.plan.piece_params * period
     return aot.main_loop_instructions(compiled.sass).total() / weights, compiled
+
+
+def of_many_tokens(device: str, type: TrellisType) -> list[str]:
+    """Returns instructions per weight of tiles of 32 tokens, and of decoding, as text."""
+    planes, period = planes_type(type), type.code.period
+    of, tiles = Units(planes), heuristic(planes, 32).tiles
+    rows = decode.Geometry(of, 0, planes.shape[0], type)
+    codes = jax.ShapeDtypeStruct(PackedType(type, "tiles").codes_shape, jnp.uint32)
+    scales = jax.ShapeDtypeStruct(type.scales_shape, jnp.float16)
+    kernels = (
+        (
+            f"ternary_gemm_n{type.bases}",
+            lambda codes, scales, x: gemm.matmul(x, codes, scales, planes, tiles, apart=True),
+            [jax.ShapeDtypeStruct((32, type.shape[1]), jnp.bfloat16)],
+            tiles.rows * tiles.units / (32 * tiles.warps),
+        ),
+        (
+            f"ternary_decode_n{type.bases}",
+            lambda codes, scales: decode.decoded(rows, codes, scales, jnp.bfloat16),
+            [],
+            decode.ROWS * decode.UNITS / (32 * decode.WARPS),
+        ),
+    )
+    found = []
+    for name, function, others, units in kernels:
+        compiled = aot.compile_for(device, function, codes, scales, *others, kernel=name)
+        count = aot.main_loop_instructions(compiled.sass).total() / (units * of.params * period)
+        found += [f"{count:.2f}", f"{compiled.registers}", f"{compiled.spill_bytes}"]
+    return found
 
 
 def main() -> None:
@@ -97,6 +127,12 @@ def main() -> None:
             bound,
         ]
         print(f"| {' | '.join(map(str, row))} | {speed / (copied / 2):.1f} |")
+    print("\n| N of a trellis code | tiles | registers | spills | decoding | registers | spills |")
+    print("|---|---|---|---|---|---|---|")
+    for type in codes:
+        assert type is not None
+        row = [f"{type.code.bases:g}", *of_many_tokens(arguments.device, type)]
+        print(f"| {' | '.join(row)} |")
 
 
 if __name__ == "__main__":

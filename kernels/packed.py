@@ -30,7 +30,7 @@ class Backend:
     """A backend of `atd.kernels.matmul` that has kernels for packed weights.
 
     A subclass brings `name`, the `layout` in which it reads weights as they lie, the GPUs that it
-    `allows`, what it `needs` there, whether it `takes_codes` of a trellis, and `multiply`.
+    `allows`, what it `needs` there, and `multiply`.
 
     Attributes:
         interpret: whether its kernels run on a CPU, in jax's interpreter, with twins of what that
@@ -41,7 +41,6 @@ class Backend:
     name = ""
     layout = "words"
     needs = ""
-    takes_codes = False
 
     def allows(self, capability: tuple[int, int]) -> bool:
         """Returns whether the kernels run on a GPU of this compute capability, (8, 0) for 8.0."""
@@ -89,8 +88,6 @@ class Backend:
                 f"it multiplies weights packed in layout {', '.join(READABLE)}; repack, or use "
                 "backend 'xla'"
             )
-        if isinstance(type.ternary, TrellisType) and not self.takes_codes:
-            return "it has no kernels for trellis codes; use backend 'xla'"
         coded = isinstance(type.ternary, TrellisType)
         most = prefixes.MAX_PLANES if coded else prefixes.MAX_BASES
         if type.ternary.bases > most:
@@ -143,35 +140,44 @@ def prepare(weight: Packed, layout: str) -> Packed:
 
 def by_prefixes(
     x: jax.Array,
-    words: jax.Array,
-    scales: jax.Array,
-    type: TernaryType,
+    plan: prefixes.Plan,
+    row_words: int,
     products: Callable[[jax.Array], jax.Array],
     most_columns: int,
 ) -> jax.Array:
-    """Multiplies x [M, in] by a matrix with one scale per row, or one for all.
+    """Multiplies x [M, in] by the bases of a matrix, without their scales.
 
     Args:
-        words: of the matrix, in layout `words`.
-        scales: [rows or 1, 1, N or 1].
-        type: of the matrix [out, in].
+        plan: of the weights.
+        row_words: 32-bit words of a row, in layout `words`.
         products: coefficients of `prefixes.fold` -> int32 [columns, out], of so few tokens that
             they have at most
             most_columns columns.
 
     Returns:
-        float32 [M, out].
+        float32 [M, sums, out]: one sum of tied weights, one per base of free ones.
     """
-    plan = prefixes.plan(type.bases, type.tied)
     most = most_columns // prefixes.columns(plan, 1)  # tokens of a call
     results = []
     for start in range(0, x.shape[0], most):
-        part, steps = x[start : start + most], plan.steps(words.shape[1])
+        part, steps = x[start : start + most], plan.steps(row_words)
         coefficients, largest = prefixes.fold(plan, part, steps)
         found = products(coefficients)
         results.append(prefixes.join(plan, found, coefficients.shape[0], largest))
-    sums = jnp.concatenate(results)  # [M, sums, out]
-    wide = scales[:, 0].astype(jnp.float32)  # [rows, sums]
+    return jnp.concatenate(results)
+
+
+def scaled(sums: jax.Array, scales: jax.Array) -> jax.Array:
+    """Adds the products of the bases, each by its scales.
+
+    Args:
+        sums: float32 [M, sums, out].
+        scales: [out or 1, 1, sums].
+
+    Returns:
+        float32 [M, out].
+    """
+    wide = scales[:, 0].astype(jnp.float32)
     return functools.reduce(operator.add, [sums[:, f] * wide[:, f] for f in range(sums.shape[1])])
 
 
@@ -192,7 +198,7 @@ def decode_once(x: jax.Array, weight: Packed) -> jax.Array:
     decoded into integers, which 16 bits hold exactly.
     """
     ternary, scales = weight.type.ternary, jnp.asarray(weight.scales)
-    integers = can_be_exact(ternary)
+    integers = isinstance(ternary, TernaryType) and can_be_exact(ternary)
     held = replace(weight, scales=jnp.ones_like(scales)) if integers else weight
     narrow = narrowed(x)
     y = xla.tensor_cores(narrow, jnp.asarray(held.dequantize(jnp.float32)).astype(narrow.dtype))

@@ -40,7 +40,7 @@ from atd.weights.layouts import THREADS_PER_ROW, TRITS_PER_BYTE, unit
 
 LARGEST = 127 * (1 + 256 + 65536)  # what three signed bytes hold
 MAX_BASES = 4
-MAX_PLANES = 5  # of a trellis code
+MAX_PLANES = 7  # of a trellis code
 
 
 def multiplier(digit: int) -> tuple[int, int]:

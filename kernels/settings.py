@@ -102,8 +102,8 @@ class Settings:
 def choose(device: str, type: TernaryType, tokens: int) -> Settings:
     """Returns the tuned settings of the nearest matrix, or `heuristic` where there are none.
 
-    The shape of a gemv goes with the size of the matrix, and is taken from a matrix of about the
-    same size alone.
+    The shape of a gemv goes with the size of the matrix and the sums that it keeps, and is taken
+    from a matrix of about the same size and no fewer sums alone.
 
     Args:
         device: its name, such as "NVIDIA H200".
@@ -120,6 +120,9 @@ def choose(device: str, type: TernaryType, tokens: int) -> Settings:
     found: Settings = entry["settings"]
     if max(_octaves(entry, kind_of(type, tokens), name) for name in ("out", "in")) > 0.6:
         found = replace(found, gemv=usual.gemv)
+    if _sums(entry["bases"], entry["tied"]) < _sums(type.bases, type.tied):
+        tokens_at_most = min(found.gemv_tokens, usual.gemv_tokens)
+        found = replace(found, gemv=usual.gemv, gemv_tokens=tokens_at_most)
     # Tiles of another kind of matrix may take more shared memory for this one; what they took for
     # theirs is there.
     room = max(SHARED_BYTES, shared_bytes(found.tiles, entry["bases"]))
@@ -130,20 +133,33 @@ def heuristic(type: TernaryType, tokens: int) -> Settings:
     """Returns settings for a device that is not tuned, from counted instructions and bytes.
 
     As many warps per row as make 4096 of them, 31 on each multiprocessor of an H200, but no more
-    than have two steps to do. Tiles as wide as the tokens, or as the shared memory allows. With one
-    scale per row, decoding once pays off beyond two such tiles: it moves 4 bytes more per weight.
+    than have two steps to do. A gemv of free scales has 16 columns for tokens and bases together,
+    and from the third call on it decodes more often than tiles are slower. Tiles as wide as the
+    tokens, or as the shared memory allows. With one scale per row, decoding once pays off beyond
+    two such tiles: it moves 4 bytes more per weight.
     """
     groups, steps = (LAYOUTS["tiles"].codes_shape(*type.shape, type.bases)[i] for i in range(2))
     warps = 2 ** min(4, max(0, round(math.log2(4096 / groups))), int(math.log2(max(1, steps / 2))))
     width = min(128, max(16, 1 << (tokens - 1).bit_length()))
     tiles = _fit(Tiles(rows=64, tokens=width, units=32, warps=4), type.bases, SHARED_BYTES)
     per_row = type.scales_shape[1] == 1
-    if tokens > 8:  # more activations than codes to load: two groups of rows share them
+    sums = _sums(type.bases, type.tied)
+    if tokens > 8 and sums <= 2:  # more activations than codes: two groups of rows share them
         row_blocks, unroll = 2, 1
     else:  # rows of a few steps have nothing to unroll, and five planes no registers for it
         row_blocks, unroll = 1, 2 if steps >= 8 and per_row and type.bases < 5 else 1
     shape = Shape(warps=warps, row_blocks=row_blocks, unroll=unroll)
-    return Settings(shape, tiles=tiles, gemm_tokens=max(64, 2 * tiles.tokens if per_row else 0))
+    return Settings(
+        gemv=shape,
+        gemv_tokens=16 if sums == 1 or not per_row else min(16, 2 * (16 // sums)),
+        tiles=tiles,
+        gemm_tokens=max(64, 2 * tiles.tokens if per_row else 0),
+    )
+
+
+def _sums(bases: int, tied: bool) -> int:
+    """Sums that a gemv keeps for each result."""
+    return 1 if tied else bases
 
 
 def _fit(tiles: Tiles, bases: int, room: int) -> Tiles:

@@ -4,7 +4,8 @@ Triton backend.
     up to MAX_TOKENS tokens   `gemv`   int8 tensor cores on prefixes; one scale per row or matrix
     more                               decoded once into 16 bits, then XLA's own matrix product
 
-Both are deterministic: the first adds integers, the second adds up in a fixed order.
+Both are deterministic: the first adds integers, the second adds up in a fixed order. Of weights
+with a trellis code `gemv` makes the products of the planes, and XLA filters them.
 """
 
 from dataclasses import dataclass
@@ -12,8 +13,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from atd.kernels import packed, prefixes
-from atd.weights import Packed
+from atd.kernels import packed, prefixes, xla
+from atd.weights import Packed, TrellisType
 
 MAX_TOKENS = 16
 
@@ -47,11 +48,16 @@ class Mosaic(packed.Backend):
         from atd.kernels.mosaic import gemv  # here, because it imports Mosaic: half a second
 
         held = packed.prepare(weight, self.layout)
-        words, scales, type = jnp.asarray(held.codes), jnp.asarray(held.scales), held.type.ternary
-        plan = prefixes.plan(type.bases, type.tied)
+        words, type = jnp.asarray(held.codes), held.type.ternary
+        coded = isinstance(type, TrellisType)
+        plan = prefixes.plan(type.bases, not coded and type.tied)
 
         def products(coefficients: jax.Array) -> jax.Array:
             return gemv.products(plan, coefficients, words, interpret=self.interpret)
 
-        y = packed.by_prefixes(x, words, scales, type, products, gemv.COLUMNS[-1])
+        sums = packed.by_prefixes(x, plan, words.shape[1], products, gemv.COLUMNS[-1])
+        if coded:
+            y = xla.filtered(sums.swapaxes(1, 2), held)
+        else:
+            y = packed.scaled(sums, jnp.asarray(held.scales))
         return y.astype(x.dtype)

@@ -7,8 +7,8 @@
 How many is few, and the shapes of blocks of threads: `atd.kernels.settings`. All results are
 deterministic: everything adds up in a fixed order. For few tokens a product is two kernels: a norm
 is computed where the activations are folded, and SwiGLU or a residual where the results are
-written. Of weights with a trellis code `gemv` makes the products of the planes, and XLA filters
-them; of more tokens XLA decodes the weights.
+written. Of weights with a trellis code `gemv` and `gemm` make the products of the planes, and XLA
+filters them; `decode` filters what it decodes.
 """
 
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from atd.kernels import packed, xla
 from atd.kernels.settings import Settings, choose
-from atd.kernels.trellis import decode_once, planes_type
+from atd.kernels.trellis import planes_type
 from atd.kernels.triton import decode, gemm, gemv
 from atd.kernels.triton.fold import Norm
 from atd.kernels.triton.geometry import ROWS, most_tokens
@@ -36,7 +36,6 @@ class Triton(packed.Backend):
     settings: Settings | None = None
     name = "triton"
     layout = "tiles"
-    takes_codes = True
     needs = "Triton needs 8.0 (RTX 30xx, A10, A100 or newer); backend 'xla' runs there"
 
     def allows(self, capability: tuple[int, int]) -> bool:
@@ -93,14 +92,18 @@ class Triton(packed.Backend):
         """`multiply` by a weight with a trellis code, in layout `tiles`."""
         assert isinstance(weight.type.ternary, TrellisType)
         type = planes_type(weight.type.ternary)
-        settings = self._settings(x, type)
-        if way_of(settings, type, x.shape[0]) == "gemv":
-            codes, scales = jnp.asarray(weight.codes), jnp.asarray(weight.scales)
-            options = {"norm": norm, "planes": True, "interpret": self.interpret}
-            found = gemv.matmul(x, codes, scales, type, settings.gemv, **options)  # [M, N, rows]
-            y = xla.filtered(found.swapaxes(1, 2), weight)
+        settings, interpret = self._settings(x, type), self.interpret
+        operands = jnp.asarray(weight.codes), jnp.asarray(weight.scales), type
+        way, narrow = way_of(settings, type, x.shape[0]), packed.narrowed(x)
+        if way == "decode":
+            operands = *operands[:2], weight.type.ternary
+            return decode.matmul(narrow, *operands, x.dtype, interpret=interpret)
+        if way == "gemv":
+            options = {"norm": norm, "planes": True, "interpret": interpret}
+            found = gemv.matmul(x, *operands, settings.gemv, **options)
         else:
-            y = decode_once(packed.narrowed(x), weight)
+            found = gemm.matmul(narrow, *operands, settings.tiles, apart=True, interpret=interpret)
+        y = xla.filtered(found.swapaxes(1, 2), weight)
         if gated:
             gate, up = jnp.split(y, 2, axis=1)
             y = jax.nn.silu(gate) * up

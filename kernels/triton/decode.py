@@ -8,10 +8,13 @@ threads write neighbouring columns, and the activations are put in that order in
 
 For results in float32, with tied weights and one scale per row, W_p holds integers, exact in 16
 bits, and the scale multiplies the sums. Otherwise it holds scaled weights rounded to 16 bits, as a
-dense model has them.
+dense model has them. With a trellis code each row is made of the words of all rows of its segment
+whose trits count in it.
 """
 
 import functools
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -20,10 +23,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from atd.kernels import packed, xla
+from atd.kernels.trellis import planes_type
+from atd.kernels.triton.floats import multiply_add, wide
 from atd.kernels.triton.gemm import Units, scaled
-from atd.kernels.triton.ptx import plt
+from atd.kernels.triton.ptx import divided, plt
 from atd.kernels.triton.trits import integers_of
-from atd.weights import TernaryType
+from atd.weights import TernaryType, TrellisType
 
 ROWS, UNITS, WARPS = 16, 64, 4  # of a block
 
@@ -33,8 +38,9 @@ class Geometry:
     """Some rows to decode.
 
     Attributes:
-        of: the matrix.
-        start, rows: the first row, and how many.
+        of: the matrix, or the planes of one with a trellis code.
+        start, rows: the first row of `of`, and how many.
+        coded: the matrix's own type, if it has a trellis code. P rows are decoded of each of `of`.
         exact: whether integers are written, without their scales.
         interpret: whether jax's interpreter runs the kernel, in which PTX is replaced by its twins
             in jnp.
@@ -43,7 +49,8 @@ class Geometry:
     of: Units
     start: int
     rows: int
-    exact: bool
+    coded: TrellisType | None = None
+    exact: bool = False
     interpret: bool = False
 
     @property
@@ -56,7 +63,7 @@ def matmul(
     x: jax.Array,
     codes: jax.Array,
     scales: jax.Array,
-    type: TernaryType,
+    type: TernaryType | TrellisType,
     dtype: jax.typing.DTypeLike = jnp.float32,
     *,
     interpret: bool = False,
@@ -68,15 +75,17 @@ def matmul(
         scales: as they are stored, [rows or 1, groups, N or 1].
         type: of the matrix [out, in].
     """
-    of = Units(type)
-    units, params = of.count, of.params
+    coded = type if isinstance(type, TrellisType) else None
+    period = coded.code.period if coded else 1
+    of = Units(planes_type(type) if isinstance(type, TrellisType) else type)
+    units, params, rows = of.count, of.params, of.type.shape[0]
     x_planes = jnp.pad(x, ((0, 0), (0, units * params - x.shape[1])))
     x_planes = x_planes.reshape(-1, units, params).swapaxes(1, 2).reshape(-1, params * units)
-    step = max(ROWS, packed.CHUNK_BYTES // (2 * params * units) // 128 * 128)
-    exact = dtype == jnp.float32 and packed.can_be_exact(type)
+    step = max(ROWS, packed.CHUNK_BYTES // (2 * params * units * period) // 128 * 128)
+    exact = dtype == jnp.float32 and packed.can_be_exact(of.type)
     parts = [
-        Geometry(of, start, min(step, type.shape[0] - start), exact, interpret)
-        for start in range(0, type.shape[0], step)
+        Geometry(of, start, min(step, rows - start), coded, exact, interpret)
+        for start in range(0, rows, step)
     ]
     chunks = [decoded(g, codes, scales, x.dtype) for g in parts]
     y = jnp.concatenate([xla.tensor_cores(x_planes, chunk, dtype) for chunk in chunks], axis=1)
@@ -87,21 +96,20 @@ def decoded(
     g: Geometry, codes: jax.Array, scales: jax.Array, dtype: jax.typing.DTypeLike
 ) -> jax.Array:
     """Returns the rows in 16 bits [rows, planes x units]."""
+    rows = g.rows * (g.coded.code.period if g.coded else 1)
     return pl.pallas_call(
-        functools.partial(_kernel, g=g),
-        out_shape=jax.ShapeDtypeStruct((g.rows * g.width,), dtype),
+        functools.partial(_kernel_of_code if g.coded else _kernel, g=g),
+        out_shape=jax.ShapeDtypeStruct((rows * g.width,), dtype),
         grid=(-(-g.of.count // UNITS), -(-g.rows // ROWS)),
         compiler_params=plt.CompilerParams(num_warps=WARPS, num_stages=1),
         interpret=g.interpret,
         name=f"ternary_decode_n{g.of.type.bases}",
-    )(codes.reshape(-1), scales.reshape(-1)).reshape(g.rows, g.width)
+    )(codes.reshape(-1), scales.reshape(-1)).reshape(rows, g.width)
 
 
 def _kernel(codes_ref, scales_ref, out_ref, *, g: Geometry):
     of, type = g.of, g.of.type
-    row = pl.program_id(1) * ROWS + lax.iota(jnp.int32, ROWS)
-    at = pl.program_id(0) * UNITS + lax.iota(jnp.int32, UNITS)
-    inside = (row < g.rows)[:, None] & (at < of.count)[None, :]
+    row, at, inside = _place(g)
     once = {"eviction_policy": "evict_first"}  # codes are read once
     words = [of.word(codes_ref, g.start + row, at, v, inside, **once) for v in range(of.words)]
     integers = integers_of(words, type, out_ref.dtype, g.interpret)
@@ -111,3 +119,46 @@ def _kernel(codes_ref, scales_ref, out_ref, *, g: Geometry):
             value = scaled(scales_ref, type, g.start + row, at * of.params + p, found)
         place = row[:, None] * g.width + (at + p * of.count)[None, :]
         plt.store(out_ref.at[place], value.astype(out_ref.dtype), mask=inside)
+
+
+def _place(g: Geometry) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(rows from g.start on, units, which [rows, units] there are) of a block."""
+    row = pl.program_id(1) * ROWS + lax.iota(jnp.int32, ROWS)
+    at = pl.program_id(0) * UNITS + lax.iota(jnp.int32, UNITS)
+    return row, at, (row < g.rows)[:, None] & (at < g.of.count)[None, :]
+
+
+def _kernel_of_code(codes_ref, scales_ref, out_ref, *, g: Geometry):
+    """sum_(j, i) a[p, i, j] t_i[o - j]: a trit of phase p counts in row p + j of its period's P, or
+    of a period below."""
+    assert g.coded is not None
+    of, code, period = g.of, g.coded.code, g.coded.code.period
+    row, at, inside = _place(g)
+    segment = g.coded.segment // period
+    begin = divided(g.start + row, segment)[0] * segment
+    length = jnp.minimum(of.type.shape[0] - begin, segment)
+
+    def trits_above(down: int) -> Callable[[int], list[jax.Array]]:
+        """Those of the row this far above, in the same segment: parameter -> by plane."""
+        here = g.start + row - begin - down
+        rows = begin + jnp.where(here < 0, here + length, here)
+        words = [of.word(codes_ref, rows, at, v, inside) for v in range(of.words)]
+        return integers_of(words, of.type, jnp.bfloat16, g.interpret)
+
+    above = [trits_above(down) for down in range((period - 1 + code.memory) // period + 1)]
+    scales = [
+        plt.load(scales_ref.at[(g.start + row) * period + i], mask=row < g.rows, other=0)
+        for i in range(period)
+    ]
+    for p in range(of.params):
+        trits = [[wide(t, g.interpret) for t in integers(p)] for integers in above]
+        values = [jnp.zeros(inside.shape, jnp.float32)] * period
+        for (phase, taps), age in itertools.product(enumerate(code.taps), range(code.memory + 1)):
+            down, into = divmod(phase + age, period)
+            for i, tap in ((i, t[age]) for i, t in enumerate(taps) if age < len(t)):
+                trit = trits[down][code.first[phase] + i]
+                values[into] = multiply_add(trit, jnp.float32(tap), values[into], g.interpret)
+        for i, (value, scale) in enumerate(zip(values, scales, strict=True)):
+            scaled_value = value * scale.astype(jnp.float32)[:, None]
+            place = ((row * period + i) * g.width)[:, None] + (at + p * of.count)[None, :]
+            plt.store(out_ref.at[place], scaled_value.astype(out_ref.dtype), mask=inside)

@@ -10,8 +10,8 @@ without moving anything between threads, and
 
 so activations, which are few, are put in the order of the planes beforehand. With one scale per row
 W_p holds integers, exact in 16 bits (one product per base where scales are free), and scales
-multiply the sums; with group scales W_p is scaled in float32 and rounded to 16 bits. Results are
-summed in float32.
+multiply the sums; a trellis code's filter takes the products of the bases *apart*. With group
+scales W_p is scaled in float32 and rounded to 16 bits. Results are summed in float32.
 """
 
 import functools
@@ -79,6 +79,8 @@ class Geometry:
         of: the matrix.
         tiles: how the work is cut into blocks of threads.
         tokens: a multiple of tiles.tokens.
+        apart: whether the products of the bases are results of their own, without scales. There is
+            one scale per row.
         interpret: whether jax's interpreter runs the kernel, in which PTX is replaced by its twins
             in jnp.
     """
@@ -86,6 +88,7 @@ class Geometry:
     of: Units
     tiles: Tiles
     tokens: int
+    apart: bool = False
     interpret: bool = False
 
     @property
@@ -102,29 +105,35 @@ def matmul(
     tiles: Tiles,
     dtype: jax.typing.DTypeLike = jnp.float32,
     *,
+    apart: bool = False,
     interpret: bool = False,
 ) -> jax.Array:
-    """Multiplies x [M, in], bfloat16 or float16, by the matrix -> [M, out] in dtype, summed in
-    float32.
+    """Multiplies x [M, in], bfloat16 or float16, by the matrix, summed in float32.
 
     Args:
         codes: the matrix in layout `tiles`.
         scales: as they are stored, [rows or 1, groups, N or 1].
         type: of the matrix [out, in].
         tiles: how the work is cut into blocks of threads.
+        apart: for the products of the bases, without scales, which is one per row.
+
+    Returns:
+        [M, out] in dtype; apart [M, N, out].
     """
     of, out = Units(type), type.shape[0]
-    g = Geometry(of, tiles, -(-x.shape[0] // tiles.tokens) * tiles.tokens, interpret)
+    g = Geometry(of, tiles, -(-x.shape[0] // tiles.tokens) * tiles.tokens, apart, interpret)
     x_planes = jnp.pad(x, ((0, g.tokens - x.shape[0]), (0, g.units * of.params - x.shape[1])))
     x_planes = x_planes.reshape(g.tokens, g.units, of.params).transpose(2, 1, 0)  # [P, units, M]
-    return pl.pallas_call(
+    results = type.bases if apart else 1
+    y = pl.pallas_call(
         functools.partial(_kernel, g=g),
-        out_shape=jax.ShapeDtypeStruct((g.tokens, out), dtype),
+        out_shape=jax.ShapeDtypeStruct((g.tokens, results * out), dtype),
         grid=(-(-out // tiles.rows), g.tokens // tiles.tokens),
         compiler_params=plt.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=interpret,
         name=f"ternary_gemm_n{type.bases}",
     )(x_planes, codes.reshape(-1), scales.reshape(-1))[: x.shape[0]]
+    return y.reshape(-1, results, out) if apart else y
 
 
 def _kernel(x_ref, codes_ref, scales_ref, out_ref, *, g: Geometry):
@@ -153,15 +162,15 @@ def _kernel(x_ref, codes_ref, scales_ref, out_ref, *, g: Geometry):
     count = stored if groups == 1 else 1
     zero = tuple(jnp.zeros((tiles.rows, tiles.tokens), jnp.float32) for _ in range(count))
     sums = lax.fori_loop(0, g.units // tiles.units, step, zero)
-    if groups == 1:
+    if groups == 1 and not g.apart:
         scales = (_scales_at(scales_ref, type, rows, b) for b in range(count))
         sums = [s * scale[:, None] for s, scale in zip(sums, scales, strict=True)]
-    y = functools.reduce(operator.add, sums)
-    plt.store(
-        out_ref.at[token[:, None], rows[None, :]],
-        y.T.astype(out_ref.dtype),
-        mask=real[None, :] & (token < g.tokens)[:, None],
-    )
+    for b, y in enumerate(sums if g.apart else [functools.reduce(operator.add, sums)]):
+        plt.store(
+            out_ref.at[token[:, None], (b * type.shape[0] + rows)[None, :]],
+            y.T.astype(out_ref.dtype),
+            mask=real[None, :] & (token < g.tokens)[:, None],
+        )
 
 
 def scaled(

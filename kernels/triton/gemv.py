@@ -295,6 +295,8 @@ def _ends(g: Geometry, first_row, largest_ref, residual_ref) -> list[_End]:
 
     def end(result, vector, row) -> _End:
         at, mask = vector * g.results + row, (row < g.results) & (vector < g.vectors)
+        if g.interpret:  # it writes back what it found where the mask is not set, and may come last
+            at = jnp.where(mask, at, g.vectors * g.results)
         token = divided(vector, g.plan.sums)[0] if g.planes else vector
         if token.ndim:
             unit = plt.load(largest_ref.at[token], mask=vector < g.vectors, other=0.0)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from atd.weights import DTYPES, Packed, PackedType, Ternary, TernaryType
+from atd.weights import DTYPES, Packed, PackedType, Ternary, TernaryType, Trellis
 from atd.weights.layouts import LAYOUTS
 
 # In interpret mode it is compiling that takes long.
@@ -32,7 +32,7 @@ def ternary(
     return Ternary(trits, np.broadcast_to(scales, type.scales_shape).astype(DTYPES[dtype]), type)
 
 
-def pack(weight: Ternary, layout: str) -> Packed:
+def pack(weight: Ternary | Trellis, layout: str) -> Packed:
     codes = jnp.asarray(LAYOUTS[layout].pack(weight.trits))
     return Packed(codes, jnp.asarray(weight.scales), PackedType(weight.type, layout))
 

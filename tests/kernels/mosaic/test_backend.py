@@ -101,7 +101,8 @@ def test_wide_rows_are_handed_over_as_they_lie():
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("bases", "tied", "most"), [(1, True, 1.3), (2, True, 1.75), (3, True, 3.8), (3, False, 3.9)]
+    ("bases", "tied", "most"),
+    [(1, True, 1.3), (2, True, 1.75), (3, True, 3.8), (3, False, 3.9), (5, False, 7.0)],
 )
 def test_machine_code(bases, tied, most):
     """Instructions per weight; activations of one token. N = 3: see the module."""

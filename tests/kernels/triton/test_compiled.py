@@ -13,12 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atd.kernels.settings import Settings, Shape, Tiles
+from atd.decomposition.options import trellis_type
+from atd.decomposition.trellis_codes import known_code
+from atd.kernels.settings import Settings, Shape, Tiles, heuristic
+from atd.kernels.trellis import planes_type
 from atd.kernels.triton import attention, decode, fold, gemm, gemv
 from atd.kernels.triton.gemm import Units
-from atd.kernels.triton.geometry import Geometry
+from atd.kernels.triton.geometry import Geometry, most_tokens
 from atd.kernels.tuning import aot
-from atd.weights import TernaryType
+from atd.weights import PackedType, TernaryType, Trellis, TrellisType
 from atd.weights.layouts import LAYOUTS
 from tests.kernels.ptx.pallas import emulated_pallas_call
 from tests.kernels.triton.test_attention import attend, interpreted, operands
@@ -29,7 +32,7 @@ OUT = INPUTS = 4096
 ONE_TOKEN = Settings(Shape(warps=4))
 
 
-CODES = {bases: LAYOUTS["tiles"].codes_shape(OUT, INPUTS, bases) for bases in (1, 2, 3, 4, 5)}
+CODES = {bases: LAYOUTS["tiles"].codes_shape(OUT, INPUTS, bases) for bases in (1, 2, 3, 4, 5, 7)}
 
 
 def compiled_gemv(
@@ -90,7 +93,8 @@ def test_instructions_a_weight_of_one_token(device, bases, tied, most):
 
 
 @pytest.mark.parametrize(
-    ("planes", "tokens", "most"), [(2, 1, 2.3), (2, 2, 3.0), (3, 1, 3.8), (5, 1, 9.0)]
+    ("planes", "tokens", "most"),
+    [(2, 1, 2.3), (2, 2, 3.0), (3, 1, 3.8), (5, 1, 9.0), (7, 1, 9.0), (7, 2, 11.0)],
 )
 @pytest.mark.parametrize("device", ["H200", "A10"])
 def test_planes_of_a_trellis_code(device, planes, tokens, most):
@@ -99,6 +103,77 @@ def test_planes_of_a_trellis_code(device, planes, tokens, most):
     assert compiled.spill_bytes == 0
     assert instructions < most
     assert loads(compiled) == WIDE
+
+
+@pytest.mark.parametrize("planes", [2, 3, 5, 7])
+def test_planes_of_as_many_tokens_as_have_columns_do_not_spill(planes):
+    type = TernaryType((OUT, INPUTS), planes, "row", False, "f16")
+    for tokens in (9, 4):
+        settings = heuristic(type, tokens)
+        shared = most_tokens(type, min(tokens, settings.gemv_tokens))
+        compiled, _ = compiled_gemv("H200", planes, False, shared, settings, planes=True)
+        assert compiled.spill_bytes == 0
+        assert loads(compiled) == WIDE
+
+
+def coded(bases: float) -> TrellisType:
+    type = trellis_type((OUT, INPUTS), known_code(bases), "f16")
+    assert type is not None
+    return type
+
+
+@pytest.mark.parametrize(("bases", "most"), [(2, 7.5), (3, 12.0), (1.75, 7.0)])
+@pytest.mark.parametrize("device", ["H200", "A10"])
+def test_tiles_of_planes(device, bases, most):
+    type = planes_type(coded(bases))
+    tiles = heuristic(type, 32).tiles
+    compiled = aot.compile_for(
+        device,
+        partial(gemm.matmul, type=type, tiles=tiles, apart=True),
+        jax.ShapeDtypeStruct((32, INPUTS), jnp.bfloat16),
+        jax.ShapeDtypeStruct(PackedType(type, "tiles").codes_shape, jnp.uint32),
+        jax.ShapeDtypeStruct(type.scales_shape, jnp.float16),
+        kernel=f"ternary_gemm_n{type.bases}",
+    )
+    weights = tiles.rows * tiles.units * Units(type).params / (32 * tiles.warps)
+    period = OUT / type.shape[0]
+    assert compiled.spill_bytes == 0
+    assert aot.main_loop_instructions(compiled.sass).total() / weights / period < most
+
+
+@pytest.mark.parametrize(("bases", "most"), [(2, 41.0), (3, 46.0), (1.5, 28.0), (1.75, 22.0)])
+@pytest.mark.parametrize("device", ["H200", "A10"])
+def test_decoding_with_a_code(device, bases, most):
+    type = coded(bases)
+    of = Units(planes_type(type))
+    rows = decode.Geometry(of, 0, of.type.shape[0], type)
+    compiled = aot.compile_for(
+        device,
+        lambda codes, scales: decode.decoded(rows, codes, scales, jnp.bfloat16),
+        jax.ShapeDtypeStruct(PackedType(type, "tiles").codes_shape, jnp.uint32),
+        jax.ShapeDtypeStruct(type.scales_shape, jnp.float16),
+        kernel=f"ternary_decode_n{type.bases}",
+    )
+    block = decode.ROWS * decode.UNITS * of.params * type.code.period
+    assert compiled.spill_bytes == 0
+    assert set(re.findall(r"STG[.\w]*", compiled.sass)) == {"STG.E.128"}
+    assert aot.main_loop_instructions(compiled.sass).total() / block * 32 * decode.WARPS < most
+
+
+@pytest.mark.parametrize("bases", [2, 1.5])
+def test_decoding_with_a_code_as_ptx(bases, monkeypatch):
+    """In segments of 18 rows, of which the last has 12."""
+    type, random = TrellisType((48, 70), known_code(bases), 18, "f16"), np.random.default_rng(0)
+    trits = random.integers(-1, 2, type.trits_shape).astype(np.int8)
+    scales = random.uniform(0.5, 2, type.scales_shape).astype(np.float16)
+    monkeypatch.setattr(decode.pl, "pallas_call", emulated_pallas_call("A10"))
+    of = Units(planes_type(type))
+    codes = jnp.asarray(LAYOUTS["tiles"].pack(trits))
+    rows = decode.Geometry(of, 0, of.type.shape[0], type)
+    found = decode.decoded(rows, codes, jnp.asarray(scales), jnp.float16)
+    found = np.asarray(found).reshape(48, of.params, of.count).swapaxes(1, 2).reshape(48, -1)
+    wanted = np.asarray(Trellis(trits, scales, type).dequantize())
+    np.testing.assert_allclose(found[:, :70], wanted, rtol=2**-10, atol=1e-6)
 
 
 @pytest.mark.parametrize(
