@@ -34,6 +34,23 @@ def test_convert(tmp_path):
     assert 1e8 < row["peak_bytes"] < 3e9
 
 
+def test_decompose_with_trellis_codes(tmp_path):
+    out = run("decompose.py", "--trellis", "--tiny", "--json", tmp_path / "f.json")
+    rows = json.loads((tmp_path / "f.json").read_text())
+    assert [row["type"] for row in rows] == ["N = 2, tied", "N = 3, tied", "N = 2, fast"]
+    assert all(row["feedback"] > 0 and row["sweep"] > 0 for row in rows)
+    assert "N = 2, fast" in out
+
+
+def test_trellis_codes(tmp_path):
+    out = run("trellis_codes.py", "--tiny", "--json", tmp_path / "f.json")
+    (row,) = json.loads((tmp_path / "f.json").read_text())
+    assert row["starts"] == {"Barker": 1, "random": 1}
+    assert row["table_error"] == pytest.approx(0.0187, rel=0.02)
+    assert row["table_error"] < row["error"] < 0.0292  # what rounding each weight alone leaves
+    assert "1 Barker starts, after 8 rounds: 0.0" in out
+
+
 def test_decode(stories260k, tmp_path):
     run("decode.py", stories260k, "--tiny", "--json", tmp_path / "f.json")
     packed, dense, unpacked = json.loads((tmp_path / "f.json").read_text())["rows"]
