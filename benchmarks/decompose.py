@@ -15,6 +15,7 @@ the CPU time of all threads, so that its figures are those of one core.
 
 import argparse
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from atd.weights import TernaryType
 
 SHAPES = ((4096, 4096), (14336, 4096))
 TINY = ((96, 160),)
-VISITED = (1024, 2048)
+VISITED, SWEEPS, REPEATS = (2048, 2048), 2, 3
 CODES = ((2, "fast"), (2, "default"), (2, "best"), (3, "default"), (1.5, "default"))
 
 
@@ -55,13 +56,12 @@ def measure(weight: np.ndarray, bases: int, group: int | str, tied: bool, repeat
     }
 
 
-def visits(shape: tuple[int, int], codes: tuple[tuple[float, str], ...], sweeps: int) -> list[dict]:
+def visits(shape: tuple[int, int], codes: Sequence[tuple[float, str]]) -> list[dict]:
     """Returns weights per CPU second of error feedback, and of each sweep behind it.
 
     Args:
         shape: out, in.
         codes: N and kind.
-        sweeps: that are timed.
     """
     rng = np.random.default_rng(0)
     weight = rng.standard_normal(shape, dtype=np.float32)
@@ -76,13 +76,14 @@ def visits(shape: tuple[int, int], codes: tuple[tuple[float, str], ...], sweeps:
         assert type is not None
         run = partial(quantize.calibrated, weight, type, factor, hessian)
         run(sweeps=1)  # compiles
-        seconds = []
-        for count in (0, sweeps):
+        seconds = {0: [], SWEEPS: []}
+        for count in [*seconds] * REPEATS:
             started = time.process_time()
             run(sweeps=count)
-            seconds.append(time.process_time() - started)
-        sweep = max((seconds[1] - seconds[0]) / sweeps, 1e-9)
-        rates = {"feedback": weight.size / seconds[0], "sweep": weight.size / sweep}
+            seconds[count].append(time.process_time() - started)
+        feedback = min(seconds[0])
+        sweep = max(min(seconds[SWEEPS]) - feedback, 1e-9) / SWEEPS
+        rates = {"feedback": weight.size / feedback, "sweep": weight.size / sweep}
         rows.append({"type": name, "shape": list(shape)} | rates)
     return rows
 
@@ -138,7 +139,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
     options = parser.parse_args()
     if options.trellis:
-        rows = visits(TINY[0], CODES[:1], 1) if options.tiny else visits(VISITED, CODES, 3)
+        rows = visits(*((TINY[0], CODES[:1]) if options.tiny else (VISITED, CODES)))
         Console().print(visits_table(rows))
     else:
         rows = all_als(options.tiny)
