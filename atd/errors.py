@@ -3,6 +3,9 @@
 Their messages name the file, the tensor, what was expected and found, and the way out.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class AtdError(Exception):
     """An error for people: the command line prints its message and exits with `exit_code`."""
@@ -18,6 +21,15 @@ class BadInput(AtdError):
 
 class RunFailed(AtdError):
     """The input was fine, the run was not: disk full, verification failed (exit code 1)."""
+
+
+@contextmanager
+def about(what: str) -> Iterator[None]:
+    """Puts what it is about, such as the name of a matrix, in front of the message of an error."""
+    try:
+        yield
+    except AtdError as error:
+        raise type(error)(f"{what}: {error}") from error
 
 
 def nearest(word: str, known) -> str:

@@ -34,7 +34,7 @@ from atd.decomposition.greedy import greedy
 from atd.decomposition.options import decided_type, trellis_type
 from atd.decomposition.rmse import relative_error
 from atd.decomposition.second_moments import asymmetric_target
-from atd.errors import BadInput
+from atd.errors import BadInput, about
 from atd.ir import Graph, Node, WeightRef
 from atd.ir.notes import DECISION, MOMENTS, SecondMoments, without
 from atd.ir.rewrite import with_weight
@@ -198,14 +198,15 @@ class Decompose(Pass):
             dense = ref.load()
             assert isinstance(dense, Dense)
             weight = np.asarray(dense.array).astype(np.float32)
-            if self.method == "greedy":
-                assert isinstance(type, TernaryType)  # `requires` has refused codes
-                found = greedy(weight, type.bases, DTYPES[type.dtype], type.group)
-                made = Ternary(*found, type)
-            elif self.method == "hessian" and (node.op == "linear" or moments is not None):
-                made = self._calibrated(name, weight, type, moments, context)
-            else:
-                made = quantize.nearest(weight, type, context.feature_weights.get(name))
+            with about(name):
+                if self.method == "greedy":
+                    assert isinstance(type, TernaryType)  # `requires` has refused codes
+                    found = greedy(weight, type.bases, DTYPES[type.dtype], type.group)
+                    made = Ternary(*found, type)
+                elif self.method == "hessian" and (node.op == "linear" or moments is not None):
+                    made = self._calibrated(name, weight, type, moments, context)
+                else:
+                    made = quantize.nearest(weight, type, context.feature_weights.get(name))
             if isinstance(type, TrellisType):
                 _warn_of_other_weights(name, weight, type, context)
             context.record(name, error=relative_error(weight, made))
@@ -229,8 +230,7 @@ class Decompose(Pass):
             factor = error_feedback.factor(hessian, self.damping, self.order)
         elif context.calibration is None:
             raise BadInput(
-                f"{name}: decompose.method hessian needs calibration text: "
-                "convert with --calib FILE"
+                "decompose.method hessian needs calibration text: convert with --calib FILE"
             )
         else:
             moments = context.calibration.moments(name)

@@ -15,6 +15,7 @@ from atd.calibration.sensitivity import HEAD, Candidates
 from atd.calibration.windows import windows_holding
 from atd.decomposition import error_feedback, quantize
 from atd.decomposition.options import Candidate
+from atd.errors import about
 from atd.ir import Graph
 from atd.models.execute import dense_weights, forward, structure_of
 from atd.models.ops import Weights
@@ -102,9 +103,10 @@ def quantized_candidates(
                 read = node.inputs[0] if node.op == "linear" else None
                 if (name := unit.full_name(node)) in candidates and read == value:
                     weight = np.asarray(weights[node.name]["weight"].dequantize())
-                    found[name] = [
-                        _quantized(weight, type, factor, hessian) for type in candidates[name]
-                    ]
+                    with about(name):
+                        found[name] = [
+                            _quantized(weight, type, factor, hessian) for type in candidates[name]
+                        ]
     return found
 
 

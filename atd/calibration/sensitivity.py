@@ -34,6 +34,7 @@ from atd.calibration.moments import BATCH, dense_moments
 from atd.calibration.windows import windows_holding
 from atd.decomposition import error_feedback, quantize
 from atd.decomposition.options import Candidate
+from atd.errors import about
 from atd.ir import Block, Graph
 from atd.models.execute import Structure, dense_weights, output, run, structure_of
 from atd.models.ops import Weights
@@ -102,7 +103,8 @@ def fisher_losses(
         moments += squares[head].sum() * tied[head]
     moments, pivots = moments.astype(np.float32), feedback_pivots(moments)
     share, matrix = squares[head] / squares[head].sum(), embed.weights["weight"].dense()
-    rows = feedback_losses(matrix, candidates[name], moments, pivots)
+    with about(name):
+        rows = feedback_losses(matrix, candidates[name], moments, pivots)
     return losses | {name: 0.5 * rows @ share}, {name: moments}
 
 
@@ -202,7 +204,8 @@ def _errors(
                     tied[name] = hessian
                     continue
                 weight = np.asarray(weights[node.name]["weight"].dequantize())
-                errors[name] = feedback_losses(weight, candidates[name], hessian, pivots)
+                with about(name):
+                    errors[name] = feedback_losses(weight, candidates[name], hessian, pivots)
         _tell(progress, graph, len(inputs), unit)
     return errors, inputs, tied
 

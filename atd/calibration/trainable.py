@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from atd.decomposition.chunks import stored_scales
 from atd.decomposition.levels import (
     descending_scales,
     nearest_codes,
@@ -32,6 +33,7 @@ from atd.decomposition.levels import (
     top_level,
     trits_of,
 )
+from atd.errors import about
 from atd.ir import ROTATIONS, Block, Node
 from atd.ir.rewrite import own_gain, with_weight
 from atd.models.execute import Structure, structure_of
@@ -266,7 +268,8 @@ def merged(unit: TrainableUnit, parameters: Parameters) -> Block:
             return node
         ref, fixed = node.weights["weight"], unit.fixed[node.name]["weight"]
         if isinstance(fixed, QUANTIZED):
-            weight = _stored(ref.type, fixed, deltas)
+            with about(unit.block.full_name(node)):
+                weight = _stored(ref.type, fixed, deltas)
             return with_weight(node, replace(ref, load=lambda: weight))
         assert isinstance(ref.type, DenseType)
         gain = np.asarray(weight_at(fixed, deltas)).astype(np.float32)
@@ -284,7 +287,8 @@ def _stored(type: WeightType, matrix: QuantizedMatrix | TrellisMatrix, deltas: D
         trits, scales = matrix.trits, round_scales(_scales(matrix, deltas), DTYPES[ternary.dtype])
     else:
         trits, scales = _rounded(matrix, deltas, ternary.bases, ternary.dtype)
-    made = summed(np.asarray(trits), np.asarray(scales).astype(DTYPES[ternary.dtype]), ternary)
+    scales = stored_scales(scales, scales, DTYPES[ternary.dtype])
+    made = summed(np.asarray(trits), scales, ternary)
     if isinstance(type, PackedType):
         return Packed(LAYOUTS[type.layout].pack(made.trits), made.scales, type)
     return made
@@ -294,7 +298,7 @@ def _stored(type: WeightType, matrix: QuantizedMatrix | TrellisMatrix, deltas: D
 def _rounded(
     matrix: QuantizedMatrix, deltas: Deltas, bases: int, dtype: str
 ) -> tuple[jax.Array, jax.Array]:
-    """(trits [out, in, N], scales that `dtype` can store) of a matrix changed by the deltas."""
+    """(trits [out, in, N], scales rounded as by `dtype`) of a matrix changed by the deltas."""
     scales, codes = round_scales(_scales(matrix, deltas), DTYPES[dtype]), matrix.codes
     if "codes" in deltas:
         codes, _ = nearest(_latent(matrix, deltas), scales, matrix)

@@ -10,11 +10,11 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import DTypeLike
 
 from atd.errors import BadInput
 from atd.weights import Group
@@ -86,9 +86,7 @@ def fit_chunks(
         scales = scales[:, None]
     else:
         trits, scales = _fit_rows(fit, weight, bases, group_size(weight, group), importance)
-    if not np.isfinite(scales.astype(np.float32)).all():
-        refuse_nonfinite(weight, scales.dtype)
-    return trits, scales
+    return trits, stored_scales(scales, weight, scales.dtype)
 
 
 def _fit_rows(
@@ -151,13 +149,21 @@ def take(array: np.ndarray, chunk: slice) -> np.ndarray:
     return np.pad(part, [(0, short)] + [(0, 0)] * (part.ndim - 1)) if short else part
 
 
-def refuse_nonfinite(weight, dtype: np.dtype) -> NoReturn:
-    """Raises BadInput that says why scales of a matrix are not finite in their dtype."""
+def stored_scales(scales, weight, dtype: DTypeLike) -> np.ndarray:
+    """Returns the scales that were fitted to a matrix as they are stored.
+
+    Raises BadInput where one overflows `dtype`, or the weights are not finite.
+    """
+    with np.errstate(over="ignore"):
+        stored = np.asarray(scales).astype(dtype)
+    if np.isfinite(stored.astype(np.float32)).all():
+        return stored
     weight = np.asarray(weight, np.float32)
     if not np.isfinite(weight).all():
         count = (~np.isfinite(weight)).sum()
         raise BadInput(f"{count} of {weight.size} weights are NaN or infinite")
     raise BadInput(
-        f"weights of up to {np.abs(weight).max():.3g} overflow scales of {dtype}: store the scales "
-        "as bfloat16 or float32"
+        f"weights of up to {np.abs(weight).max():.3g} overflow scales of {stored.dtype}: store the "
+        "scales as bfloat16 or float32 (decompose.dtype, or allocate.dtype in front of it: 'bf16' "
+        "or 'f32')"
     )

@@ -46,7 +46,7 @@ import numpy as np
 from jax import lax
 from numpy.typing import DTypeLike
 
-from atd.decomposition.chunks import group_size, take
+from atd.decomposition.chunks import group_size, stored_scales, take
 from atd.decomposition.least_squares import RIDGE, als
 from atd.decomposition.levels import (
     ascending_levels,
@@ -195,7 +195,7 @@ def decompose(
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         parts = list(threads.map(carry, range(0, out, count)))
     trits, fitted = (np.concatenate(arrays)[:out] for arrays in zip(*parts, strict=True))
-    return trits, fitted.astype(dtype)
+    return trits, stored_scales(fitted, weight, dtype)
 
 
 # --- the two matrices -----------------------------------------------------------------------------

@@ -4,7 +4,8 @@ All N scales are fitted together to the trits, then every weight goes to the nea
 sums, and again.
 
 Scales are rounded to their stored dtype before they are judged and before trits are chosen: what is
-compared is what will be stored.
+compared is what will be stored. That they overflow it shows at the end alone: the best scales are
+refused then, and worse ones that fit do not take their place.
 
 How it is made fast: the 3^N sums are symmetric about 0, so only the L = (3^N + 1) / 2 levels that
 are not negative matter, and |w| is on the level whose number is the count of midpoints below it.
@@ -188,9 +189,7 @@ def _refine_grid(groups: Groups, step, bases: int, rounded: Rounding, iterations
         error = step * (step * qq - 2 * wq)
         better = error < best_error
         best, best_error = jnp.where(better, step, best), jnp.where(better, error, best_error)
-        # Inf stays, to be seen.
-        new = jnp.where(jnp.isfinite(step), wq / jnp.maximum(qq, 1e-30), step)
-        return (rounded(new), best, best_error), None
+        return (rounded(wq / jnp.maximum(qq, 1e-30)), best, best_error), None
 
     start = (step, step, jnp.full_like(step, jnp.inf))
     return lax.scan(iterate, start, length=iterations)[0][1]

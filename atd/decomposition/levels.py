@@ -20,9 +20,11 @@ from atd.weights import level_weights
 
 
 def round_scales(scales, dtype: np.dtype) -> jax.Array:
-    """Rounds float32 scales >= 0 to what `dtype` can store, and to inf where it cannot.
+    """Rounds float32 scales >= 0 as `dtype` does, but for its largest number: there is no end.
 
-    The result is float32. Not by a cast there and back, which XLA drops as excess precision.
+    So scales that overflow are compared with others like any scales, and if they are the best,
+    `chunks.stored_scales` refuses them; as infinity they would lose to worse ones that fit. The
+    result is float32. Not by a cast there and back, which XLA drops as excess precision.
     """
     if dtype.itemsize >= 4:
         return scales
@@ -30,8 +32,7 @@ def round_scales(scales, dtype: np.dtype) -> jax.Array:
     exponent = jnp.maximum(jnp.frexp(scales)[1] - 1, int(info.minexp)) - int(info.nmant)
     # Of float32's own denormals, which are flushed, nothing is left to round.
     quantum = jnp.ldexp(1.0, jnp.maximum(exponent, -126))
-    rounded = jnp.round(scales / quantum) * quantum
-    return jnp.where(rounded > float(info.max), jnp.inf, rounded)
+    return jnp.round(scales / quantum) * quantum
 
 
 def nonzero(scale) -> jax.Array:

@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 from numpy.typing import DTypeLike
 
-from atd.decomposition.chunks import refuse_nonfinite
+from atd.decomposition.chunks import stored_scales
 from atd.decomposition.error_feedback import (
     Factor,
     check_widths,
@@ -69,7 +69,7 @@ def decompose(
             another width.
     """
     (weight, scales), hessian = _with_scales(weight, dtype), checked_moment(hessian)
-    out, inputs = weight.shape
+    inputs = weight.shape[1]
     check_widths(inputs, factor, hessian)
     hessian = damped(hessian, factor.damping)
     descent = descent_matrix(hessian, factor.order)
@@ -86,7 +86,7 @@ def decompose(
             found = sweep(target, quantized, found[1], matrix=descent, scale=scale, **options)
         return np.asarray(stored_order(found[2], factor.order)), np.asarray(scale)
 
-    return _in_chunks(carry, out, length, dtype)
+    return _in_chunks(carry, weight, length, dtype)
 
 
 def nearest(
@@ -106,7 +106,7 @@ def nearest(
         trits, scale = _nearest(weight[start:stop], scales[start:stop], search=search, **options)
         return np.asarray(trits), np.asarray(scale)
 
-    return _in_chunks(carry, len(weight), length, dtype)
+    return _in_chunks(carry, weight, length, dtype)
 
 
 @partial(jax.jit, static_argnames=("code", "length", "dtype", "refits", "search"))
@@ -135,8 +135,7 @@ def _with_scales(weight, dtype: DTypeLike) -> tuple[np.ndarray, jax.Array]:
     """The weights in float32, and their rows' root mean squares as `dtype` stores them."""
     weight = np.asarray(weight, np.float32)
     scales = round_scales(jnp.sqrt(jnp.mean(jnp.square(weight), axis=1)), np.dtype(dtype))
-    if not bool(jnp.isfinite(scales).all()):
-        refuse_nonfinite(weight, np.dtype(dtype))
+    stored_scales(scales, weight, dtype)  # refused now rather than after the search
     return weight, scales
 
 
@@ -151,15 +150,15 @@ def _better_scale(right, gram, scale, dtype):
 
 def _in_chunks(
     carry: Callable[[int, int], tuple[np.ndarray, np.ndarray]],
-    out: int,
+    weight: np.ndarray,
     length: int,
     dtype: DTypeLike,
 ) -> tuple[np.ndarray, np.ndarray]:
     """carry(start, stop) -> (trits, scales [rows]) for all chunks of rows, a core each, joined."""
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        parts = list(threads.map(carry, *zip(*_chunks(out, length), strict=True)))
+        parts = list(threads.map(carry, *zip(*_chunks(len(weight), length), strict=True)))
     trits, fitted = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    return trits, fitted.astype(dtype)[:, None, None]
+    return trits, stored_scales(fitted, weight, dtype)[:, None, None]
 
 
 def _chunks(out: int, length: int) -> list[tuple[int, int]]:

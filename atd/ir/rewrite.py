@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from atd.errors import BadInput
 from atd.ir.graph import Block, Graph, Node, WeightRef
 from atd.ir.notes import UNIT_GAIN, without
 from atd.weights import DTYPES, Dense, DenseType
@@ -41,10 +42,19 @@ def map_array(
       dtype: "f32", "f16" or "bf16".
       source: identity of the result for the resume key; by default that of W, for functions whose
         parameters stand in the text of a pass.
+
+    Loading it raises BadInput where a value overflows f16.
     """
 
     def load() -> Dense:
-        return Dense(np.asarray(function(ref.dense())).astype(DTYPES[dtype], copy=False))
+        with np.errstate(over="ignore"):
+            array = np.asarray(function(ref.dense())).astype(DTYPES[dtype], copy=False)
+        if dtype == "f16" and not np.isfinite(array).all():
+            raise BadInput(
+                f"{ref.tensor}: what a pass makes of it does not fit f16; give the pass dtype = "
+                "'f32' or 'bf16'"
+            )
+        return Dense(array)
 
     type = DenseType(ref.type.shape, dtype)
     return replace(ref, type=type, load=load, source=source or ref.source)

@@ -374,6 +374,23 @@ def test_scales_that_overflow():
         greedy(weight, 2, np.float16)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("group", [64, pytest.param("tensor", marks=pytest.mark.slow)])
+def test_one_weight_that_overflows_is_not_given_up_for_the_others(group, tied):
+    """It is met in bf16; in f16 either as well, as a tied step is a part of it, or not at all."""
+    weight = weights("gaussian", (4, 64)) * np.float32(0.02)
+    for largest in (150_000, 600_000):
+        weight[1, 7] = largest
+        trits, scales = als(weight, 2, group, tied, BFLOAT16)
+        assert dequantize(trits, scales, group, tied)[1, 7] == pytest.approx(largest, rel=0.05)
+        if scales.astype(np.float32).max() > np.finfo(np.float16).max:
+            with pytest.raises(BadInput, match=r"weights of up to .* overflow scales of float16"):
+                als(weight, 2, group, tied, np.float16)
+        else:
+            trits, scales = als(weight, 2, group, tied, np.float16)
+            assert dequantize(trits, scales, group, tied)[1, 7] == pytest.approx(largest, rel=0.05)
+
+
 def test_options_that_cannot_be():
     weight = weights("gaussian", (4, 64))
     for bases in (0, 5):

@@ -45,6 +45,23 @@ def test_errors_on_real_weights(trained, options, bound):
     assert np.mean(errors) < bound
 
 
+@pytest.mark.parametrize("options", [{}, {"method": "greedy"}, {"scales": "tied", "bases": 1}])
+def test_a_weight_that_overflows_is_refused_by_the_name_of_its_matrix(options):
+    graph = tiny_graph()
+    node = graph.blocks[0].node("mlp.up_proj")
+    weight = node.weights["weight"].dense().copy()
+    weight[3, 5] = 1e7
+    spiked = with_weight(node, in_memory(node.weights["weight"].tensor, Dense(weight)))
+    block = graph.blocks[0].replace_node(spiked)
+    graph = graph.with_units((graph.prologue, block, *graph.blocks[1:], graph.epilogue))
+    name = r"model\.layers\.0\.mlp\.up_proj"
+    made = Decompose(**options)(graph).blocks[0].node("mlp.up_proj").weights["weight"]
+    with pytest.raises(BadInput, match=rf"^{name}: weights of up to 1e\+07 overflow.*'bf16'"):
+        made.load()
+    wide = Decompose(**options, dtype="bf16")(graph).blocks[0].node("mlp.up_proj")
+    assert np.isfinite(wide.weights["weight"].load().dequantize()).all()
+
+
 def test_embedding_and_head_when_asked_for():
     types = {
         name: str(ref.type)
