@@ -48,6 +48,7 @@ from atd.errors import BadInput
 from atd.ir import Block, Graph, Node
 from atd.ir.notes import DECISION, MOMENTS, SecondMoments
 from atd.ir.rewrite import map_nodes
+from atd.models.numerics import numerics
 from atd.pipeline import Context, Pass, checks
 from atd.version import __version__
 from atd.weights import DenseType, Group
@@ -257,7 +258,7 @@ class Allocate(Pass):
         windows = tokens[: windows_holding(self.moment_tokens, tokens.shape[1])]
         if context.cache is None:
             return self._find(problem, graph, windows, context)
-        key = self._key(problem, graph, windows, context.seed)
+        key = self._key(problem, graph, windows, context)
         if (kept := context.cache.load(key)) is not None:
             return _unpacked(kept, problem)
         found = self._find(problem, graph, windows, context)
@@ -283,20 +284,23 @@ class Allocate(Pass):
         ]
         return losses, {}
 
-    def _key(self, problem: Problem, graph: Graph, windows: np.ndarray, seed: int) -> str:
-        """Equal keys: equal sensitivities. The data of the first block stand for what earlier
-        passes do to weights.
+    def _key(self, problem: Problem, graph: Graph, windows: np.ndarray, context: Context) -> str:
+        """Equal keys: equal sensitivities. The texts of earlier passes say what they do to weights;
+        the data of the first block, that their code is the same. Where the texts are not known, all
+        data are read.
         """
         data = hashlib.sha256()
         for name, ref in graph.weights():
             data.update(f"{name} {ref.source}\n".encode())
-            if not ref.source or name.startswith(graph.blocks[0].name + "."):
+            known = ref.source and context.passes is not None
+            if not known or name.startswith(graph.blocks[0].name + "."):
                 data.update(ref.dense().tobytes())
         options = {
             name: [decision(type) for type in types] for name, types in problem.candidates.items()
         }
-        asked = [self.sensitivity, self.tokens, seed, tokens_digest(windows), options]
-        made_from = [VERSION, __version__, str(graph), asked, problem.choices, data.hexdigest()]
+        asked = [self.sensitivity, self.tokens, context.seed, tokens_digest(windows), options]
+        versions = [VERSION, __version__, numerics(), context.passes]
+        made_from = [*versions, str(graph), asked, problem.choices, data.hexdigest()]
         return cache_key("sensitivity", made_from)
 
 

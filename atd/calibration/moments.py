@@ -12,6 +12,7 @@ from atd.calibration.windows import windows_holding
 from atd.ir import Block, Graph
 from atd.models.execute import Structure, dense_weights, run, structure_of
 from atd.models.ops import Weights
+from atd.models.tokens import check_tokens
 
 BATCH = 2048  # positions that run together: at least this many, in whole windows
 
@@ -38,7 +39,11 @@ def dense_moments(
 
     Yields:
         Each unit; the logits are not computed.
+
+    Raises:
+        BadInput: ids lie outside the vocabulary.
     """
+    check_tokens(windows, graph.vocabulary)
     step = windows_holding(BATCH, windows.shape[1])
     x = np.asarray(windows, np.int32)
     for unit in graph.units:

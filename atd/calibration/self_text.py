@@ -22,13 +22,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from atd.calibration.windows import tokens_digest
 from atd.checkpoint.cache import Cache, cache_key
+from atd.checkpoint.reader import checkpoint_contents
 from atd.checkpoint.tokenizer import Tokenizer
 from atd.errors import BadInput, RunFailed
 from atd.ir import Graph
 from atd.models import frontend
 from atd.models.model import Cache as KeyValues
 from atd.models.model import Model, load
+from atd.models.numerics import numerics
 from atd.progress import Progress, Report, unheard
 
 VERSION = 1  # of what is drawn for a seed: part of the cache's key
@@ -108,23 +111,24 @@ def cached_self_text(
 ) -> np.ndarray:
     """Returns `self_text` of a checkpoint or graph, drawn once and kept in the cache.
 
-    The key is the hash of all that the windows depend on: the graph, the identity of its tensors,
-    tokens, context and seed. A graph with weights made in memory has no such identity and is not
-    cached; cache None: neither.
+    The key is the hash of all that the windows depend on: the graph, the content of its tensors,
+    the tokens that may stand in front, the settings of jax, tokens, context and seed. A graph whose
+    weights have no identity (see `frontend.open`) is not cached; cache None: neither.
 
     Raises:
         BadInput: for tokens, context or seed that are out of range, or a cache folder that cannot
             be written to, before a weight is read.
     """
-    graph = graph_or_path if isinstance(graph_or_path, Graph) else frontend.open(graph_or_path)
+    graph = graph_or_path if isinstance(graph_or_path, Graph) else _identified(graph_or_path)
     windows = _window_count(
         graph.config.get("max_position_embeddings"), tokens, context, seed, None
     )
     sources = [ref.source for _, ref in graph.weights()]
     key = None
     if cache is not None and all(sources):
-        ids = sorted(special_ids(tokenizer))
-        key = cache_key("self-text", [VERSION, str(graph), sources, ids, windows, context, seed])
+        starts = tokens_digest(start_ids(graph.vocabulary, tokenizer))
+        made_from = [VERSION, numerics(), str(graph), sources, starts, windows, context, seed]
+        key = cache_key("self-text", made_from)
         if (kept := cache.load(key)) is not None:
             return kept["windows"]
     model = load(graph, backend="xla-unpacked")
@@ -132,6 +136,11 @@ def cached_self_text(
     if cache is not None and key is not None:
         cache.save(key, {"windows": text})
     return text
+
+
+def _identified(path: str | Path) -> Graph:
+    """The graph of a checkpoint whose weights are identified by the content of their files."""
+    return frontend.open(path, digests=checkpoint_contents(path).digests)
 
 
 def special_ids(tokenizer: Tokenizer | None) -> frozenset[int]:

@@ -21,6 +21,7 @@ from atd.calibration.windows import tokens_digest
 from atd.host import return_freed
 from atd.ir import Block
 from atd.models.execute import compiled_node, dense_weights, needed, run
+from atd.models.tokens import check_tokens
 
 LARGE = 128 << 20  # bytes of a value, behind which freed memory is given back, which takes time
 BATCH = 4096  # most positions that run together, unless one window has more
@@ -58,7 +59,13 @@ class Calibration:
 
         Returns:
             The latter, with weights that are kept once they were loaded.
+
+        Raises:
+            BadInput: the unit embeds tokens, and their ids lie outside its vocabulary.
         """
+        for node in dense.nodes:
+            if node.op == "embed":
+                check_tokens(self.tokens, node.weights["weight"].type.shape[0])
         quantized = _loaded_once(quantized)
         self._dense.enter(dense)
         self._quantized.enter(quantized)

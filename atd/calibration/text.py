@@ -10,11 +10,22 @@ from atd.calibration.windows import cut_windows, tokens_digest
 from atd.checkpoint.cache import Cache
 from atd.checkpoint.files import read_text
 from atd.checkpoint.reader import open_tokenizer
-from atd.errors import BadInput
+from atd.errors import BadInput, about
 from atd.ir import Graph
+from atd.models.tokens import check_tokens
 from atd.progress import Report, Say, unheard
 
 SELF = "self"  # a file of this name: ./self
+
+
+def window_length(graph: Graph, context: int) -> int:
+    """Returns how many tokens a window has: `context`, or the model's where that is less."""
+    return min(context, graph.config.get("max_position_embeddings") or context)
+
+
+def window_count(texts: Sequence[str], tokens: int, length: int) -> int:
+    """Returns how many windows of this length are cut from the texts together."""
+    return len(texts) * (tokens // len(texts) // length)
 
 
 def calibration_text(
@@ -45,21 +56,22 @@ def calibration_text(
         int32 [windows, context].
 
     Raises:
-        BadInput: where a text is too short (says how much is needed), or the windows have another
-            sha256.
+        BadInput: where a text is too short (says how much is needed), its tokens lie outside the
+            vocabulary, or the windows have another sha256. Files are read before the model writes.
     """
-    context = min(context, graph.config.get("max_position_embeddings") or context)
+    context = window_length(graph, context)
     count = tokens // len(texts)
     sizes = {"tokens": count, "context": context}
-    tokenizer, parts = open_tokenizer(source), []
-    for text in texts:
+    tokenizer, parts = open_tokenizer(source), {}
+    for text in sorted(texts, key=lambda text: text == SELF):  # files are refused before it writes
         if text == SELF:
             options = {"seed": seed, "cache": cache, "progress": progress}
-            parts.append(cached_self_text(graph, tokenizer, **sizes, **options))
+            parts[text] = cached_self_text(graph, tokenizer, **sizes, **options)
         else:
-            parts.append(cut_windows(tokenizer.encode(read_text(text)), count, context, text))
-    shortest = min(map(len, parts))
-    windows = np.stack([part[:shortest] for part in parts], axis=1)  # one of each in turns
+            parts[text] = cut_windows(tokenizer.encode(read_text(text)), count, context, text)
+        with about(text):
+            check_tokens(parts[text], graph.vocabulary)
+    windows = np.stack([parts[text] for text in texts], axis=1)  # one of each in turns
     windows = windows.reshape(-1, context)
     if sha256 not in ("", digest := tokens_digest(windows)):
         raise BadInput(

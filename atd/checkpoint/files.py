@@ -21,8 +21,10 @@ class StoredTensor:
     name: str
     shape: tuple[int, ...]
     dtype: str  # f32, f16, bf16, f64, i8, u8 or another name of safetensors in small letters
-    source: str  # identifies the bytes: file name, size, modification time, tensor name, offset
+    file: Path
+    place: str  # in the file: name and offset
     load: Callable[[], np.ndarray] = field(compare=False, repr=False)
+    source: str = ""  # identifies the bytes: digest of the file, and place; empty: not known
 
 
 def refuse_pointer(file: Path) -> None:

@@ -57,17 +57,14 @@ def open_gguf(path: Path) -> tuple[dict, dict[str, StoredTensor]]:
             "self_attn.q_proj": config["num_attention_heads"],
             "self_attn.k_proj": config["num_key_value_heads"],
         }
-    status = path.stat()
     tensors = {}
     for name, entry in entries.items():
         if name == "rope_freqs.weight":
             continue  # is config["rope_scaling"] now
         name = _hugging_face_name(name)
         heads = next((heads for module, heads in permuted.items() if module in name), None)
-        source = f"{path.name} {status.st_size} {status.st_mtime_ns} {entry.name}@{entry.offset}"
-        tensors[name] = StoredTensor(
-            name, entry.shape, _dtype(entry), source, _loader(path, entry, heads)
-        )
+        place, load = f"{entry.name}@{entry.offset}", _loader(path, entry, heads)
+        tensors[name] = StoredTensor(name, entry.shape, _dtype(entry), path, place, load)
     return config, tensors
 
 

@@ -6,7 +6,8 @@ presented in Hugging Face's names and config.
 """
 
 import os
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,11 @@ from atd.checkpoint.files import StoredTensor, path_exists, read_bytes, read_jso
 from atd.checkpoint.folder_tokenizer import open_folder_tokenizer
 from atd.checkpoint.gguf import open_gguf
 from atd.checkpoint.gguf_tokenizer import open_gguf_tokenizer
+from atd.checkpoint.identity import Contents, read_contents
 from atd.checkpoint.safetensors import SINGLE, folder_tensors
 from atd.checkpoint.tokenizer import Tokenizer
 from atd.errors import BadInput
+from atd.progress import Report, unheard
 
 
 @dataclass(frozen=True)
@@ -33,17 +36,35 @@ class Checkpoint:
         return self.tensors[name].load()
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, digests: Mapping[Path, str] | None = None) -> Checkpoint:
     """Opens a Hugging Face folder or a .gguf file; reads headers alone.
+
+    Args:
+        path: the folder or file.
+        digests: of the content of its files of tensors, from which `source` of a tensor is made.
 
     Raises BadInput, naming file and tensor, for what is absent, unreadable, malformed or
     incomplete.
     """
     path = Path(path)
     if is_gguf(path):
-        return Checkpoint(path, *open_gguf(path))
-    config = read_config(path)
-    return Checkpoint(path, config, folder_tensors(path))
+        config, tensors = open_gguf(path)
+    else:
+        config, tensors = read_config(path), folder_tensors(path)
+    known = digests or {}
+    tensors = {
+        name: replace(tensor, source=f"{known[tensor.file]} {tensor.place}")
+        if tensor.file in known
+        else tensor
+        for name, tensor in tensors.items()
+    }
+    return Checkpoint(path, config, tensors)
+
+
+def checkpoint_contents(path: str | Path, progress: Report = unheard) -> Contents:
+    """Reads all files of tensors of a checkpoint, for their digests."""
+    tensors = open_checkpoint(path).tensors.values()
+    return read_contents(sorted({tensor.file for tensor in tensors}), progress)
 
 
 def is_gguf(path: Path) -> bool:

@@ -89,19 +89,17 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def _file_tensors(file: Path) -> dict[str, StoredTensor]:
     """The tensors of one file: the length of the header in 8 bytes, the header in JSON, data."""
-    start, header, status = _header(file)
+    start, header = _header(file)
     tensors = {}
     for name, entry in header.items():
         at = f"{name}@{start + entry['data_offsets'][0]}"
-        source = f"{file.name} {status.st_size} {status.st_mtime_ns} {at}"
-        tensors[name] = StoredTensor(
-            name, tuple(entry["shape"]), entry["dtype"].lower(), source, _loader(file, name)
-        )
+        shape, dtype = tuple(entry["shape"]), entry["dtype"].lower()
+        tensors[name] = StoredTensor(name, shape, dtype, file, at, _loader(file, name))
     return tensors
 
 
 def _header(file: Path):
-    """(where the data starts, header without its metadata, stat of the file).
+    """(where the data starts, header without its metadata).
 
     The library safetensors itself validates the header.
     """
@@ -131,7 +129,7 @@ def _header(file: Path):
         problem = _past_the_end(file, length, status.st_size) or f"broken safetensors file: {error}"
         raise BadInput(f"{file}: {problem}; download it again") from None
     header.pop("__metadata__", None)
-    return 8 + length, header, status
+    return 8 + length, header
 
 
 def _past_the_end(file: Path, length: int, size: int) -> str | None:

@@ -3,6 +3,7 @@
 Heavy imports stay inside the commands, so that `atd --help` answers at once.
 """
 
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -59,6 +60,7 @@ def evaluate(
     from atd.checkpoint.files import write_json
     from atd.checkpoint.reader import open_tokenizer
     from atd.models import frontend
+    from atd.models.tokens import check_tokens
     from atd.reports.progress import shown
     from atd.reports.tables import EvaluatedModel, console, evaluation_table, print_line
     from atd.runtime.compare import compare, load_checkpoint, read_tokens
@@ -66,8 +68,7 @@ def evaluate(
 
     check_writable("--json", json)
     # What can be refused is, before a model is loaded.
-    for path in filter(None, (model, against)):
-        frontend.open(path, ignore_extra=ignore_extra)
+    graphs = [frontend.open(p, ignore_extra=ignore_extra) for p in (model, against) if p]
     words = open_tokenizer(tokenizer or model)
     _say_assumed(words)
     if bos and words.bos_id is None:
@@ -75,7 +76,9 @@ def evaluate(
     texts = {data.name: read_tokens(data, words, tokens)}
     in_front = bos or (convention == "llama.cpp" and words.adds_bos)
     bos_id = words.bos_id if in_front else None
-    cut(texts[data.name], context, bos_id, convention)
+    windows, _ = cut(texts[data.name], context, bos_id, convention)
+    for graph in graphs:
+        check_tokens(windows, graph.vocabulary)
     options = {"context": context, "batch": batch, "bos_id": bos_id, "convention": convention}
     with shown() as (_, progress):
         how = {"backend": backend, "ignore_extra": ignore_extra, "progress": progress}
@@ -128,13 +131,16 @@ def generate(
     from atd.checkpoint.text_stream import TextStream
     from atd.models import frontend
     from atd.models.model import load
+    from atd.models.tokens import check_tokens
     from atd.runtime.generate import generate as run
 
     words = open_tokenizer(tokenizer or model)
     _say_assumed(words)
     text = words.apply_chat([{"role": "user", "content": prompt}]) if chat else prompt
     ids = words.encode(text, bos=words.adds_bos and not chat)
-    loaded = load(frontend.open(model, ignore_extra=ignore_extra), backend=backend)
+    graph = frontend.open(model, ignore_extra=ignore_extra)
+    check_tokens(ids, graph.vocabulary)
+    loaded = load(graph, backend=backend)
     stream = TextStream(words, () if chat else ids)
     times = [time.perf_counter()]
 
@@ -216,6 +222,8 @@ def bench(
     from atd.runtime.bench import measure, speed_table
 
     if tune:
+        if not 0 < minutes < math.inf:
+            raise BadInput(f"--minutes is {minutes}; expected a number above 0")
         _tune(minutes)
         return
     if model is None:

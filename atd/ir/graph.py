@@ -24,8 +24,8 @@ class WeightRef:
     tensor: str  # "model.layers.0.self_attn.q_proj.weight"
     type: WeightType
     load: Callable[[], Weight] = field(compare=False, repr=False)  # the only reader of the data
-    # What bytes are behind it (file, size, time, place), for the resume key; empty for a weight
-    # made in memory.
+    # What bytes are behind it (digest of the file, place), for keys of what is kept; empty for a
+    # weight made in memory, and for one of a file whose digest was not asked for.
     source: str = field(default="", compare=False, repr=False)
 
     def dense(self) -> np.ndarray:
@@ -131,6 +131,12 @@ class Graph:
     def units(self) -> tuple[Block, ...]:
         """Prologue, blocks, epilogue: what is converted and run one at a time."""
         return (self.prologue, *self.blocks, self.epilogue)
+
+    @property
+    def vocabulary(self) -> int:
+        """V, the number of tokens: 0 <= id < V."""
+        embed = next(node for node in self.prologue.nodes if node.op == "embed")
+        return embed.weights["weight"].type.shape[0]
 
     @property
     def is_tied(self) -> bool:

@@ -62,6 +62,12 @@ def check_architecture(config: dict, origin) -> str:
     return family
 
 
+def check_context(config: dict, origin) -> None:
+    """Raises BadInput where max_position_embeddings is there and no positive integer."""
+    if config.get("max_position_embeddings") is not None:
+        _Reader(config, str(origin)).count("max_position_embeddings")
+
+
 def parse_config(config: dict, origin) -> ModelConfig:
     """Validates a config.json.
 
@@ -74,6 +80,7 @@ def parse_config(config: dict, origin) -> ModelConfig:
     """
     family = check_architecture(config, origin)
     read = _Reader(config, str(origin))
+    check_context(config, origin)
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         raise read.error(f"hidden_act {config['hidden_act']!r} is not supported; supported: silu")
     hidden, heads = read.count("hidden_size"), read.count("num_attention_heads")

@@ -5,6 +5,7 @@ folders that atd wrote, whose graph is stored beside the weights.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from atd.checkpoint.folder import GRAPH
 from atd.checkpoint.reader import Checkpoint, is_gguf, open_checkpoint, read_config
 from atd.errors import BadInput
 from atd.ir import Graph, InvalidGraph, WeightRef, graph_from_json, verify
-from atd.models.config import parse_config
+from atd.models.config import check_context, parse_config
 from atd.models.llama import EMBEDDING, HEAD, llama_graph
 from atd.models.names import by_plain_name
 from atd.weights import DTYPE_NAMES, DTYPES, DenseType, Weight, WeightType, build, stored
@@ -26,7 +27,12 @@ _HARMLESS = re.compile(r"(.*\.)?rotary_emb\.inv_freq")  # a buffer of older tran
 _SHOWN = 20  # most problems in one message
 
 
-def open(path: str | Path, *, ignore_extra: bool = False) -> Graph:
+def open(
+    path: str | Path,
+    *,
+    ignore_extra: bool = False,
+    digests: Mapping[Path, str] | None = None,
+) -> Graph:
     """Opens a checkpoint; headers alone are read.
 
     A `quantization_config` that dense weights have left of a former life is dropped.
@@ -34,6 +40,8 @@ def open(path: str | Path, *, ignore_extra: bool = False) -> Graph:
     Args:
         path: a Hugging Face folder, a GGUF file, or a folder that atd wrote.
         ignore_extra: leave out tensors that are not part of the model.
+        digests: of the content of the files of tensors, by which weights are identified in keys of
+            caches and of runs that go on; without them weights have no identity.
 
     Returns:
         Its graph, verified.
@@ -45,14 +53,14 @@ def open(path: str | Path, *, ignore_extra: bool = False) -> Graph:
     """
     path = Path(path)
     if is_gguf(path):
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_checkpoint(path, digests)
         return _verified(_from_config(checkpoint, ignore_extra), path)
     config = read_config(path)
     quantization = config.get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
     if not isinstance(quantization, dict) or method != "atd":
         parse_config(config, path)
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_checkpoint(path, digests)
         if quantization is not None:
             checkpoint = _unquantized(checkpoint, method)
         return _verified(_from_config(checkpoint, ignore_extra), path)
@@ -67,7 +75,8 @@ def open(path: str | Path, *, ignore_extra: bool = False) -> Graph:
             f"{path}: written in version {version} of atd's format; "
             f"this atd reads versions up to {FORMAT_VERSION}; install a newer atd"
         )
-    return _verified(_from_stored_graph(open_checkpoint(path)), path)
+    check_context(config, path)
+    return _verified(_from_stored_graph(open_checkpoint(path, digests)), path)
 
 
 def _unquantized(checkpoint: Checkpoint, method: object) -> Checkpoint:
@@ -125,7 +134,8 @@ class _Binder:
         def load() -> Weight:
             return build(type, {slot: read(name) for slot, name in names.items()})
 
-        return WeightRef(tensor, type, load, "; ".join(part.source for part in found if part))
+        sources = [part.source for part in found if part]
+        return WeightRef(tensor, type, load, "; ".join(sources) if all(sources) else "")
 
     def _find(
         self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]

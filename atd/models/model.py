@@ -18,12 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 
 from atd.errors import BadInput, nearest
 from atd.ir import Block, Graph
 from atd.models import execute, ops
 from atd.models.ops import Weights
 from atd.models.placement import BACKENDS, DTYPES, backend_here, check_backend, placed_weights
+from atd.models.tokens import check_tokens
 from atd.progress import Report, unheard
 from atd.weights import Weight
 
@@ -216,7 +218,12 @@ class Model(nnx.Module):
         return self.logits(self.hidden(tokens))
 
     def hidden(self, tokens) -> jax.Array:
-        """Returns what enters the epilogue, float32 [B, T, D], of whole sequences int32 [B, T]."""
+        """Returns what enters the epilogue, float32 [B, T, D], of whole sequences int32 [B, T].
+
+        Raises BadInput for ids outside the vocabulary (not where jax traces the call).
+        """
+        if not isinstance(tokens, Tracer):
+            check_tokens(tokens, self.vocabulary)
         tokens = jnp.asarray(tokens, jnp.int32)
         x = self._plan.prologue.forward(self.prologue.get_raw_value(), tokens)
         for program, weights in zip(self._plan.blocks, self.blocks, strict=True):
@@ -260,9 +267,10 @@ class Model(nnx.Module):
             Logits float32 [B, V] of each prompt's next token, and the filled cache.
 
         Raises:
-            BadInput: a prompt is empty or does not fit into the cache.
+            BadInput: a prompt is empty, holds ids outside the vocabulary, or does not fit into the
+                cache.
         """
-        tokens = np.asarray(tokens, np.int32)
+        tokens = np.asarray(tokens)
         batch, width = tokens.shape
         lengths = np.full(batch, width) if lengths is None else np.asarray(lengths)
         if lengths.shape != (batch,) or lengths.min() < 1 or lengths.max() > width:
@@ -270,6 +278,8 @@ class Model(nnx.Module):
                 f"lengths {lengths.tolist()} of prompts [{batch}, {width}]: "
                 f"expected {batch} numbers from 1 to {width}"
             )
+        read = np.where(np.arange(width) < lengths[:, None], tokens, 0)  # [B, T]
+        check_tokens(read, self.vocabulary)
         if cache.filled or cache.positions.shape[0] != batch:
             raise BadInput(
                 f"prefill of {batch} prompts needs an empty cache for as many sequences; "
@@ -281,7 +291,7 @@ class Model(nnx.Module):
                 "make a longer one, or shorten the prompt"
             )
         padded = np.zeros((batch, min(bucket(width), cache.length)), np.int32)
-        padded[:, :width] = tokens
+        padded[:, :width] = read
         x = self._plan.prologue.forward(self.prologue.get_raw_value(), padded)
         blocks = []
         for program, weights, slots in zip(
@@ -297,15 +307,17 @@ class Model(nnx.Module):
         """Appends a token to each sequence.
 
         Args:
-            token: ids int32 [B].
+            token: ids int32 [B]; a jax array is not checked, as the host does not wait for it.
             cache: used up.
 
         Returns:
             Logits float32 [B, V] of the next token, and the new cache.
 
         Raises:
-            BadInput: the cache is full.
+            BadInput: the cache is full, or ids lie outside the vocabulary.
         """
+        if not isinstance(token, jax.Array):
+            check_tokens(token, self.vocabulary)
         if cache.filled >= cache.length:
             raise BadInput(
                 f"the cache is full: it was made for {cache.length} tokens; "

@@ -2,6 +2,7 @@
 it may be.
 """
 
+import math
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -16,6 +17,18 @@ def check_known(option: str, value: str, known: Iterable[str]) -> None:
     """Checks that the value is one of `known`."""
     if value not in (known := list(known)):
         raise BadInput(f"{option} {value!r} is unknown{nearest(value, known)}")
+
+
+def check_finite(option: str, value: Any) -> None:
+    """Checks that no number of the value, which may be a list or a table, is NaN or infinite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadInput(f"{option} must be a finite number, not {value}")
+    if isinstance(value, dict):
+        for key, part in value.items():
+            check_finite(f"{option}.{key}", part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            check_finite(option, part)
 
 
 def check_dtype(option: str, value: str) -> None:

@@ -46,6 +46,8 @@ class Context:
           need "written".
       written_digests: sha256 of each stored tensor as it was in memory when it was written;
           likewise.
+      passes: texts of the passes that the graph has been through since it was read; None: not
+          known.
       cache: arrays that other runs over the same model can use again, or None.
 
     Sinks:
@@ -60,6 +62,7 @@ class Context:
     calibration: Calibration | None = None
     dense: Graph | None = None
     written_digests: Mapping[str, str] = field(default_factory=dict)
+    passes: tuple[str, ...] | None = None
     cache: Cache | None = None
     say: Say = print
     progress: Report = unheard

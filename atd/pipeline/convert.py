@@ -11,17 +11,19 @@ from pathlib import Path
 import numpy as np
 
 from atd.calibration.streams import Calibration
-from atd.calibration.text import calibration_text
+from atd.calibration.text import calibration_text, window_count, window_length
 from atd.calibration.windows import tokens_digest
 from atd.checkpoint.cache import Cache
 from atd.checkpoint.folder import check_space, check_target, finish, open_result
+from atd.checkpoint.identity import check_unchanged
 from atd.checkpoint.journal import JournalEntry
+from atd.checkpoint.reader import checkpoint_contents
 from atd.errors import BadInput
 from atd.host import default_cache
 from atd.ir import Graph
 from atd.models import frontend
 from atd.pipeline.context import Context
-from atd.pipeline.driver import rewrite_written, run_stage
+from atd.pipeline.driver import reopened, rewrite_written, run_stage
 from atd.pipeline.finite import finite
 from atd.pipeline.output import tokenizer_files, write_metadata, write_summary
 from atd.pipeline.pipeline import Pipeline, Stage
@@ -60,25 +62,26 @@ def convert(
 
     Raises:
       BadInput: before any weight is read, for whatever cannot work.
-      RunFailed: for a full disk or a failed verification.
+      RunFailed: for a full disk, a failed verification, or a model that was changed meanwhile.
     """
     recipe = _resolved(recipe, overrides, calib, say)
     source, target = Path(model), Path(out).absolute()
-    graph = frontend.open(source, ignore_extra=ignore_extra)
-    graph = finite(graph, recipe.nonfinite, say)
-    final = recipe.pipeline.preflight(graph)
+    final = recipe.pipeline.preflight(frontend.open(source, ignore_extra=ignore_extra))
     check_target(target, source, overwrite)
     tokenizer = tokenizer_files(source, say)
     store = Cache(default_cache() if cache is None else cache)
-    windows = None
-    if recipe.pipeline.calibrated:
-        windows = _calibration_windows(recipe, source, graph, store, say, progress)
-        recipe = replace(recipe, calibration_sha256=tokens_digest(windows))
-    context = Context(recipe.seed, cache=store, say=say, progress=progress)
+    stages, windows = recipe.pipeline.stages(), None
     with open_result(target) as result:
-        stages = recipe.pipeline.stages()
         check_space(result.parent, _bytes_to_write(stages, final) - _bytes_written(result.parent))
+        contents = checkpoint_contents(source, progress)
+        graph = frontend.open(source, ignore_extra=ignore_extra, digests=contents.digests)
+        graph = finite(graph, recipe.nonfinite, say)
+        if recipe.pipeline.calibrated:
+            windows = _calibration_windows(recipe, source, graph, store, say, progress)
+            recipe = replace(recipe, calibration_sha256=tokens_digest(windows))
+        context = Context(recipe.seed, cache=store, say=say, progress=progress)
         entries = _run_stages(graph, stages, context, recipe, windows, tokenizer, result)
+        check_unchanged(contents)
         files = write_summary(result, source, recipe, entries, tokenizer, windows)
         finish(target, result, files, overwrite)
     return target
@@ -108,10 +111,12 @@ def _resolved(
 def _calibration_windows(
     recipe: Recipe, source: Path, graph: Graph, cache: Cache, say: Say, progress: Report
 ) -> np.ndarray:
-    """The recipe's calibration text, int32 [windows, context]; BadInput where a pass needs more of
-    it.
+    """The recipe's calibration text, int32 [windows, context]; BadInput, before any is written,
+    where a pass needs more of it.
     """
-    windows = calibration_text(
+    length = window_length(graph, recipe.calibration_context)
+    _check_windows(recipe, length)
+    return calibration_text(
         recipe.calibration,
         source,
         graph,
@@ -123,7 +128,11 @@ def _calibration_windows(
         say=say,
         progress=progress,
     )
-    count, length = windows.shape
+
+
+def _check_windows(recipe: Recipe, length: int) -> None:
+    """Raises BadInput where a pass needs more windows of this length than there will be."""
+    count = window_count(recipe.calibration, recipe.calibration_tokens, length)
     for step in recipe.pipeline.passes:
         if count < step.least_windows:
             raise BadInput(
@@ -131,7 +140,6 @@ def _calibration_windows(
                 f"there are {count} of {length} tokens; "
                 f"set calibration_tokens to at least {step.least_windows * length:,}"
             )
-    return windows
 
 
 def _run_stages(
@@ -165,7 +173,8 @@ def _run_stages(
             progress=_part(context.progress, i, len(stages)),
         )
         write_metadata(folder, done.graph, recipe, done.entries, tokenizer)
-        figures, entries, graph = done.figures, done.entries, frontend.open(folder)
+        figures, entries = done.figures, done.entries
+        graph = reopened(folder, entries)
         context = replace(context, dense=done.dense, written_digests=done.digests)
         for n in range(len(after)):
             graph = rewrite_written(

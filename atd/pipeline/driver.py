@@ -11,11 +11,9 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import jax
 
 from atd.checkpoint.journal import JournalEntry, append_journal, read_journal
 from atd.checkpoint.safetensors import shard_name
@@ -24,6 +22,7 @@ from atd.ir import Block, Graph, WeightRef
 from atd.ir.rewrite import joined_parts
 from atd.models import frontend
 from atd.models.frontend import FORMAT_VERSION
+from atd.models.numerics import numerics
 from atd.pipeline.base import Pass
 from atd.pipeline.context import Context, Figures
 from atd.pipeline.output import write_metadata
@@ -126,7 +125,7 @@ def prepared(
     for i, step in enumerate(passes):
         if step.scope != "graph" and "activations" in step.needs:
             return graph, passes[i:]
-        after = step(graph, context)
+        after = step(graph, replace(context, passes=tuple(map(str, passes[:i]))))
         if step.scope != "graph" and dense_weights(after) < dense_weights(graph):
             return graph, passes[i:]
         graph = after
@@ -170,7 +169,12 @@ def rewrite_written(
         done = run_stage(_named(after, key), (), Context(say=context.say), recipe, folder)
         write_metadata(folder, done.graph, recipe, done.entries, tokenizer)
         write_file(mark, key)
-    return frontend.open(folder)
+    return reopened(folder, read_journal(folder).values())
+
+
+def reopened(folder: Path, entries: Iterable[JournalEntry]) -> Graph:
+    """Returns the graph of a folder that was written as these entries say."""
+    return frontend.open(folder, digests={folder / e.shard: e.sha256 for e in entries})
 
 
 def _named(graph: Graph, key: str) -> Graph:
@@ -191,15 +195,15 @@ def _unit_key(
     before: Block, after: Block, passes: Sequence[Pass], recipe: Recipe, previous: str
 ) -> str:
     """Equal keys: equal bytes. The hash of the identity of all tensors that go into the unit, its
-    text, the passes, the seed, the versions that compute, and where errors propagate the unit
-    before it."""
+    text, the passes, the seed, the versions and settings that compute, and where errors propagate
+    the unit before it."""
     sources = [
         ref.source
         for unit in (before, after)
         for node in unit.nodes
         for ref in node.weights.values()
     ]
-    versions = (FORMAT_VERSION, __version__, jax.__version__)
+    versions = (FORMAT_VERSION, __version__, numerics())
     texts = [before.name, str(before), str(after), *map(str, passes)]
     parts = [versions, sources, texts, recipe.seed, recipe.nonfinite, previous]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

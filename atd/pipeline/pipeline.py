@@ -8,7 +8,7 @@ from atd.errors import BadInput
 from atd.ir import Graph
 from atd.pipeline.base import Pass
 from atd.pipeline.context import Context
-from atd.pipeline.registry import parse_pass
+from atd.pipeline.registry import check_finite_options, parse_pass
 
 
 class Stage(NamedTuple):
@@ -29,6 +29,8 @@ class Pipeline:
 
     def __init__(self, passes: Iterable[Pass | str]):
         made = tuple(parse_pass(p) if isinstance(p, str) else p for p in passes)
+        for step in made:
+            check_finite_options(step)
         object.__setattr__(self, "passes", made)
 
     @property

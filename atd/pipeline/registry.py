@@ -11,6 +11,7 @@ from dataclasses import MISSING, fields, replace
 from typing import Any
 
 from atd.errors import BadInput, nearest
+from atd.pipeline import checks
 from atd.pipeline.base import Pass, Rule
 
 ENTRY_POINTS = "atd.passes"
@@ -92,7 +93,14 @@ def make_pass(name: str, options: Mapping[str, Any]) -> Pass:
         if not rule.skip:
             # So that a bad value in a rule is refused now, not at its node.
             replace(made, rules=(), **dict(rule.options))
+    check_finite_options(made)
     return made
+
+
+def check_finite_options(step: Pass) -> None:
+    """Raises BadInput for a pass with an option that is NaN or infinite."""
+    for option, value in step.options().items():
+        checks.check_finite(f"{step.name}.{option}", value)
 
 
 def _checked(cls: type[Pass], key: str, value: Any) -> Any:

@@ -16,7 +16,7 @@ import numpy as np
 
 from atd.checkpoint.files import read_text
 from atd.checkpoint.tokenizer import Tokenizer
-from atd.errors import BadInput
+from atd.errors import BadInput, about
 from atd.ir import Graph
 from atd.models import frontend
 from atd.models.model import Model, load
@@ -75,13 +75,15 @@ def compare(
     """
 
     def evaluated(name: str) -> Evaluation:
-        return evaluate(
-            checkpoint.model,
-            texts[name],
-            against=against and against.model,
-            progress=lambda now: progress(replace(now, at=f"on {name}")),
-            **options,
-        )
+        pair = f"{checkpoint.name} against {against.name}" if against else checkpoint.name
+        with about(f"{pair} on {name}"):
+            return evaluate(
+                checkpoint.model,
+                texts[name],
+                against=against and against.model,
+                progress=lambda now: progress(replace(now, at=f"on {name}")),
+                **options,
+            )
 
     return {name: evaluated(name) for name in texts}
 

@@ -24,6 +24,7 @@ and T.
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -32,7 +33,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atd.errors import BadInput
+from atd.errors import BadInput, RunFailed
+from atd.models.tokens import check_tokens
 from atd.progress import Progress, Report, unheard
 
 CONVENTIONS = ("standard", "llama.cpp")
@@ -119,7 +121,8 @@ def evaluate(
 
     Raises BadInput for a text that is shorter than a window, ids outside the vocabulary, models of
     different vocabularies, and a context under 2 or beyond the positions that the model was made
-    for: past them the figures would say more about the rope than about the weights.
+    for: past them the figures would say more about the rope than about the weights. Raises
+    RunFailed where logits are NaN or infinite.
     """
     if batch < 1 or positions < 1:
         raise BadInput(f"batch is {batch} and positions is {positions}; both must be at least 1")
@@ -147,6 +150,7 @@ def evaluate(
     nll, *compared = (
         np.concatenate(column).astype(np.float64) for column in zip(*batches, strict=True)
     )
+    _check_finite(nll, compared, len(windows))
     compiling = min(1, len(laps) - 2)  # batches to leave out of the rate
     return Evaluation(
         perplexity=_perplexity(nll),
@@ -162,6 +166,20 @@ def evaluate(
         * context
         / (laps[-1] - laps[compiling]),
     )
+
+
+def _check_finite(nll: np.ndarray, compared: Sequence[np.ndarray], windows: int) -> None:
+    """Raises RunFailed where a model's scores [positions] are not finite, as of NaN logits."""
+    whose = {"the model's": nll, "the dense model's": sum(compared, np.zeros_like(nll))}
+    for name, scores in whose.items():
+        wrong = np.flatnonzero(~np.isfinite(scores))
+        if len(wrong):
+            window, position = divmod(int(wrong[0]), len(nll) // windows)
+            raise RunFailed(
+                f"{name} logits are not finite at {len(wrong)} of {len(nll)} positions, the first "
+                f"in window {window} at its scored position {position}: weights are NaN or "
+                "infinite, or a product overflowed (atd verify searches a converted folder)"
+            )
 
 
 def _perplexity(nll: np.ndarray) -> float:
@@ -229,13 +247,7 @@ def _check(model: Model, against: Model | None, windows: np.ndarray, context: in
             f"the models' vocabularies differ: {sizes[0]} and {sizes[1]} tokens; "
             "compare conversions of one model"
         )
-    low, high = int(windows.min()), int(windows.max())
-    if low < 0 or high >= sizes[0]:
-        wrong = high if high >= sizes[0] else low
-        raise BadInput(
-            f"token id {wrong} lies outside the model's vocabulary of {sizes[0]}: "
-            "the tokenizer is another model's"
-        )
+    check_tokens(windows, sizes[0])
     for limit in (m.max_context for m in models):
         if limit is not None and context > limit:
             raise BadInput(

@@ -8,9 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atd.errors import BadInput
+from atd.errors import BadInput, RunFailed
 from atd.models.model import Model, bucket
+from atd.models.tokens import check_tokens
 from atd.progress import Progress, Report, unheard
+
+LEAST_TEMPERATURE = float(np.finfo(np.float32).tiny)  # below it, float32 flushes to 0
 
 
 def generate(
@@ -45,7 +48,7 @@ def generate(
     Returns the new tokens, a stop token included where one ends the text.
 
     Raises BadInput for an empty prompt, one that fills the model's context or holds ids outside its
-    vocabulary, and options out of range.
+    vocabulary, and options out of range. Raises RunFailed where logits are NaN or infinite.
     """
     limit = _check(model, prompt_tokens, max_new_tokens, temperature, top_k, top_p, seed)
     length = len(prompt_tokens) + min(max_new_tokens, limit - len(prompt_tokens))
@@ -67,6 +70,12 @@ def generate(
         if position + 1 < length:  # the device goes on while the host looks at this token
             logits, cache = model.decode(token, cache)
         tokens.append(int(token[0]))
+        if tokens[-1] < 0:
+            raise RunFailed(
+                f"the model's logits at position {position} are not finite, with {len(tokens) - 1} "
+                "tokens written: weights are NaN or infinite, or a product overflowed "
+                "(atd verify searches a converted folder)"
+            )
         if on_token:
             on_token(tokens[-1])
         progress(Progress("generating", len(tokens), length - len(prompt_tokens), "tokens"))
@@ -90,8 +99,8 @@ def _check(
         (
             "temperature",
             temperature,
-            temperature >= 0 and math.isfinite(temperature),
-            "0 (the likeliest token) or more",
+            temperature == 0 or LEAST_TEMPERATURE <= temperature < math.inf,
+            f"0 (the likeliest token) or at least {LEAST_TEMPERATURE:.2g}",
         ),
         ("top_k", top_k, top_k >= 0, "0 (all tokens) or more"),
         ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1 (all tokens)"),
@@ -101,12 +110,7 @@ def _check(
             raise BadInput(f"{what} is {value}; expected {expected}")
     if len(prompt) == 0:
         raise BadInput("the prompt is empty; give at least one token, such as the model's BOS")
-    wrong = [token for token in prompt if not 0 <= token < model.vocabulary]
-    if wrong:
-        raise BadInput(
-            f"token id {wrong[0]} lies outside the model's vocabulary of {model.vocabulary}: "
-            "the tokenizer is another model's"
-        )
+    check_tokens(prompt, model.vocabulary)
     limit = model.max_context or len(prompt) + max_new_tokens
     if len(prompt) >= limit:
         raise BadInput(
@@ -118,12 +122,18 @@ def _check(
 
 @partial(jax.jit, static_argnames=("top_k", "greedy", "nucleus"))
 def _pick(logits, key, temperature, top_p, top_k: int, greedy: bool, nucleus: bool):
-    """Draws a token for each row of logits [B, V]: int32 [B]."""
+    """Draws a token for each row of logits [B, V]: int32 [B], -1 where the largest is not finite
+    (a NaN among them is)."""
+    largest = jnp.max(logits, axis=-1, keepdims=True)  # [B, 1]
+
+    def checked(token):
+        return jnp.where(jnp.isfinite(largest[:, 0]), token, -1).astype(jnp.int32)
+
     if greedy:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / temperature
+        return checked(jnp.argmax(logits, axis=-1))
+    logits = (logits - largest) / temperature  # so that the largest never overflows
     if top_k == 0 and not nucleus:
-        return jax.random.categorical(key, logits).astype(jnp.int32)
+        return checked(jax.random.categorical(key, logits))
     kept = min(top_k or logits.shape[-1], logits.shape[-1])
     logits, tokens = jax.lax.top_k(logits, kept)  # [B, K], likeliest first
     if nucleus:
@@ -131,4 +141,4 @@ def _pick(logits, key, temperature, top_p, top_k: int, greedy: bool, nucleus: bo
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
         logits = jnp.where(before < top_p, logits, -jnp.inf)
     chosen = jax.random.categorical(key, logits)
-    return jnp.take_along_axis(tokens, chosen[:, None], axis=-1)[:, 0].astype(jnp.int32)
+    return checked(jnp.take_along_axis(tokens, chosen[:, None], axis=-1)[:, 0])

@@ -12,10 +12,12 @@ import numpy as np
 
 from atd.calibration.text import SELF
 from atd.checkpoint.files import read_text
-from atd.checkpoint.reader import open_tokenizer
+from atd.checkpoint.reader import checkpoint_contents, open_tokenizer
 from atd.checkpoint.writer import digest, file_digest
-from atd.errors import BadInput
+from atd.errors import BadInput, about
 from atd.models import frontend
+from atd.models.numerics import numerics
+from atd.models.tokens import check_tokens
 from atd.runtime.compare import read_tokens
 from atd.runtime.evaluate import cut
 from atd.study.points import Point, digest_of
@@ -36,7 +38,7 @@ class Setting:
     """A model and what its conversions are compared on."""
 
     model: Path
-    identity: str  # hash of its tensors and its config
+    identity: str  # hash of its tensors, its config and the settings of jax
     texts: dict[str, Text]
     context: int
     tokens: int | None
@@ -99,14 +101,15 @@ def read_setting(
     tokens: int | None,
     ignore_extra: bool = False,
 ) -> Setting:
-    """Reads the headers of the model and the texts.
+    """Reads the model, for its digest, and the texts.
 
     Raises BadInput for what no point could be evaluated on: no text, texts that are too short or
     have the same name, a context that the model was not made for.
     """
     if not data:
         raise BadInput("a study needs a text to evaluate on: --data TEXT")
-    graph = frontend.open(model, ignore_extra=ignore_extra)
+    digests = checkpoint_contents(model).digests
+    graph = frontend.open(model, ignore_extra=ignore_extra, digests=digests)
     limit = graph.config.get("max_position_embeddings")
     if limit is not None and context > limit:
         raise BadInput(
@@ -115,6 +118,8 @@ def read_setting(
     tokenizer, texts = open_tokenizer(model), {}
     for path in data:
         text = Text(read_tokens(path, tokenizer, tokens), file_digest(path))
+        with about(str(path)):
+            check_tokens(text.tokens, graph.vocabulary)
         if path.stem in texts:
             raise BadInput(
                 f"two texts are called {path.stem}, as their columns would be; rename one"
@@ -128,5 +133,6 @@ def read_setting(
             read_text(name)  # refused now rather than at each point
             calib_sha256[name] = file_digest(Path(name))
     sources = [ref.source for _, ref in graph.weights()]
-    identity = digest_of(json.dumps([sources, graph.to_json(), graph.config], sort_keys=True))
+    made_of = [sources, graph.to_json(), graph.config, numerics()]
+    identity = digest_of(json.dumps(made_of, sort_keys=True))
     return Setting(model, identity, texts, context, tokens, calib, ignore_extra, calib_sha256)

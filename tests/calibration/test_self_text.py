@@ -1,5 +1,9 @@
 """Calibration text that the model writes: its distribution, its windows, its cache, refusals."""
 
+import os
+import shutil
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,7 +25,7 @@ from atd.ir import in_memory
 from atd.models.model import load
 from atd.progress import Progress
 from atd.weights import Dense
-from tests.models.tiny import tiny_graph
+from tests.models.tiny import change_in_place, tiny_graph
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +168,26 @@ def test_the_cache_is_written_once_and_read(stories260k, tmp_path, monkeypatch):
     assert len(calls) == 6
     get()
     assert len(calls) == 6
+
+
+def test_a_model_of_equal_size_and_time_has_its_own_text(stories260k, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "load", lambda graph, backend: None)
+    monkeypatch.setattr(
+        module, "self_text", lambda *args, **options: np.full((4, 16), next(texts), np.int32)
+    )
+    texts, source, cache = iter(range(9)), tmp_path / "source", Cache(tmp_path / "cache")
+    shutil.copytree(stories260k, source)
+    os.chmod(source, 0o755)
+
+    def written() -> int:
+        found = cached_self_text(source, None, tokens=64, context=16, cache=cache)
+        return int(found[0, 0])
+
+    assert (written(), written()) == (0, 0)
+    change_in_place(source / "model.safetensors")
+    assert (written(), written()) == (1, 1)
+    with jax.enable_x64(True):
+        assert written() == 2
 
 
 def test_weights_without_an_identity_are_not_cached(tmp_path):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from atd.checkpoint.reader import open_checkpoint
+from atd.checkpoint.reader import checkpoint_contents, open_checkpoint
 from atd.checkpoint.safetensors import INDEX, SINGLE
 from atd.errors import BadInput
 from tests.golden.write_gguf import GOLDEN, llama3_divisors, write_gguf
@@ -96,11 +96,19 @@ def test_shards_may_be_links_out_of_the_folder_as_in_a_hub_cache(tmp_path):
 
 def test_source_identifies_the_bytes(tmp_path):
     path = folder_of(tmp_path / "m", {"a": A, "b": B})
-    first = open_checkpoint(path).tensors
-    assert first["a"].source != first["b"].source
-    assert open_checkpoint(path).tensors["a"].source == first["a"].source
+
+    def sources() -> dict[str, str]:
+        tensors = open_checkpoint(path, checkpoint_contents(path).digests).tensors
+        return {name: tensor.source for name, tensor in tensors.items()}
+
+    first = sources()
+    assert first["a"] != first["b"]
     os.utime(path / SINGLE, ns=(0, 12345))
-    assert open_checkpoint(path).tensors["a"].source != first["a"].source
+    assert sources() == first  # the same bytes, whatever their times
+    folder_of(path, {"a": A + 1, "b": B})
+    os.utime(path / SINGLE, ns=(0, 12345))
+    assert not set(sources().values()) & set(first.values())  # of equal size and time
+    assert {t.source for t in open_checkpoint(path).tensors.values()} == {""}
 
 
 def test_eight_billion_weights_open_at_once(tmp_path):

@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 ROOT = Path(__file__).parents[2]
 
@@ -257,3 +259,39 @@ def test_characters_that_the_terminal_lacks_are_no_error(monkeypatch):
 
 def raise_(error: Exception):
     raise error
+
+
+def test_nan_logits_end_eval_and_generate_with_a_message(atd, stories260k, text, tmp_path):
+    folder = tmp_path / "nan"
+    shutil.copytree(stories260k, folder)
+    os.chmod(folder, 0o755)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * np.float16(np.nan)
+    (folder / "model.safetensors").unlink()
+    save_file(tensors, folder / "model.safetensors")
+    figures = tmp_path / "figures.json"
+    code, _, err = atd("eval", folder, "--data", text, "--context", 64, "--json", figures)
+    assert code == 1
+    assert "the model's logits are not finite at" in err
+    assert "nan on " in err
+    assert not figures.exists()
+    code, _, err = atd("generate", folder, "--max-new-tokens", 4)
+    assert code == 1
+    assert "logits at position" in err
+    assert "are not finite, with 0 tokens written" in err
+
+
+def test_a_scale_that_overflows_is_refused_by_name(atd, stories260k, tmp_path, refused):
+    folder = tmp_path / "spiked"
+    shutil.copytree(stories260k, folder)
+    os.chmod(folder, 0o755)
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj"
+    tensors = {key: array.astype(np.float32) for key, array in tensors.items()}
+    tensors[f"{name}.weight"][3, 5] = 150_000
+    (folder / "model.safetensors").unlink()
+    save_file(tensors, folder / "model.safetensors")
+    convert = ("convert", folder, tmp_path / "out", "--recipe", "datafree2")
+    refused(atd(*convert), f"{name}: weights of up to 1.5e+05 overflow scales", "bf16")
+    assert not (tmp_path / "out").exists()
+    assert atd(*convert, "--set", "decompose.dtype=bf16")[0] == 0

@@ -70,7 +70,6 @@ def test_every_weight_is_what_its_type_says(name):
         weight = ref.load()
         assert isinstance(weight, Dense)
         assert weight.type == ref.type
-        assert ref.source
         np.testing.assert_array_equal(weight.array, tensors[ref.tensor])
     for full_name, node in graph.nodes():
         for slot, ref in node.weights.items():
@@ -263,6 +262,9 @@ def test_a_config_without_an_architecture_says_so(tmp_path):
         ({"hidden_size": 34}, "hidden_size 34 is no multiple of num_attention_heads 4"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
         ({"rms_norm_eps": -1}, "rms_norm_eps is -1"),
+        ({"max_position_embeddings": "4096"}, "max_position_embeddings is '4096'; expected a pos"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings is 0; expected a positive int"),
+        ({"max_position_embeddings": 2048.0}, "max_position_embeddings is 2048.0"),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'"),
         (
             {"rope_scaling": {"type": "yarn", "factor": 2}},
@@ -478,13 +480,26 @@ def written(folder: Path) -> Graph:
     return graph
 
 
+def test_a_context_of_a_wrong_type_is_refused_in_a_folder_that_atd_wrote(tmp_path):
+    written(tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    config["max_position_embeddings"] = [128]
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BadInput, match=r"max_position_embeddings is \[128\]"):
+        frontend.open(tmp_path / "m")
+
+
 def test_a_folder_that_atd_wrote_opens_as_it_was(tmp_path):
     graph = written(tmp_path / "m")
     opened = frontend.open(tmp_path / "m")
     assert str(opened) == str(graph)
     for (_, was), (_, now) in zip(graph.weights(), opened.weights(), strict=True):
         assert now == was
-        assert now.source.count(SINGLE) == len(stored(was.tensor, was.type))
+        assert now.source == ""
+    digests = {tmp_path / "m" / SINGLE: "sha"}
+    opened = frontend.open(tmp_path / "m", digests=digests)
+    for (_, was), (_, now) in zip(graph.weights(), opened.weights(), strict=True):
+        assert now.source.count("sha ") == len(stored(was.tensor, was.type))
         np.testing.assert_array_equal(now.load().dequantize(), was.load().dequantize())
 
 

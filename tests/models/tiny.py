@@ -1,4 +1,7 @@
-"""Small graphs made in memory, for tests that need no checkpoint."""
+"""Small graphs made in memory, for tests that need no checkpoint; and files that change."""
+
+import os
+from pathlib import Path
 
 import numpy as np
 
@@ -110,3 +113,14 @@ def tiny_graph(
         tuple(block(i) for i in range(layers)),
         Block("", (norm("model.norm", "x", ""), head)),
     )
+
+
+def change_in_place(file: Path) -> None:
+    """Changes the first weights of a safetensors file, and neither its size nor its time."""
+    status, data = file.stat(), bytearray(file.read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    data[start : start + 10_000 : 2] = bytes(b ^ 1 for b in data[start : start + 10_000 : 2])
+    file.unlink()
+    file.write_bytes(data)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)

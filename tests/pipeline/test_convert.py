@@ -28,6 +28,7 @@ from atd.passes.verify import Verify
 from atd.pipeline import Pipeline, driver
 from atd.pipeline.convert import convert
 from atd.pipeline.integrity import verify_checkpoint
+from tests.models.tiny import change_in_place
 
 ROOT = Path(__file__).parents[2]
 
@@ -321,6 +322,73 @@ def test_a_source_that_changed_is_converted_again(stories260k, tmp_path):
     assert {name for name in before if before[name] != after[name]} == {
         "model-00002-of-00007.safetensors"
     }
+
+
+class Stopped(Exception):
+    """Stands for kill -9."""
+
+
+def cut_off(*arguments, **options) -> None:
+    """A conversion that ends after three units."""
+    done = []
+
+    def three_units(now) -> None:
+        done.append(now.task == "converting")
+        if sum(done) == 3:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        convert(*arguments, **options, say=quiet, progress=three_units)
+
+
+@pytest.mark.exact
+def test_a_model_of_equal_size_and_time_is_another_model(stories260k, converted, tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(stories260k, source)
+    os.chmod(source, 0o755)
+    change_in_place(source / "model.safetensors")
+    cut_off(source, out, "datafree2")
+    change_in_place(source / "model.safetensors")  # back again
+    assert read_manifest(convert(source, out, "datafree2", say=quiet)) == read_manifest(converted)
+
+
+def test_a_model_that_is_replaced_meanwhile_is_noticed(stories260k, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(stories260k, source)
+    os.chmod(source, 0o755)
+    file = source / "model.safetensors"
+    status = file.stat()
+
+    def replaced(now) -> None:
+        if now.task == "converting" and now.ended:
+            shutil.copy(stories260k / file.name, source / "new")
+            os.utime(source / "new", ns=(status.st_atime_ns, status.st_mtime_ns))
+            (source / "new").rename(file)
+
+    with pytest.raises(RunFailed, match=r"model\.safetensors was changed while it was read"):
+        convert(source, tmp_path / "out", "datafree2", say=quiet, progress=replaced)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.exact
+def test_other_settings_of_jax_do_not_go_on_with_what_is_there(
+    stories260k, converted, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "numerics", lambda: {"jax_enable_x64": "True"})
+        cut_off(stories260k, out, "datafree2")
+    written = []
+
+    def counted(path, refs):
+        written.append(path.name)
+        return write_shard(path, refs)
+
+    monkeypatch.setattr(driver, "write_shard", counted)
+    assert read_manifest(convert(stories260k, out, "datafree2", say=quiet)) == read_manifest(
+        converted
+    )
+    assert len(written) == 7
 
 
 # --- refusals ---

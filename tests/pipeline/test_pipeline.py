@@ -87,6 +87,20 @@ def test_bad_passes_are_refused_by_name(text, message):
 # --- the contract ---
 
 
+@pytest.mark.parametrize("bad", ["nan", "inf", "-inf"])
+def test_options_that_are_not_finite_are_refused(bad):
+    for name in BUILTIN:
+        cls = pass_class(name)
+        for option, value in cls().options().items():
+            if type(value) is float:
+                with pytest.raises(BadInput, match=f"{name}"):
+                    parse_pass(f"{name}{{{option} = {bad}}}")
+    with pytest.raises(BadInput, match=r"decompose"):
+        parse_pass(f"decompose{{rules = [{{match = 'lm_head', damping = {bad}}}]}}")
+    with pytest.raises(BadInput, match=r"decompose"):
+        Pipeline([Decompose(damping=float(bad))])
+
+
 def test_pipeline_changes_types_before_any_weight_is_read():
     def never():
         raise AssertionError("a weight was read")

@@ -12,7 +12,7 @@ import pytest
 
 from atd.checkpoint.files import read_text
 from atd.checkpoint.reader import open_tokenizer
-from atd.errors import BadInput
+from atd.errors import BadInput, RunFailed
 from atd.models.model import load
 from atd.runtime.evaluate import _score, cut, evaluate
 from tests.golden.write_gguf import GOLDEN
@@ -226,6 +226,20 @@ def test_bad_input_is_refused_with_the_reason(change, message):
     arguments = {"tokens": TOKENS, "context": 16} | change
     with pytest.raises(BadInput, match=message):
         evaluate(toy(0), arguments.pop("tokens"), **arguments)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_not_finite_end_the_evaluation(bad):
+    """A token whose embedding is broken breaks its window from there on."""
+    tokens = np.arange(32) % 31
+    tokens[21] = 35
+    model = toy(0)
+    broken = Toy(model.table.at[35].set(bad), model.head)
+    found = r"logits are not finite at 10 of 30 positions, the first in window 1 at .* position 5"
+    with pytest.raises(RunFailed, match=f"the model's {found}"):
+        evaluate(broken, tokens, context=16)
+    with pytest.raises(RunFailed, match=f"the dense model's {found}"):
+        evaluate(model, tokens, context=16, against=broken)
 
 
 def test_cut_leaves_the_text_it_was_given_alone():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from atd.checkpoint.reader import open_tokenizer
-from atd.errors import BadInput
+from atd.errors import BadInput, RunFailed
 from atd.models.model import load
 from atd.runtime.generate import _pick, generate
 from tests.golden.write_gguf import GOLDEN
@@ -57,6 +57,8 @@ def test_the_likeliest_alone_is_greedy(model):
     assert generate(model, [1, 2], max_new_tokens=6, temperature=3.0, top_k=1) == greedy
     assert generate(model, [1, 2], max_new_tokens=6, temperature=3.0, top_p=1e-6) == greedy
     assert generate(model, [1, 2], max_new_tokens=6, temperature=1e-4) == greedy
+    assert generate(model, [1, 2], max_new_tokens=6, temperature=1.3e-38) == greedy
+    assert generate(model, [1, 2], max_new_tokens=6, temperature=1.3e-38, top_k=9) == greedy
 
 
 PROBABILITIES = np.array([0.05, 0.4, 0.1, 0.25, 0.2])
@@ -112,7 +114,9 @@ def test_what_is_sampled(temperature, top_k, top_p, expected):
         ([1], {"temperature": -0.1}, "temperature is -0.1"),
         ([1], {"temperature": float("nan")}, "temperature is nan"),
         ([1], {"temperature": float("inf")}, "temperature is inf"),
+        ([1], {"temperature": 1e-39}, "temperature is 1e-39; expected 0 .* or at least 1.2e-38"),
         ([1], {"top_k": -1}, "top_k is -1"),
+        ([1], {"top_p": float("nan")}, "top_p is nan"),
         ([1], {"top_p": 0.0}, "top_p is 0.0"),
         ([1], {"top_p": 1.5}, "top_p is 1.5"),
     ],
@@ -120,6 +124,20 @@ def test_what_is_sampled(temperature, top_k, top_p, expected):
 def test_refusals(model, prompt, options, words):
     with pytest.raises(BadInput, match=words):
         generate(model, prompt, **({"max_new_tokens": 4} | options))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 3}])
+def test_logits_that_are_not_finite_end_the_text(model, monkeypatch, bad, options):
+    decode = type(model).decode
+
+    def broken(self, token, cache):
+        logits, cache = decode(self, token, cache)
+        return logits.at[0, 7].set(bad if cache.filled == 5 else 0.0), cache
+
+    monkeypatch.setattr(type(model), "decode", broken)
+    with pytest.raises(RunFailed, match="logits at position 5 are not finite, with 3 tokens"):
+        generate(model, [1, 2], max_new_tokens=6, **options)
 
 
 # "Once upon a time" behind a BOS, and what transformers 5.23 in float32 adds: ", there was a little
