@@ -222,7 +222,7 @@ def test_sensitivities_are_kept_and_used_again(windows, tmp_path, monkeypatch):
     Allocate(bits=3.4)(tiny_graph(seed=1), context_of(windows, cache=Cache(tmp_path)))
     assert len(list(tmp_path.glob("*.npz"))) == 2, "another model's sensitivities are others"
 
-    def again(*arguments):
+    def again(*arguments, **options):
         raise AssertionError("measured again")
 
     monkeypatch.setattr(module, "fisher_losses", again)
