@@ -155,8 +155,9 @@ def test_a_tied_embedding_under_its_moments(stories260k, small):
     name = "model.embed_tokens"
     candidates = candidates_of(graph, [name], (3,) if small.name == "packaged" else (3, 4))
     heard = []
-    told = {"progress": lambda now: heard.append((now.done, now.total))}
-    predicted, moments = sensitivity.fisher_losses(graph, windows, candidates, **told)
+    predicted, moments = sensitivity.fisher_losses(
+        graph, windows, candidates, progress=lambda now: heard.append((now.done, now.total))
+    )
     units = len(graph.units)
     assert heard == [(done, 2 * units) for done in range(1, 2 * units + 1)]
     weight, hessian = graph.prologue.nodes[0].weights["weight"].load().dequantize(), moments[name]
