@@ -125,6 +125,12 @@ def test_input_rotation(stories260k, small, tmp_path):
     assert all(0.5 < row["rotated, held out"] < 1.5 for row in rows)
 
 
+def test_quality_picture(tmp_path):
+    figures = ROOT / "docs" / "results" / "quality.json"
+    run("quality_picture.py", figures, tmp_path / "quality.png")
+    assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "benchmarks").glob("*.py")))
 def test_help(name):
     run(name, "--help")
