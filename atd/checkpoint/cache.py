@@ -4,8 +4,8 @@ import hashlib
 import io
 import json
 import os
-import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ import numpy as np
 
 from atd.checkpoint.writer import write_file
 from atd.errors import BadInput
+
+_DIGEST = 32  # bytes of the sha256 behind an entry: numpy does not notice all damage
 
 
 def cache_key(name: str, made_from: Any) -> str:
@@ -36,19 +38,22 @@ class Cache:
             BadInput: there are none, and the folder could not take any: known before they are
                 computed.
         """
-        try:
-            with np.load(self._file(key), allow_pickle=False) as arrays:
-                return dict(arrays)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
-            self._make_folder()
-            return None
+        with suppress(OSError):
+            stored = self._file(key).read_bytes()
+            content, digest = stored[:-_DIGEST], stored[-_DIGEST:]
+            if digest == hashlib.sha256(content).digest():
+                with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+                    return dict(arrays)
+        self._make_folder()
+        return None
 
     def save(self, key: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Stores the arrays under the key, whole or not at all."""
         self._make_folder()
         content = io.BytesIO()
         np.savez(content, **arrays)  # type: ignore[arg-type]  no array is called allow_pickle
-        write_file(self._file(key), content.getvalue())
+        archive = content.getvalue()
+        write_file(self._file(key), archive + hashlib.sha256(archive).digest())
 
     def _file(self, key: str) -> Path:
         return self.folder / f"{key}.npz"

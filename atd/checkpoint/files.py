@@ -43,7 +43,7 @@ def read_json(file: Path) -> dict:
     refuse_pointer(file)
     try:
         return json_object(read_bytes(file))
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise BadInput(f"{file}: no valid JSON object: {error}") from None
 
 
@@ -74,8 +74,21 @@ def path_exists(path: Path) -> bool:
     return True
 
 
+def is_plain_name(name: str) -> bool:
+    """Returns whether a text can be the name of a file in a folder, on any system."""
+    try:
+        fits = 0 < len(name.encode()) < 256
+    except UnicodeEncodeError:
+        return False
+    return fits and name not in (".", "..") and not any(char in name for char in "/\\\0:")
+
+
 def json_object(text: bytes) -> dict:
-    """Parses a JSON object. Raises ValueError for anything else, and where a key is given twice."""
+    """Parses a JSON object.
+
+    Raises ValueError for anything else, where a key is given twice, and where a string is not
+    Unicode (half of a surrogate pair): nothing could be written or printed that has it.
+    """
 
     def unique(pairs: list[tuple[str, object]]) -> dict:
         found = dict(pairs)
@@ -85,9 +98,13 @@ def json_object(text: bytes) -> dict:
             raise ValueError(f"it has {twice!r} twice")
         return found
 
-    value = json.loads(text, object_pairs_hook=unique)
+    try:
+        value = json.loads(text, object_pairs_hook=unique)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
     if not isinstance(value, dict):
         raise ValueError(f"expected an object, found {type(value).__name__}")
+    json.dumps(value, ensure_ascii=False).encode()  # UnicodeEncodeError is a ValueError
     return value
 
 

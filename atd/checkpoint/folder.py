@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from atd.checkpoint.files import disk_errors, path_exists, read_json
+from atd.checkpoint.files import disk_errors, is_plain_name, path_exists, read_json
 from atd.checkpoint.writer import file_digest, sync_folder
 from atd.errors import BadInput
 
@@ -267,7 +267,7 @@ def read_manifest(folder: Path) -> dict[str, str]:
     files = _read_entry(folder, MANIFEST, "files", dict)
     if not all(isinstance(sha256, str) for sha256 in files.values()):
         raise BadInput(f"{folder / MANIFEST}: damaged: expected the sha256 of each file")
-    if any(Path(name).name != name for name in files):
+    if not all(map(is_plain_name, files)):
         raise BadInput(f"{folder / MANIFEST}: damaged: expected plain file names")
     return files
 

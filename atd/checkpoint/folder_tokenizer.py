@@ -104,7 +104,8 @@ def _declared_tokens(folder: Path, config: dict) -> _Tokens:
     file, tokens = folder / "tokenizer_config.json", {}
     for number, entry in (_object(file, config, "added_tokens_decoder") or {}).items():
         flags = {key: entry.get(key, False) for key in _FLAGS} if isinstance(entry, dict) else {}
-        if not flags or not str(number).isdecimal() or not isinstance(entry.get("content"), str):
+        is_id = number.isdecimal() and len(number) < 11
+        if not flags or not is_id or not isinstance(entry.get("content"), str):
             raise BadInput(f"{file}: added_tokens_decoder: {number}: {entry!r} is no token")
         if not all(isinstance(flag, bool) for flag in flags.values()):
             raise BadInput(f"{file}: added_tokens_decoder: {number}: {entry!r} is no token")
@@ -147,7 +148,7 @@ def _ids(file: Path, key: str) -> list[int]:
     """The ids in a JSON file, which may be a number, a list or absent, as a list."""
     value = _optional_json(file).get(key)
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(i, int) for i in ids):
+    if not all(type(i) is int and 0 <= i < 1 << 32 for i in ids):
         raise BadInput(f"{file}: {key} is {value!r}; expected a token id or a list of them")
     return ids
 

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from atd.checkpoint.files import (
     StoredTensor,
+    is_plain_name,
     json_object,
     path_exists,
     read_bytes,
@@ -79,7 +80,7 @@ def _weight_map(index: Path) -> dict[str, str]:
         )
     for shard in sorted(set(weight_map.values())):
         # Only the name is checked: in a hub cache the files themselves are links out of the folder.
-        if shard in ("", ".", "..") or any(char in shard for char in "/\\\0:"):
+        if not is_plain_name(shard):
             raise BadInput(
                 f"{index}: the shard name {shard!r} points outside the folder; "
                 "expected a plain file name"

@@ -1,7 +1,49 @@
 """Verifies that a graph is well formed: single assignment, slots, attrs and widths."""
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 from atd.ir.graph import Block, Graph, InvalidGraph, Node
 from atd.ir.ops import OPS
+
+
+def _is_count(value) -> bool:
+    return type(value) is int and 0 < value < 1 << 31
+
+
+def _is_index(value) -> bool:
+    return (value == 0 and type(value) is int) or _is_count(value)
+
+
+def _is_positive(value) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+def _is_scaling(value) -> bool:
+    """Whether `atd.models.ops.rope_frequencies` takes it."""
+    match value:
+        case ():
+            return True
+        case ("linear", factor):
+            return _is_positive(factor)
+        case ("llama3", factor, low, high, original):
+            return all(map(_is_positive, (factor, low, high, original))) and low < high
+    return False
+
+
+# What values the attrs may have that ops read.
+_VALID: dict[str, Callable[[Any], bool]] = {
+    "eps": lambda value: value == 0 or _is_positive(value),
+    "theta": _is_positive,
+    "scaling": _is_scaling,
+    "head_dim": _is_count,
+    "heads": _is_count,
+    "kv_heads": _is_count,
+    "window": _is_index,
+    "start": _is_index,
+    "stop": _is_count,
+}
 
 
 def verify(graph: Graph) -> None:
@@ -64,6 +106,9 @@ def _verify_block(block: Block, inputs: int, embedding: tuple[int, int]) -> int:
             raise broken(f"{node.op} has no slot {extra[0]!r}")
         if missing := [attr for attr in op.attrs if attr not in node.attrs]:
             raise broken(f"{node.op} needs the attr {missing[0]!r}")
+        read = [attr for attr in (*op.attrs, *op.optional_attrs) if attr in node.attrs]
+        if wrong := [attr for attr in read if not _VALID[attr](node.attrs[attr])]:
+            raise broken(f"the attr {wrong[0]!r} cannot be {node.attrs[wrong[0]]!r}")
         try:
             widths[node.name] = _width(node, [widths[value] for value in node.inputs], embedding)
         except InvalidGraph as error:

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-from atd.checkpoint.folder import MANIFEST, read_manifest
+from atd.checkpoint.folder import GRAPH, MANIFEST, read_manifest
+from atd.checkpoint.safetensors import INDEX
+from atd.checkpoint.tokenizer import FILES
 from atd.checkpoint.writer import file_digest
 from atd.errors import RunFailed
 from atd.models import frontend
@@ -19,11 +21,14 @@ def verify_checkpoint(folder: str | Path, progress: Report = unheard) -> int:
 
     Returns the number of weights.
 
-    Raises RunFailed, naming file or tensor, for what is not as it was written, and BadInput for a
-    folder that atd did not make.
+    Raises RunFailed, naming file or tensor, for what is not as it was written, or would be read and
+    was not written by atd; and BadInput for a folder that atd did not make.
     """
     folder = Path(folder)
     files = read_manifest(folder)
+    for path in sorted(folder.iterdir()):
+        if path.name not in files and _is_read(path):
+            raise RunFailed(f"{path} would be read, but {MANIFEST} does not have it")
     for i, (name, sha256) in enumerate(files.items()):
         if not (folder / name).is_file():
             raise RunFailed(f"{folder / name} is missing")
@@ -38,3 +43,9 @@ def verify_checkpoint(folder: str | Path, progress: Report = unheard) -> int:
             raise RunFailed(f"{folder}: tensor {ref.tensor}: {problem}")
         progress(Progress("verifying", i + 1, len(refs), "weights", ref.tensor))
     return len(refs)
+
+
+def _is_read(path: Path) -> bool:
+    """Whether a file of this name in a model's folder is read as a part of the model."""
+    names = ("config.json", GRAPH, INDEX, *FILES)
+    return path.name in names or path.suffix == ".safetensors"

@@ -36,6 +36,16 @@ def test_damaged_entries_count_as_absent(tmp_path, length):
     assert cache.load("x") is None
 
 
+def test_no_changed_byte_passes_for_what_was_saved(tmp_path):
+    cache = Cache(tmp_path)
+    cache.save("x", ARRAYS)
+    (file,) = tmp_path.iterdir()
+    sound = file.read_bytes()
+    for i in range(len(sound)):
+        file.write_bytes(sound[:i] + bytes([sound[i] ^ 4]) + sound[i + 1 :])
+        assert cache.load("x") is None
+
+
 def test_keys_say_what_the_entry_is_and_what_it_is_made_from():
     key = cache_key("windows", [1, "graph", None])
     assert key.startswith("windows-")

@@ -96,6 +96,15 @@ def test_a_journal_line_that_was_cut_off_is_no_entry(tmp_path):
     assert read_journal(folder) == {"s0": entries[0], "s2": entries[2]}
 
 
+def test_a_journal_line_that_was_changed_is_no_entry(tmp_path):
+    folder = tmp_path / "result"
+    append_journal(folder, JournalEntry("u", "key", "s", "sha", {"t": "d"}, [{"node": "n"}]))
+    sound = journal_file(folder).read_bytes()
+    for i in range(len(sound) - 1):
+        journal_file(folder).write_bytes(sound[:i] + bytes([sound[i] ^ 1]) + sound[i + 1 :])
+        assert read_journal(folder) == {}
+
+
 def test_targets_that_are_refused(tmp_path):
     source = tmp_path / "model"
     source.mkdir()

@@ -106,9 +106,14 @@ def test_a_special_token_of_the_vocabulary_stays_whole(tmp_path, stories260k):
     ("files", "words"),
     [
         ({"added_tokens": {"<x>": 600}}, "has the id 600, but with tokenizer.json it is 512"),
+        ({"added_tokens": {"\ud800": 512}}, "surrogates not allowed"),
         ({"added_tokens": {"<x>": "1"}}, "the id of '<x>' is '1'"),
         ({"tokenizer_config": {"added_tokens_decoder": []}}, "added_tokens_decoder is []"),
         ({"tokenizer_config": {"added_tokens_decoder": {"5": "x"}}}, "'x' is no token"),
+        (
+            {"tokenizer_config": {"added_tokens_decoder": {"9" * 5000: {"content": "x"}}}},
+            "is no token",
+        ),
         (
             {"tokenizer_config": {"added_tokens_decoder": {"5": {"content": "x", "special": 1}}}},
             "is no token",
@@ -119,6 +124,14 @@ def test_tokens_that_are_none_are_refused(tmp_path, stories260k, files, words):
     with pytest.raises(BadInput) as caught:
         open_tokenizer(folder(tmp_path / "m", stories260k, **files))
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("i", [-1, 1 << 32, 1 << 64, True, 1.0, "2"])
+@pytest.mark.parametrize("key", ["bos_token_id", "eos_token_id"])
+def test_ids_that_no_token_can_have_are_refused(tmp_path, stories260k, key, i):
+    path = folder(tmp_path / "m", stories260k, generation_config={}, config={key: i})
+    with pytest.raises(BadInput, match=f"{key} is {i!r}; expected a token id"):
+        open_tokenizer(path)
 
 
 def test_chat_templates_by_name_and_for_training(tmp_path, stories260k):

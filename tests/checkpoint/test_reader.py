@@ -217,6 +217,7 @@ GOOD = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
         (raw_safetensors(GOOD, b"\0" * 5), ("tensor a ends at byte", "past the end of the file")),
         (raw_safetensors(GOOD, b"\0" * 9), ("broken safetensors file",)),
         (raw_safetensors(b"not json"), ("broken safetensors file",)),
+        (raw_safetensors(b"[" * 100_000), ("broken safetensors file",)),
         (
             raw_safetensors(
                 {"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}, b"\0" * 8
@@ -246,6 +247,7 @@ def test_broken_safetensors(tmp_path, content, words):
         '{"weight_map": {}}',
         '{"weight_map": {"a": 1}}',
         '{"weight_map": {"a": "x", "a": "y"}}',
+        '{"weight_map": {"a": "\\ud800"}}',
     ],
 )
 def test_malformed_index(tmp_path, text):
@@ -264,6 +266,7 @@ def test_malformed_index(tmp_path, text):
         "",
         "C:\\a",
         "a\0b",
+        "x" * 256,
     ],
 )
 def test_index_that_points_outside(tmp_path, shard):

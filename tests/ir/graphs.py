@@ -53,7 +53,7 @@ def tiny() -> Graph:
             "k_rope",
             "rope",
             ("k",),
-            attrs=ROPE | {"scaling": (("type", "linear"), ("factor", 2.0))},
+            attrs=ROPE | {"scaling": ("linear", 2.0)},
         ),
         Node(
             "attention",

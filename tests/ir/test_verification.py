@@ -1,5 +1,6 @@
 """`verify`: each rule of a graph broken once."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -56,6 +57,22 @@ BROKEN_NODES = {  # all in model.layers.0
         "input_layernorm: rms_norm needs a weight in slot 'weight'",
     ),
     "slot unknown": (change("output", **weight("gain", 8)), "output: add has no slot 'gain'"),
+    **{
+        f"{name} {key} {value!r}": (
+            change(name, attrs=attrs | {key: value}),
+            f"{name}: the attr {key!r} cannot be {value!r}",
+        )
+        for name, attrs, key, values in (
+            ("input_layernorm", {"eps": 1e-5}, "eps", (None, "x", -1.0, math.inf, math.nan)),
+            ("q_rope", ROPE, "theta", (None, 0, -1.0, math.inf)),
+            ("q_rope", ROPE, "head_dim", (0, -4, 4.0, True, 1 << 40)),
+            ("q_rope", ROPE, "scaling", (None, ("linear",), ("linear", 0), ("yarn", 2.0))),
+            ("q_rope", ROPE, "scaling", (("llama3", 8.0, 4.0, 1.0, 64), ([],))),
+            ("attention", ATTENTION, "window", (None, -1, 1.5, False)),
+            ("attention", ATTENTION, "kv_heads", (0, "1")),
+        )
+        for value in values
+    },
     "attr missing": (
         change("input_layernorm", attrs={}),
         "input_layernorm: rms_norm needs the attr 'eps'",
