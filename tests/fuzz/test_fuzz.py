@@ -1,0 +1,41 @@
+"""Some inputs of each kind, the same in each run; `make fuzz` tries others, and more of them."""
+
+from itertools import islice
+
+import pytest
+
+from tests.fuzz.watch import fault, limited_memory
+from tests.fuzz.worker import KINDS, faults
+
+FAST = {"JSON Lines": 500, "cache": 500, "results.csv": 500, "index.json": 200, "safetensors": 100}
+SLOW = {"journal": 8, "recipe": 20, "stored graph": 20, "its config": 10}  # do more than read
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("share", [1, pytest.param(20, marks=pytest.mark.slow)])
+def test_changed_inputs_are_refused_in_words_or_read(kind, share, tmp_path):
+    inputs = share * {**FAST, **SLOW}.get(kind, 50)
+    with limited_memory():
+        for i, found in enumerate(islice(faults(KINDS[kind], tmp_path, share), inputs)):
+            assert found is None, f"input {i}: {found}"
+
+
+def test_what_breaks_the_rules_is_a_fault(tmp_path):
+    def hangs():
+        while True:
+            pass
+
+    def takes_memory():
+        bytearray(4 << 30)
+
+    def writes():
+        (tmp_path / "file").write_text("x")
+
+    assert "ValueError" in (fault(lambda: int("x")) or "")
+    assert "writes" in (fault(writes) or "")
+    assert fault(writes, tmp_path) is None
+    with limited_memory():
+        assert "MemoryError" in (fault(takes_memory) or "")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tests.fuzz.watch.SECONDS", 0.1)
+        assert "takes more than" in (fault(hangs) or "")
