@@ -121,8 +121,8 @@ def _read(path: Path, entry: GGUFTensor) -> np.ndarray:
     values = np.empty((raw.shape[0], inputs), np.float16)
     rows = max(1, _CHUNK // inputs)
     for row in range(0, raw.shape[0], rows):
-        # What float16 cannot hold becomes Inf, which the converter refuses by name.
-        with np.errstate(over="ignore"):
+        # What float16 cannot hold becomes Inf, and Inf times 0 NaN: the converter refuses both.
+        with np.errstate(over="ignore", invalid="ignore"):
             values[row : row + rows] = quants.dequantize(raw[row : row + rows], entry.quantization)
     return values.reshape(entry.shape)
 

@@ -27,7 +27,7 @@ from atd.models.random_model import SHAPES, random_graph
 from atd.pipeline.recipe import CONFIGS, read_recipe
 from tests.fuzz.gguf_bytes import ALIGNMENT, bytes_of, changer, tree_of
 from tests.fuzz.mutate import Mutator, change_bytes, change_json, change_lines
-from tests.fuzz.watch import Fault
+from tests.fuzz.watch import SECONDS, Fault
 from tests.golden.write_gguf import GOLDEN, write_gguf
 
 TEXT = "Once upon a time, <s> there was a café 漢 🦊.\n  The end</s>"
@@ -43,12 +43,14 @@ class Kind:
             changed, by its path in the folder.
         read: reads the folder; raises `Fault` where it takes what it should refuse.
         writes: whether it may write into the folder.
+        seconds: that `read` may take.
     """
 
     name: str
     make: Callable[[Path], dict[str, Mutator]]
     read: Callable[[Path], object]
     writes: bool = False
+    seconds: float = SECONDS
 
 
 # --- readers --------------------------------------------------------------------------------------

@@ -20,13 +20,14 @@ class Fault(BaseException):
     """A rule is broken. Not an Exception, so that no reader catches it."""
 
 
-def fault(reader: Callable[[], object], *writable: Path) -> str | None:
+def fault(reader: Callable[[], object], *writable: Path, seconds: float = SECONDS) -> str | None:
     """Runs a reader and returns how it breaks the rules, in one line, or None.
 
-    It may return or raise an `AtdError` with a message; take SECONDS; and write into `writable`.
+    It may return or raise an `AtdError` with a message, take some seconds, and write into these
+    folders.
     """
     try:
-        with _within_time(), _writes_in(writable):
+        with _within(seconds), _writes_in(writable):
             reader()
     except AtdError as error:
         return None if str(error).strip() else f"{type(error).__name__} without a message"
@@ -54,12 +55,12 @@ def limited_memory() -> Iterator[None]:
 
 
 @contextmanager
-def _within_time() -> Iterator[None]:
+def _within(seconds: float) -> Iterator[None]:
     def stop(*_):
-        raise Fault(f"takes more than {SECONDS} s")
+        raise Fault(f"takes more than {seconds} s")
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:

@@ -14,12 +14,12 @@ from itertools import count
 from pathlib import Path
 from random import Random
 
-from tests.fuzz import kinds, outputs
+from tests.fuzz import interruptions, kinds, outputs
 from tests.fuzz.kinds import Kind
 from tests.fuzz.watch import fault, limited_memory
 
-KINDS = {kind.name: kind for kind in (*kinds.KINDS, *outputs.KINDS)}
-HANGS = 30  # seconds after which a reader that does not even listen to signals ends the process
+KINDS = {kind.name: kind for kind in (*kinds.KINDS, *outputs.KINDS, *interruptions.KINDS)}
+HANGS = 6  # times as long as allowed: a reader that heeds no signal then ends the process
 
 
 def faults(kind: Kind, folder: Path, seed: int, first: int = 0) -> Iterator[str | None]:
@@ -34,7 +34,7 @@ def faults(kind: Kind, folder: Path, seed: int, first: int = 0) -> Iterator[str 
         random = Random(f"{seed} {i}")
         name = random.choice(list(changed))
         (folder / name).write_bytes(changed[name](random, sound[name]))
-        yield fault(lambda: kind.read(folder), *writable)
+        yield fault(lambda: kind.read(folder), *writable, seconds=kind.seconds)
         (folder / name).write_bytes(sound[name])
 
 
@@ -53,7 +53,7 @@ def main(kind: str, seed: str, first: str, seconds: str) -> None:
                 if time.monotonic() > end:
                     break
                 print(i + 1, flush=True)  # the input that is now being read
-                faulthandler.dump_traceback_later(HANGS, exit=True)
+                faulthandler.dump_traceback_later(HANGS * KINDS[kind].seconds, exit=True)
     finally:
         faulthandler.cancel_dump_traceback_later()
         shutil.rmtree(folder)
