@@ -237,7 +237,7 @@ def test_decoding_does_not_spill_and_writes_sixteen_bytes_at_a_time(
     device, exact, bases, group, tied
 ):
     type = TernaryType((OUT, INPUTS), bases, group, tied, "f16")
-    rows = decode.Geometry(Units(type), 0, OUT, exact)
+    rows = decode.Geometry(Units(type), 0, OUT, exact=exact)
     compiled = aot.compile_for(
         device,
         lambda codes, scales: decode.decoded(rows, codes, scales, jnp.bfloat16),
