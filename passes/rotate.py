@@ -1,4 +1,4 @@
-"""rotate: puts the residual stream, and each head's values, into a randomly rotated basis.
+"""rotate: puts the residual stream, each head's values and the inputs of down into a rotated basis.
 
 The function stays the same, and the weights lose their outliers, which is what error feedback over
 whole rows wants. R = diag(signs) H / sqrt(n) is orthogonal, with signs drawn at random and H a
@@ -12,7 +12,11 @@ R2, one for each key-value head of each block, on the values between v and o:
     W -> W R2                   for o; with grouped queries each query head's columns take the
                                 rotation of their key-value head. Softmax mixes positions, not
                                 features.
-The hidden features of the MLP are not rotated: silu does not commute with a rotation.
+R3, one for each block, on the inputs of down (`r3 = true`). Silu does not commute with a rotation,
+so that one half of it runs with the model: a node `hadamard` between silu_mul and down, which
+multiplies each run of 2^k features by H / sqrt(2^k), the largest of at most 2048 that divide them.
+    W -> D W, b -> D b          for up, D = diag(signs): silu(gate) * up is linear in up
+    W -> W D H / sqrt(2^k)      for down
 
 1. Needs dense weights, gain-free norms on the stream (fold_norms) and, for R2, v that is not joined
    with q and k. What the stream touches is found by data flow, so it works for any family; what
@@ -40,7 +44,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from atd.decomposition.rotations import Rotation, by_rows, random_rotation
+from atd.decomposition.rotations import Rotation, block_rotation, by_rows, random_rotation
 from atd.errors import BadInput
 from atd.ir import ROTATIONS, Block, Graph, Node, WeightRef
 from atd.ir.notes import UNIT_GAIN
@@ -49,6 +53,7 @@ from atd.pipeline import Context, Pass, checks
 from atd.weights import DTYPES, Dense, DenseType, Ternary, TernaryType
 
 IN, OUT, HEAD = ROTATIONS
+LARGEST = 2048  # run of features that a `hadamard` node mixes
 
 
 @dataclass(frozen=True)
@@ -69,14 +74,17 @@ class Rotate(Pass):
     seed: int = 0
     r1: bool = True  # the residual stream
     r2: bool = True  # the values of each head
+    r3: bool = False  # the inputs of down; a Hadamard transform runs with the model
     embedding: bool = False  # a tied embedding too; one with a head beside it is rotated anyway
     dtype: str = "f32"  # of the rotated weights; f32 keeps the function to rounding
 
     def __post_init__(self):
         if self.seed < 0:
             raise BadInput(f"rotate.seed must be 0 or more, not {self.seed}")
-        if not (self.r1 or self.r2):
-            raise BadInput("rotate with r1 = false and r2 = false does nothing; leave it out")
+        if not (self.r1 or self.r2 or self.r3):
+            raise BadInput(
+                "rotate with r1 = false, r2 = false and r3 = false does nothing; leave it out"
+            )
         checks.check_dtype("rotate.dtype", self.dtype)
 
     def requires(self, graph: Graph) -> str | None:
@@ -94,7 +102,10 @@ class Rotate(Pass):
 
         if stream is not None and graph.is_tied:
             graph = _rotate_around(graph, stream, self.embedding)
-        return map_nodes(graph, rotated)
+        graph = map_nodes(graph, rotated)
+        if self.r3:
+            graph = replace(graph, blocks=tuple(map(_with_transforms, graph.blocks)))
+        return graph
 
     def _plan(self, graph: Graph, seed: int) -> tuple[Rotation | None, dict[str, Sides]]:
         """(R1, full name of a node -> what its weights are rotated by). Raises BadInput for a graph
@@ -118,6 +129,9 @@ class Rotate(Pass):
         if self.r2:
             for i, block in enumerate(graph.blocks):
                 _plan_values(plan, block, np.random.default_rng((seed, self.seed, 1 + i)))
+        if self.r3:
+            for i, block in enumerate(graph.blocks):
+                _plan_hidden(plan, block, np.random.default_rng((seed, self.seed, 1 + i, 3)))
         return stream, plan
 
 
@@ -214,6 +228,46 @@ def _plan_values(plan: dict[str, Sides], block: Block, rng: np.random.Generator)
             _give(plan, block, reader, inputs=replace(rotation, signs=signs.reshape(-1)))
 
 
+def _plan_hidden(plan: dict[str, Sides], block: Block, rng: np.random.Generator) -> None:
+    """Gives R3 to the linears that read silu(gate) * up, and its signs to the one that makes up."""
+    products = [node for node in block.nodes if node.op == "silu_mul"]
+    if not products:
+        raise BadInput(
+            f"{block.name} has no silu_mul whose output could be rotated; use r3 = false"
+        )
+    for node in products:
+        name, value, readers = block.full_name(node), node.inputs[1], block.readers(node.name)
+        writer = next((node for node in block.nodes if node.name == value), None)
+        alone = block.readers(value) == [node] and node.inputs[0] != value
+        if writer is None or writer.op != "linear" or not alone:
+            raise BadInput(
+                f"the second input of {name} does not come from a linear of its own; "
+                "put rotate before fuse, or use r3 = false"
+            )
+        if any(reader.op == "hadamard" for reader in readers):
+            raise BadInput(f"the output of {name} is rotated already; use r3 = false")
+        if not readers or any(reader.op != "linear" for reader in readers):
+            raise BadInput(f"the output of {name} must go to a linear alone; use r3 = false")
+        run = _run(block, node)
+        if run == 1:
+            raise BadInput(f"the output of {name} has an odd width; use r3 = false")
+        signs = rng.choice([-1.0, 1.0], _width(block, node))
+        _give(plan, block, writer, outputs=block_rotation(signs, 1))
+        for reader in readers:
+            _give(plan, block, reader, inputs=block_rotation(signs, run))
+
+
+def _width(block: Block, node: Node) -> int:
+    """The features of a node that linears alone read."""
+    return block.readers(node.name)[0].weights["weight"].type.shape[1]
+
+
+def _run(block: Block, node: Node) -> int:
+    """How many of its features a Hadamard transform mixes: the largest power of two that fits."""
+    width = _width(block, node)
+    return min(width & -width, LARGEST)
+
+
 # --- rewriting ------------------------------------------------------------------------------------
 
 
@@ -266,6 +320,21 @@ def _rotate_around(graph: Graph, rotation: Rotation, embedding: bool) -> Graph:
         prologue=prologue if embedding else replace(prologue, nodes=(*prologue.nodes, into)),
         epilogue=replace(epilogue, nodes=(out, *nodes)),
     )
+
+
+def _with_transforms(block: Block) -> Block:
+    """The block with a Hadamard transform between each silu_mul and the linears that read it."""
+    for product in [node for node in block.nodes if node.op == "silu_mul"]:
+        module, dot, _ = product.name.rpartition(".")
+        name, attrs = f"{module}{dot}hadamard", {"block": _run(block, product)}
+        nodes = []
+        for node in block.nodes:
+            inputs = tuple(name if value == product.name else value for value in node.inputs)
+            nodes.append(replace(node, inputs=inputs))
+            if node.name == product.name:
+                nodes.append(Node(name, "hadamard", (product.name,), attrs=attrs))
+        block = replace(block, nodes=tuple(nodes))
+    return block
 
 
 def _matrix(tensor: str, rotation: Rotation, transpose: bool) -> WeightRef:

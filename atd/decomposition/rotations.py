@@ -60,11 +60,21 @@ def random_rotation(rng: np.random.Generator, width: int, copies: int = 1) -> Ro
     base = width // power
     while base <= width:
         if (matrix := hadamard(base)) is not None:
-            return Rotation(signs, (matrix, *_sylvester(width // base)), width**-0.5)
+            return Rotation(signs, (matrix, *_factors(width // base)), width**-0.5)
         base *= 2
     odd = width // power
     q, r = np.linalg.qr(rng.standard_normal((odd, odd)))
-    return Rotation(signs, (q * np.sign(np.diag(r)), *_sylvester(power)), power**-0.5)
+    return Rotation(signs, (q * np.sign(np.diag(r)), *_factors(power)), power**-0.5)
+
+
+def block_rotation(signs: np.ndarray, block: int) -> Rotation:
+    """Returns diag(signs) (I x H) / sqrt(block), H Sylvester's Hadamard matrix.
+
+    Args:
+        signs: [n].
+        block: the order of H, a power of two that divides n.
+    """
+    return Rotation(signs, tuple(_factors(block)), block**-0.5)
 
 
 def hadamard(order: int) -> np.ndarray | None:
@@ -106,14 +116,21 @@ def _is_prime(n: int) -> bool:
     return n > 1 and all(n % i for i in range(2, math.isqrt(n) + 1))
 
 
-def _sylvester(order: int) -> list[np.ndarray]:
+def sylvester(order: int) -> np.ndarray:
+    """Returns Sylvester's Hadamard matrix of a power of two, int8 of entries +-1.
+
+    H_1 = 1,   H_2n = [[1, 1], [1, -1]] x H_n. It is symmetric.
+    """
+    two = np.array([[1, 1], [1, -1]], np.int8)
+    return reduce(np.kron, [two] * (order.bit_length() - 1), np.ones((1, 1), np.int8))
+
+
+def _factors(order: int) -> list[np.ndarray]:
     """Sylvester's Hadamard matrix of a power of two, as Kronecker factors."""
     factors = []
     while order > 1:
         size = min(order, _SYLVESTER)
-        factors.append(
-            reduce(np.kron, [np.array([[1, 1], [1, -1]], np.int8)] * (size.bit_length() - 1))
-        )
+        factors.append(sylvester(size))
         order //= size
     return factors
 

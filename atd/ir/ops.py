@@ -33,6 +33,8 @@ OPS = {
     # Causal, over the last `window` positions; 0: over all of the past.
     "attention": Op(3, attrs=("heads", "kv_heads", "head_dim", "window")),
     "silu_mul": Op(2),  # silu(a) * b
+    # Each run of `block` features times Sylvester's Hadamard matrix over sqrt(block).
+    "hadamard": Op(1, attrs=("block",)),
     "add": Op(2),
     "slice": Op(1, attrs=("start", "stop")),  # features [start, stop)
 }

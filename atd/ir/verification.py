@@ -158,6 +158,11 @@ def _width(node: Node, inputs: list[int], embedding: tuple[int, int]) -> int:
                 )
             expect("the remainder of heads by kv_heads", attrs["heads"] % attrs["kv_heads"], 0)
             return inputs[0]
+        case "hadamard":
+            if (block := attrs["block"]) < 2 or block & (block - 1):
+                raise InvalidGraph(f"the block is {block}, a power of two is expected")
+            expect("the remainder of features by block", inputs[0] % block, 0)
+            return inputs[0]
         case "slice":
             if not 0 <= attrs["start"] < attrs["stop"] <= inputs[0]:
                 raise InvalidGraph(

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from atd.decomposition.rotations import sylvester
 from atd.ir import Node
 from atd.kernels import matmul as kernels
 from atd.weights import Dense, Weight
@@ -185,6 +186,27 @@ def silu_mul(gate, up):
     return jax.nn.silu(gate) * up
 
 
+def hadamard(x, block: int):
+    """Returns each run of `block` features times H / sqrt(block), H Sylvester's Hadamard matrix.
+
+    H = H_a x H_b, the Kronecker product, is two products: 2 (a + b) operations per feature, where
+    block = a b. The matrix over sqrt(block) is orthogonal and symmetric, so that it is its own
+    inverse.
+
+    Args:
+        x: float [..., features].
+        block: a power of two that divides the features.
+    """
+    b = 1 << (block.bit_length() - 1) // 2
+    a = block // b
+    right = sylvester(b).astype(np.float32) * np.float32(block**-0.5)
+    runs = x.astype(jnp.float32).reshape(-1, b)
+    runs = jnp.matmul(runs, right, precision=jax.lax.Precision.HIGHEST).reshape(-1, a, b)
+    left = sylvester(a).astype(np.float32)
+    mixed = jnp.matmul(left, runs, precision=jax.lax.Precision.HIGHEST)
+    return mixed.reshape(x.shape).astype(x.dtype)
+
+
 def update_cache(cache: Cache, k, v, positions) -> Cache:
     """Writes k, v [B, kv_heads, T, head_dim] into places positions[:, 0] ... + T - 1 of a cache."""
 
@@ -245,6 +267,8 @@ def run_node(
             return run(q, k, v, positions, attrs["window"]).reshape(inputs[0].shape), cache
         case "silu_mul":
             return silu_mul(*inputs), None
+        case "hadamard":
+            return hadamard(inputs[0], attrs["block"]), None
         case "add":
             return inputs[0] + inputs[1], None
         case "slice":

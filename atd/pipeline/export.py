@@ -9,7 +9,7 @@ import numpy as np
 from atd.checkpoint.folder import MANIFEST, check_space, check_target, finish, open_result
 from atd.checkpoint.safetensors import INDEX, shard_name
 from atd.checkpoint.writer import file_digest, write_file, write_shard
-from atd.decomposition.rotations import by_rows
+from atd.decomposition.rotations import block_rotation, by_rows
 from atd.errors import RunFailed
 from atd.ir import ROTATIONS, Block, Graph, Node, WeightRef
 from atd.ir.notes import without
@@ -47,7 +47,7 @@ def export_hf(
     Raises RunFailed where a value does not fit the dtype.
     """
     source, target = Path(model), Path(out).absolute()
-    # Other tools do not know the nodes of a rotated stream.
+    # Other tools do not know the nodes of a rotated model.
     graph = absorb(frontend.open(source, ignore_extra=ignore_extra))
     check_target(target, source, overwrite)
     tokenizer = tokenizer_files(source, say)
@@ -120,9 +120,32 @@ def _dense_rows(ref: WeightRef, tensor: str, start: int, stop: int, dtype: str) 
 def absorb(graph: Graph) -> Graph:
     """Returns a graph of the same function without the nodes of `rotate`.
 
-    They are multiplied into a rotated embedding E R and a head E diag(g) R of its own, R the
-    rotation of the stream and g the gain of the final norm, both dense f32.
+    Those of the stream are multiplied into a rotated embedding E R and a head E diag(g) R of its
+    own, R the rotation of the stream and g the gain of the final norm; Hadamard transforms into the
+    linears that read them. All of these become dense f32.
     """
+    return _absorb_stream(replace(graph, blocks=tuple(map(_absorb_transforms, graph.blocks))))
+
+
+def _absorb_transforms(block: Block) -> Block:
+    """The block without Hadamard transforms: W x' = (W H) x for x' = H x, since H is symmetric."""
+    for node in [node for node in block.nodes if node.op == "hadamard"]:
+        for reader in block.readers(node.name):
+            matrix = reader.weights["weight"]
+            rotation = block_rotation(np.ones(matrix.type.shape[1]), node.attrs["block"])
+
+            def turned(array: np.ndarray, rotation=rotation) -> np.ndarray:
+                return by_rows(rotation.apply, array, DTYPES["f32"])
+
+            inputs = tuple(node.inputs[0] if v == node.name else v for v in reader.inputs)
+            reader = replace(reader, inputs=inputs)
+            block = block.replace_node(with_weight(reader, map_array(matrix, "f32", turned)))
+        block = _without_nodes(block, node.name)
+    return block
+
+
+def _absorb_stream(graph: Graph) -> Graph:
+    """The graph without the nodes that turn the stream into another basis and back."""
     prologue, epilogue = graph.prologue, graph.epilogue
     if not any(node.name == OUT for node in epilogue.nodes):
         return graph

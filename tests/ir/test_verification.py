@@ -117,6 +117,18 @@ BROKEN_NODES = {  # all in model.layers.0
         change("v", attrs={"start": 12, "stop": 12}),
         "v: slice [12, 12) does not lie in 16 features",
     ),
+    "block of a transform": (
+        change("mlp.hadamard", attrs={"block": 8}),
+        "mlp.hadamard: the remainder of features by block is 4, 0 is expected",
+    ),
+    "block no power of two": (
+        change("mlp.hadamard", attrs={"block": 6}),
+        "mlp.hadamard: the block is 6, a power of two is expected",
+    ),
+    "block of one": (
+        change("mlp.hadamard", attrs={"block": 1}),
+        "mlp.hadamard: the block is 1, a power of two is expected",
+    ),
     "second input": (
         change("mlp.act", inputs=("mlp.gate_proj", "x")),
         "mlp.act: the width of the second input is 8, 12 is expected",

@@ -118,3 +118,23 @@ def test_structures_are_equal_where_compilations_can_be_shared():
 
 def note(node: Node) -> Node:
     return replace(node, attrs=node.attrs | {"unit_gain": True})
+
+
+@pytest.mark.parametrize(("width", "block"), [(2, 2), (12, 4), (96, 32), (4096, 2048)])
+def test_hadamard_is_the_product_with_the_matrix(width, block):
+    """Which is orthogonal and its own inverse."""
+    x = np.random.default_rng(0).standard_normal((2, 3, width)).astype(np.float32)
+    node = Node("h", "hadamard", ("x",), attrs={"block": block})
+    found, _ = ops.run_node(node, [jnp.asarray(x)], {})
+    matrix = np.array([[1.0]])
+    while len(matrix) < block:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]]) / np.sqrt(2)
+    expected = (x.reshape(2, 3, -1, block) @ matrix).reshape(x.shape)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    again, _ = ops.run_node(node, [found], {})
+    np.testing.assert_allclose(again, x, atol=1e-5)
+
+
+def test_hadamard_keeps_the_dtype():
+    x = jnp.ones((1, 1, 8), jnp.bfloat16)
+    assert ops.hadamard(x, 8).dtype == jnp.bfloat16

@@ -8,9 +8,12 @@ import jax
 import numpy as np
 import pytest
 
+from atd.decomposition.rotations import sylvester
 from atd.errors import BadInput
 from atd.ir import in_memory
+from atd.ir.rewrite import map_nodes
 from atd.models import frontend
+from atd.models.model import load
 from atd.passes.decompose import Decompose
 from atd.passes.fold_norms import FoldNorms
 from atd.passes.fuse import Fuse
@@ -92,7 +95,44 @@ def test_a_rotated_tied_embedding_keeps_the_function(name):
         Rotate()(after)
 
 
-@pytest.mark.parametrize("options", [{"r1": False}, {"r2": False}])
+@pytest.mark.parametrize("name", FOLDERS)
+def test_every_family_keeps_its_function_with_rotated_inputs_of_down(name):
+    graph = frontend.open(GOLDEN / name)
+    after = rotated(graph, r3=True)
+    for before, block in zip(graph.blocks, after.blocks, strict=True):
+        assert block.node("mlp.down_proj").inputs == ("mlp.hadamard",)
+        assert block.node("mlp.hadamard").inputs == ("mlp.silu_mul",)
+        for node in (node for node in before.nodes if "bias" in node.weights):
+            moved = node.name.split(".")[1] in ("v_proj", "o_proj", "up_proj", "down_proj")
+            same = np.array_equal(array(block.node(node.name), "bias"), array(node, "bias"))
+            assert same is not moved
+    assert distance(after, golden(name)) < TOLERANCE
+    alone = absorb(after)
+    assert "hadamard" not in str(alone)
+    assert distance(alone, golden(name)) < TOLERANCE
+
+
+def test_inputs_of_down_are_rotated_by_signs_and_a_transform():
+    graph = tiny_graph(layers=1, mlp=48)  # 48 = 3 * 16
+    (before,), (after,) = graph.blocks, Rotate(r1=False, r2=False, r3=True)(graph).blocks
+    assert after.node("mlp.hadamard").attrs == {"block": 16}
+    signs = np.sign(array(after.node("mlp.up_proj")) / array(before.node("mlp.up_proj")))[:, 0]
+    assert len(set(signs)) == 2
+    matrix = np.diag(signs) @ np.kron(np.eye(3), sylvester(16)) / 4
+    expected = array(before.node("mlp.down_proj")) @ matrix
+    np.testing.assert_allclose(array(after.node("mlp.down_proj")), expected, atol=1e-6)
+    for name in ("mlp.gate_proj", "self_attn.v_proj", "self_attn.o_proj"):
+        np.testing.assert_array_equal(array(after.node(name)), array(before.node(name)))
+
+
+def test_long_runs_of_inputs_of_down_are_cut():
+    graph = tiny_graph(layers=1, mlp=4096)
+    after = Rotate(r1=False, r2=False, r3=True)(graph)
+    assert "hadamard(%mlp.silu_mul) block=2048" in str(after)
+    assert_same_function(after, graph)
+
+
+@pytest.mark.parametrize("options", [{"r1": False}, {"r2": False}, {"r1": False, "r3": True}])
 def test_either_rotation_alone_keeps_the_function(options):
     graph = tiny_graph(tied=True)
     assert_same_function(rotated(graph, **options), graph)
@@ -108,6 +148,11 @@ def test_widths_without_a_hadamard_matrix_keep_the_function():
     after = rotated(graph)
     assert str(after.prologue.node("rotate_in").weights["weight"].type) == "dense f32[92,92]"
     assert_same_function(after, graph)
+
+
+def test_r3_alone_needs_no_folded_norms():
+    graph = tiny_graph()
+    assert_same_function(Rotate(r1=False, r2=False, r3=True)(graph), graph)
 
 
 def test_r1_works_on_joined_linears():
@@ -213,6 +258,30 @@ def test_converted_checkpoints_export(stories260k, tmp_path):
     assert_same_function(exported, frontend.open(folder))
 
 
+def test_converted_checkpoints_with_rotated_inputs_of_down(stories260k, tmp_path):
+    """Load from disk, generate as they read whole sequences, and are exported without the op."""
+    passes = [
+        "fold_norms{untie = true}",
+        "rotate{r3 = true}",
+        "decompose{bases = 2, group = 'row'}",
+        "fuse",
+        "pack",
+    ]
+    recipe = Recipe(Pipeline(passes), seed=5)
+    lazy = recipe.pipeline(frontend.open(stories260k), Context(seed=5))
+    folder = convert(stories260k, tmp_path / "out", recipe, say=quiet)
+    stored = frontend.open(folder)
+    assert str(stored) == str(lazy)
+    assert "%mlp.hadamard = hadamard(%mlp.silu_mul) block=4" in str(stored)
+    model, tokens = load(folder), np.arange(1, 13, dtype=np.int32)[None]
+    _, cache = model.prefill(tokens[:, :-1], model.new_cache(batch=1, length=16))
+    decoded, _ = model.decode(tokens[:, -1], cache)
+    np.testing.assert_allclose(decoded[0], model(tokens)[0, -1], atol=1e-4)
+    exported = frontend.open(export_hf(folder, tmp_path / "dense", say=quiet))
+    assert "hadamard" not in str(exported)
+    assert_same_function(exported, stored)
+
+
 # --- seeds and refusals ---------------------------------------------------------------------------
 
 
@@ -254,6 +323,11 @@ def test_blocks_and_heads_have_rotations_of_their_own():
     assert len({head.tobytes() for head in heads}) == 4
 
 
+def without_gates(graph):
+    """The graph with a sum in place of silu(gate) * up."""
+    return map_nodes(graph, lambda _, n: replace(n, op="add") if n.op == "silu_mul" else n)
+
+
 def test_types_change_at_once_and_nothing_is_read():
     types = {
         name: str(ref.type)
@@ -277,5 +351,16 @@ def test_what_cannot_work_is_refused():
         Pipeline([FoldNorms(), Rotate(), Rotate()])(tiny_graph(tied=True))
     with pytest.raises(BadInput, match="does nothing"):
         Rotate(r1=False, r2=False)
+    r3 = Rotate(r1=False, r2=False, r3=True)
+    with pytest.raises(BadInput, match=r"silu_mul does not come from a linear of its own.*fuse"):
+        Pipeline([Fuse(), r3])(tiny_graph())
+    with pytest.raises(BadInput, match=r"output of model\.layers\.0\.mlp\.silu_mul is rotated"):
+        Pipeline([r3, r3])(tiny_graph())
+    with pytest.raises(BadInput, match=r"silu_mul has an odd width; use r3 = false"):
+        r3(tiny_graph(mlp=45))
+    with pytest.raises(BadInput, match=r"down_proj is ternary .*put rotate before decompose"):
+        Pipeline([Decompose(group=32, nodes=".*down_proj"), r3])(tiny_graph())
+    with pytest.raises(BadInput, match=r"model\.layers\.0 has no silu_mul"):
+        r3(without_gates(tiny_graph()))
     with pytest.raises(BadInput, match="seed must be"):
         Rotate(seed=-1)
