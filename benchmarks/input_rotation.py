@@ -1,10 +1,10 @@
-"""What a rotation of down's inputs would gain: the loss tr(dW H dW') with and without it.
+"""What a rotation of down's inputs gains: the loss tr(dW H dW') with and without it.
 
     python benchmarks/input_rotation.py MODEL --data TEXT [--blocks 2 10 20] [--json FILE]
 
-The inputs of down_proj are the one side that `rotate` does not reach, since silu does not commute
-with a rotation. Here W and the second moment H of its inputs are both rotated by a random Hadamard
-matrix R, W R and R'H R, and W gets its default trellis code by error feedback. Beside it stands
+Silu does not commute with a rotation, so that `rotate.r3` runs a Hadamard transform with the model.
+Here W and the second moment H of its inputs are both rotated by a random Hadamard matrix R as wide
+as they are, W R and R'H R, and W gets its default trellis code by error feedback. Beside it stands
 what costs nothing at run time: columns scaled to the same size, divided out of the rows of up_proj.
 
 Every other window is held out: the trits are found under H of one half, and judged under that of

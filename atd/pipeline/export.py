@@ -10,7 +10,7 @@ from atd.checkpoint.folder import MANIFEST, check_space, check_target, finish, o
 from atd.checkpoint.safetensors import INDEX, shard_name
 from atd.checkpoint.writer import file_digest, write_file, write_shard
 from atd.decomposition.rotations import block_rotation, by_rows
-from atd.errors import RunFailed
+from atd.errors import BadInput, RunFailed
 from atd.ir import ROTATIONS, Block, Graph, Node, WeightRef
 from atd.ir.notes import without
 from atd.ir.rewrite import joined_parts, map_array, unit_gain, with_weight
@@ -44,7 +44,8 @@ def export_hf(
       overwrite: replace `out` if atd made it.
       ignore_extra: leave out tensors of `model` that are not part of its architecture.
 
-    Raises RunFailed where a value does not fit the dtype.
+    Raises RunFailed where a value does not fit the dtype, BadInput for a graph whose function no
+    dense checkpoint has.
     """
     source, target = Path(model), Path(out).absolute()
     # Other tools do not know the nodes of a rotated model.
@@ -124,13 +125,19 @@ def absorb(graph: Graph) -> Graph:
     own, R the rotation of the stream and g the gain of the final norm; Hadamard transforms into the
     linears that read them. All of these become dense f32.
     """
-    return _absorb_stream(replace(graph, blocks=tuple(map(_absorb_transforms, graph.blocks))))
+    return _absorb_stream(graph.with_units(tuple(map(_absorb_transforms, graph.units))))
 
 
 def _absorb_transforms(block: Block) -> Block:
-    """The block without Hadamard transforms: W x' = (W H) x for x' = H x, since H is symmetric."""
+    """The block without Hadamard transforms: W (H x) = (W H) x."""
     for node in [node for node in block.nodes if node.op == "hadamard"]:
-        for reader in block.readers(node.name):
+        readers = block.readers(node.name)
+        if not readers or any(n.op != "linear" or "weight" not in n.weights for n in readers):
+            raise BadInput(
+                f"{block.full_name(node)} is a Hadamard transform that is not read by linears "
+                "alone, and dense checkpoints have no such op"
+            )
+        for reader in readers:
             matrix = reader.weights["weight"]
             rotation = block_rotation(np.ones(matrix.type.shape[1]), node.attrs["block"])
 

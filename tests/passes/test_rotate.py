@@ -8,9 +8,10 @@ import jax
 import numpy as np
 import pytest
 
+from atd.calibration.moments import dense_moments
 from atd.decomposition.rotations import sylvester
 from atd.errors import BadInput
-from atd.ir import in_memory
+from atd.ir import Node, in_memory
 from atd.ir.rewrite import map_nodes
 from atd.models import frontend
 from atd.models.model import load
@@ -123,6 +124,27 @@ def test_inputs_of_down_are_rotated_by_signs_and_a_transform():
     np.testing.assert_allclose(array(after.node("mlp.down_proj")), expected, atol=1e-6)
     for name in ("mlp.gate_proj", "self_attn.v_proj", "self_attn.o_proj"):
         np.testing.assert_array_equal(array(after.node(name)), array(before.node(name)))
+
+
+def test_second_moments_of_the_inputs_of_down_are_rotated():
+    graph, name = tiny_graph(layers=1, mlp=48), "model.layers.0.mlp.down_proj"
+    after = Rotate(r1=False, r2=False, r3=True)(graph)
+    windows = np.random.default_rng(0).integers(0, 40, (4, 16)).astype(np.int32)
+    _, plain, _ = dense_moments(graph, windows, [name])
+    _, turned, _ = dense_moments(after, windows, [name])
+    up = "mlp.up_proj"
+    signs = np.sign(array(after.blocks[0].node(up)) / array(graph.blocks[0].node(up)))[:, 0]
+    matrix = np.diag(signs) @ np.kron(np.eye(3), sylvester(16)) / 4
+    expected = matrix.T @ plain.moments["mlp.silu_mul"] @ matrix
+    np.testing.assert_allclose(turned.moments["mlp.hadamard"], expected, atol=1e-5)
+
+
+def test_transforms_that_no_linear_reads_are_not_exported():
+    (block,) = (graph := tiny_graph(layers=1)).blocks
+    last = Node("mlp.hadamard", "hadamard", (block.output,), attrs={"block": 8})
+    graph = replace(graph, blocks=(replace(block, nodes=(*block.nodes, last)),))
+    with pytest.raises(BadInput, match=r"layers\.0\.mlp\.hadamard .* not read by linears alone"):
+        absorb(graph)
 
 
 def test_long_runs_of_inputs_of_down_are_cut():
@@ -258,20 +280,24 @@ def test_converted_checkpoints_export(stories260k, tmp_path):
     assert_same_function(exported, frontend.open(folder))
 
 
-def test_converted_checkpoints_with_rotated_inputs_of_down(stories260k, tmp_path):
-    """Load from disk, generate as they read whole sequences, and are exported without the op."""
+def test_conversions_with_rotated_inputs_of_down(stories260k, small, tmp_path):
+    """All passes work on them; results load from disk, decode as they read whole sequences, and are
+    exported without the op.
+    """
     passes = [
         "fold_norms{untie = true}",
         "rotate{r3 = true}",
-        "decompose{bases = 2, group = 'row'}",
-        "fuse",
+        "allocate{bits = 3.4}",
+        "decompose{method = 'hessian'}",
         "pack",
+        "calibrate{steps = 2, checks = 1}",
+        "fuse",
+        "verify",
     ]
-    recipe = Recipe(Pipeline(passes), seed=5)
-    lazy = recipe.pipeline(frontend.open(stories260k), Context(seed=5))
+    text = {"calibration": (str(small.calibration),), "calibration_context": 64}
+    recipe = Recipe(Pipeline(passes), seed=5, calibration_tokens=1024, **text)
     folder = convert(stories260k, tmp_path / "out", recipe, say=quiet)
     stored = frontend.open(folder)
-    assert str(stored) == str(lazy)
     assert "%mlp.hadamard = hadamard(%mlp.silu_mul) block=4" in str(stored)
     model, tokens = load(folder), np.arange(1, 13, dtype=np.int32)[None]
     _, cache = model.prefill(tokens[:, :-1], model.new_cache(batch=1, length=16))
