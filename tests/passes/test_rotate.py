@@ -287,7 +287,7 @@ def test_conversions_with_rotated_inputs_of_down(stories260k, small, tmp_path):
     passes = [
         "fold_norms{untie = true}",
         "rotate{r3 = true}",
-        "allocate{bits = 3.4, bases = [2]}",
+        "allocate{bits = 3.6, bases = [2]}",
         "decompose{method = 'hessian'}",
         "pack",
         "calibrate{steps = 2, checks = 1}",
