@@ -20,6 +20,11 @@ def _is_positive(value) -> bool:
     return type(value) in (int, float) and 0 < value < math.inf
 
 
+def _is_block(value) -> bool:
+    """Whether it is a power of two, 2 or more."""
+    return _is_count(value) and value > 1 and not value & (value - 1)
+
+
 def _is_scaling(value) -> bool:
     """Whether `atd.models.ops.rope_frequencies` takes it."""
     match value:
@@ -41,6 +46,7 @@ _VALID: dict[str, Callable[[Any], bool]] = {
     "heads": _is_count,
     "kv_heads": _is_count,
     "window": _is_index,
+    "block": _is_block,
     "start": _is_index,
     "stop": _is_count,
 }
@@ -159,9 +165,7 @@ def _width(node: Node, inputs: list[int], embedding: tuple[int, int]) -> int:
             expect("the remainder of heads by kv_heads", attrs["heads"] % attrs["kv_heads"], 0)
             return inputs[0]
         case "hadamard":
-            if (block := attrs["block"]) < 2 or block & (block - 1):
-                raise InvalidGraph(f"the block is {block}, a power of two is expected")
-            expect("the remainder of features by block", inputs[0] % block, 0)
+            expect("the remainder of features by block", inputs[0] % attrs["block"], 0)
             return inputs[0]
         case "slice":
             if not 0 <= attrs["start"] < attrs["stop"] <= inputs[0]:
