@@ -7,7 +7,7 @@ import tokenizers
 from tokenizers import AddedToken
 
 from atd.checkpoint.files import path_exists, read_bytes, read_json, refuse_pointer
-from atd.checkpoint.tokenizer import FILES, Tokenizer
+from atd.checkpoint.tokenizer import FILES, Tokenizer, library_errors
 from atd.errors import BadInput
 
 
@@ -19,12 +19,10 @@ def open_folder_tokenizer(folder: Path) -> Tokenizer:
     stored = {name: read_bytes(folder / name) for name in FILES if path_exists(folder / name)}
     if "tokenizer.json" not in stored:
         raise BadInput(f"{folder}: has no tokenizer.json{_remedy(folder)}")
-    try:
+    file = folder / "tokenizer.json"
+    refuse_pointer(file)
+    with library_errors(f"{file}: the tokenizers library cannot read it"):
         backend = tokenizers.Tokenizer.from_buffer(stored["tokenizer.json"])
-    except Exception as error:  # the library raises bare Exception
-        file = folder / "tokenizer.json"
-        refuse_pointer(file)
-        raise BadInput(f"{file}: the tokenizers library cannot read it: {error}") from None
     backend.no_truncation()
     backend.no_padding()
 
@@ -46,7 +44,8 @@ def open_folder_tokenizer(folder: Path) -> Tokenizer:
     ends = [*_ids(generation, "eos_token_id"), *_ids(model, "eos_token_id")]
     adds_bos = config.get("add_bos_token")
     if adds_bos is None:  # then the post-processor of tokenizer.json decides
-        adds_bos = backend.encode("").ids[:1] == [bos]
+        with library_errors(f"{file}: the tokenizers library cannot use it"):
+            adds_bos = backend.encode("").ids[:1] == [bos]
     return Tokenizer(
         backend=backend,
         bos_id=bos,

@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers,
 from tokenizers.models import BPE
 
 from atd.checkpoint.gguf_header import read_header
-from atd.checkpoint.tokenizer import Tokenizer
+from atd.checkpoint.tokenizer import Tokenizer, library_errors
 from atd.errors import BadInput
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # gguf.TokenType
@@ -33,13 +33,9 @@ def open_gguf_tokenizer(path: Path) -> Tokenizer:
         for key, value in header.items()
         if key.startswith("tokenizer.")
     }
-    try:
+    # Values of a wrong type fail anywhere.
+    with library_errors(f"{path}: its vocabulary and merges make no tokenizer"):
         return _rebuild(path, metadata)
-    except BadInput:
-        raise
-    # The tokenizers library raises bare Exception, and values of a wrong type fail anywhere.
-    except Exception as error:
-        raise BadInput(f"{path}: its vocabulary and merges make no tokenizer: {error}") from None
 
 
 def _rebuild(path: Path, metadata: dict) -> Tokenizer:

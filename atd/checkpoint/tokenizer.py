@@ -8,7 +8,8 @@
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
@@ -33,6 +34,21 @@ FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+
+
+@contextmanager
+def library_errors(problem: str) -> Iterator[None]:
+    """Turns what the tokenizers library raises into BadInput: bare Exception, and panics of Rust,
+    which are none.
+    """
+    try:
+        yield
+    except BadInput:
+        raise
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise BadInput(f"{problem}: {error}") from None
+        raise
 
 
 @dataclass(frozen=True)
@@ -65,7 +81,8 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             where = f"character {error.start}, {text[error.start]!r}"
             raise BadInput(f"the text is not valid Unicode at {where}; give it in UTF-8") from None
-        ids = self.backend.encode(text, add_special_tokens=False).ids
+        with library_errors(f"{self.name}: its tokenizer fails"):
+            ids = self.backend.encode(text, add_special_tokens=False).ids
         if bos:
             if self.bos_id is None:
                 raise BadInput(f"{self.name}: its tokenizer has no BOS token; leave out --bos")
@@ -78,7 +95,8 @@ class Tokenizer:
         Bytes that make no character become U+FFFD, and those around them stay what they are.
         """
         ids = self._with_whole_characters(self.shown(ids, special))
-        return self.backend.decode(ids, skip_special_tokens=False)
+        with library_errors(f"{self.name}: its tokenizer fails"):
+            return self.backend.decode(ids, skip_special_tokens=False)
 
     def shown(self, ids: Iterable[int], special: bool = False) -> list[int]:
         """Returns the ids whose text `decode` shows: of tokens that exist, and are not special."""

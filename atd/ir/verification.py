@@ -62,7 +62,7 @@ def verify(graph: Graph) -> None:
     tensors: dict[str, str] = {}
     for block in graph.units:
         inputs = 1 if block is graph.prologue else hidden
-        output = _verify_block(block, inputs, embedding=(vocabulary, hidden))
+        output = _verify_block(block, inputs, (vocabulary, hidden), graph.prologue)
         expected = vocabulary if block is graph.epilogue else hidden
         if output != expected:
             raise InvalidGraph(
@@ -88,7 +88,7 @@ def _embedding_shape(graph: Graph) -> tuple[int, int]:
     raise InvalidGraph("the prologue has no embed node with a weight")
 
 
-def _verify_block(block: Block, inputs: int, embedding: tuple[int, int]) -> int:
+def _verify_block(block: Block, inputs: int, embedding: tuple[int, int], prologue: Block) -> int:
     """Checks each node against its op; returns the width of the last one."""
     widths = {"x": inputs}
     for node in block.nodes:
@@ -112,6 +112,8 @@ def _verify_block(block: Block, inputs: int, embedding: tuple[int, int]) -> int:
             raise broken(f"{node.op} has no slot {extra[0]!r}")
         if missing := [attr for attr in op.attrs if attr not in node.attrs]:
             raise broken(f"{node.op} needs the attr {missing[0]!r}")
+        if (node.op == "embed") != (block is prologue and "x" in node.inputs):
+            raise broken("an embed, and nothing else, reads token ids, the prologue's %x")
         read = [attr for attr in (*op.attrs, *op.optional_attrs) if attr in node.attrs]
         if wrong := [attr for attr in read if not _VALID[attr](node.attrs[attr])]:
             raise broken(f"the attr {wrong[0]!r} cannot be {node.attrs[wrong[0]]!r}")

@@ -84,12 +84,6 @@ def run_model(path: Path) -> None:
         x = jax.eval_shape(run, weights, x, embedding)
 
 
-def read_gguf(folder: Path) -> None:
-    """Opens the model in a GGUF file, and its tokenizer."""
-    read_tokenizer(folder / "model.gguf")
-    read_model(folder / "model.gguf")
-
-
 def read_tokenizer(path: Path) -> None:
     """Opens a tokenizer, and uses it."""
     tokenizer = open_tokenizer(path)
@@ -175,18 +169,7 @@ def _gguf(folder: Path) -> dict[str, Mutator]:
     file = folder / "model.gguf"
     write_gguf(file, "llama_bias", GGMLQuantizationType.Q8_0)
     tree, data = tree_of(file)
-    tree["metadata"] |= {
-        "general.alignment": ALIGNMENT,
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "llama-bpe",
-        "tokenizer.ggml.tokens": [*sorted(ByteLevel.alphabet()), "ab", "<|begin|>", "<|end|>"],
-        "tokenizer.ggml.token_type": [1] * 257 + [3, 3],
-        "tokenizer.ggml.merges": ["a b"],
-        "tokenizer.ggml.bos_token_id": 257,
-        "tokenizer.ggml.eos_token_id": 258,
-        "tokenizer.ggml.add_bos_token": True,
-        "tokenizer.chat_template": "{{ bos_token }}{{ messages[0].content }}",
-    }
+    tree["metadata"] |= {"general.alignment": ALIGNMENT, "tokenizer.ggml.tokens": ["a"]}
     file.write_bytes(bytes_of(tree, data))
     return {file.name: changer(tree, data)}
 
@@ -194,23 +177,46 @@ def _gguf(folder: Path) -> dict[str, Mutator]:
 # --- tokenizers -----------------------------------------------------------------------------------
 
 
-def _sentencepiece(folder: Path) -> dict[str, Mutator]:
-    pieces = ["▁", "a", "b", "ab", "▁a", "▁ab"]
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
-    metadata = {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.scores": [float(-i) for i in range(len(tokens))],
-        "tokenizer.ggml.token_type": [2, 3, 3, *[6] * 256, *[1] * len(pieces)],
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-        "tokenizer.ggml.unknown_token_id": 0,
-        "tokenizer.ggml.add_space_prefix": True,
-        "tokenizer.chat_template": "{{ bos_token }}{{ messages[0].content }}",
-    }
+def _byte_level(folder: Path) -> dict[str, Mutator]:
+    return _vocabulary(
+        folder,
+        {
+            "model": "gpt2",
+            "pre": "llama-bpe",
+            "tokens": [*sorted(ByteLevel.alphabet()), "ab", "<|begin|>", "<|end|>"],
+            "token_type": [1] * 257 + [3, 3],
+            "merges": ["a b"],
+            "bos_token_id": 257,
+            "eos_token_id": 258,
+            "add_bos_token": True,
+        },
+    )
+
+
+def _vocabulary(folder: Path, ggml: dict) -> dict[str, Mutator]:
+    metadata = {f"tokenizer.ggml.{key}": item for key, item in ggml.items()}
+    metadata["tokenizer.chat_template"] = "{{ bos_token }}{{ messages[0].content }}"
     tree = {"version": 3, "metadata": metadata, "tensors": []}
     (folder / "model.gguf").write_bytes(bytes_of(tree))
     return {"model.gguf": changer(tree, b"")}
+
+
+def _sentencepiece(folder: Path) -> dict[str, Mutator]:
+    pieces = ["▁", "a", "b", "ab", "▁a", "▁ab"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    return _vocabulary(
+        folder,
+        {
+            "model": "llama",
+            "tokens": tokens,
+            "scores": [float(-i) for i in range(len(tokens))],
+            "token_type": [2, 3, 3, *[6] * 256, *[1] * len(pieces)],
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "unknown_token_id": 0,
+            "add_space_prefix": True,
+        },
+    )
 
 
 def tokenizer(folder: Path) -> dict[str, Mutator]:
@@ -285,8 +291,9 @@ KINDS = (
     Kind("safetensors", _safetensors, read_model),
     Kind("index.json", _index, read_model),
     Kind("config.json", _config, run_model),
-    Kind("GGUF", _gguf, read_gguf),
-    Kind("GGUF tokenizer", _sentencepiece, lambda folder: read_tokenizer(folder / "model.gguf")),
+    Kind("GGUF", _gguf, lambda folder: read_model(folder / "model.gguf")),
+    Kind("GGUF BPE", _byte_level, lambda folder: read_tokenizer(folder / "model.gguf")),
+    Kind("GGUF pieces", _sentencepiece, lambda folder: read_tokenizer(folder / "model.gguf")),
     Kind("tokenizer", tokenizer, read_tokenizer),
     Kind("chat template", _template, read_tokenizer),
     Kind("recipe", _recipe, read_pipeline, writes=True),

@@ -108,16 +108,15 @@ def change_json(random: Random, data: bytes) -> bytes:
 
 
 def change_tree(random: Random, tree: Any) -> Any:
-    """Changes one value of a tree of lists and objects, any with equal probability; returns it."""
-    places = list(_places(tree))
-    if not places:
+    """Changes one value of a tree of lists and objects, and returns it."""
+    if not isinstance(tree, dict | list) or not tree:
         return value(random)
-    container, key = random.choice(places)
+    container, key = _place(random, tree)
     match random.randrange(6):
         case 0:
             del container[key]
         case 1:
-            other, other_key = random.choice(places)
+            other, other_key = _place(random, tree)
             container[key] = json.loads(json.dumps(other[other_key]))
         case 2 if isinstance(container, dict):
             container[random.choice(WORDS)] = container.pop(key)
@@ -132,13 +131,16 @@ def change_tree(random: Random, tree: Any) -> Any:
     return tree
 
 
-def _places(tree: Any):
-    """(container, key) of every value but the root."""
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-    for key, item in items:
-        yield tree, key
-        if isinstance(item, dict | list):
-            yield from _places(item)
+def _place(random: Random, tree: Any) -> tuple[Any, Any]:
+    """(container, key) of a value. Each on a level is as likely, however much it holds, so that a
+    vocabulary does not outweigh all else.
+    """
+    while True:
+        key = random.choice(list(tree)) if isinstance(tree, dict) else random.randrange(len(tree))
+        child = tree[key]
+        if not isinstance(child, dict | list) or not child or random.random() < 0.2:
+            return tree, key
+        tree = child
 
 
 # --- lines of TOML --------------------------------------------------------------------------------

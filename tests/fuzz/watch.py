@@ -33,7 +33,9 @@ def fault(reader: Callable[[], object], *writable: Path, seconds: float = SECOND
         return None if str(error).strip() else f"{type(error).__name__} without a message"
     except Fault as error:
         return str(error)
-    except Exception as error:
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
         frame = error.__traceback__
         while frame and frame.tb_next:
             frame = frame.tb_next
@@ -56,16 +58,18 @@ def limited_memory() -> Iterator[None]:
 
 @contextmanager
 def _within(seconds: float) -> Iterator[None]:
+    """Raises Fault after some seconds of processor time, as the machine may be busy."""
+
     def stop(*_):
         raise Fault(f"takes more than {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 @contextmanager

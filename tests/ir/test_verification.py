@@ -73,6 +73,10 @@ BROKEN_NODES = {  # all in model.layers.0
         )
         for value in values
     },
+    "embed in a block": (
+        change("output", op="embed", inputs=("x",), **weight("weight", 8, 8)),
+        "output: an embed, and nothing else, reads token ids, the prologue's %x",
+    ),
     "attr missing": (
         change("input_layernorm", attrs={}),
         "input_layernorm: rms_norm needs the attr 'eps'",
