@@ -166,7 +166,8 @@ def _config(path: Path, metadata: dict[str, Any], entries: dict[str, GGUFTensor]
                 )
             value = value[0]
         # 9.999999747378752e-06 is the float32 of 1e-05: keep the short one
-        return float(str(np.float32(value))) if isinstance(value, float) else value
+        with np.errstate(over="ignore"):
+            return float(str(np.float32(value))) if isinstance(value, float) else value
 
     if "token_embd.weight" not in entries:
         raise BadInput(f"{path}: it has no tensor token_embd.weight")

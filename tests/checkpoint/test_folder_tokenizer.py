@@ -195,6 +195,19 @@ def test_what_is_missing_is_said(tmp_path, stories260k):
 
 
 @pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [("post_processor", "special_tokens", {}), ("model", "continuing_subword_prefix", "BPE")],
+)
+def test_a_panic_of_the_library_is_told(tmp_path, stories260k, part, key, value):
+    path = folder(tmp_path / "m", stories260k)
+    content = json.loads((path / "tokenizer.json").read_text())
+    content[part][key] = value
+    (path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(BadInput, match=r"tokenizer\.json: the tokenizers library cannot"):
+        open_tokenizer(path)
+
+
+@pytest.mark.parametrize(
     ("name", "data"),
     [("tokenizer.json", b'{"model": 1}'), ("tokenizer_config.json", b"{"), ("config.json", b"[]")],
 )
