@@ -31,7 +31,7 @@ multiplies each run of 2^k features by H / sqrt(2^k), the largest of at most 204
 4. `embedding = true`, for recipes that quantize a tied embedding: E -> E R1, no `rotate_in`, and a
    node `rotate_head` between the final norm and the head, x g R1 (E R1)^T = x g E^T. Rounded to
    N = 3, SmolLM2's embedding costs a KL of 0.25 as it is and 0.04 rotated.
-   `fold_norms{untie = true}` before it gives case 2 instead; `atd.pipeline.export.absorb` does so
+   `fold_norms{untie = true}` before it gives case 2 instead; `atd.exports.absorb.absorb` does so
    afterwards, for formats without such nodes.
 5. Seeds: the recipe's together with `seed`. Equal seeds, equal bytes.
 6. Importances of single features (`Context.feature_weights`) must have been measured on the rotated

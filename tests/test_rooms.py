@@ -22,7 +22,7 @@ FLOORS = [
     {"models"},
     {"calibration", "runtime"},
     {"pipeline", "reports"},
-    {"passes", "study"},
+    {"exports", "passes", "study"},
     {"cli"},
     {"__init__", "__main__", "convert_adaptive"},
     {"benchmarks", "examples"},

@@ -10,6 +10,7 @@ import tyro
 from tyro.conf import Positional, UseAppendAction
 
 from atd.cli.options import Calib, Context, IgnoreExtra, Model, check_writable, command
+from atd.exports.formats import To
 
 
 @command()
@@ -165,23 +166,29 @@ def export(
     model: Model,
     out: Annotated[Positional[Path], tyro.conf.arg(metavar="OUT")],
     *,
-    to: Literal["hf"],
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+    to: To,
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"] | None,
+        tyro.conf.arg(metavar="{float32,float16,bfloat16}"),
+    ] = None,
     overwrite: bool = False,
     ignore_extra: IgnoreExtra = False,
 ) -> None:
-    """Write the dequantized weights as a dense checkpoint that other tools read.
+    """Write a model in a format that other tools read.
 
     Args:
         out: The folder to write.
-        to: The format; hf is a Hugging Face folder (config.json, safetensors, tokenizer).
-        dtype: The dtype of the written weights; float32 holds every ternary sum exactly.
-        overwrite: Replace OUT if it is a folder that atd made, with no file changed or added.
+        to: The format; hf is a Hugging Face folder of dense weights (config.json, safetensors,
+            tokenizer).
+        dtype: The dtype of the weights that hf writes; float32, the default, holds every ternary
+            sum exactly.
+        overwrite: Replace OUT if it is one that atd made, with no file changed or added.
     """
-    from atd.pipeline.export import export_hf
+    from atd.exports.formats import FORMATS
+    from atd.exports.formats import export as run
     from atd.reports.progress import shown
 
     with shown() as (say, progress):
-        options = {"dtype": dtype, "overwrite": overwrite, "ignore_extra": ignore_extra}
-        export_hf(model, out, **options, say=say, progress=progress)
-    print(f"{out}: dense {dtype} weights in Hugging Face form")
+        how = {"overwrite": overwrite, "ignore_extra": ignore_extra}
+        run(model, out, to, {"dtype": dtype}, **how, say=say, progress=progress)
+    print(f"{out}: {FORMATS[to].makes}")

@@ -12,8 +12,8 @@ from random import Random
 
 from atd.checkpoint.folder import MANIFEST, partial_folder, read_manifest
 from atd.errors import RunFailed
+from atd.exports.hf import export_hf
 from atd.pipeline.convert import convert
-from atd.pipeline.export import export_hf
 from atd.pipeline.integrity import verify_checkpoint
 from atd.pipeline.recipe import read_recipe, recipe_names
 from tests.fuzz.failing_disk import Killed, full_disk, killed

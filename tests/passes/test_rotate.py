@@ -11,6 +11,8 @@ import pytest
 from atd.calibration.moments import dense_moments
 from atd.decomposition.rotations import sylvester
 from atd.errors import BadInput
+from atd.exports.absorb import absorb
+from atd.exports.hf import export_hf
 from atd.ir import Node, in_memory
 from atd.ir.rewrite import map_nodes
 from atd.models import frontend
@@ -21,7 +23,6 @@ from atd.passes.fuse import Fuse
 from atd.passes.rotate import Rotate
 from atd.pipeline import Context, Pipeline
 from atd.pipeline.convert import convert
-from atd.pipeline.export import absorb, export_hf
 from atd.pipeline.recipe import Recipe
 from atd.weights import Dense
 from tests.golden.write_gguf import GOLDEN

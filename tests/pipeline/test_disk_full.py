@@ -10,8 +10,8 @@ import pytest
 
 from atd.checkpoint.folder import MANIFEST, partial_folder, read_manifest
 from atd.errors import RunFailed
+from atd.exports.hf import export_hf
 from atd.pipeline.convert import convert
-from atd.pipeline.export import export_hf
 from atd.pipeline.integrity import verify_checkpoint
 from tests.fuzz.failing_disk import full_disk
 

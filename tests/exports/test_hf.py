@@ -7,10 +7,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from atd.errors import BadInput, RunFailed
+from atd.exports.hf import export_hf
 from atd.models import frontend
 from atd.models.model import load
 from atd.pipeline.convert import convert
-from atd.pipeline.export import export_hf
 
 
 def quiet(line: str) -> None:

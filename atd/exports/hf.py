@@ -1,0 +1,85 @@
+"""Exports the dequantized weights of a model as a dense Hugging Face folder for other tools."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from atd.checkpoint.folder import check_target
+from atd.errors import RunFailed
+from atd.exports.absorb import absorb
+from atd.exports.folder import write_folder
+from atd.exports.parts import parts
+from atd.ir import Block, Graph, Node, WeightRef
+from atd.ir.notes import without
+from atd.models import frontend
+from atd.pipeline.output import tokenizer_files
+from atd.progress import Report, Say, unheard
+from atd.weights import DTYPES, Dense, DenseType
+
+TORCH_DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+
+
+def export_hf(
+    model: str | Path,
+    out: str | Path,
+    *,
+    dtype: str = "float32",
+    overwrite: bool = False,
+    ignore_extra: bool = False,
+    say: Say = print,
+    progress: Report = unheard,
+) -> Path:
+    """Writes a model as a dense Hugging Face folder and returns that folder.
+
+    The folder has config.json, safetensors under their Hugging Face names, and the tokenizer.
+
+    Args:
+      model: a folder that atd made, or any other checkpoint.
+      out: the folder to write.
+      dtype: float32, which holds every ternary sum exactly, float16 or bfloat16.
+      overwrite: replace `out` if atd made it.
+      ignore_extra: leave out tensors of `model` that are not part of its architecture.
+
+    Raises RunFailed where a value does not fit the dtype, BadInput for a graph whose function no
+    dense checkpoint has.
+    """
+    source, target = Path(model), Path(out).absolute()
+    graph = absorb(frontend.open(source, ignore_extra=ignore_extra))
+    check_target(target, source, overwrite)
+    tokenizer = tokenizer_files(source, say)
+    shards = [
+        (unit.name or "epilogue", [ref for node in unit.nodes for ref in _dense(unit, node, dtype)])
+        for unit in graph.units
+    ]
+    files = {"config.json": json.dumps(_config(graph, dtype), indent=2) + "\n", **tokenizer}
+    write_folder(target, "hf", shards, files, overwrite=overwrite, progress=progress)
+    return target
+
+
+def _config(graph: Graph, dtype: str) -> dict:
+    """The model's config.json as that of dense weights."""
+    return without(graph.config, "quantization_config", "dtype") | {"torch_dtype": dtype}
+
+
+def _dense(unit: Block, node: Node, dtype: str) -> list[WeightRef]:
+    """The node's weights, dense and under their Hugging Face names."""
+    narrow = TORCH_DTYPES[dtype]
+    return [
+        _dense_rows(ref, name, start, stop, narrow) for name, ref, start, stop in parts(unit, node)
+    ]
+
+
+def _dense_rows(ref: WeightRef, tensor: str, start: int, stop: int, dtype: str) -> WeightRef:
+    """Rows start..stop of a weight as a dense one."""
+    type = DenseType((stop - start, *ref.type.shape[1:]), dtype)
+
+    def load() -> Dense:
+        array = ref.dense()[start:stop]
+        with np.errstate(over="ignore"):
+            narrow = array.astype(DTYPES[dtype])
+        if not np.isfinite(narrow).all():
+            raise RunFailed(f"{tensor}: its values do not fit {dtype}; export with --dtype float32")
+        return Dense(narrow)
+
+    return WeightRef(tensor, type, load, ref.source)
