@@ -25,12 +25,17 @@ PLAIN = {GGMLQuantizationType[name.upper()]: name for name in ("f32", "f16", "bf
 # Type of a metadata value -> code of struct.
 _CODES: dict[int, str] = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
+# Types that programs other than llama.cpp have added.
+_FORKS = {
+    36: "; bitnet.cpp has its I2_S under this number: use the model's Hugging Face folder",
+}
 
 
 @dataclass(frozen=True)
 class GGUFTensor:
     """A tensor in a GGUF file."""
 
+    file: Path
     name: str
     shape: tuple[int, ...]  # numpy's, [rows, inputs] of a matrix; the file has it in reverse
     quantization: GGMLQuantizationType
@@ -145,7 +150,7 @@ def _tensor(
     except ValueError:
         raise BadInput(
             f"{path}: tensor {name} has the quantization type {kind}, "
-            "which the package gguf does not know"
+            f"which the package gguf does not know{_FORKS.get(kind, '')}"
         ) from None
     block, block_bytes = GGML_QUANT_SIZES[quantization]
     if not shape or shape[-1] % block:
@@ -153,9 +158,8 @@ def _tensor(
             f"{path}: tensor {name} {list(shape)}: "
             f"its rows are no multiple of the {block} weights of a {quantization.name} block"
         )
-    tensor = GGUFTensor(
-        name, shape, quantization, start + offset, math.prod(shape) // block * block_bytes
-    )
+    nbytes = math.prod(shape) // block * block_bytes
+    tensor = GGUFTensor(path, name, shape, quantization, start + offset, nbytes)
     end = tensor.offset + tensor.nbytes
     if end > size:
         raise BadInput(

@@ -1,7 +1,7 @@
 """Reads checkpoints and their tokenizers: headers first, then the data one tensor at a time.
 
 A checkpoint is a Hugging Face folder (config.json with model.safetensors, or with
-model.safetensors.index.json and its shards), or one GGUF file (`atd.checkpoint.gguf`), which is
+model.safetensors.index.json and its shards), or a GGUF file (`atd.checkpoint.gguf`), which is
 presented in Hugging Face's names and config.
 """
 
@@ -21,6 +21,7 @@ from atd.checkpoint.safetensors import SINGLE, folder_tensors
 from atd.checkpoint.tokenizer import Tokenizer
 from atd.errors import BadInput
 from atd.progress import Report, unheard
+from atd.weights import WeightType
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,9 @@ class Checkpoint:
     path: Path
     config: dict = field(repr=False)  # in the form of Hugging Face's config.json
     tensors: dict[str, StoredTensor] = field(repr=False)  # by name
+    # Of the weights that are not dense, by name; their parts are among the tensors, under the names
+    # of `atd.weights.stored`.
+    types: Mapping[str, WeightType] = field(default_factory=dict, repr=False)
 
     def read(self, name: str) -> np.ndarray:
         """Reads the data of a tensor. Raises BadInput where the file cannot be read any more."""
@@ -48,9 +52,9 @@ def open_checkpoint(path: str | Path, digests: Mapping[Path, str] | None = None)
     """
     path = Path(path)
     if is_gguf(path):
-        config, tensors = open_gguf(path)
+        config, tensors, types = open_gguf(path)
     else:
-        config, tensors = read_config(path), folder_tensors(path)
+        config, tensors, types = read_config(path), folder_tensors(path), {}
     known = digests or {}
     tensors = {
         name: replace(tensor, source=f"{known[tensor.file]} {tensor.place}")
@@ -58,7 +62,7 @@ def open_checkpoint(path: str | Path, digests: Mapping[Path, str] | None = None)
         else tensor
         for name, tensor in tensors.items()
     }
-    return Checkpoint(path, config, tensors)
+    return Checkpoint(path, config, tensors, types)
 
 
 def checkpoint_contents(path: str | Path, progress: Report = unheard) -> Contents:

@@ -121,6 +121,14 @@ class _Binder:
         type = DenseType(shape, found.dtype if found and found.dtype != "f64" else "f32")
         return self._reference(tensor, type, {"array": place}, [found])
 
+    def of_type(self, tensor: str, type: WeightType, *shape: int) -> WeightRef:
+        """The weight called `tensor`, of a type that is not dense, where this shape is expected."""
+        if type.shape != shape:
+            self.problems.append(
+                f"{tensor} has the shape {list(type.shape)}, expected {list(shape)}"
+            )
+        return self.reference(tensor, type)
+
     def _reference(
         self, tensor: str, type: WeightType, names: dict[str, str], found: list[StoredTensor | None]
     ) -> WeightRef:
@@ -212,6 +220,8 @@ def _from_config(checkpoint: Checkpoint, ignore_extra: bool) -> Graph:
     embedding = HEAD if tied and EMBEDDING not in here and HEAD in here else EMBEDDING
 
     def reference(tensor: str, *shape: int) -> WeightRef:
+        if type := checkpoint.types.get(tensor):
+            return binder.of_type(tensor, type, *shape)
         return binder.dense(tensor, *shape, place=embedding if tensor == EMBEDDING else tensor)
 
     graph = llama_graph(checkpoint.config, replace(config, tie_word_embeddings=tied), reference)

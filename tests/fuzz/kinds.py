@@ -28,9 +28,16 @@ from atd.pipeline.recipe import CONFIGS, read_recipe
 from tests.fuzz.gguf_bytes import ALIGNMENT, bytes_of, changer, tree_of
 from tests.fuzz.mutate import Mutator, change_bytes, change_json, change_lines
 from tests.fuzz.watch import SECONDS, Fault
-from tests.golden.write_gguf import GOLDEN, write_gguf
+from tests.golden.write_gguf import (
+    GOLDEN,
+    TERNARY_CONFIG,
+    ternary_model,
+    write_gguf,
+    write_model,
+)
 
 TEXT = "Once upon a time, <s> there was a café 漢 🦊.\n  The end</s>"
+FIRST_PART = "model-00001-of-00003.gguf"
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
 
@@ -174,6 +181,17 @@ def _gguf(folder: Path) -> dict[str, Mutator]:
     return {file.name: changer(tree, data)}
 
 
+def _split_gguf(folder: Path) -> dict[str, Mutator]:
+    """A model with ternary matrices, in three parts."""
+    file, kind = folder / "model.gguf", GGMLQuantizationType.TQ2_0
+    write_model(file, TERNARY_CONFIG, ternary_model(), kind, split_max_tensors=4)
+    first, second, _ = sorted(folder.glob("*.gguf"))
+    tree, data = tree_of(first)
+    tree["metadata"] |= {"tokenizer.ggml.tokens": ["a"]}
+    first.write_bytes(bytes_of(tree, data))
+    return {first.name: changer(tree, data), second.name: changer(*tree_of(second))}
+
+
 # --- tokenizers -----------------------------------------------------------------------------------
 
 
@@ -292,6 +310,7 @@ KINDS = (
     Kind("index.json", _index, read_model),
     Kind("config.json", _config, run_model),
     Kind("GGUF", _gguf, lambda folder: read_model(folder / "model.gguf")),
+    Kind("GGUF parts", _split_gguf, lambda folder: read_model(folder / FIRST_PART)),
     Kind("GGUF BPE", _byte_level, lambda folder: read_tokenizer(folder / "model.gguf")),
     Kind("GGUF pieces", _sentencepiece, lambda folder: read_tokenizer(folder / "model.gguf")),
     Kind("tokenizer", tokenizer, read_tokenizer),

@@ -15,11 +15,23 @@ NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "self_attn.o_proj": "attn_output",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+}
+
+TERNARY_CONFIG = {
+    "model_type": "llama",
+    "max_position_embeddings": 64,
+    "hidden_size": 256,
+    "num_hidden_layers": 1,
+    "intermediate_size": 512,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
 }
 
 
@@ -52,14 +64,27 @@ def write_gguf(
     """
     config = json.loads((GOLDEN / golden / "config.json").read_text())
     tensors = load_file(GOLDEN / golden / "model.safetensors")
+    write_model(path, config, tensors, quantization, metadata)
+    return tensors
+
+
+def write_model(
+    path: Path, config: dict, tensors: dict, quantization, metadata: dict | None = None, **split
+) -> None:
+    """A model of Hugging Face's names as llama.cpp's converter writes it, matrices so quantized;
+    `split` are options of GGUFWriter.
+    """
     family, scaling = config["model_type"], config.get("rope_scaling") or {}
-    writer = gguf.GGUFWriter(path, family)
+    writer = gguf.GGUFWriter(path, family, **split)
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
+    if "head_dim" in config:
+        writer.add_key_length(config["head_dim"])
+        writer.add_value_length(config["head_dim"])
     writer.add_layer_norm_rms_eps(config.get("rms_norm_eps", 1e-6))
     writer.add_rope_freq_base(config.get("rope_theta", 1e4))
     writer.add_token_list([f"token {i}" for i in range(2000)])  # longer than what the reader keeps
@@ -94,7 +119,6 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return tensors
 
 
 def llama3_divisors(scaling: dict, theta: float, head_dim: int) -> np.ndarray:
@@ -111,3 +135,28 @@ def llama3_divisors(scaling: dict, theta: float, head_dim: int) -> np.ndarray:
             smooth = (original / wavelength - low) / (high - low)
             divisors.append(1 / ((1 - smooth) / factor + smooth))
     return np.array(divisors, np.float32)
+
+
+def ternary_model() -> dict[str, np.ndarray]:
+    """A model whose linears have a scale and a trit for each weight, in blocks of 256."""
+    random = np.random.default_rng(0)
+
+    def ternary(out: int, inputs: int) -> np.ndarray:
+        scales = random.uniform(0.01, 0.03, (out, inputs // 256)).astype(np.float16)
+        trits = random.integers(-1, 2, (out, inputs))
+        return (trits * np.repeat(scales, 256, axis=1)).astype(np.float32)
+
+    layer = "model.layers.0"
+    return {
+        "model.embed_tokens.weight": random.normal(size=(32, 256)).astype(np.float32),
+        "model.norm.weight": np.ones(256, np.float32),
+        f"{layer}.input_layernorm.weight": np.ones(256, np.float32),
+        f"{layer}.post_attention_layernorm.weight": np.ones(256, np.float32),
+        f"{layer}.self_attn.q_proj.weight": ternary(256, 256),
+        f"{layer}.self_attn.k_proj.weight": ternary(128, 256),
+        f"{layer}.self_attn.v_proj.weight": ternary(128, 256),
+        f"{layer}.self_attn.o_proj.weight": ternary(256, 256),
+        f"{layer}.mlp.gate_proj.weight": ternary(512, 256),
+        f"{layer}.mlp.up_proj.weight": ternary(512, 256),
+        f"{layer}.mlp.down_proj.weight": ternary(256, 512),
+    }

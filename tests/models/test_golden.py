@@ -37,7 +37,7 @@ def test_logits_of_a_trained_model(trained):
     assert distance(trained.folder, trained.golden()) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["llama_mha", "llama_gqa", "llama_bias", "qwen2"])
+@pytest.mark.parametrize("name", ["llama_mha", "llama_gqa", "llama_bias", "qwen2", "qwen3"])
 def test_logits_of_gguf(tmp_path, name):
     write_gguf(tmp_path / "m.gguf", name, gguf.GGMLQuantizationType.F32)
     golden = np.load(GOLDEN / name / "logits.npz")

@@ -1,0 +1,167 @@
+"""The metadata of a GGUF file as a config.json.
+
+Keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from atd.checkpoint.gguf_header import GGUFTensor
+from atd.errors import BadInput
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+# What a model of an architecture needs that graphs do not have.
+_LACKING = {
+    "gemma3": "it needs norms behind attention and MLP, a gelu gate, a scaled embedding and a rope "
+    "base of its own for windowed layers",
+}
+
+
+def check_architecture(path: Path, metadata: Mapping[str, Any]) -> str:
+    """Returns the architecture of a GGUF file; raises BadInput where it is not supported."""
+    architecture = metadata.get("general.architecture", "")
+    if architecture not in ARCHITECTURES:
+        reason = f": {lacking}" if (lacking := _LACKING.get(architecture)) else ""
+        raise BadInput(
+            f"{path}: the GGUF architecture {architecture!r} is not supported{reason}; "
+            f"supported: {', '.join(ARCHITECTURES)}"
+        )
+    return architecture
+
+
+def gguf_config(
+    path: Path,
+    metadata: Mapping[str, Any],
+    entries: Mapping[str, GGUFTensor],
+    read: Callable[[GGUFTensor], np.ndarray],
+) -> dict:
+    """Returns what config.json says of the model of a GGUF file.
+
+    Args:
+        path: what messages name.
+        metadata, entries: its header.
+        read: returns the values of a tensor.
+
+    Raises:
+        BadInput: the model is not supported, or its metadata contradict themselves.
+    """
+    architecture = check_architecture(path, metadata)
+
+    def get(key: str, default=None) -> Any:
+        value = metadata.get(f"{architecture}.{key}", default)
+        if value is None:
+            raise BadInput(f"{path}: its metadata has no {architecture}.{key}")
+        if isinstance(value, list):  # one value per layer
+            if len(set(value)) != 1:
+                raise BadInput(
+                    f"{path}: {architecture}.{key} differs between layers ({value}), "
+                    "which is not supported"
+                )
+            value = value[0]
+        # 9.999999747378752e-06 is the float32 of 1e-05: keep the short one
+        with np.errstate(over="ignore"):
+            return float(str(np.float32(value))) if isinstance(value, float) else value
+
+    if "token_embd.weight" not in entries:
+        raise BadInput(f"{path}: it has no tensor token_embd.weight")
+    if get("expert_count", 0):
+        raise BadInput(
+            f"{path}: a mixture of {get('expert_count')} experts, which is not supported; "
+            "dense models are"
+        )
+    heads, hidden = get("attention.head_count"), get("embedding_length")
+    head_dim = get("attention.key_length", hidden // heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if get(key, head_dim) != head_dim:
+            raise BadInput(
+                f"{path}: {architecture}.{key} is {get(key)}, the head dimension {head_dim}; "
+                f"a difference is not supported"
+            )
+    theta = get("rope.freq_base", 10000.0)
+    tokens = {
+        f"{kind}_token_id": metadata.get(f"tokenizer.ggml.{kind}_token_id")
+        for kind in ("bos", "eos")
+    }
+    return {
+        "architectures": [ARCHITECTURES[architecture]],
+        "model_type": architecture,
+        "hidden_act": "silu",
+        "vocab_size": entries["token_embd.weight"].shape[0],
+        "hidden_size": hidden,
+        "intermediate_size": get("feed_forward_length"),
+        "num_hidden_layers": get("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": get("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": get("context_length"),
+        "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
+        "rope_theta": theta,
+        "rope_scaling": _rope_scaling(path, entries, get, theta, head_dim, read),
+        "tie_word_embeddings": "output.weight" not in entries,
+        "attention_bias": architecture != "qwen2" and "blk.0.attn_q.bias" in entries,
+        "mlp_bias": "blk.0.ffn_gate.bias" in entries,
+        "use_sliding_window": False,
+        "torch_dtype": "float16",
+        **{key: value for key, value in tokens.items() if value is not None},
+    }
+
+
+def _rope_scaling(
+    path: Path,
+    entries: Mapping[str, GGUFTensor],
+    get: Callable,
+    theta: float,
+    head_dim: int,
+    read: Callable[[GGUFTensor], np.ndarray],
+) -> dict | None:
+    kind = get("rope.scaling.type", "none")
+    legacy = get("rope.scale_linear", 1.0)  # in files that have no rope.scaling.*
+    factor = get("rope.scaling.factor", legacy)
+    if kind not in ("none", "linear"):
+        raise BadInput(
+            f"{path}: rope scaling {kind!r} is not supported; "
+            f"supported: none, linear, and llama3 (tensor rope_freqs.weight)"
+        )
+    if "rope_freqs.weight" in entries:
+        divisors = read(entries["rope_freqs.weight"]).astype(np.float64)
+        return _llama3_scaling(
+            path, divisors, get("rope.scaling.original_context_length", 8192), theta, head_dim
+        )
+    if kind == "linear" or legacy != 1.0:
+        return {"rope_type": "linear", "factor": factor}
+    return None
+
+
+def _llama3_scaling(
+    path: Path, divisors: np.ndarray, original: int, theta: float, head_dim: int
+) -> dict:
+    """The `llama3` rope scaling that the divisors of the frequencies [head_dim/2] come from.
+
+    With c = original context / wavelength and Meta's low and high factors of 1 and 4: 1/divisor =
+    (1 - s)/factor + s, where s = (c - 1)/(4 - 1), cut to 0..1. Raises BadInput for other divisors.
+    """
+    low, high = 1.0, 4.0
+    factor = float(np.max(divisors)) if divisors.size else 1.0
+    wavelengths = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    smooth = np.clip((original / wavelengths - low) / (high - low), 0.0, 1.0)
+    expected = 1 / ((1 - smooth) / factor + smooth)
+    if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4, atol=0):
+        raise BadInput(
+            f"{path}: the divisors in rope_freqs.weight are not those of llama3 rope scaling "
+            f"(low 1, high 4, original context {original}); other scalings are not supported"
+        )
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": original,
+    }

@@ -1,0 +1,182 @@
+"""Ternary tensors of GGUF files, and files in several parts."""
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+
+from atd.checkpoint.gguf_header import read_header
+from atd.checkpoint.gguf_tokenizer import open_gguf_tokenizer
+from atd.checkpoint.reader import checkpoint_contents
+from atd.errors import BadInput
+from atd.models import frontend
+from atd.models.model import load
+from tests.golden.write_gguf import (
+    TERNARY_CONFIG,
+    permuted,
+    ternary_model,
+    write_gguf,
+    write_model,
+)
+
+KINDS = gguf.GGMLQuantizationType
+
+
+def refused(path: Path, *words: str) -> None:
+    with pytest.raises(BadInput) as caught:
+        frontend.open(path)
+    for word in words:
+        assert word in str(caught.value), caught.value
+
+
+# --- ternary tensors ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["TQ1_0", "TQ2_0"])
+def test_ternary_tensors_stay_ternary(tmp_path, kind):
+    tensors = ternary_model()
+    write_model(tmp_path / "m.gguf", TERNARY_CONFIG, tensors, KINDS[kind])
+    refs = {ref.tensor: ref for _, ref in frontend.open(tmp_path / "m.gguf").weights()}
+    for name, array in tensors.items():
+        if "_proj" in name:
+            group = "row" if array.shape[1] == 256 else 256
+            text = f"packed n=1 g={group} free layout=aligned/1 f16[{array.shape[0]},"
+            assert str(refs[name].type).startswith(text)
+            np.testing.assert_array_equal(refs[name].dense(), array, err_msg=name)
+
+
+def test_a_ternary_model_runs_as_the_dense_one_does(tmp_path):
+    tensors = ternary_model()
+    write_model(tmp_path / "ternary.gguf", TERNARY_CONFIG, tensors, KINDS.TQ2_0)
+    embedding = gguf.quants.quantize(tensors["model.embed_tokens.weight"], KINDS.TQ2_0)
+    tensors["model.embed_tokens.weight"] = gguf.quants.dequantize(embedding, KINDS.TQ2_0)
+    write_model(tmp_path / "dense.gguf", TERNARY_CONFIG, tensors, KINDS.F32)
+    tokens = np.arange(12, dtype=np.int32).reshape(2, 6)
+    ternary, dense = (load(tmp_path / f"{name}.gguf")(tokens) for name in ("ternary", "dense"))
+    np.testing.assert_array_equal(ternary, dense)
+
+
+def changed(path: Path, tensor: str, change) -> None:
+    """Changes the blocks of a tensor in place, uint8 [rows, bytes]."""
+    entry = read_header(path)[1][tensor]
+    data = bytearray(path.read_bytes())
+    span = slice(entry.offset, entry.offset + entry.nbytes)
+    blocks = np.frombuffer(bytes(data[span]), np.uint8).reshape(entry.shape[0], -1).copy()
+    change(blocks)
+    data[span] = blocks.tobytes()
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ((0, b"\xff\xff"), "2 bytes of its TQ2_0 blocks hold the code 3; expected 0, 1 or 2"),
+        ((64, b"\x00\x7e"), "its scales hold NaN or Inf"),
+    ],
+)
+def test_damaged_ternary_blocks_are_refused_by_name(tmp_path, value, words):
+    path = tmp_path / "m.gguf"
+    write_model(path, TERNARY_CONFIG, ternary_model(), KINDS.TQ2_0)
+    at, new = value
+
+    def change(blocks: np.ndarray) -> None:
+        blocks[3, at : at + 2] = np.frombuffer(new, np.uint8)
+
+    changed(path, "blk.0.ffn_down.weight", change)
+    refs = {ref.tensor: ref for _, ref in frontend.open(path).weights()}
+    with pytest.raises(BadInput) as caught:
+        refs["model.layers.0.mlp.down_proj.weight"].load()
+    assert f"{path}: tensor blk.0.ffn_down.weight: {words}" in str(caught.value)
+
+
+def test_a_ternary_tensor_of_the_wrong_shape(tmp_path):
+    tensors = ternary_model()
+    tensors["model.layers.0.mlp.down_proj.weight"] = np.zeros((256, 256), np.float32)
+    write_model(tmp_path / "m.gguf", TERNARY_CONFIG, tensors, KINDS.TQ1_0)
+    refused(tmp_path / "m.gguf", "down_proj.weight has the shape [256, 256], expected [256, 512]")
+
+
+def test_architectures_that_lack_something_are_told_what(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "gemma3")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    refused(tmp_path / "m.gguf", "'gemma3' is not supported: it needs norms behind attention")
+
+
+# --- files in several parts -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def parts(tmp_path) -> list[Path]:
+    """A model in three or more parts."""
+    tensors = ternary_model()
+    write_model(tmp_path / "m.gguf", TERNARY_CONFIG, tensors, KINDS.TQ2_0, split_max_tensors=4)
+    return sorted(tmp_path.glob("m-*.gguf"))
+
+
+def test_a_split_file_is_one_model(tmp_path, parts):
+    assert len(parts) == 3
+    write_model(tmp_path / "whole.gguf", TERNARY_CONFIG, ternary_model(), KINDS.TQ2_0)
+    split, whole = frontend.open(parts[0]), frontend.open(tmp_path / "whole.gguf")
+    assert str(split) == str(whole)
+    for (_, one), (_, other) in zip(split.weights(), whole.weights(), strict=True):
+        np.testing.assert_array_equal(one.dense(), other.dense())
+    assert set(checkpoint_contents(parts[0]).digests) == set(parts)
+
+
+def test_parts_that_are_missing_are_named(parts):
+    parts[1].unlink()
+    refused(parts[0], "the first of 3 parts", f"{parts[1].name} is missing", "download it again")
+    parts[2].unlink()
+    refused(parts[0], f"{parts[1].name}, {parts[2].name} is missing")
+
+
+def test_any_part_but_the_first_names_the_first(parts):
+    refused(parts[2], "split.no is 2", f"give {parts[0].name}")
+
+
+def test_a_part_under_another_name(tmp_path, parts):
+    parts[0].rename(tmp_path / "other.gguf")
+    refused(tmp_path / "other.gguf", "one of 3 parts", "NAME-00001-of-0000N.gguf", "--merge")
+
+
+def test_parts_that_disagree(tmp_path, parts):
+    original = parts[1].read_bytes()
+    parts[1].write_bytes(parts[2].read_bytes())
+    refused(parts[0], parts[1].name, "split.no is 2, expected 1", "not of one file")
+    parts[1].write_bytes(original[:100])
+    refused(parts[0], parts[1].name, "truncated")
+    # of another model
+    tensors = {name: array for name, array in ternary_model().items() if "gate" not in name}
+    folder = tmp_path / "other"
+    folder.mkdir()
+    write_model(folder / "m.gguf", TERNARY_CONFIG, tensors, KINDS.TQ2_0, split_max_tensors=4)
+    parts[1].write_bytes((folder / parts[1].name).read_bytes())
+    refused(parts[0], parts[1].name, "split.tensors.count is 10, expected 11")
+
+
+def test_a_tensor_in_two_parts(parts):
+    data = parts[2].read_bytes()
+    parts[2].write_bytes(data.replace(b"blk.0.ffn_down.weight", b"blk.0.ffn_norm.weight"))
+    refused(parts[0], parts[2].name, f"tensor blk.0.ffn_norm.weight is in {parts[0].name} too")
+
+
+def test_the_tokenizer_of_a_split_file_is_that_of_its_first_part(parts):
+    with pytest.raises(BadInput, match=r"no tokenizer\.ggml\.model"):
+        open_gguf_tokenizer(parts[0])
+
+
+# --- architectures --------------------------------------------------------------------------------
+
+
+def test_qwen3_keeps_the_order_of_rows_and_the_norms_of_q_and_k(tmp_path):
+    tensors = write_gguf(tmp_path / "m.gguf", "qwen3", KINDS.F32)
+    graph = frontend.open(tmp_path / "m.gguf")
+    refs = {ref.tensor: ref for _, ref in graph.weights()}
+    assert set(refs) == set(tensors)
+    for name, array in tensors.items():
+        np.testing.assert_array_equal(refs[name].dense(), array, err_msg=name)
+    query = tensors["model.layers.0.self_attn.q_proj.weight"]
+    assert not np.array_equal(permuted(query, 4), query)
