@@ -14,7 +14,10 @@ and again when it has been moved aside, where no other program looks for it.
 """
 
 import fcntl
+import hashlib
+import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -22,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from atd.checkpoint.files import disk_errors, is_plain_name, path_exists, read_json
-from atd.checkpoint.writer import file_digest, sync_folder
+from atd.checkpoint.writer import file_digest, sync_folder, write_file
 from atd.errors import BadInput
 
 MANIFEST = "manifest.json"
@@ -101,6 +104,8 @@ def foreign(folder: Path) -> str | None:
     for name, sha256 in read_manifest(folder).items():
         if (folder / name).exists() and file_digest(folder / name) != sha256:
             return f"its {name} was changed since atd wrote it"
+    if (folder / REPORT).exists() and not report_is_intact(folder):
+        return f"its {REPORT} was changed since atd wrote it"
     return None
 
 
@@ -262,13 +267,61 @@ def _moved_aside(target: Path, replaced: Path, overwrite: bool) -> Iterator[None
         raise
 
 
+# --- manifest and report --------------------------------------------------------------------------
+
+_TIMES = re.compile(rb'("seconds": )[-+.\deE]+')
+
+
+def write_manifest(folder: Path, about: Mapping[str, Any], digests: Mapping[str, str]) -> None:
+    """Writes the manifest of a folder in which all other files are.
+
+    It has a digest of the report without its times, which differ from run to run, and one of
+    itself.
+
+    Args:
+        about: what it says of the run: versions, calibration text.
+        digests: file name -> sha256, but for the report.
+    """
+    manifest = {**about, "files": dict(sorted(digests.items()))}
+    if (folder / REPORT).exists():
+        manifest["report"] = _report_digest(folder / REPORT)
+    manifest["sha256"] = _manifest_digest(manifest)
+    write_file(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+
+
+def _manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """The sha256 of what the manifest says."""
+    said = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _report_digest(path: Path) -> str:
+    """The sha256 of a report without its times."""
+    return hashlib.sha256(_TIMES.sub(rb"\1", path.read_bytes())).hexdigest()
+
+
+def report_is_intact(folder: Path) -> bool:
+    """Returns whether report.json is there and, but for its times, as it was written; True as well
+    where the manifest has no digest of it.
+    """
+    sha256 = read_json(folder / MANIFEST).get("report")
+    report = folder / REPORT
+    return sha256 is None or (report.is_file() and _report_digest(report) == sha256)
+
+
 def read_manifest(folder: Path) -> dict[str, str]:
-    """Reads file name -> sha256 of a folder that atd made. Raises BadInput where it is none."""
+    """Reads file name -> sha256 of a folder that atd made. Raises BadInput where it is none, and
+    for a manifest that was changed.
+    """
     files = _read_entry(folder, MANIFEST, "files", dict)
     if not all(isinstance(sha256, str) for sha256 in files.values()):
         raise BadInput(f"{folder / MANIFEST}: damaged: expected the sha256 of each file")
     if not all(map(is_plain_name, files)):
         raise BadInput(f"{folder / MANIFEST}: damaged: expected plain file names")
+    manifest = read_json(folder / MANIFEST)
+    has_digest = not manifest.keys().isdisjoint({"report", "sha256"})  # early ones have neither
+    if has_digest and manifest.get("sha256") != _manifest_digest(manifest):
+        raise BadInput(f"{folder / MANIFEST}: damaged: it was changed since atd wrote it")
     return files
 
 

@@ -1,10 +1,9 @@
 """Writes the folder of an export, whole or not at all."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from atd.checkpoint.folder import MANIFEST, check_space, finish, open_result
+from atd.checkpoint.folder import MANIFEST, check_space, finish, open_result, write_manifest
 from atd.checkpoint.safetensors import INDEX, SINGLE, shard_name
 from atd.checkpoint.writer import file_digest, write_file, write_shard
 from atd.ir import WeightRef
@@ -46,6 +45,5 @@ def write_folder(
             write_file(result / name, content)
         written = sorted({*files, *weight_map.values()})
         digests = {name: file_digest(result / name) for name in written}
-        manifest = {"export": kind, "files": digests}
-        write_file(result / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        write_manifest(result, {"export": kind}, digests)
         finish(target, result, [*digests, MANIFEST], overwrite)

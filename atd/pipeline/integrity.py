@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from atd.checkpoint.folder import GRAPH, MANIFEST, read_manifest
+from atd.checkpoint.folder import GRAPH, MANIFEST, REPORT, read_manifest, report_is_intact
 from atd.checkpoint.safetensors import INDEX
 from atd.checkpoint.tokenizer import FILES
 from atd.checkpoint.writer import file_digest
@@ -37,6 +37,8 @@ def verify_checkpoint(folder: str | Path, progress: Report = unheard) -> int:
                 f"{folder / name} is not what was written: its sha256 differs from {MANIFEST}"
             )
         progress(Progress("comparing", i + 1, len(files), "files", name))
+    if not report_is_intact(folder):
+        raise RunFailed(f"{folder / REPORT} is not what was written; only its times may differ")
     refs = [ref for _, ref in frontend.open(folder).weights()]
     for i, ref in enumerate(refs):
         if problem := broken(ref.load()):

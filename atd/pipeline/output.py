@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from atd.calibration.text import SELF
-from atd.checkpoint.folder import GRAPH, MANIFEST, REPORT
+from atd.checkpoint.folder import GRAPH, MANIFEST, REPORT, write_manifest
 from atd.checkpoint.journal import JournalEntry
 from atd.checkpoint.reader import open_tokenizer
 from atd.checkpoint.safetensors import INDEX
@@ -84,7 +84,7 @@ def write_summary(
 
     Returns the names of all files of the checkpoint.
 
-    The report holds times and so differs from run to run; the manifest covers everything else.
+    The report holds times, which alone differ from run to run; the manifest covers everything else.
     """
     write_file(folder / "recipe.toml", recipe.to_toml())
     report = {"source": source.name, "nodes": [row for entry in entries for row in entry.report]}
@@ -92,15 +92,14 @@ def write_summary(
     digests = {entry.shard: entry.sha256 for entry in entries}
     for name in ("config.json", GRAPH, INDEX, "recipe.toml", *tokenizer):
         digests[name] = file_digest(folder / name)
-    manifest = {
+    about = {
         "format_version": FORMAT_VERSION,
         "atd": __version__,
         "jax": jax.__version__,
         "platform": jax.default_backend(),
         **({} if windows is None else {"calibration": _calibration(recipe, windows)}),
-        "files": dict(sorted(digests.items())),
     }
-    write_file(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    write_manifest(folder, about, digests)
     return [*digests, REPORT, MANIFEST]
 
 

@@ -18,6 +18,7 @@ from atd.checkpoint.folder import (
     open_result,
     partial_folder,
     result_folder,
+    write_manifest,
 )
 from atd.checkpoint.journal import JournalEntry, append_journal, journal_file, read_journal
 from atd.checkpoint.writer import digest, file_digest, write_shard
@@ -234,6 +235,12 @@ def with_another_report(path: Path) -> None:
     (made(path) / "report.json").write_text('{"of": "mine"}')
 
 
+def with_an_edited_report(path: Path) -> None:
+    made(path)
+    write_manifest(path, {"atd": "1.0"}, {"data": file_digest(path / "data")})
+    (path / "report.json").write_text('{"nodes": [], "notes": "years of work"}')
+
+
 def with_the_manifest_of_another_tool(path: Path) -> None:
     path.mkdir()
     (path / MANIFEST).write_text('{"name": "an extension", "files": {}}')
@@ -248,6 +255,7 @@ FOREIGN = {
     "its data was changed since atd wrote it": (with_a_changed_file,),
     "its data is no file": (with_a_linked_file,),
     "it has no 'nodes'": (with_another_report,),
+    "its report.json was changed since atd wrote it": (with_an_edited_report,),
     "its manifest.json is none of atd's": (with_the_manifest_of_another_tool,),
 }
 CASES = [(make, reason) for reason, all in FOREIGN.items() for make in all]

@@ -17,7 +17,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import atd
-from atd.checkpoint.folder import MANIFEST, REPORT, read_manifest, result_folder
+from atd.checkpoint.folder import (
+    MANIFEST,
+    REPORT,
+    read_manifest,
+    result_folder,
+    write_manifest,
+)
 from atd.checkpoint.journal import journal_file, read_journal
 from atd.checkpoint.writer import file_digest, write_shard
 from atd.errors import BadInput, RunFailed
@@ -134,8 +140,7 @@ def test_verify_finds_a_flipped_bit(converted, tmp_path):
     )
     shard.write_bytes(data)
     manifest = json.loads((damaged / MANIFEST).read_text())
-    manifest["files"][shard.name] = file_digest(shard)
-    (damaged / MANIFEST).write_text(json.dumps(manifest))
+    write_manifest(damaged, manifest, manifest["files"] | {shard.name: file_digest(shard)})
     with pytest.raises(RunFailed, match="1 bytes are no codes of layout aligned"):
         verify_checkpoint(damaged)
 

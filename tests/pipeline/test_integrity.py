@@ -1,12 +1,13 @@
 """verify_checkpoint: what is not as it was written is found."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
-from atd.checkpoint.folder import MANIFEST, read_manifest
+from atd.checkpoint.folder import MANIFEST, REPORT, read_manifest, write_manifest
 from atd.checkpoint.safetensors import SINGLE, shard_name
 from atd.errors import BadInput, RunFailed
 from atd.pipeline.convert import convert
@@ -37,7 +38,7 @@ def test_a_file_that_was_dropped_from_the_manifest_is_found(copy):
     manifest = json.loads((copy / MANIFEST).read_text())
     for name in read_manifest(copy):
         files = {other: sha256 for other, sha256 in manifest["files"].items() if other != name}
-        (copy / MANIFEST).write_text(json.dumps(manifest | {"files": files}))
+        write_manifest(copy, manifest, files)
         if name != "recipe.toml":  # which no reader of the model asks for
             with pytest.raises(RunFailed, match=f"{name} would be read"):
                 verify_checkpoint(copy)
@@ -48,3 +49,32 @@ def test_names_that_no_file_can_have_are_refused(copy, name):
     (copy / MANIFEST).write_text(json.dumps({"atd": "0", "files": {name: "0"}}))
     with pytest.raises(BadInput, match="expected plain file names"):
         verify_checkpoint(copy)
+
+
+def test_a_change_of_the_report_is_found_but_for_its_times(copy):
+    report = (copy / REPORT).read_text()
+    (copy / REPORT).write_text(re.sub(r'("seconds": )[^,]+', r"\g<1>1e-05", report))
+    verify_checkpoint(copy)
+    for other in (report.replace('"bits": 3', '"bits": 2', 1), report + " ", "{}"):
+        (copy / REPORT).write_text(other)
+        with pytest.raises(RunFailed, match=r"report\.json is not what was written"):
+            verify_checkpoint(copy)
+    (copy / REPORT).unlink()
+    with pytest.raises(RunFailed, match=r"report\.json is not what was written"):
+        verify_checkpoint(copy)
+
+
+def test_a_change_of_the_manifest_is_found(copy):
+    manifest = json.loads((copy / MANIFEST).read_text())
+    left_out = {key: value for key, value in manifest.items() if key != "sha256"}
+    for other in (manifest | {"jax": "9.9.9"}, manifest | {"more": 1}, left_out):
+        (copy / MANIFEST).write_text(json.dumps(other))
+        with pytest.raises(BadInput, match=r"manifest\.json: damaged: it was changed"):
+            verify_checkpoint(copy)
+
+
+def test_a_manifest_without_digests_of_report_and_itself_is_read(copy):
+    manifest = json.loads((copy / MANIFEST).read_text())
+    early = {key: value for key, value in manifest.items() if key not in ("report", "sha256")}
+    (copy / MANIFEST).write_text(json.dumps(early))
+    verify_checkpoint(copy)
