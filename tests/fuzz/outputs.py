@@ -70,24 +70,26 @@ def _files(out: Path) -> list[str]:
 
 def verify(folder: Path) -> None:
     """Verifies an output, and raises Fault where a file is another, but for times of the report and
-    the layout of the manifest.
+    the layout of the manifest. A manifest that lost both of its own digests is taken for an early
+    one.
     """
     verify_checkpoint(folder / "out")
+    early = json.loads((folder / "out" / MANIFEST).read_bytes()).keys().isdisjoint(_DIGESTS)
     for file in sorted((folder / "sound").iterdir()):
-        if _said(file) != _said(folder / "out" / file.name):
+        compared = not early or file.name not in (MANIFEST, REPORT)
+        if compared and _said(file) != _said(folder / "out" / file.name):
             raise Fault(f"verify does not find that {file.name} was changed")
+
+
+_DIGESTS = {"report", "sha256"}
 
 
 def _said(file: Path) -> object:
     """What a file says that counts."""
-    match file.name:
-        case "manifest.json":
-            said = json.loads(file.read_bytes())
-            return {key: said[key] for key in said.keys() - {"report", "sha256"}}
-        case "report.json":
-            return re.sub(rb'("seconds": )[-+.\deE]+', rb"\1", file.read_bytes())
-        case _:
-            return file.read_bytes()
+    if file.name == MANIFEST:
+        return json.loads(file.read_bytes())
+    content = file.read_bytes()
+    return re.sub(rb'("seconds": )[-+.\deE]+', b"", content) if file.name == REPORT else content
 
 
 def read_summary(folder: Path) -> None:
