@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal
 from atd.errors import BadInput
 from atd.ir import Block, Graph, InvalidGraph, Node, verify
 from atd.ir.rewrite import map_nodes
+from atd.pipeline.code import OWN, code_digest
 from atd.pipeline.context import Context
 
 
@@ -54,7 +55,13 @@ class Pass:
     scope: ClassVar[Literal["node", "block", "graph"]]
     rewrites: ClassVar[bool] = True  # False: a pass that needs "written" and only looks
     least_windows: ClassVar[int] = 0  # of calibration text, without which the pass cannot work
+    _code: ClassVar[str]  # of a class that is not atd's: digest of the source it lies in
     rules: tuple[Rule, ...] = ()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if cls.__module__.partition(".")[0] != OWN:
+            cls._code = code_digest(cls.__module__)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -146,6 +153,14 @@ class Pass:
 
     def __str__(self) -> str:
         return f"{self.name}{toml_value(self.options())}"
+
+
+def identity(step: Pass) -> str:
+    """Returns what a pass is in the keys of what it made: its text, and where it is not one of
+    atd's, digests of its code.
+    """
+    codes = [vars(cls)["_code"] for cls in type(step).__mro__ if "_code" in vars(cls)]
+    return " ".join([str(step), *codes])
 
 
 def toml_value(value: Any) -> str:

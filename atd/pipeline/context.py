@@ -46,8 +46,8 @@ class Context:
           need "written".
       written_digests: sha256 of each stored tensor as it was in memory when it was written;
           likewise.
-      passes: texts of the passes that the graph has been through since it was read; None: not
-          known.
+      passes: the passes that the graph has been through since it was read, as `identity` has
+          them: text and code; None: not known.
       cache: arrays that other runs over the same model can use again, or None.
 
     Sinks:

@@ -23,7 +23,7 @@ from atd.ir.rewrite import joined_parts
 from atd.models import frontend
 from atd.models.frontend import FORMAT_VERSION
 from atd.models.numerics import numerics
-from atd.pipeline.base import Pass
+from atd.pipeline.base import Pass, identity
 from atd.pipeline.context import Context, Figures
 from atd.pipeline.output import write_metadata
 from atd.pipeline.pipeline import Pipeline
@@ -125,7 +125,7 @@ def prepared(
     for i, step in enumerate(passes):
         if step.scope != "graph" and "activations" in step.needs:
             return graph, passes[i:]
-        after = step(graph, replace(context, passes=tuple(map(str, passes[:i]))))
+        after = step(graph, replace(context, passes=tuple(map(identity, passes[:i]))))
         if step.scope != "graph" and dense_weights(after) < dense_weights(graph):
             return graph, passes[i:]
         graph = after
@@ -151,7 +151,7 @@ def rewrite_written(
       folder: where the result goes.
     """
     keys, step = [entry.key for entry in entries], passes[-1]
-    made_from = f"{recipe.calibration_sha256} {keys} {[str(step) for step in passes]}"
+    made_from = f"{recipe.calibration_sha256} {keys} {[identity(step) for step in passes]}"
     key = hashlib.sha256(made_from.encode()).hexdigest()
     mark = folder / "made_from"
     made = mark.read_text() if mark.is_file() else ""
@@ -204,7 +204,7 @@ def _unit_key(
         for ref in node.weights.values()
     ]
     versions = (FORMAT_VERSION, __version__, numerics())
-    texts = [before.name, str(before), str(after), *map(str, passes)]
+    texts = [before.name, str(before), str(after), *map(identity, passes)]
     parts = [versions, sources, texts, recipe.seed, recipe.nonfinite, previous]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

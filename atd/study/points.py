@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from atd.errors import BadInput, nearest
+from atd.pipeline.base import identity
 from atd.pipeline.recipe import Recipe, read_recipe, with_overrides
 from atd.progress import Say
 from atd.study.results import short_options
@@ -26,8 +27,12 @@ class Point:
 
     @property
     def digest(self) -> str:
-        """sha256 of the resolved recipe without its description: equal ones mean equal weights."""
-        return digest_of(replace(self.recipe, description="").to_toml())
+        """sha256 of the resolved recipe without its description, and of the code of passes that are
+        not atd's: equal ones mean equal weights.
+        """
+        passes = self.recipe.pipeline.passes
+        codes = [code for step in passes if (code := identity(step).removeprefix(str(step)))]
+        return digest_of(replace(self.recipe, description="").to_toml(), *codes)
 
     @property
     def label(self) -> str:
