@@ -31,6 +31,7 @@ from atd.errors import BadInput
 MANIFEST = "manifest.json"
 GRAPH = "atd_graph.json"
 REPORT = "report.json"
+CARD = "README.md"
 LOCK, RESULT = "lock", "result"
 NodeReport = Mapping[str, Any]  # a row of report.json: node, type, weights, bits, bytes, error, ...
 

@@ -16,6 +16,7 @@ from atd.checkpoint.files import StoredTensor, path_exists, read_bytes, read_jso
 from atd.checkpoint.folder_tokenizer import open_folder_tokenizer
 from atd.checkpoint.gguf import open_gguf
 from atd.checkpoint.gguf_tokenizer import open_gguf_tokenizer
+from atd.checkpoint.hub import local
 from atd.checkpoint.identity import Contents, read_contents
 from atd.checkpoint.safetensors import SINGLE, folder_tensors
 from atd.checkpoint.tokenizer import Tokenizer
@@ -44,13 +45,13 @@ def open_checkpoint(path: str | Path, digests: Mapping[Path, str] | None = None)
     """Opens a Hugging Face folder or a .gguf file; reads headers alone.
 
     Args:
-        path: the folder or file.
+        path: the folder or file, or a name of the hub (`atd.checkpoint.hub`).
         digests: of the content of its files of tensors, from which `source` of a tensor is made.
 
     Raises BadInput, naming file and tensor, for what is absent, unreadable, malformed or
     incomplete.
     """
-    path = Path(path)
+    path = local(path)
     if is_gguf(path):
         config, tensors, types = open_gguf(path)
     else:
@@ -95,11 +96,11 @@ def read_config(folder: Path) -> dict:
 
 
 def open_tokenizer(path: str | os.PathLike) -> Tokenizer:
-    """Reads the tokenizer of a Hugging Face folder or of a .gguf file.
+    """Reads the tokenizer of a Hugging Face folder, of a .gguf file, or of a model of the hub.
 
     Raises BadInput where there is none, or one of an unknown kind.
     """
-    path = Path(path)
+    path = local(path)
     if not path_exists(path):
         raise BadInput(
             f"{path}: no such file or folder; give a Hugging Face folder or a .gguf file"

@@ -1,4 +1,4 @@
-"""The commands that make models and look at them: demo, convert, inspect, verify, export.
+"""The commands that make models and look at them: demo, convert, inspect, verify, export, push.
 
 Heavy imports stay inside the commands, so that `atd --help` answers at once.
 """
@@ -130,6 +130,7 @@ def inspect(
             .pdf).
     """
     from atd.checkpoint.folder import read_report
+    from atd.checkpoint.hub import local
     from atd.models import frontend
     from atd.reports.allocation import allocation_picture
     from atd.reports.plots import check_picture
@@ -140,7 +141,7 @@ def inspect(
         check_picture(plot)
     console.print(graph_table(frontend.open(model, ignore_extra=ignore_extra), nodes=nodes))
     if plot is not None:
-        allocation_picture(read_report(model), plot)
+        allocation_picture(read_report(local(model)), plot)
         print(f"picture: {plot}")
 
 
@@ -192,3 +193,29 @@ def export(
         how = {"overwrite": overwrite, "ignore_extra": ignore_extra}
         run(model, out, to, {"dtype": dtype}, **how, say=say, progress=progress)
     print(f"{out}: {FORMATS[to].makes}")
+
+
+@command()
+def push(
+    folder: Annotated[Positional[Path], tyro.conf.arg(metavar="FOLDER")],
+    name: Annotated[Positional[str], tyro.conf.arg(metavar="USER/REPO")],
+    *,
+    private: bool = False,
+    revision: Annotated[str | None, tyro.conf.arg(metavar="BRANCH")] = None,
+) -> None:
+    """Upload a folder that atd made to the Hugging Face hub, as one commit.
+
+    The folder is verified first. The token is that of HF_TOKEN or of `hf auth login`.
+
+    Args:
+        folder: A folder that atd made; its README.md, the model card, may have been edited.
+        name: The repository, which is made where there is none.
+        private: Make a private repository. One that is there already stays as it is.
+        revision: The branch to upload to, which is made where there is none; main by default.
+    """
+    from atd.pipeline.push import push as run
+    from atd.reports.progress import shown
+
+    with shown() as (_, progress):
+        address = run(folder, name, private=private, revision=revision, progress=progress)
+    print(f"{address}: uploaded")

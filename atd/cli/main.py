@@ -23,8 +23,8 @@ packed, and runs under jit.
 
 Start with `atd demo` (a real model, under 5 minutes), then `atd convert MODEL OUT`, `atd eval OUT
 --against MODEL --data TEXT`, `atd generate OUT`. MODEL is a Hugging Face folder (safetensors), a
-.gguf file, or a folder that atd made. `atd --version` prints the version, `--debug` behind any
-command shows the traceback of an error."""
+.gguf file, a folder that atd made, or a model of the Hugging Face hub, user/repo[@revision]. `atd
+--version` prints the version, `--debug` behind any command shows the traceback of an error."""
 
 
 def main(prefix: tuple[str, ...] = ()) -> None:

@@ -18,7 +18,8 @@ Model = Annotated[
     Positional[Path],
     tyro.conf.arg(
         metavar="MODEL",
-        help="A Hugging Face folder (safetensors), a .gguf file, or a folder that atd made.",
+        help="A Hugging Face folder (safetensors), a .gguf file, a folder that atd made, or a "
+        "model of the Hugging Face hub: user/repo, user/repo@revision or user/repo/file.gguf.",
     ),
 ]
 Backend = Annotated[

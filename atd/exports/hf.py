@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from atd.checkpoint.folder import check_target
+from atd.checkpoint.folder import CARD, check_target
+from atd.checkpoint.hub import local
 from atd.errors import RunFailed
 from atd.exports.absorb import absorb
 from atd.exports.folder import write_folder
@@ -13,6 +14,7 @@ from atd.exports.parts import parts
 from atd.ir import Block, Graph, Node, WeightRef
 from atd.ir.notes import without
 from atd.models import frontend
+from atd.pipeline.card import dense_card
 from atd.pipeline.output import tokenizer_files
 from atd.progress import Report, Say, unheard
 from atd.weights import DTYPES, Dense, DenseType
@@ -32,7 +34,8 @@ def export_hf(
 ) -> Path:
     """Writes a model as a dense Hugging Face folder and returns that folder.
 
-    The folder has config.json, safetensors under their Hugging Face names, and the tokenizer.
+    The folder has config.json, safetensors under their Hugging Face names, the tokenizer and a
+    model card.
 
     Args:
       model: a folder that atd made, or any other checkpoint.
@@ -46,13 +49,17 @@ def export_hf(
     """
     source, target = Path(model), Path(out).absolute()
     graph = absorb(frontend.open(source, ignore_extra=ignore_extra))
-    check_target(target, source, overwrite)
+    check_target(target, local(source), overwrite)
     tokenizer = tokenizer_files(source, say)
     shards = [
         (unit.name or "epilogue", [ref for node in unit.nodes for ref in _dense(unit, node, dtype)])
         for unit in graph.units
     ]
-    files = {"config.json": json.dumps(_config(graph, dtype), indent=2) + "\n", **tokenizer}
+    files = {
+        "config.json": json.dumps(_config(graph, dtype), indent=2) + "\n",
+        CARD: dense_card(source, graph, dtype),
+        **tokenizer,
+    }
     write_folder(target, "hf", shards, files, overwrite=overwrite, progress=progress)
     return target
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from atd.checkpoint.files import StoredTensor, read_json
 from atd.checkpoint.folder import GRAPH
+from atd.checkpoint.hub import local
 from atd.checkpoint.reader import Checkpoint, is_gguf, open_checkpoint, read_config
 from atd.errors import BadInput
 from atd.ir import Graph, InvalidGraph, WeightRef, graph_from_json, verify
@@ -38,7 +39,8 @@ def open(
     A `quantization_config` that dense weights have left of a former life is dropped.
 
     Args:
-        path: a Hugging Face folder, a GGUF file, or a folder that atd wrote.
+        path: a Hugging Face folder, a GGUF file, a folder that atd wrote, or a model of the hub,
+            "user/repo" or "user/repo@revision".
         ignore_extra: leave out tensors that are not part of the model.
         digests: of the content of the files of tensors, by which weights are identified in keys of
             caches and of runs that go on; without them weights have no identity.
@@ -51,7 +53,7 @@ def open(
             read), the checkpoint is broken, or tensors are missing, left over, or of the wrong
             shape or dtype: one message names all of them.
     """
-    path = Path(path)
+    path = local(path)
     if is_gguf(path):
         checkpoint = open_checkpoint(path, digests)
         return _verified(_from_config(checkpoint, ignore_extra), path)

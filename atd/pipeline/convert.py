@@ -15,6 +15,7 @@ from atd.calibration.text import calibration_text, window_count, window_length
 from atd.calibration.windows import tokens_digest
 from atd.checkpoint.cache import Cache
 from atd.checkpoint.folder import check_space, check_target, finish, open_result
+from atd.checkpoint.hub import local
 from atd.checkpoint.identity import check_unchanged
 from atd.checkpoint.journal import JournalEntry
 from atd.checkpoint.reader import checkpoint_contents
@@ -47,7 +48,7 @@ def convert(
     """Converts a checkpoint into a folder of N-base ternary weights and returns that folder.
 
     Args:
-      model: Hugging Face folder or GGUF file.
+      model: Hugging Face folder, GGUF file, or name of the hub, "user/repo[@revision]".
       out: the folder to write. It appears whole or not at all.
       recipe: a name (`atd.pipeline.recipe.recipe_names`), a TOML file, a `Recipe` or a `Pipeline`.
       overrides: "pass.option=value" each.
@@ -67,7 +68,7 @@ def convert(
     recipe = _resolved(recipe, overrides, calib, say)
     source, target = Path(model), Path(out).absolute()
     final = recipe.pipeline.preflight(frontend.open(source, ignore_extra=ignore_extra))
-    check_target(target, source, overwrite)
+    check_target(target, local(source), overwrite)
     tokenizer = tokenizer_files(source, say)
     store = Cache(default_cache() if cache is None else cache)
     stages, windows = recipe.pipeline.stages(), None

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from atd.checkpoint.folder import GRAPH, MANIFEST, REPORT, read_manifest, report_is_intact
+from atd.checkpoint.folder import CARD, GRAPH, MANIFEST, REPORT, read_manifest, report_is_intact
+from atd.checkpoint.hub import local
 from atd.checkpoint.safetensors import INDEX
 from atd.checkpoint.tokenizer import FILES
 from atd.checkpoint.writer import file_digest
@@ -15,8 +16,10 @@ from atd.weights import broken
 def verify_checkpoint(folder: str | Path, progress: Report = unheard) -> int:
     """Compares every file with the manifest and searches every weight for invalid values.
 
+    The model card may be changed or deleted: it is made to be added to.
+
     Args:
-      folder: a folder that atd made.
+      folder: a folder that atd made, or its name on the hub.
       progress: hears of each file and each weight.
 
     Returns the number of weights.
@@ -24,8 +27,8 @@ def verify_checkpoint(folder: str | Path, progress: Report = unheard) -> int:
     Raises RunFailed, naming file or tensor, for what is not as it was written, or would be read and
     was not written by atd; and BadInput for a folder that atd did not make.
     """
-    folder = Path(folder)
-    files = read_manifest(folder)
+    folder = local(folder)
+    files = {name: sha for name, sha in read_manifest(folder).items() if name != CARD}
     for path in sorted(folder.iterdir()):
         if path.name not in files and _is_read(path):
             raise RunFailed(f"{path} would be read, but {MANIFEST} does not have it")

@@ -1,5 +1,5 @@
-"""Writes what a folder holds besides its shards: config, graph, index, tokenizer; recipe, report
-and manifest.
+"""Writes what a folder holds besides its shards: config, graph, index, tokenizer; recipe, report,
+model card and manifest.
 """
 
 import json
@@ -10,14 +10,16 @@ import jax
 import numpy as np
 
 from atd.calibration.text import SELF
-from atd.checkpoint.folder import GRAPH, MANIFEST, REPORT, write_manifest
+from atd.checkpoint.folder import CARD, GRAPH, MANIFEST, REPORT, write_manifest
 from atd.checkpoint.journal import JournalEntry
 from atd.checkpoint.reader import open_tokenizer
 from atd.checkpoint.safetensors import INDEX
 from atd.checkpoint.writer import file_digest, write_file
 from atd.errors import BadInput
 from atd.ir import Graph
+from atd.models import frontend
 from atd.models.frontend import FORMAT_VERSION
+from atd.pipeline.card import converted_card
 from atd.pipeline.recipe import Recipe
 from atd.progress import Say
 from atd.version import __version__
@@ -80,7 +82,7 @@ def write_summary(
     tokenizer: Mapping[str, bytes],
     windows: np.ndarray | None,
 ) -> list[str]:
-    """Writes the resolved recipe, report.json and the manifest of digests.
+    """Writes the resolved recipe, report.json, the model card and the manifest of digests.
 
     Returns the names of all files of the checkpoint.
 
@@ -89,8 +91,10 @@ def write_summary(
     write_file(folder / "recipe.toml", recipe.to_toml())
     report = {"source": source.name, "nodes": [row for entry in entries for row in entry.report]}
     write_file(folder / REPORT, json.dumps(report, indent=1) + "\n")
+    passes = [str(step) for step in recipe.pipeline.passes]
+    write_file(folder / CARD, converted_card(source, frontend.open(folder), passes))
     digests = {entry.shard: entry.sha256 for entry in entries}
-    for name in ("config.json", GRAPH, INDEX, "recipe.toml", *tokenizer):
+    for name in ("config.json", GRAPH, INDEX, "recipe.toml", CARD, *tokenizer):
         digests[name] = file_digest(folder / name)
     about = {
         "format_version": FORMAT_VERSION,

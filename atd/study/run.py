@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from atd.checkpoint.folder import MANIFEST, REPORT, check_target, locked, read_manifest
+from atd.checkpoint.hub import local
 from atd.checkpoint.writer import is_intact
 from atd.errors import AtdError, BadInput, RunFailed
 from atd.pipeline.convert import convert
@@ -213,7 +214,7 @@ def _opened(out: Path, model: Path) -> Iterator[list[StudyRow]]:
             f"{out} exists and holds no {RESULTS}: not a study's folder; choose another name"
         )
     # Outside the model's folder, and writable; this makes `out`.
-    check_target(out / "point", model, overwrite=False)
+    check_target(out / "point", local(model), overwrite=False)
     with locked(out, out):
         if not (out / RESULTS).exists():
             write_results(out / RESULTS, [])  # from here on this is a study's folder

@@ -12,6 +12,7 @@ import pytest
 
 from atd.checkpoint.cache import Cache
 from atd.checkpoint.folder import (
+    CARD,
     GRAPH,
     MANIFEST,
     REPORT,
@@ -65,7 +66,7 @@ def _shards(out: Path) -> list[str]:
 
 
 def _files(out: Path) -> list[str]:
-    return sorted(path.name for path in out.iterdir())
+    return sorted(path.name for path in out.iterdir() if path.name != CARD)
 
 
 def verify(folder: Path) -> None:
