@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from glob import escape
 from pathlib import Path
 
 from atd.checkpoint.files import path_exists, read_json
@@ -27,6 +28,7 @@ _ID = re.compile(
     rf"(?P<repo>{_NAME}/(?!\S*\.gguf(?:@|$)){_NAME}|{_NAME}/{_NAME}(?=/))"
     r"(?:/(?P<file>[^@\s]+\.gguf))?(?:@(?P<revision>\S+))?"
 )
+_PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _READ = ("config.json", SINGLE, INDEX, *FILES, GRAPH, REPORT, MANIFEST, "recipe.toml", CARD)
 
 
@@ -73,11 +75,11 @@ def local(model: str | os.PathLike) -> Path:
 @cache
 def _fetched(name: HubId) -> Path:
     """The files of a model of the hub that `atd` reads."""
-    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub import snapshot_download
 
     with told(name):
         if name.file is not None:
-            return Path(hf_hub_download(name.repo, name.file, revision=name.revision))
+            return _gguf(name, name.file, name.revision)
         found = snapshot_download(name.repo, revision=name.revision, allow_patterns=[*_READ])
         folder = Path(found)
         if (folder / SINGLE).exists():
@@ -88,8 +90,17 @@ def _fetched(name: HubId) -> Path:
             if names:
                 snapshot_download(name.repo, revision=folder.name, allow_patterns=names)
             return folder
-        file = _only_gguf(name, folder)
-        return Path(hf_hub_download(name.repo, file, revision=folder.name))
+        return _gguf(name, _only_gguf(name, folder), folder.name)
+
+
+def _gguf(name: HubId, file: str, revision: str | None) -> Path:
+    """A GGUF file; of one in several parts the one that was named, with the others beside it."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    if part := _PART.fullmatch(file):
+        parts = f"{escape(part['stem'])}-?????-of-{part['count']}.gguf"
+        snapshot_download(name.repo, revision=revision, allow_patterns=[parts])
+    return Path(hf_hub_download(name.repo, file, revision=revision))
 
 
 def _only_gguf(name: HubId, folder: Path) -> str:
@@ -101,7 +112,8 @@ def _only_gguf(name: HubId, folder: Path) -> str:
         files = [file.name for file in folder.glob("*.gguf")]
     else:
         files = HfApi().list_repo_files(name.repo, revision=folder.name)
-    found = sorted(file for file in files if file.endswith(".gguf"))
+    parts = {file: _PART.fullmatch(file) for file in files if file.endswith(".gguf")}
+    found = sorted(file for file, part in parts.items() if not part or part["number"] == "00001")
     if not found:
         raise BadInput(f"{name}: it has neither {SINGLE} nor {INDEX} nor a .gguf file")
     if len(found) > 1:

@@ -105,6 +105,10 @@ def test_a_repository_of_gguf_files(server):
     server.repos["user/two"] = Repo({"main": {"a.gguf": b"GGUF", "b.gguf": b"GGUF2"}})
     assert local("user/one").name == "a.gguf"
     assert local("user/two/b.gguf").read_bytes() == b"GGUF2"
+    parts = {f"m-0000{i}-of-00002.gguf": b"GGUF" for i in (1, 2)}
+    server.repos["user/parts"] = Repo({"main": parts})
+    assert local("user/parts").name == "m-00001-of-00002.gguf"
+    assert {path.name for path in local("user/parts").parent.iterdir()} == parts.keys()
     refused("user/two", "a.gguf, b.gguf", "add one to its name")
     refused("user/two/c.gguf", "has no file c.gguf")
     server.repos["user/none"] = Repo({"main": {"notes.txt": b""}})

@@ -9,19 +9,21 @@ from huggingface_hub import metadata_load
 from atd.checkpoint.folder import foreign, read_manifest
 from atd.checkpoint.hub import local
 from atd.errors import BadInput
+from atd.exports.hf import export_hf
 from atd.models import frontend
 from atd.pipeline.card import dense_card
 from atd.pipeline.convert import convert
-from atd.exports.hf import export_hf
 from atd.pipeline.integrity import verify_checkpoint
 from tests.checkpoint.fake_hub import Repo, used
 
-quiet = {"say": lambda line: None}
+
+def quiet(line: str) -> None:
+    """Says nothing."""
 
 
 @pytest.fixture(scope="module")
 def made(packaged, tmp_path_factory) -> Path:
-    return convert(packaged.folder, tmp_path_factory.mktemp("card") / "out", "datafree2", **quiet)
+    return convert(packaged.folder, tmp_path_factory.mktemp("card") / "out", "datafree2", say=quiet)
 
 
 @pytest.fixture
@@ -44,7 +46,7 @@ def test_it_says_what_the_folder_holds_and_how_to_load_it(made):
 
 
 def test_a_dense_export_has_a_card_of_its_own(made, tmp_path):
-    out = export_hf(made, tmp_path / "dense", **quiet)
+    out = export_hf(made, tmp_path / "dense", say=quiet)
     assert (metadata_load(out / "README.md") or {})["library_name"] == "transformers"
     card = (out / "README.md").read_text()
     assert "dense float32" in card
@@ -74,12 +76,12 @@ def test_the_base_model_is_named_where_it_is_of_the_hub(packaged, tmp_path, monk
         hub.repos["user/stories"] = Repo(
             {"main": files | {"README.md": b"---\nlicense: mit\n---\n"}}
         )
-        out = convert("user/stories", tmp_path / "out", "datafree2", **quiet)
+        out = convert("user/stories", tmp_path / "out", "datafree2", say=quiet)
         data = metadata_load(out / "README.md") or {}
         assert (data["base_model"], data["license"]) == ("user/stories", "mit")
         assert "# stories, ternary" in (out / "README.md").read_text()
         with pytest.raises(BadInput, match="must lie outside the model's folder"):
-            convert("user/stories", local("user/stories") / "out", "datafree2", **quiet)
+            convert("user/stories", local("user/stories") / "out", "datafree2", say=quiet)
 
 
 def test_a_changed_card_is_sound_and_is_not_overwritten(made, source, tmp_path):
@@ -89,7 +91,7 @@ def test_a_changed_card_is_sound_and_is_not_overwritten(made, source, tmp_path):
     verify_checkpoint(out)
     assert foreign(out) == "its README.md was changed since atd wrote it"
     with pytest.raises(BadInput, match=r"README\.md was changed"):
-        convert(source, out, "datafree2", overwrite=True, **quiet)
+        convert(source, out, "datafree2", overwrite=True, say=quiet)
     (out / "README.md").unlink()
     verify_checkpoint(out)
     assert "README.md" in read_manifest(out)
