@@ -25,7 +25,7 @@ FLOORS = [
     {"exports", "passes", "study"},
     {"cli"},
     {"__init__", "__main__", "convert_adaptive"},
-    {"benchmarks", "examples"},
+    {"benchmarks", "examples", "hf"},
 ]
 FLOOR = {room: i for i, floor in enumerate(FLOORS) for room in floor}
 
