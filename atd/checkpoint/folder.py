@@ -19,7 +19,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,8 @@ def partial_folder(target: Path) -> Path:
     return target.parent / f".{target.name}.atd-partial"
 
 
-def _replaced_folder(target: Path) -> Path:
+def replaced_path(target: Path) -> Path:
+    """Returns where what is at a target is kept while it is replaced."""
     return target.parent / f".{target.name}.atd-replaced"
 
 
@@ -50,22 +51,28 @@ def result_folder(target: Path) -> Path:
     return partial_folder(target) / RESULT
 
 
-def check_target(target: Path, source: Path, overwrite: bool) -> None:
+def check_target(
+    target: Path,
+    source: Path,
+    overwrite: bool,
+    reason_against: Callable[[Path], str | None] | None = None,
+) -> None:
     """Raises BadInput for a target that cannot be written, and makes the folder that it lies in.
 
     So it is where the target exists (with `overwrite`: is not a folder of atd's, unchanged), is or
     holds the source or lies in it, or may not be written. A former output that a run moved aside
-    and did not replace is put back first.
+    and did not replace is put back first. `reason_against` returns why what is at the
+    target is not what atd wrote, where that is no folder.
     """
     source, resolved = source.resolve(), target.resolve()
     if resolved == source or resolved in source.parents or source in resolved.parents:
         raise BadInput(
             f"{target}: the output must lie outside the model's folder {source}, and not hold it"
         )
-    replaced = _replaced_folder(target)
+    replaced = replaced_path(target)
     if replaced.exists() and not os.path.lexists(target):
         os.rename(replaced, target)
-    _check_replaceable(target, overwrite)
+    _check_replaceable(target, overwrite, reason_against or foreign)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -76,7 +83,9 @@ def check_target(target: Path, source: Path, overwrite: bool) -> None:
         raise BadInput(f"{target.parent}: no permission to write there")
 
 
-def _check_replaceable(target: Path, overwrite: bool) -> None:
+def _check_replaceable(
+    target: Path, overwrite: bool, reason_against: Callable[[Path], str | None]
+) -> None:
     """Raises BadInput where something is at the target that this run may not delete."""
     if not os.path.lexists(target):
         return
@@ -84,13 +93,14 @@ def _check_replaceable(target: Path, overwrite: bool) -> None:
         made = (target / MANIFEST).is_file() and not target.is_symlink()
         way = ", or replace it with --overwrite" if made else ""
         raise BadInput(f"{target} exists; choose another name{way}")
-    if reason := foreign(target):
-        raise _refused(target, reason)
+    if reason := reason_against(target):
+        raise not_overwritten(target, reason)
 
 
-def _refused(folder: Path, reason: str) -> BadInput:
+def not_overwritten(path: Path, reason: str) -> BadInput:
+    """Returns the error for what may not be replaced."""
     return BadInput(
-        f"{folder} is no checkpoint that atd made, so it is not overwritten: {reason}; "
+        f"{path} is no checkpoint that atd made, so it is not overwritten: {reason}; "
         "remove it yourself or choose another name"
     )
 
@@ -222,7 +232,7 @@ def finish(target: Path, result: Path, keep: Iterable[str], overwrite: bool = Fa
         BadInput: something is at the target now that may not be replaced (see `check_target`). The
             partial folder stays, so that the same command has nothing left to do but this.
     """
-    keep, replaced = set(keep), _replaced_folder(target)
+    keep, replaced = set(keep), replaced_path(target)
     with disk_errors(target):
         for path in result.iterdir():
             if path.name not in keep:
@@ -250,17 +260,17 @@ def _moved_aside(target: Path, replaced: Path, overwrite: bool) -> Iterator[None
         yield
         return
     if not overwrite:
-        _check_replaceable(target, overwrite)
+        _check_replaceable(target, overwrite, foreign)
     if reason := _foreign_names(target):
-        raise _refused(target, reason)
+        raise not_overwritten(target, reason)
     if os.path.lexists(replaced):
         if reason := foreign(replaced):
-            raise _refused(replaced, reason)
+            raise not_overwritten(replaced, reason)
         _delete(replaced)
     os.rename(target, replaced)
     try:
         if reason := foreign(replaced):
-            raise _refused(target, reason)
+            raise not_overwritten(target, reason)
         yield
     except BaseException:
         if not os.path.lexists(target):

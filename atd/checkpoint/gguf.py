@@ -2,9 +2,10 @@
 
 Architectures: those of `atd.checkpoint.gguf_config`. A matrix in TQ1_0 or TQ2_0 stays ternary: one
 base, a scale for each 256 inputs. Any other quantized tensor is what `gguf.quants.dequantize`
-returns, rounded to float16; F32, F16 and BF16 stay what they are. In the llama architecture the
-rows of q and k lie in interleaved pairs, (0, d/2, 1, d/2+1, ...) of each head; here they are put
-back in the halves of Hugging Face.
+returns, rounded to float16; F32, F16 and BF16 stay what they are. In files that atd wrote, Q4_0,
+Q5_0 and Q8_0 become float32, which holds them exactly. In the llama architecture the rows of q and
+k lie in interleaved pairs, (0, d/2, 1, d/2+1, ...) of each head; here they are put back in the
+halves of Hugging Face.
 """
 
 import math
@@ -18,11 +19,11 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
 from atd.checkpoint.files import StoredTensor, read_bytes
 from atd.checkpoint.gguf_config import gguf_config
-from atd.checkpoint.gguf_header import PLAIN, GGUFTensor
+from atd.checkpoint.gguf_header import OWN, PLAIN, GGUFTensor
 from atd.checkpoint.gguf_parts import read_parts
 from atd.errors import BadInput
 from atd.weights import DTYPES, PackedType, TernaryType, WeightType, canonical_group, stored
-from atd.weights.ggml import TERNARY_BLOCK, TQ1_0, TQ2_0, ternary_parts
+from atd.weights.ggml import Q4_0, Q5_0, Q8_0, TERNARY_BLOCK, TQ1_0, TQ2_0, ternary_parts
 from atd.weights.layouts import DEFAULT_LAYOUT, LAYOUTS
 
 MODULES = {
@@ -59,10 +60,11 @@ def open_gguf(path: Path) -> tuple[dict, dict[str, StoredTensor], dict[str, Weig
     for entry in entries.values():
         _check_dequantizes(entry)
     try:
-        config = gguf_config(path, metadata, entries, _read)
+        config = gguf_config(path, metadata, entries, _values)
     except (TypeError, ZeroDivisionError) as error:
         raise BadInput(f"{path}: a value of its metadata has the wrong type: {error}") from None
     heads = permuted_heads(config)
+    exact = OWN in metadata
     tensors, types = {}, {}
     for entry in entries.values():
         if entry.name == ROPE_DIVISORS:
@@ -73,8 +75,9 @@ def open_gguf(path: Path) -> tuple[dict, dict[str, StoredTensor], dict[str, Weig
             types[name] = type
             tensors |= {t.name: t for t in _ternary_tensors(name, type, entry, order)}
         else:
-            load = _loader(partial(_read, entry), order)
-            tensors[name] = _stored(name, entry.shape, _dtype(entry), entry, load)
+            dtype = _dtype(entry, exact)
+            load = _loader(partial(_read, entry, dtype), order)
+            tensors[name] = _stored(name, entry.shape, dtype, entry, load)
     return config, tensors, types
 
 
@@ -119,8 +122,10 @@ def _dequantizes(quantization: GGMLQuantizationType) -> bool:
     return True
 
 
-def _dtype(entry: GGUFTensor) -> str:
-    return PLAIN.get(entry.quantization, "f16")
+def _dtype(entry: GGUFTensor, exact: bool) -> str:
+    """The dtype of a tensor's values; exact: the scale times an integer is not rounded."""
+    wide = exact and entry.quantization in (Q4_0, Q5_0, Q8_0)
+    return PLAIN.get(entry.quantization, "f32" if wide else "f16")
 
 
 def _stored(
@@ -142,19 +147,23 @@ def _rows(entry: GGUFTensor) -> np.ndarray:
     return raw.reshape(math.prod(entry.shape[:-1]), -1)
 
 
-def _read(entry: GGUFTensor) -> np.ndarray:
-    """The values [*entry.shape] of _dtype(entry), dequantized a few rows at a time."""
+def _read(entry: GGUFTensor, dtype: str) -> np.ndarray:
+    """The values [*entry.shape] of a dtype, dequantized a few rows at a time."""
     raw = _rows(entry)
     if entry.quantization in PLAIN:
-        return raw.reshape(-1).view(DTYPES[_dtype(entry)]).reshape(entry.shape)
+        return raw.reshape(-1).view(DTYPES[dtype]).reshape(entry.shape)
     inputs = entry.shape[-1]
-    values = np.empty((raw.shape[0], inputs), np.float16)
+    values = np.empty((raw.shape[0], inputs), DTYPES[dtype])
     rows = max(1, _CHUNK // inputs)
     for row in range(0, raw.shape[0], rows):
         # What float16 cannot hold becomes Inf, and Inf times 0 NaN: the converter refuses both.
         with np.errstate(over="ignore", invalid="ignore"):
             values[row : row + rows] = quants.dequantize(raw[row : row + rows], entry.quantization)
     return values.reshape(entry.shape)
+
+
+def _values(entry: GGUFTensor) -> np.ndarray:
+    return _read(entry, _dtype(entry, exact=False))
 
 
 def halves(values: np.ndarray, heads: int) -> np.ndarray:

@@ -25,6 +25,7 @@ PLAIN = {GGMLQuantizationType[name.upper()]: name for name in ("f32", "f16", "bf
 # Type of a metadata value -> code of struct.
 _CODES: dict[int, str] = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
+OWN = "atd.sha256"  # a key of the files that atd writes (`atd.checkpoint.gguf_file`)
 # Types that programs other than llama.cpp have added.
 _FORKS = {
     36: "; bitnet.cpp has its I2_S under this number: use the model's Hugging Face folder",

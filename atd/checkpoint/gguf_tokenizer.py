@@ -35,11 +35,16 @@ def open_gguf_tokenizer(path: Path) -> Tokenizer:
     }
     # Values of a wrong type fail anywhere.
     with library_errors(f"{path}: its vocabulary and merges make no tokenizer"):
-        return _rebuild(path, metadata)
+        return rebuild(path, metadata)
 
 
-def _rebuild(path: Path, metadata: dict) -> Tokenizer:
-    """Builds the tokenizer that `metadata` describes: tokenizer.ggml.* without that prefix."""
+def rebuild(path: Path, metadata: dict) -> Tokenizer:
+    """Builds the tokenizer that `metadata` describes: tokenizer.ggml.* without that prefix.
+
+    Raises:
+        BadInput: it is of an unknown kind. What its values make the tokenizers library raise is not
+            caught here.
+    """
     model = metadata.get("model")
     if model not in ("gpt2", "llama"):
         found = f"tokenizer.ggml.model = {model!r}" if model else "no tokenizer.ggml.model"
@@ -184,6 +189,7 @@ _PRE = {
     "llama-v3": _LLAMA3,
     "qwen2": _Pre(_words(_QWEN2_WORDS), nfc=True),
 }
+PRE_TOKENIZERS = ("gpt-2", "smollm", "llama-bpe", "qwen2")  # one name of each kind
 
 
 def _byte_level(path: Path, metadata: dict, tokens: list[str]) -> tuple[tokenizers.Tokenizer, bool]:

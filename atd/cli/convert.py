@@ -169,8 +169,8 @@ def export(
     *,
     to: To,
     dtype: Annotated[
-        Literal["float32", "float16", "bfloat16"] | None,
-        tyro.conf.arg(metavar="{float32,float16,bfloat16}"),
+        Literal["float32", "float16", "bfloat16", "q8_0"] | None,
+        tyro.conf.arg(metavar="{float32,float16,bfloat16,q8_0}"),
     ] = None,
     overwrite: bool = False,
     ignore_extra: IgnoreExtra = False,
@@ -178,11 +178,12 @@ def export(
     """Write a model in a format that other tools read.
 
     Args:
-        out: The folder to write.
+        out: The folder to write; with --to gguf the file, NAME.gguf.
         to: The format; hf is a Hugging Face folder of dense weights (config.json, safetensors,
-            tokenizer).
+            tokenizer), gguf one file for llama.cpp, exact where the scales are tied.
         dtype: The dtype of the weights that hf writes; float32, the default, holds every ternary
-            sum exactly.
+            sum exactly. With --to gguf, that of the matrices that no type of llama.cpp's holds
+            exactly; q8_0 by default.
         overwrite: Replace OUT if it is one that atd made, with no file changed or added.
     """
     from atd.exports.formats import FORMATS

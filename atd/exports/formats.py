@@ -10,7 +10,7 @@ from typing import Any, Literal
 from atd.errors import BadInput
 from atd.progress import Report, Say
 
-To = Literal["hf"]
+To = Literal["hf", "gguf"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Format:
 
 FORMATS: dict[To, Format] = {
     "hf": Format("atd.exports.hf:export_hf", "dense weights in Hugging Face form"),
+    "gguf": Format("atd.exports.gguf:export_gguf", "a GGUF file for llama.cpp"),
 }
 
 

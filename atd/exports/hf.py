@@ -7,7 +7,7 @@ import numpy as np
 
 from atd.checkpoint.folder import CARD, check_target
 from atd.checkpoint.hub import local
-from atd.errors import RunFailed
+from atd.errors import BadInput, RunFailed
 from atd.exports.absorb import absorb
 from atd.exports.folder import write_folder
 from atd.exports.parts import parts
@@ -47,6 +47,8 @@ def export_hf(
     Raises RunFailed where a value does not fit the dtype, BadInput for a graph whose function no
     dense checkpoint has.
     """
+    if dtype not in TORCH_DTYPES:
+        raise BadInput(f"--dtype {dtype} is none of --to hf: {', '.join(TORCH_DTYPES)}")
     source, target = Path(model), Path(out).absolute()
     graph = absorb(frontend.open(source, ignore_extra=ignore_extra))
     check_target(target, local(source), overwrite)

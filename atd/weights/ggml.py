@@ -86,19 +86,20 @@ class Grid:
         """The number of weights of a block."""
         return GGML_QUANT_SIZES[self.quantization][0]
 
-    def blocks(self, integers: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    def blocks(self, integers: np.ndarray, scales: np.ndarray, group: int) -> np.ndarray:
         """Lays integers and scales in blocks.
 
         Args:
             integers: q, int8 [rows, K] with K a multiple of the block.
-            scales: d, float16 [rows, groups], each for an equal share of the row, in whole blocks.
+            scales: d, float16 [rows, groups].
+            group: inputs that share a scale, whole blocks; the last group may hold fewer.
 
         Returns:
             uint8 [rows, bytes].
         """
         rows, inputs = integers.shape
         count = inputs // self.block
-        d = np.repeat(scales.astype("<f2"), count // scales.shape[1], axis=1)
+        d = np.repeat(scales.astype("<f2"), group // self.block, axis=1)[:, :count]
         parts = list(self.write(integers.reshape(rows, count, self.block)))
         parts.insert(0 if self.scale_first else len(parts), d[..., None].view(np.uint8))
         return np.concatenate(parts, axis=-1).reshape(rows, -1)

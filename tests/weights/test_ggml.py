@@ -8,14 +8,15 @@ from atd.weights.ggml import GRIDS, TQ1_0, TQ2_0, exact_grid, ternary_parts
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: grid.quantization.name)
-@pytest.mark.parametrize("groups", [1, 2])
-def test_integers_and_scales_are_held_exactly(grid, groups):
+@pytest.mark.parametrize("blocks_of_group", [1, 3, 99])
+def test_integers_and_scales_are_held_exactly(grid, blocks_of_group):
     random = np.random.default_rng(0)
     integers = random.integers(-grid.most, grid.most + 1, (6, 512)).astype(np.int8)
     integers[0, :2] = grid.most, -grid.most
-    scales = random.normal(size=(6, groups)).astype(np.float16)
-    blocks = grid.blocks(integers, scales)
-    expected = integers * np.repeat(scales.astype(np.float32), 512 // groups, axis=1)
+    group = min(512, blocks_of_group * grid.block)
+    scales = random.normal(size=(6, -(-512 // group))).astype(np.float16)
+    blocks = grid.blocks(integers, scales, group)
+    expected = integers * np.repeat(scales.astype(np.float32), group, axis=1)[:, :512]
     np.testing.assert_array_equal(gguf.quants.dequantize(blocks, grid.quantization), expected)
 
 
