@@ -33,8 +33,8 @@ def cut_windows(
     if len(tokens) < windows * context:
         raise BadInput(
             f"{text} has {len(tokens):,} tokens, {windows * context:,} are needed; give a longer "
-            f"text, add one that the model writes (--calib self), or set calibration_tokens in the "
-            f"recipe to less"
+            f"text, add one that the model writes (--calib self), or ask for fewer tokens "
+            f"(--calibration-tokens, or calibration_tokens in the recipe)"
         )
     return tokens[: windows * context].reshape(windows, context)
 

@@ -339,8 +339,8 @@ def read_manifest(folder: Path) -> dict[str, str]:
 def read_report(folder: Path) -> list[NodeReport]:
     """Reads the rows of report.json of a converted folder. Raises BadInput where it is none."""
     rows = _read_entry(folder, REPORT, "nodes", list)
-    columns = {"node", "type", "weights", "bits", "bytes"}
-    if not all(isinstance(row, dict) and columns <= set(row) for row in rows):
+    columns = ("node", "type", "weights", "bits", "bytes")
+    if not all(isinstance(row, dict) and row.keys() >= set(columns) for row in rows):
         raise BadInput(f"{folder / REPORT}: damaged: a row lacks one of {', '.join(columns)}")
     return rows
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from atd.calibration.streams import Calibration
-from atd.calibration.text import calibration_text, window_count, window_length
+from atd.calibration.text import SELF, calibration_text, window_count, window_length
 from atd.calibration.windows import tokens_digest
 from atd.checkpoint.cache import Cache
+from atd.checkpoint.files import read_text
 from atd.checkpoint.folder import check_space, check_target, finish, open_result
 from atd.checkpoint.hub import local
 from atd.checkpoint.identity import check_unchanged
@@ -23,6 +24,7 @@ from atd.errors import BadInput
 from atd.host import default_cache
 from atd.ir import Graph
 from atd.models import frontend
+from atd.pipeline.base import Pass
 from atd.pipeline.context import Context
 from atd.pipeline.driver import reopened, rewrite_written, run_stage
 from atd.pipeline.finite import finite
@@ -69,6 +71,8 @@ def convert(
     source, target = Path(model), Path(out).absolute()
     final = recipe.pipeline.preflight(frontend.open(source, ignore_extra=ignore_extra))
     check_target(target, local(source), overwrite)
+    if recipe.pipeline.calibrated:
+        _check_calibration(recipe, final)
     tokenizer = tokenizer_files(source, say)
     store = Cache(default_cache() if cache is None else cache)
     stages, windows = recipe.pipeline.stages(), None
@@ -112,11 +116,7 @@ def _resolved(
 def _calibration_windows(
     recipe: Recipe, source: Path, graph: Graph, cache: Cache, say: Say, progress: Report
 ) -> np.ndarray:
-    """The recipe's calibration text, int32 [windows, context]; BadInput, before any is written,
-    where a pass needs more of it.
-    """
-    length = window_length(graph, recipe.calibration_context)
-    _check_windows(recipe, length)
+    """The recipe's calibration text, int32 [windows, context]."""
     return calibration_text(
         recipe.calibration,
         source,
@@ -131,16 +131,27 @@ def _calibration_windows(
     )
 
 
-def _check_windows(recipe: Recipe, length: int) -> None:
-    """Raises BadInput where a pass needs more windows of this length than there will be."""
+def _check_calibration(recipe: Recipe, graph: Graph) -> None:
+    """Raises BadInput, before the model is read, where a pass needs more windows than there will
+    be, and for a file that is no text.
+    """
+    texts, length = len(recipe.calibration), window_length(graph, recipe.calibration_context)
     count = window_count(recipe.calibration, recipe.calibration_tokens, length)
-    for step in recipe.pipeline.passes:
-        if count < step.least_windows:
-            raise BadInput(
-                f"pass {step.name} needs at least {step.least_windows} calibration windows, "
-                f"there are {count} of {length} tokens; "
-                f"set calibration_tokens to at least {step.least_windows * length:,}"
-            )
+    step = max(recipe.pipeline.passes, key=_least_windows)
+    if count < (least := _least_windows(step)):
+        tokens = -(-least // texts) * texts * length  # an equal part from each text
+        raise BadInput(
+            f"pass {step.name} needs at least {least} calibration windows, there are {count} of "
+            f"{length} tokens; set calibration_tokens (--calibration-tokens) to at least {tokens:,}"
+        )
+    for text in recipe.calibration:
+        if text != SELF:
+            read_text(text)
+
+
+def _least_windows(step: Pass) -> int:
+    """How many windows a pass needs: one where it reads activations and says no number."""
+    return step.least_windows or int("activations" in step.needs)
 
 
 def _run_stages(

@@ -100,7 +100,7 @@ def _check(
             "temperature",
             temperature,
             temperature == 0 or LEAST_TEMPERATURE <= temperature < math.inf,
-            f"0 (the likeliest token) or at least {LEAST_TEMPERATURE:.2g}",
+            f"0 (the likeliest token) or a number of at least {LEAST_TEMPERATURE:.2g}",
         ),
         ("top_k", top_k, top_k >= 0, "0 (all tokens) or more"),
         ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1 (all tokens)"),

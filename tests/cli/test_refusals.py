@@ -295,3 +295,19 @@ def test_a_scale_that_overflows_is_refused_by_name(atd, stories260k, tmp_path, r
     refused(atd(*convert), f"{name}: weights of up to 1.5e+05 overflow scales", "bf16")
     assert not (tmp_path / "out").exists()
     assert atd(*convert, "--set", "decompose.dtype=bf16")[0] == 0
+
+
+def test_calibration_text_is_refused_before_the_model_is_read(
+    atd, stories260k, tmp_path, monkeypatch, refused
+):
+    monkeypatch.setattr("atd.checkpoint.identity.read_contents", lambda *_: pytest.fail("read"))
+    convert = ("convert", stories260k, tmp_path / "out")
+    refused(atd(*convert, "--calib", tmp_path / "none.txt"), "none.txt")
+    (tmp_path / "zip").write_bytes(b"PK\x03\x04\xff")
+    refused(atd(*convert, "--recipe", "ternary2", "--calib", tmp_path / "zip"), "zip")
+    few = "pass decompose needs at least 1 calibration windows, there are 0 of 512 tokens"
+    refused(atd(*convert, "--recipe", "ternary2", "--calibration-tokens", 10), few)
+    refused(atd(*convert, "--calibration-tokens", 10), "calibrate needs at least 8", "least 4,096")
+    mixed = ("--calib", "self", "--calib", __file__, "--calibration-tokens", 4095)
+    refused(atd(*convert, *mixed), "there are 6 of 512 tokens", "(--calibration-tokens)", "4,096")
+    assert os.listdir(tmp_path) == ["zip"]
