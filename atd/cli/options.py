@@ -78,6 +78,13 @@ def command(name: str | None = None) -> Callable[[Callable], Callable]:
     return entered
 
 
+def check_least(least: int, **options: int | None) -> None:
+    """Raises BadInput, before anything is read, for an option that is a number below `least`."""
+    for name, value in options.items():
+        if value is not None and value < least:
+            raise BadInput(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+
+
 def check_writable(option: str, file: Path | None) -> None:
     """Raises BadInput, before the work, where a file cannot be written after it."""
     if file is None:

@@ -19,6 +19,7 @@ from atd.cli.options import (
     Model,
     Tokenizer,
     Tokens,
+    check_least,
     check_writable,
     command,
 )
@@ -60,12 +61,13 @@ def evaluate(
     from atd.checkpoint.files import write_json
     from atd.checkpoint.reader import open_tokenizer
     from atd.models import frontend
-    from atd.models.tokens import check_tokens
     from atd.reports.progress import shown
     from atd.reports.tables import EvaluatedModel, console, evaluation_table, print_line
     from atd.runtime.compare import compare, load_checkpoint, read_tokens
-    from atd.runtime.evaluate import cut
+    from atd.runtime.evaluate import check_models, cut
 
+    check_least(2, context=context)
+    check_least(1, batch=batch, tokens=tokens)
     check_writable("--json", json)
     # What can be refused is, before a model is loaded.
     graphs = [frontend.open(p, ignore_extra=ignore_extra) for p in (model, against) if p]
@@ -77,8 +79,7 @@ def evaluate(
     in_front = bos or (convention == "llama.cpp" and words.adds_bos)
     bos_id = words.bos_id if in_front else None
     windows, _ = cut(texts[data.name], context, bos_id, convention)
-    for graph in graphs:
-        check_tokens(windows, graph.vocabulary)
+    check_models(graphs, windows)
     options = {"context": context, "batch": batch, "bos_id": bos_id, "convention": convention}
     with shown() as (_, progress):
         how = {"backend": backend, "ignore_extra": ignore_extra, "progress": progress}
@@ -131,15 +132,17 @@ def generate(
     from atd.checkpoint.text_stream import TextStream
     from atd.models import frontend
     from atd.models.model import load
-    from atd.models.tokens import check_tokens
+    from atd.runtime.generate import check_request
     from atd.runtime.generate import generate as run
 
+    check_least(1, max_new_tokens=max_new_tokens)
     words = open_tokenizer(tokenizer or model)
     _say_assumed(words)
     text = words.apply_chat([{"role": "user", "content": prompt}]) if chat else prompt
     ids = words.encode(text, bos=words.adds_bos and not chat)
     graph = frontend.open(model, ignore_extra=ignore_extra)
-    check_tokens(ids, graph.vocabulary)
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    check_request(graph, ids, max_new_tokens=max_new_tokens, **sampling)
     loaded = load(graph, backend=backend)
     stream = TextStream(words, () if chat else ids)
     times = [time.perf_counter()]
@@ -155,10 +158,7 @@ def generate(
         loaded,
         ids.tolist(),
         max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
+        **sampling,
         stop_tokens=words.eos_ids,
         on_token=show,
     )
@@ -219,7 +219,7 @@ def bench(
     from atd.models import frontend
     from atd.models.model import load
     from atd.reports.progress import shown
-    from atd.runtime.bench import measure, speed_table
+    from atd.runtime.bench import check_room, measure, speed_table
 
     if tune:
         if not 0 < minutes < math.inf:
@@ -228,13 +228,16 @@ def bench(
         return
     if model is None:
         raise BadInput("give a MODEL to measure, or --tune")
+    check_least(1, prompt=prompt, steps=steps, repeats=repeats)
     check_writable("--json", json)
     chosen = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     graph = frontend.open(model, ignore_extra=ignore_extra)
+    check_room(model.name, graph, prompt, steps, one_jit)
     loaders = {model.name: partial(load, graph, backend=backend, dtype=chosen)}
     if against:
         name = f"{against.name} (dense)" if against.name in loaders else against.name
         graph = frontend.open(against, ignore_extra=ignore_extra)
+        check_room(name, graph, prompt, steps, one_jit)
         loaders[name] = partial(load, graph, dtype=chosen)
     sizes = {"prompt": prompt, "steps": steps, "repeats": repeats}
     with shown() as (_, progress):

@@ -9,7 +9,16 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional, UseAppendAction
 
-from atd.cli.options import Calib, Context, IgnoreExtra, Model, Tokens, check_writable, command
+from atd.cli.options import (
+    Calib,
+    Context,
+    IgnoreExtra,
+    Model,
+    Tokens,
+    check_least,
+    check_writable,
+    command,
+)
 
 
 @command()
@@ -49,6 +58,8 @@ def study(
     from atd.study.results import PICTURE, RESULTS, study_picture, study_table
     from atd.study.run import raise_failed, run_study
 
+    check_least(2, context=context)
+    check_least(1, tokens=tokens)
     check_picture(out / PICTURE)
     options = {"calib": calib, "context": context, "tokens": tokens, "keep": keep}
     options["ignore_extra"] = ignore_extra

@@ -139,6 +139,11 @@ class Graph:
         return embed.weights["weight"].type.shape[0]
 
     @property
+    def max_context(self) -> int | None:
+        """How many positions the model was made for: max_position_embeddings of its config.json."""
+        return self.config.get("max_position_embeddings")
+
+    @property
     def is_tied(self) -> bool:
         """Whether the head takes the embedding's matrix."""
         return any(

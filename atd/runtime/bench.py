@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from atd.errors import BadInput
+from atd.ir import Graph
 from atd.kernels.tuning.timing import columns
 from atd.models.model import Cache, Model
 from atd.progress import Progress, Report, unheard
@@ -95,7 +96,7 @@ def measure(
         progress(Progress("compiling", len(models), len(loaders), "models", name))
         before = _memory()
         models[name] = load()
-        _check_context(name, models[name], prompt + (2 if one_jit else 1) * steps)
+        check_room(name, models[name], prompt, steps, one_jit)
         started = time.perf_counter()
         _samples(models[name], tokens, steps, one_jit)
         first[name] = time.perf_counter() - started
@@ -255,7 +256,9 @@ def _speed(
     )
 
 
-def _check_context(name: str, model: Model, tokens: int) -> None:
+def check_room(name: str, model: Model | Graph, prompt: int, steps: int, one_jit: bool) -> None:
+    """Raises BadInput for a prompt and steps beyond the positions that a model was made for."""
+    tokens = prompt + (2 if one_jit else 1) * steps
     if model.max_context and tokens > model.max_context:
         raise BadInput(
             f"{name} takes {model.max_context} tokens; prompt and steps are {tokens}: "

@@ -34,6 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from atd.errors import BadInput, RunFailed
+from atd.ir import Graph
 from atd.models.tokens import check_tokens
 from atd.progress import Progress, Report, unheard
 
@@ -130,7 +131,7 @@ def evaluate(
     tokens = np.asarray(tokens)
     windows, first = cut(tokens, context, bos_id, convention)
     batch = min(batch, len(windows))
-    _check(model, against, windows, context)
+    check_models([m for m in (model, against) if m is not None], windows)
 
     batches = []
     laps = [time.perf_counter()]
@@ -239,8 +240,11 @@ def cut(
     return np.concatenate([np.full((count, 1), bos_id, np.int32), windows], axis=1), first
 
 
-def _check(model: Model, against: Model | None, windows: np.ndarray, context: int) -> None:
-    models = [m for m in (model, against) if m is not None]
+def check_models(models: Sequence[Model | Graph], windows: np.ndarray) -> None:
+    """Raises BadInput where windows int32 [W, context] cannot be run by the models, one or two, as
+    `evaluate` says.
+    """
+    context = windows.shape[1]
     sizes = [m.vocabulary for m in models]
     if len(set(sizes)) > 1:
         raise BadInput(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from atd.errors import BadInput, RunFailed
+from atd.ir import Graph
 from atd.models.model import Model, bucket
 from atd.models.tokens import check_tokens
 from atd.progress import Progress, Report, unheard
@@ -50,7 +51,15 @@ def generate(
     Raises BadInput for an empty prompt, one that fills the model's context or holds ids outside its
     vocabulary, and options out of range. Raises RunFailed where logits are NaN or infinite.
     """
-    limit = _check(model, prompt_tokens, max_new_tokens, temperature, top_k, top_p, seed)
+    limit = check_request(
+        model,
+        prompt_tokens,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    )
     length = len(prompt_tokens) + min(max_new_tokens, limit - len(prompt_tokens))
     pick = partial(
         _pick,
@@ -84,16 +93,20 @@ def generate(
     return tokens
 
 
-def _check(
-    model: Model,
-    prompt: Sequence[int],
+def check_request(
+    model: Model | Graph,
+    prompt: Sequence[int] | np.ndarray,
+    *,
     max_new_tokens: int,
     temperature: float,
     top_k: int,
     top_p: float,
     seed: int,
 ) -> int:
-    """The number of tokens that fit, prompt included; raises BadInput as `generate` says."""
+    """Returns the number of tokens that fit, prompt included; raises BadInput as `generate` says.
+
+    The graph of a model is enough, so that this can be asked before its weights are read.
+    """
     for what, value, good, expected in (
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
         (

@@ -110,7 +110,7 @@ def read_setting(
         raise BadInput("a study needs a text to evaluate on: --data TEXT")
     digests = checkpoint_contents(model).digests
     graph = frontend.open(model, ignore_extra=ignore_extra, digests=digests)
-    limit = graph.config.get("max_position_embeddings")
+    limit = graph.max_context
     if limit is not None and context > limit:
         raise BadInput(
             f"a context of {context} is beyond the {limit} positions the model was made for"

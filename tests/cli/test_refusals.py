@@ -119,12 +119,38 @@ def test_debug_shows_where_an_error_came_from():
 
 
 def test_numbers_out_of_range_are_refused(atd, converted, stories260k, text, tmp_path, refused):
-    refused(atd("eval", converted, "--data", text, "--context", 64, "--batch", 0), "batch is 0")
+    eval_it = ("eval", converted, "--data", text, "--context", 64)
+    refused(atd(*eval_it, "--batch", 0), "--batch must be at least 1, not 0")
     refused(atd("eval", converted, "--data", text, "--context", 1), "at least 2")
     refused(atd("generate", converted, "--seed", 2**64), "an integer of 64 bits")
     refused(atd("convert", stories260k, tmp_path / "o", "--bits", "nan"), "set bits (above 0)")
     refused(atd("experiment", "gaussian", "--size", 0), "at least one row")
     refused(atd("experiment", "gaussian", "--seed", -1), "expected 0 or more")
+
+
+def test_numbers_are_refused_before_a_model_is_loaded(
+    atd, converted, stories260k, text, tmp_path, monkeypatch, refused
+):
+    def loaded(*_, **__):
+        pytest.fail("a model was loaded")
+
+    monkeypatch.setattr("atd.models.model.Model.__init__", loaded)
+    eval_it = ("eval", converted, "--data", text)
+    refused(atd(*eval_it, "--batch", 0), "--batch must be at least 1, not 0")
+    refused(atd(*eval_it, "--context", 1), "--context must be at least 2, not 1")
+    refused(atd(*eval_it, "--tokens", -3), "--tokens must be at least 1, not -3")
+    refused(atd(*eval_it, "--context", 1024), "beyond the 512 positions", "give --context 512")
+    generate = ("generate", converted)
+    refused(atd(*generate, "--max-new-tokens", 0), "--max-new-tokens must be at least 1")
+    for option, value in {"temperature": "nan", "top-k": -1, "top-p": 0, "seed": 2**64}.items():
+        refused(atd(*generate, f"--{option}={value}"), f"{option.replace('-', '_')} is {value}")
+    refused(atd(*generate, "--prompt", "Lily " * 600), "leaves no room in the model's context")
+    for option in ("prompt", "steps", "repeats"):
+        refused(atd("bench", converted, f"--{option}=0"), f"--{option} must be at least 1, not 0")
+    refused(atd("bench", converted, "--steps", 4096), "takes 512 tokens; prompt and steps are")
+    study = ("study", tmp_path / "none", tmp_path / "s", "--recipe", "datafree2", "--data", text)
+    refused(atd(*study, "--context", 1), "--context must be at least 2")
+    refused(atd(*study, "--tokens", 0), "--tokens must be at least 1")
 
 
 def test_a_backend_that_is_not_here_is_refused_with_the_reason(atd, converted, text, refused):
