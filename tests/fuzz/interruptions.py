@@ -23,7 +23,10 @@ from tests.fuzz.watch import Fault
 
 EXPORT = "export"
 MOMENT = "moment.json"  # what is run, and the number of the call where it ends
-OVERRIDES = {"llama3-8b-4gb": ("allocate.budget=60KB",)}  # of a model of this size
+OVERRIDES = {  # a budget for a model of this size, and steps for its sake
+    "adaptive": ("calibrate.steps=4",),
+    "llama3-8b-4gb": ("calibrate.steps=4", "allocate.budget=60KB"),
+}
 
 
 def run(folder: Path, what: str, out: str) -> Path:
