@@ -51,7 +51,7 @@ def decompose(
     """Minimises sum_rows (w - q) H (w - q)' over what the code can make of one scale per row.
 
     Feedback, `sweeps` of coordinate descent, then `refits` rounds of (scales in closed form, one
-    more sweep).
+    more sweep). The scales that are stored then give each row's outputs the energy of the weights'.
 
     Args:
         weight: float [out, in].
@@ -84,6 +84,7 @@ def decompose(
         for _ in range(refits):
             quantized, scale = _refit(rows, found[0], scale, hessian, factor.order, np.dtype(dtype))
             found = sweep(target, quantized, found[1], matrix=descent, scale=scale, **options)
+        scale = _equal_energy(rows, found[0], scale, hessian, factor.order, np.dtype(dtype))
         return np.asarray(stored_order(found[2], factor.order)), np.asarray(scale)
 
     return _in_chunks(carry, weight, length, dtype)
@@ -214,8 +215,27 @@ def _refit(weight, quantized, scale, hessian, order, dtype):
     A row keeps its scale where the new one is not positive, or its cost would not fall once it is
     rounded.
     """
-    values = stored_order(quantized / jnp.where(scale > 0, scale, 1.0), order)  # [rows, in]
+    values = _values(quantized, scale, order)
     projected = matmul(values, hessian)
     right, gram = (jnp.sum(projected * a, axis=1) for a in (weight, values))
     kept = _better_scale(right, gram, scale, dtype)
     return visit_order(values * kept[:, None], order), kept
+
+
+@partial(jax.jit, static_argnames="dtype")
+def _equal_energy(weight, quantized, scale, hessian, order, dtype):
+    """Scales [rows] for which s^2 v H v' = w H w', v = q / scale.
+
+    The scale of least squares shrinks the outputs by the energy that is lost, row for row, and
+    over the blocks of a model this adds up. Keeping the energy raises a row's relative error D by
+    D^2 / 4 only, and lowers the divergence of the whole model.
+    """
+    values = _values(quantized, scale, order)
+    energy, gram = (jnp.sum(matmul(a, hessian) * a, axis=1) for a in (weight, values))
+    new = round_scales(jnp.sqrt(energy / jnp.where(gram > 0, gram, 1.0)), dtype)
+    return jnp.where((gram > 0) & (new > 0), new, scale)
+
+
+def _values(quantized, scale, order):
+    """v = q / s in the stored order of the inputs, [rows, in]."""
+    return stored_order(quantized / jnp.where(scale > 0, scale, 1.0), order)

@@ -53,17 +53,40 @@ def test_it_leaves_three_fifths_of_what_rounding_each_weight_leaves(problem):
     assert lost(weight, coded, hessian) < 0.65 * lost(weight, plain, hessian)
 
 
-def test_sweeps_and_refits_never_raise_the_cost(problem):
+def damped(hessian: np.ndarray, factor: error_feedback.Factor) -> np.ndarray:
+    return hessian + factor.damping * hessian.diagonal().mean() * np.eye(INPUTS, dtype=np.float32)
+
+
+def test_sweeps_and_refits_never_raise_the_cost_at_the_best_scales(problem):
     weight, hessian, factor = problem
     code, losses = known_code(2, "fast"), []
-    damped = hessian + factor.damping * hessian.diagonal().mean() * np.eye(INPUTS, dtype=np.float32)
+    moments = damped(hessian, factor)
     for sweeps, refits in ((0, 0), (1, 0), (1, 1), (1, 3)):
         found = trellis_feedback.decompose(
             weight, factor, hessian, code=code, length=LENGTH, sweeps=sweeps, refits=refits
         )
-        losses.append(lost(weight, weights_of(*found, code), damped))
+        values = weights_of(*found, code)
+        projected = values @ moments
+        best = np.sum(projected * weight, axis=1) / np.sum(projected * values, axis=1)
+        losses.append(lost(weight, best[:, None] * values, moments))
     assert all(after <= before * 1.0001 for before, after in pairwise(losses))
-    assert losses[-1] < 0.99 * losses[0]
+    assert losses[-1] < 0.995 * losses[0]
+
+
+def test_the_outputs_of_a_row_have_the_energy_of_the_weights(problem):
+    weight, hessian, factor = problem
+    code = known_code(2)
+    values = weights_of(
+        *trellis_feedback.decompose(weight, factor, hessian, code=code, length=LENGTH), code
+    )
+    moments = damped(hessian, factor)
+    energy, kept = (np.einsum("oi,ij,oj->o", w, moments, w) for w in (weight, values))
+    np.testing.assert_allclose(kept, energy, rtol=1.5e-3)  # scales are rounded to f16
+    best = np.sum(values @ moments * weight, axis=1) / kept  # what least squares would shrink to
+    assert best.mean() < 0.997
+    # At what cost: D^2 / 4 of a relative error D.
+    least = lost(weight, best[:, None] * values, moments)
+    assert least < lost(weight, values, moments) < 1.01 * least
 
 
 def test_without_second_moments(problem):
