@@ -55,7 +55,7 @@ def export_gguf(
     architecture, config = architecture_of(graph)
     check_file(target, local(source), overwrite)
     writer = GGUFWriter(None, architecture)
-    divisors = add_metadata(writer, graph, config, source.stem or source.name, say)
+    divisors = add_metadata(writer, graph, config, source.name.removesuffix(".gguf"), say)
     tokenizer = _tokenizer(source, say)
     if tokenizer is None:
         writer.add_tokenizer_model("no_vocab")

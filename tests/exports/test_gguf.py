@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from atd.checkpoint.folder import GRAPH
 from atd.checkpoint.gguf_file import foreign_file
 from atd.checkpoint.gguf_header import OWN, read_header
 from atd.checkpoint.reader import open_tokenizer
@@ -303,20 +304,17 @@ def test_the_tokenizer_comes_along(model, exported):
     assert metadata["tokenizer.ggml.token_type"][519] == 5
 
 
-def test_what_llama_cpp_does_not_compute_is_refused(converted, model, tmp_path):
-    out = tmp_path / "changed"
-    shutil.copytree(model, out)
-    config = json.loads((out / "config.json").read_text())
-    stored = convert(out, tmp_path / "packed", "greedy3", say=quiet)
-    graph = json.loads((stored / "atd_graph.json").read_text())
-    mlp = graph["blocks"][0]["nodes"]
-    residual = next(node for node in mlp if node["name"] == "mlp.residual")
-    residual["inputs"] = ["x", "mlp.down_proj"]
-    (stored / "atd_graph.json").write_text(json.dumps(graph))
+def test_what_llama_cpp_does_not_compute_is_refused(converted, tmp_path):
+    """Attention and MLP side by side, in a folder of ours."""
+    folder = tmp_path / "changed"
+    shutil.copytree(converted, folder)
+    graph = json.loads((folder / GRAPH).read_text())
+    nodes = {node["name"]: node for node in graph["blocks"][0]["nodes"]}
+    nodes["mlp.residual"]["inputs"] = ["x", "mlp.down_proj"]
+    (folder / GRAPH).write_text(json.dumps(graph))
     with pytest.raises(BadInput, match=r"model\.layers\.0\.mlp\.residual is not what llama\.cpp"):
-        export_gguf(stored, tmp_path / "m.gguf", say=quiet)
-    assert config["model_type"] == "llama"
-    assert list(tmp_path.glob("*.gguf")) == []
+        export_gguf(folder, tmp_path / "m.gguf", say=quiet)
+    assert [path.name for path in tmp_path.iterdir()] == ["changed"]
 
 
 # --- the file -------------------------------------------------------------------------------------
