@@ -347,6 +347,8 @@ def read_report(folder: Path) -> list[NodeReport]:
 
 def _read_entry[T](folder: Path, name: str, key: str, kind: type[T]) -> T:
     """The entry `key` of a JSON file that every folder of atd's has."""
+    if not path_exists(folder):
+        raise BadInput(f"{folder}: no such file or folder")
     if not path_exists(folder / name):
         raise BadInput(f"{folder}: not a checkpoint that atd made: it has no {name}")
     value = read_json(folder / name).get(key)

@@ -98,8 +98,8 @@ def _for_people(error: Exception) -> AtdError:
         return kind(f"{error.filename or 'the output'}: {error.strerror or error}")
     if isinstance(error, MemoryError) or any(words in text for words in _OUT_OF_MEMORY):
         return RunFailed(
-            "out of memory: take a smaller --batch or --context, a converted model, or a machine "
-            "with more memory"
+            "out of memory: take a smaller --batch, --context or --size, a converted model, or a "
+            "machine with more memory"
         )
     if "Symlink loop" in text:  # of pathlib
         return BadInput(f"{text}; give the path of a file or folder")

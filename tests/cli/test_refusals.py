@@ -99,6 +99,7 @@ def test_eval_and_generate_refuse(atd, converted, stories260k, text, tmp_path, r
     (bare / "tokenizer.json").unlink()
     refused(atd("generate", bare), "tokenizer")
     refused(atd("verify", stories260k), "not a checkpoint that atd made")
+    refused(atd("verify", tmp_path / "none"), "none: no such file or folder")
 
 
 def test_an_unknown_option_is_explained(atd, stories260k):
