@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+import math
 import os
 import secrets
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,14 +74,38 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_shard(path: Path, refs: Iterable[WeightRef]) -> dict[str, str]:
+@dataclass(frozen=True)
+class Entry:
+    """Tensors of a file that are made together."""
+
+    fields: tuple[tuple[str, tuple[int, ...], np.dtype], ...]  # name, shape, dtype of each
+    load: Callable[[], Sequence[Any]]  # their arrays, in this order
+
+    @property
+    def nbytes(self) -> int:
+        """Returns the bytes of all of them."""
+        return sum(math.prod(shape) * dtype.itemsize for _, shape, dtype in self.fields)
+
+
+def entry_of(ref: WeightRef) -> Entry:
+    """Returns the tensors of a weight, as `atd.weights.stored` names them."""
+    fields = stored(ref.tensor, ref.type)
+
+    def load() -> list[Any]:
+        weight = ref.load()
+        return [getattr(weight, field) for field in fields]
+
+    return Entry(tuple(fields.values()), load)
+
+
+def write_shard(path: Path, refs: Iterable[WeightRef | Entry]) -> dict[str, str]:
     """Writes weights as a safetensors file, one after the other; returns tensor name -> sha256.
 
     The header needs types alone, so only one weight is in memory at a time; the writer of the
     library safetensors holds a whole file.
     """
-    refs = list(refs)
-    fields = [field for ref in refs for field in stored(ref.tensor, ref.type).values()]
+    entries = [ref if isinstance(ref, Entry) else entry_of(ref) for ref in refs]
+    fields = [field for entry in entries for field in entry.fields]
     header: dict[str, Any] = {"__metadata__": {"format": "pt", "producer": "atd"}}
     offset = 0
     # Wide dtypes in front keep every tensor aligned.
@@ -100,11 +125,10 @@ def write_shard(path: Path, refs: Iterable[WeightRef]) -> dict[str, str]:
         file = temporary.open("wb", buffering=0)
     with file:
         _write_at(file, 0, len(text).to_bytes(8, "little") + text)
-        for ref in refs:
-            weight = ref.load()
-            for field, (name, shape, dtype) in stored(ref.tensor, ref.type).items():
+        for entry in entries:
+            for (name, shape, dtype), loaded in zip(entry.fields, entry.load(), strict=True):
                 # ascontiguousarray makes 1-d arrays of 0-d ones.
-                array = np.ascontiguousarray(getattr(weight, field)).reshape(shape)
+                array = np.ascontiguousarray(loaded).reshape(shape)
                 if array.dtype != dtype:
                     raise RunFailed(f"{name}: its type says {dtype}, its data is {array.dtype}")
                 digests[name] = digest(array)

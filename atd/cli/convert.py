@@ -180,7 +180,9 @@ def export(
     Args:
         out: The folder to write; with --to gguf the file, NAME.gguf.
         to: The format; hf is a Hugging Face folder of dense weights (config.json, safetensors,
-            tokenizer), gguf one file for llama.cpp, exact where the scales are tied.
+            tokenizer), gguf one file for llama.cpp, exact where the scales are tied, bitnet a
+            folder for transformers with N = 1, bit-ttt one for Bit-TTT-Engine; these two need one
+            scale per base and matrix.
         dtype: The dtype of the weights that hf writes; float32, the default, holds every ternary
             sum exactly. With --to gguf, that of the matrices that no type of llama.cpp's holds
             exactly; q8_0 by default.

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from atd.errors import BadInput
 from atd.progress import Report, Say
 
-To = Literal["hf", "gguf"]
+To = Literal["hf", "gguf", "bitnet", "bit-ttt"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,12 @@ class Format:
 FORMATS: dict[To, Format] = {
     "hf": Format("atd.exports.hf:export_hf", "dense weights in Hugging Face form"),
     "gguf": Format("atd.exports.gguf:export_gguf", "a GGUF file for llama.cpp"),
+    "bitnet": Format(
+        "atd.exports.bitnet:export_bitnet", "ternary weights in the form of Hugging Face's bitnet"
+    ),
+    "bit-ttt": Format(
+        "atd.exports.bit_ttt:export_bit_ttt", "ternary weights in the form of Bit-TTT-Engine"
+    ),
 }
 
 

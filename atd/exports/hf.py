@@ -51,6 +51,10 @@ def export_hf(
         raise BadInput(f"--dtype {dtype} is none of --to hf: {', '.join(TORCH_DTYPES)}")
     source, target = Path(model), Path(out).absolute()
     graph = absorb(frontend.open(source, ignore_extra=ignore_extra))
+    if own := [name for name, _ in graph.nodes() if name.endswith("_proj.rms_norm")]:
+        raise BadInput(f"{own[0]} is a norm of one linear, which no dense checkpoint has")
+    if any("activations" in node.attrs for _, node in graph.nodes()):
+        say("note: this model rounds the inputs of linears to 8 bits; the dense one does not")
     check_target(target, local(source), overwrite)
     tokenizer = tokenizer_files(source, say)
     shards = [

@@ -11,6 +11,8 @@ import numpy as np
 UNIT_GAIN = "unit_gain"  # of a norm whose gains are all ones: rotations commute with it
 DECISION = "ternary"  # of a dense matrix, from `allocate` to `decompose`: what it becomes, as text
 MOMENTS = "moments"  # of an embedding, likewise: `SecondMoments` that its errors are weighted by
+# Of a linear whose one scale is 1 / divisor: the number that its `bitnet` checkpoint stores.
+DIVISOR = "divisor"
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,6 +4,7 @@
 
 from dataclasses import dataclass
 
+INT8 = "int8"  # the value of a linear's attr `activations`
 # Names of the linears by which `rotate` turns the residual stream into another basis and back.
 ROTATIONS = ("rotate_in", "rotate_out", "rotate_head")
 
@@ -27,12 +28,13 @@ OPS = {
     # Over the last axis, or over each run of `head_dim` features of it.
     "rms_norm": Op(1, ("weight",), attrs=("eps",), optional_attrs=("head_dim",)),
     # x @ weight.T + bias. Without a weight but with the attr tied_to="model.embed_tokens": the
-    # embedding's weight.
-    "linear": Op(1, (), ("weight", "bias")),
+    # embedding's weight. With activations="int8" x is rounded to 8 bits per token first.
+    "linear": Op(1, (), ("weight", "bias"), optional_attrs=("activations",)),
     "rope": Op(1, attrs=("head_dim", "theta", "scaling")),
     # Causal, over the last `window` positions; 0: over all of the past.
     "attention": Op(3, attrs=("heads", "kv_heads", "head_dim", "window")),
     "silu_mul": Op(2),  # silu(a) * b
+    "relu2_mul": Op(2),  # max(a, 0)^2 * b
     # Each run of `block` features times Sylvester's Hadamard matrix over sqrt(block).
     "hadamard": Op(1, attrs=("block",)),
     "add": Op(2),

@@ -79,3 +79,14 @@ def slices(value: str, widths: Mapping[str, int]) -> list[Node]:
         nodes.append(Node(name, "slice", (value,), attrs={"start": start, "stop": start + width}))
         start += width
     return nodes
+
+
+def float_activations(graph: Graph) -> Graph:
+    """Returns the graph whose linears take their inputs as they are, not rounded to 8 bits."""
+    return graph.with_units(tuple(map(float_inputs, graph.units)))
+
+
+def float_inputs(unit: Block) -> Block:
+    """Returns the unit whose linears take their inputs as they are, not rounded to 8 bits."""
+    nodes = (replace(node, attrs=without(node.attrs, "activations")) for node in unit.nodes)
+    return replace(unit, nodes=tuple(nodes))

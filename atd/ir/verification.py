@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from atd.ir.graph import Block, Graph, InvalidGraph, Node
-from atd.ir.ops import OPS
+from atd.ir.ops import INT8, OPS
 
 
 def _is_count(value) -> bool:
@@ -47,6 +47,7 @@ _VALID: dict[str, Callable[[Any], bool]] = {
     "kv_heads": _is_count,
     "window": _is_index,
     "block": _is_block,
+    "activations": lambda value: value == INT8,
     "start": _is_index,
     "stop": _is_count,
 }
@@ -176,6 +177,6 @@ def _width(node: Node, inputs: list[int], embedding: tuple[int, int]) -> int:
                     f"{inputs[0]} features"
                 )
             return attrs["stop"] - attrs["start"]
-        case _:  # silu_mul, add
+        case _:  # silu_mul, relu2_mul, add
             expect("the width of the second input", inputs[1], inputs[0])
             return inputs[0]

@@ -4,6 +4,7 @@
     mistral    one sliding window for all layers
     qwen2      biases on q, k, v; sliding windows by layer
     qwen3      RMS norms on q and k, over each head; biases by attention_bias; windows as qwen2
+    bitnet     relu(gate)^2 * up; RMS norms in front of o and down; biases by attention_bias
 
 Source: transformers 5.23 (`models/*/configuration_*.py`, `modeling_rope_utils.py`).
 """
@@ -13,9 +14,10 @@ from dataclasses import dataclass
 
 from atd.errors import BadInput
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "bitnet")
+_GATES = {"silu": "silu_mul", "swish": "silu_mul", "relu2": "relu2_mul"}  # hidden_act -> op
 # Where the key is absent; llama: all heads.
-_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
+_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32, "bitnet": 5}
 _MOST_LAYERS = 10_000  # more is a damaged file, and would be a graph that fills the memory
 _ROPE_TYPES = ("default", "linear", "llama3")
 
@@ -41,6 +43,8 @@ class ModelConfig:
     o_bias: bool
     mlp_bias: bool
     qk_norm: bool
+    gate: str = "silu_mul"  # the op that joins gate and up
+    sub_norms: bool = False  # in front of o and down
 
 
 def check_architecture(config: dict, origin) -> str:
@@ -81,8 +85,7 @@ def parse_config(config: dict, origin) -> ModelConfig:
     family = check_architecture(config, origin)
     read = _Reader(config, str(origin))
     check_context(config, origin)
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise read.error(f"hidden_act {config['hidden_act']!r} is not supported; supported: silu")
+    gate = _gate(family, read)
     hidden, heads = read.count("hidden_size"), read.count("num_attention_heads")
     layers = read.count("num_hidden_layers")
     all_heads = config.get("num_key_value_heads", 0) is None
@@ -98,10 +101,12 @@ def parse_config(config: dict, origin) -> ModelConfig:
         )
     if head_dim % 2:
         raise read.error(f"head_dim {head_dim} is odd; rotary embeddings need an even one")
+    if family == "bitnet" and heads * head_dim != hidden:
+        raise read.error(f"head_dim is {head_dim}; expected {hidden} / {heads} heads")
     if family == "llama" and hidden % heads:
         raise read.error(f"hidden_size {hidden} is no multiple of num_attention_heads {heads}")
-    theta, scaling = _rope(config, read)
-    attention_bias = family in ("llama", "qwen3") and read.flag("attention_bias")
+    theta, scaling = _rope(config, read, 500000.0 if family == "bitnet" else 10000.0)
+    attention_bias = family in ("llama", "qwen3", "bitnet") and read.flag("attention_bias")
     return ModelConfig(
         model_type=family,
         vocab_size=read.count("vocab_size"),
@@ -111,7 +116,7 @@ def parse_config(config: dict, origin) -> ModelConfig:
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        rms_norm_eps=read.number("rms_norm_eps", 1e-6),
+        rms_norm_eps=read.number("rms_norm_eps", 1e-5 if family == "bitnet" else 1e-6),
         tie_word_embeddings=read.flag("tie_word_embeddings"),
         rope_theta=theta,
         rope_scaling=scaling,
@@ -120,6 +125,8 @@ def parse_config(config: dict, origin) -> ModelConfig:
         o_bias=attention_bias,
         mlp_bias=family == "llama" and read.flag("mlp_bias"),
         qk_norm=family == "qwen3",
+        gate=gate,
+        sub_norms=family == "bitnet",
     )
 
 
@@ -157,7 +164,17 @@ class _Reader:
         return self._value(key, default, "true or false", lambda v: type(v) is bool)
 
 
-def _rope(config: dict, read: _Reader) -> tuple[float, tuple]:
+def _gate(family: str, read: _Reader) -> str:
+    """The op that joins gate and up, by hidden_act."""
+    own = ("relu2",) if family == "bitnet" else ()
+    activation = read.values.get("hidden_act", (*own, "silu")[0])
+    if activation not in (*own, "silu", "swish"):
+        supported = ", ".join((*own, "silu"))
+        raise read.error(f"hidden_act {activation!r} is not supported; supported: {supported}")
+    return _GATES[activation]
+
+
+def _rope(config: dict, read: _Reader, default: float) -> tuple[float, tuple]:
     """(theta, scaling), from `rope_theta` and `rope_scaling` or from `rope_parameters`."""
     place = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     rope = config.get(place) or {}
@@ -173,7 +190,7 @@ def _rope(config: dict, read: _Reader) -> tuple[float, tuple]:
         part = values.get("partial_rotary_factor")
         if part not in (1, None):
             raise read.error(f"partial_rotary_factor {part!r} is not supported; supported: 1.0")
-    theta = inner.number("rope_theta", read.number("rope_theta", 10000.0))
+    theta = inner.number("rope_theta", read.number("rope_theta", default))
     if kind == "default":
         return theta, ()
     if kind == "linear":
@@ -189,7 +206,8 @@ def _rope(config: dict, read: _Reader) -> tuple[float, tuple]:
 def _windows(family: str, layers: int, read: _Reader) -> tuple[int, ...]:
     """The attention window of every layer."""
     config = read.values
-    if family == "llama" or (family == "mistral" and config.get("sliding_window", 0) is None):
+    unlimited = family == "mistral" and config.get("sliding_window", 0) is None
+    if family in ("llama", "bitnet") or unlimited:
         return (0,) * layers
     if family == "mistral":
         return (read.count("sliding_window", 4096),) * layers

@@ -69,6 +69,10 @@ def decoder_block(
         weights = {"weight": reference(f"{name}.{module}.weight", width)}
         return Node(module, "rms_norm", (value,), weights, {"eps": model.rms_norm_eps, **attrs})
 
+    def normed(node: Node, module: str, width: int) -> list[Node]:
+        """The node, and the norm of its value where the family has one there."""
+        return [node, norm(module, node.name, width)] if model.sub_norms else [node]
+
     rope: dict[str, Attr] = {
         "head_dim": head_dim,
         "theta": model.rope_theta,
@@ -91,17 +95,27 @@ def decoder_block(
         nodes.append(norm("self_attn.k_norm", key, head_dim, head_dim=head_dim))
         query, key = "self_attn.q_norm", "self_attn.k_norm"
     read = ("self_attn.q_rope", "self_attn.k_rope", value)
+    mixed = normed(
+        Node("self_attn.attention", "attention", read, attrs=attention),
+        "self_attn.attn_sub_norm",
+        heads * head_dim,
+    )
+    gated = normed(
+        Node(f"mlp.{model.gate}", model.gate, ("mlp.gate_proj", "mlp.up_proj")),
+        "mlp.ffn_sub_norm",
+        mlp,
+    )
     outs = {"mlp.gate_proj": mlp, "mlp.up_proj": mlp}
     nodes += [
         Node("self_attn.q_rope", "rope", (query,), attrs=rope),
         Node("self_attn.k_rope", "rope", (key,), attrs=rope),
-        Node("self_attn.attention", "attention", read, attrs=attention),
-        linear("self_attn.o_proj", "self_attn.attention", heads * head_dim, hidden, model.o_bias),
+        *mixed,
+        linear("self_attn.o_proj", mixed[-1].name, heads * head_dim, hidden, model.o_bias),
         Node("self_attn.residual", "add", ("x", "self_attn.o_proj")),
         norm("post_attention_layernorm", "self_attn.residual", hidden),
         *linears("mlp.gate_up_proj", "post_attention_layernorm", outs, model.mlp_bias),
-        Node("mlp.silu_mul", "silu_mul", ("mlp.gate_proj", "mlp.up_proj")),
-        linear("mlp.down_proj", "mlp.silu_mul", mlp, hidden, model.mlp_bias),
+        *gated,
+        linear("mlp.down_proj", gated[-1].name, mlp, hidden, model.mlp_bias),
         Node("mlp.residual", "add", ("self_attn.residual", "mlp.down_proj")),
     ]
     return Block(name, tuple(nodes))

@@ -167,7 +167,7 @@ class Model(nnx.Module):
         programs: dict[str, Program] = {}
 
         def program(block: Block) -> Program:
-            text = str(block)
+            text = execute.structure_of(block).text
             if text not in programs:
                 programs[text] = Program(block, kernel)
             return programs[text]

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from atd.decomposition.rotations import sylvester
-from atd.ir import Node
+from atd.ir import INT8, Node
 from atd.kernels import matmul as kernels
 from atd.weights import Dense, Weight
 
@@ -168,6 +168,11 @@ def embed(tokens, weight: Weight, dtype=jnp.float32):
     return kernels.take_rows(weight, tokens).astype(dtype)
 
 
+def linear_input(node: Node, x):
+    """Returns what a linear multiplies by its weight: x, or x `rounded` where its attrs say so."""
+    return rounded(x) if node.attrs.get("activations") == INT8 else x
+
+
 def linear(x, weight: Weight, bias=None, backend: str | None = None):
     """Returns x W' + b.
 
@@ -181,9 +186,33 @@ def linear(x, weight: Weight, bias=None, backend: str | None = None):
     return y if bias is None else y + bias.astype(y.dtype)
 
 
+def rounded(x):
+    """Returns x rounded to 8 bits per token, as BitNet's linears read it:
+
+        clip(round(s x), -128, 127) / s,   s = 127 / max(max |x|, 1e-5)
+
+    with the maximum over the last axis, and halves rounded to even. The gradient is that of x.
+
+    Args:
+        x: float [..., features].
+
+    Source: transformers 5.24, `ActQuant` and `BitLinear.activation_quant`.
+    """
+    wide = x.astype(jnp.float32)
+    scale = 127 / jnp.maximum(jnp.max(jnp.abs(wide), axis=-1, keepdims=True), 1e-5)
+    nearest = jnp.clip(jnp.round(wide * scale), -128, 127) / scale
+    fixed = jax.lax.stop_gradient
+    return fixed(nearest).astype(x.dtype) + (x - fixed(x))
+
+
 def silu_mul(gate, up):
     """Returns silu(gate) * up."""
     return jax.nn.silu(gate) * up
+
+
+def relu2_mul(gate, up):
+    """Returns max(gate, 0)^2 * up."""
+    return jnp.square(jax.nn.relu(gate)) * up
 
 
 def hadamard(x, block: int):
@@ -252,7 +281,7 @@ def run_node(
             weight = weights.get("weight") or embedding
             assert weight is not None, f"{node.name} is tied to an embedding that was not given"
             bias = weights["bias"].dequantize() if "bias" in weights else None
-            return linear(inputs[0], weight, bias, backend), None
+            return linear(linear_input(node, inputs[0]), weight, bias, backend), None
         case "rope":
             options = attrs["head_dim"], attrs["theta"], attrs["scaling"]
             return rope(inputs[0], positions, *options), None
@@ -267,6 +296,8 @@ def run_node(
             return run(q, k, v, positions, attrs["window"]).reshape(inputs[0].shape), cache
         case "silu_mul":
             return silu_mul(*inputs), None
+        case "relu2_mul":
+            return relu2_mul(*inputs), None
         case "hadamard":
             return hadamard(inputs[0], attrs["block"]), None
         case "add":
