@@ -31,6 +31,13 @@ Backend = Annotated[
         "GPU that has it, and xla-unpacked on a CPU."
     ),
 ]
+Activations = Annotated[
+    Literal["model", "float"],
+    tyro.conf.arg(
+        help="What enters the linears. model is as the model says: one of the format bitnet rounds "
+        "its activations to 8 bits per token; float leaves the rounding out."
+    ),
+]
 Tokenizer = Annotated[
     Path | None,
     tyro.conf.arg(

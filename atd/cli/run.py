@@ -12,6 +12,7 @@ import tyro
 from tyro.conf import Positional
 
 from atd.cli.options import (
+    Activations,
     Backend,
     Context,
     IgnoreExtra,
@@ -37,6 +38,7 @@ def evaluate(
     bos: bool = False,
     convention: Literal["standard", "llama.cpp"] = "standard",
     backend: Backend = "auto",
+    activations: Activations = "model",
     batch: int = 8,
     tokenizer: Tokenizer = None,
     ignore_extra: IgnoreExtra = False,
@@ -84,7 +86,8 @@ def evaluate(
     with shown() as (_, progress):
         how = {"backend": backend, "ignore_extra": ignore_extra, "progress": progress}
         load = partial(load_checkpoint, **how)
-        loaded, dense = load(model), load(against) if against else None
+        loaded = load(model, activations=activations)
+        dense = load(against) if against else None
         (result,) = compare(loaded, texts, against=dense, **options, progress=progress).values()
     bits, size = loaded.bits_per_weight, loaded.nbytes
     if json:
@@ -111,6 +114,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     backend: Backend = "auto",
+    activations: Activations = "model",
     tokenizer: Tokenizer = None,
     ignore_extra: IgnoreExtra = False,
 ) -> None:
@@ -130,6 +134,7 @@ def generate(
 
     from atd.checkpoint.reader import open_tokenizer
     from atd.checkpoint.text_stream import TextStream
+    from atd.ir.rewrite import float_activations
     from atd.models import frontend
     from atd.models.model import load
     from atd.runtime.generate import check_request
@@ -143,6 +148,7 @@ def generate(
     graph = frontend.open(model, ignore_extra=ignore_extra)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     check_request(graph, ids, max_new_tokens=max_new_tokens, **sampling)
+    graph = float_activations(graph) if activations == "float" else graph
     loaded = load(graph, backend=backend)
     stream = TextStream(words, () if chat else ids)
     times = [time.perf_counter()]

@@ -68,20 +68,23 @@ def export_bitnet(
     norm_eps = _norm_eps(graph)
     check_target(target, local(source), overwrite)
     tokenizer = tokenizer_files(source, say)
-    if any(
-        node.op == "linear" and "activations" not in node.attrs
+    rounds = all(
+        "activations" in node.attrs
         for unit in graph.blocks
         for node in unit.nodes
-    ):
+        if node.op == "linear"
+    )
+    if not rounds:
         error = difference(graph, _rounding)
         say(
             "note: transformers rounds the inputs of these linears to 8 bits per token, which this "
             f"model does not do: logits change by {error:.2%} (relative rms, 32 random tokens)"
         )
-    dtype = _scale_dtype(graph)
-    shards = [(unit.name or "epilogue", _entries(unit, dtype)) for unit in graph.units]
+    # A converted model has scales and gains of several dtypes, and transformers computes in one.
+    scale_dtype, dtype = (_scale_dtype(graph), None) if rounds else ("f32", "f32")
+    shards = [(unit.name or "epilogue", _entries(unit, scale_dtype, dtype)) for unit in graph.units]
     files = {
-        "config.json": json.dumps(_config(graph, norm_eps), indent=2) + "\n",
+        "config.json": json.dumps(_config(graph, norm_eps, rounds), indent=2) + "\n",
         **tokenizer,
     }
     write_folder(target, "bitnet", shards, files, overwrite=overwrite, progress=progress)
@@ -144,7 +147,7 @@ def _scale_dtype(graph: Graph) -> str:
     return "bf16" if (divisors.astype(DTYPES["bf16"]).astype(float) == divisors).all() else "f32"
 
 
-def _config(graph: Graph, norm_eps: float | None) -> dict:
+def _config(graph: Graph, norm_eps: float | None, rounds: bool) -> dict:
     """The model's config.json, with what transformers needs to know of the linears."""
     if _divides(graph):
         quantization = {"quant_method": "bitnet", "linear_class": "bitlinear"}
@@ -154,20 +157,22 @@ def _config(graph: Graph, norm_eps: float | None) -> dict:
     if norm_eps is not None:
         quantization |= {"use_rms_norm": True, "rms_norm_eps": norm_eps}
     config = without(graph.config, "dtype", "torch_dtype")
-    dtype = graph.config.get("torch_dtype", graph.config.get("dtype", "float32"))
+    own = graph.config.get("torch_dtype", graph.config.get("dtype", "float32"))
+    dtype = own if rounds else "float32"
     return config | {"torch_dtype": dtype, "quantization_config": quantization}
 
 
-def _entries(unit: Block, dtype: str) -> list[Entry]:
+def _entries(unit: Block, scale_dtype: str, dtype: str | None) -> list[Entry]:
     """The tensors of a unit: codes and weight_scale of its linears, all others dense."""
     divisors, linears, others = _divisors(unit), linear_parts(unit), dense_parts(unit)
     if not unit.name:  # the head, which stays dense
         others += [(name, *part) for name, part in linears.items()]
         linears = {}
     coded = [
-        _linear(name, *part, dtype, divisors.get(part[0].tensor)) for name, part in linears.items()
+        _linear(name, *part, scale_dtype, divisors.get(part[0].tensor))
+        for name, part in linears.items()
     ]
-    return coded + [dense_entry(*part) for part in others]
+    return coded + [dense_entry(*part, dtype) for part in others]
 
 
 def _linear(

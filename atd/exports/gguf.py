@@ -23,6 +23,7 @@ from atd.exports.absorb import absorb
 from atd.exports.gguf_metadata import add_file_type, add_metadata, architecture_of
 from atd.exports.gguf_tensors import ROUNDED, Encoded, Plan, encode, plan
 from atd.exports.gguf_vocabulary import add_vocabulary
+from atd.exports.parts import check_inputs
 from atd.models import frontend
 from atd.progress import Progress, Report, Say, unheard
 
@@ -52,6 +53,7 @@ def export_gguf(
     source, target = Path(model), Path(out).absolute()
     _check_options(target, dtype)
     graph = absorb(frontend.open(source, ignore_extra=ignore_extra))
+    check_inputs(graph, say)
     architecture, config = architecture_of(graph)
     check_file(target, local(source), overwrite)
     writer = GGUFWriter(None, architecture)

@@ -10,7 +10,7 @@ from atd.checkpoint.hub import local
 from atd.errors import BadInput, RunFailed
 from atd.exports.absorb import absorb
 from atd.exports.folder import write_folder
-from atd.exports.parts import parts
+from atd.exports.parts import check_inputs, parts
 from atd.ir import Block, Graph, Node, WeightRef
 from atd.ir.notes import without
 from atd.models import frontend
@@ -51,10 +51,7 @@ def export_hf(
         raise BadInput(f"--dtype {dtype} is none of --to hf: {', '.join(TORCH_DTYPES)}")
     source, target = Path(model), Path(out).absolute()
     graph = absorb(frontend.open(source, ignore_extra=ignore_extra))
-    if own := [name for name, _ in graph.nodes() if name.endswith("_proj.rms_norm")]:
-        raise BadInput(f"{own[0]} is a norm of one linear, which no dense checkpoint has")
-    if any("activations" in node.attrs for _, node in graph.nodes()):
-        say("note: this model rounds the inputs of linears to 8 bits; the dense one does not")
+    check_inputs(graph, say)
     check_target(target, local(source), overwrite)
     tokenizer = tokenizer_files(source, say)
     shards = [

@@ -2,8 +2,23 @@
 
 from collections.abc import Iterator
 
-from atd.ir import Block, Node, WeightRef
+from atd.errors import BadInput
+from atd.ir import Block, Graph, Node, WeightRef
 from atd.ir.rewrite import joined_parts
+from atd.progress import Say
+
+
+def check_inputs(graph: Graph, say: Say) -> None:
+    """Says that formats of plain linears leave out the 8-bit inputs of a graph that has them.
+
+    Raises BadInput for linears with a norm of their own, which these formats do not have.
+    """
+    if own := [name for name, _ in graph.nodes() if name.endswith("_proj.rms_norm")]:
+        raise BadInput(
+            f"{own[0]} is a norm of one linear, which this format does not have; use --to bitnet"
+        )
+    if any("activations" in node.attrs for _, node in graph.nodes()):
+        say("note: this model rounds the inputs of linears to 8 bits; the exported one does not")
 
 
 def parts(unit: Block, node: Node) -> Iterator[tuple[str, WeightRef, int, int]]:

@@ -90,9 +90,14 @@ def dense_parts(unit: Block) -> list[tuple[str, WeightRef, int, int]]:
     return [part for node in unit.nodes for part in parts(unit, node) if part[0] not in linears]
 
 
-def dense_entry(name: str, ref: WeightRef, start: int, stop: int) -> Entry:
-    """Returns rows of any weight as a dense tensor: as it is, or float32 where it was ternary."""
-    dtype = DTYPES[ref.type.dtype if isinstance(ref.type, DenseType) else "f32"]
+def dense_entry(
+    name: str, ref: WeightRef, start: int, stop: int, dtype_name: str | None = None
+) -> Entry:
+    """Returns rows of any weight as a dense tensor of a dtype; None: as it is, or float32 where it
+    was ternary.
+    """
+    own = ref.type.dtype if isinstance(ref.type, DenseType) else "f32"
+    dtype = DTYPES[dtype_name or own]
     shape = (stop - start, *ref.type.shape[1:])
     return Entry(((name, shape, dtype),), lambda: [ref.load().dequantize(dtype)[start:stop]])
 

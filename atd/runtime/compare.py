@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from atd.checkpoint.files import read_text
 from atd.checkpoint.tokenizer import Tokenizer
 from atd.errors import BadInput, about
 from atd.ir import Graph
+from atd.ir.rewrite import float_activations
 from atd.models import frontend
 from atd.models.model import Model, load
 from atd.progress import Report, unheard
@@ -38,11 +40,16 @@ def load_checkpoint(
     path: Path,
     *,
     backend: str = "auto",
+    activations: Literal["model", "float"] = "model",
     ignore_extra: bool = False,
     progress: Report = unheard,
 ) -> LoadedCheckpoint:
-    """Loads the model of a Hugging Face folder, a GGUF file or a converted folder."""
+    """Loads the model of a Hugging Face folder, a GGUF file or a converted folder.
+
+    With float activations, linears take their inputs as they are, where the model rounds them.
+    """
     graph = frontend.open(path, ignore_extra=ignore_extra)
+    graph = float_activations(graph) if activations == "float" else graph
     model = load(graph, backend=backend, progress=progress)
     return LoadedCheckpoint(path.name, model, *graph_size(graph))
 

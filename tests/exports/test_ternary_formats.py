@@ -99,8 +99,10 @@ def test_bitnet_of_a_converted_model(tmp_path):
     out = export_bitnet(model, tmp_path / "out", say=said.append)
     assert_equal_values(out, model)
     assert any("logits change by" in line for line in said)
-    quantization = json.loads((out / "config.json").read_text())["quantization_config"]
-    assert quantization["linear_class"] == "autobitlinear"
+    config = json.loads((out / "config.json").read_text())
+    assert config["quantization_config"]["linear_class"] == "autobitlinear"
+    assert config["torch_dtype"] == "float32"  # transformers computes in one dtype
+    assert {str(array.dtype) for array in tensors(out).values()} == {"uint8", "float32"}
 
 
 @pytest.mark.parametrize(("bases", "scales"), [(1, "free"), (3, "free"), (4, "tied")])

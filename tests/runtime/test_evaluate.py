@@ -14,6 +14,7 @@ from atd.checkpoint.files import read_text
 from atd.checkpoint.reader import open_tokenizer
 from atd.errors import BadInput, RunFailed
 from atd.models.model import load
+from atd.runtime.compare import load_checkpoint
 from atd.runtime.evaluate import _score, cut, evaluate
 from tests.golden.write_gguf import GOLDEN
 
@@ -280,3 +281,13 @@ def test_smollm2_has_its_known_perplexity(
     result = evaluate(load(smollm2), ids[:tokens], context=context, batch=4)
     assert result.positions == positions
     assert result.perplexity == pytest.approx(perplexity, abs=0.005)
+
+
+def test_activations_of_bitnet_are_rounded_unless_they_are_to_be_floats():
+    golden = GOLDEN / "bitnet_llama"
+    tokens = np.load(golden / "logits.npz")["tokens"]
+    rounded, floats = (
+        np.asarray(load_checkpoint(golden, activations=how).model(tokens))
+        for how in ("model", "float")
+    )
+    assert np.abs(rounded - floats).max() > 1e-3 * np.abs(rounded).max()
