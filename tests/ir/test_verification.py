@@ -137,6 +137,10 @@ BROKEN_NODES = {  # all in model.layers.0
         change("mlp.act", inputs=("mlp.gate_proj", "x")),
         "mlp.act: the width of the second input is 8, 12 is expected",
     ),
+    (
+        change("mlp.relu2", inputs=("mlp.act", "x")),
+        "mlp.relu2: the width of the second input is 8, 12 is expected",
+    ),
 }
 UP = "model.layers.0.mlp.up_proj"
 BROKEN_GRAPHS = {

@@ -114,7 +114,7 @@ def test_what_is_sampled(temperature, top_k, top_p, expected):
         ([1], {"temperature": -0.1}, "temperature is -0.1"),
         ([1], {"temperature": float("nan")}, "temperature is nan"),
         ([1], {"temperature": float("inf")}, "temperature is inf"),
-        ([1], {"temperature": 1e-39}, "temperature is 1e-39; expected 0 .* or at least 1.2e-38"),
+        ([1], {"temperature": 1e-39}, "temperature is 1e-39; expected 0 .* at least 1.2e-38"),
         ([1], {"top_k": -1}, "top_k is -1"),
         ([1], {"top_p": float("nan")}, "top_p is nan"),
         ([1], {"top_p": 0.0}, "top_p is 0.0"),
