@@ -36,10 +36,12 @@ MODULES = {
     "attn_v": "self_attn.v_proj",
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
+    "attn_sub_norm": "self_attn.attn_sub_norm",
     "attn_output": "self_attn.o_proj",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
+    "ffn_sub_norm": "mlp.ffn_sub_norm",
     "ffn_down": "mlp.down_proj",
 }
 ROPE_DIVISORS = "rope_freqs.weight"
@@ -58,7 +60,7 @@ def open_gguf(path: Path) -> tuple[dict, dict[str, StoredTensor], dict[str, Weig
     """
     metadata, entries = read_parts(path)
     for entry in entries.values():
-        _check_dequantizes(entry)
+        _check_readable(entry)
     try:
         config = gguf_config(path, metadata, entries, _values)
     except (TypeError, ZeroDivisionError) as error:
@@ -105,11 +107,16 @@ def _hugging_face_name(name: str) -> str:
 Order = Callable[[np.ndarray], np.ndarray]  # puts rows in Hugging Face's order
 
 
-def _check_dequantizes(entry: GGUFTensor) -> None:
+def _check_readable(entry: GGUFTensor) -> None:
     if entry.quantization not in PLAIN and not _dequantizes(entry.quantization):
         raise BadInput(
             f"{entry.file}: tensor {entry.name} is {entry.quantization.name}, "
             "which the package gguf does not dequantize"
+        )
+    if entry.name.endswith(".scale"):
+        raise BadInput(
+            f"{entry.file}: tensor {entry.name} is a factor of all outputs of a matrix, which is "
+            "not supported; use the model's Hugging Face folder"
         )
 
 

@@ -13,11 +13,16 @@ import numpy as np
 from atd.checkpoint.gguf_header import GGUFTensor
 from atd.errors import BadInput
 
+# Architecture -> (architectures, model_type) of config.json.
 ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
+    "llama": ("LlamaForCausalLM", "llama"),
+    "qwen2": ("Qwen2ForCausalLM", "qwen2"),
+    "qwen3": ("Qwen3ForCausalLM", "qwen3"),
+    "bitnet": ("BitNetForCausalLM", "bitnet"),
+    "bitnet-b1.58": ("BitNetForCausalLM", "bitnet"),
 }
+# Embedding length, blocks and feed forward length of bitnet-b1.58-2B-4T.
+_BITNET_2B_4T = (2560, 30, 6912)
 # What a model of an architecture needs that graphs do not have.
 _LACKING = {
     "gemma3": "it needs norms behind attention and MLP, a gelu gate, a scaled embedding and a rope "
@@ -90,14 +95,16 @@ def gguf_config(
         f"{kind}_token_id": metadata.get(f"tokenizer.ggml.{kind}_token_id")
         for kind in ("bos", "eos")
     }
+    name, family = ARCHITECTURES[architecture]
+    sizes = hidden, get("block_count"), get("feed_forward_length")
     return {
-        "architectures": [ARCHITECTURES[architecture]],
-        "model_type": architecture,
-        "hidden_act": "silu",
+        "architectures": [name],
+        "model_type": family,
+        "hidden_act": _hidden_act(architecture, sizes),
         "vocab_size": entries["token_embd.weight"].shape[0],
         "hidden_size": hidden,
-        "intermediate_size": get("feed_forward_length"),
-        "num_hidden_layers": get("block_count"),
+        "intermediate_size": sizes[2],
+        "num_hidden_layers": sizes[1],
         "num_attention_heads": heads,
         "num_key_value_heads": get("attention.head_count_kv", heads),
         "head_dim": head_dim,
@@ -112,6 +119,18 @@ def gguf_config(
         "torch_dtype": "float16",
         **{key: value for key, value in tokens.items() if value is not None},
     }
+
+
+def _hidden_act(architecture: str, sizes: tuple[int, int, int]) -> str:
+    """The activation of the gate, which no key of a GGUF file says.
+
+    llama.cpp computes silu in its architecture bitnet (src/models/bitnet.cpp, LLM_FFN_SILU), as the
+    models of 1bitLLM have it, and bitnet.cpp relu2 in bitnet-b1.58 (LLM_FFN_RELU_SQR). llama.cpp's
+    converter writes 2B-4T, which was trained with relu2, as bitnet too: that model, known by its
+    sizes, gets the activation that it was trained with.
+    """
+    relu2 = architecture == "bitnet-b1.58" or (architecture == "bitnet" and sizes == _BITNET_2B_4T)
+    return "relu2" if relu2 else "silu"
 
 
 def _rope_scaling(
@@ -135,7 +154,7 @@ def _rope_scaling(
         return _llama3_scaling(
             path, divisors, get("rope.scaling.original_context_length", 8192), theta, head_dim
         )
-    if kind == "linear" or legacy != 1.0:
+    if factor != 1.0 and (kind == "linear" or legacy != 1.0):
         return {"rope_type": "linear", "factor": factor}
     return None
 

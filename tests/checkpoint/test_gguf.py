@@ -1,17 +1,24 @@
 """Ternary tensors of GGUF files, and files in several parts."""
 
+import json
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from atd.checkpoint.gguf_header import read_header
+from atd.checkpoint.gguf_config import gguf_config
+from atd.checkpoint.gguf_header import GGUFTensor, read_header
 from atd.checkpoint.gguf_tokenizer import open_gguf_tokenizer
 from atd.checkpoint.reader import checkpoint_contents
 from atd.errors import BadInput
 from atd.models import frontend
 from atd.models.model import load
+from atd.passes.fold_norms import FoldNorms
+from atd.passes.rotate import Rotate
+from atd.pipeline import Pipeline
+from atd.pipeline.convert import convert
 from tests.golden.write_gguf import (
     TERNARY_CONFIG,
     permuted,
@@ -180,3 +187,92 @@ def test_qwen3_keeps_the_order_of_rows_and_the_norms_of_q_and_k(tmp_path):
         np.testing.assert_array_equal(refs[name].dense(), array, err_msg=name)
     query = tensors["model.layers.0.self_attn.q_proj.weight"]
     assert not np.array_equal(permuted(query, 4), query)
+
+
+BITNET_CONFIG = {
+    "model_type": "bitnet",
+    "vocab_size": 48,
+    "max_position_embeddings": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 5e5,
+    "tie_word_embeddings": True,
+}
+
+
+def bitnet_folder(folder: Path, hidden_act: str) -> dict[str, np.ndarray]:
+    """Writes a model of the family bitnet with random dense weights; returns its tensors."""
+    random, (hidden, mlp) = np.random.default_rng(0), (32, 48)
+    norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
+    norms |= {"self_attn.attn_sub_norm": hidden, "mlp.ffn_sub_norm": mlp}
+    matrices = {f"self_attn.{part}_proj": (16, hidden) for part in "kv"}
+    matrices |= {f"self_attn.{part}_proj": (hidden, hidden) for part in "qo"}
+    matrices |= {f"mlp.{part}_proj": (mlp, hidden) for part in ("gate", "up")}
+    shapes = {"model.embed_tokens": (48, hidden), "model.norm": (hidden,)}
+    for layer in ("model.layers.0", "model.layers.1"):
+        shapes |= {f"{layer}.{name}": (width,) for name, width in norms.items()}
+        shapes |= {f"{layer}.{name}": shape for name, shape in matrices.items()}
+        shapes[f"{layer}.mlp.down_proj"] = (hidden, mlp)
+    tensors = {
+        f"{name}.weight": ((len(s) == 1) + 0.3 * random.standard_normal(s)).astype(np.float32)
+        for name, s in shapes.items()
+    }
+    folder.mkdir()
+    config = BITNET_CONFIG | {"hidden_act": hidden_act}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors")
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("architecture", "hidden_act"), [("bitnet", "silu"), ("bitnet-b1.58", "relu2")]
+)
+def test_bitnet_is_the_model_of_its_folder(tmp_path, architecture, hidden_act):
+    tensors = bitnet_folder(tmp_path / "hf", hidden_act)
+    path = tmp_path / "m.gguf"
+    prefix = f"{architecture}.rope.scaling"  # of what llama.cpp's converter writes
+    scaling = {f"{prefix}.type": "linear", f"{prefix}.factor": 1.0}
+    write_model(path, BITNET_CONFIG, tensors, KINDS.F32, scaling, architecture=architecture)
+    graph, folder = frontend.open(path), frontend.open(tmp_path / "hf")
+    assert str(graph) == str(folder)
+    tokens = np.arange(12, dtype=np.int32).reshape(2, 6)
+    np.testing.assert_array_equal(load(graph)(tokens), load(folder)(tokens))
+
+
+def test_the_activation_of_a_bitnet_file():
+    embedding = GGUFTensor(Path(), "token_embd.weight", (128256, 2560), KINDS.F16, 0, 0)
+    keys = {"embedding_length": 2560, "block_count": 30, "feed_forward_length": 6912}
+    keys |= {"attention.head_count": 20, "attention.layer_norm_rms_epsilon": 1e-5}
+    keys |= {"context_length": 4096}
+
+    def hidden_act(**other: int) -> str:
+        metadata: dict = {f"bitnet.{key}": value for key, value in (keys | other).items()}
+        metadata["general.architecture"] = "bitnet"
+        config = gguf_config(Path("m.gguf"), metadata, {embedding.name: embedding}, np.asarray)
+        return config["hidden_act"]
+
+    assert hidden_act() == "relu2"  # bitnet-b1.58-2B-4T
+    assert hidden_act(block_count=26) == "silu"
+
+
+def test_scales_beside_a_matrix_are_refused(tmp_path):
+    tensors = bitnet_folder(tmp_path / "hf", "silu")
+    tensors["model.layers.0.self_attn.q_proj.scale"] = np.full(1, 0.5, np.float32)
+    write_model(tmp_path / "m.gguf", BITNET_CONFIG, tensors, KINDS.F32)
+    refused(tmp_path / "m.gguf", "tensor blk.0.attn_q.scale is a factor of all outputs")
+
+
+def test_recipes_take_a_bitnet_file_or_say_why_not(tmp_path):
+    path = tmp_path / "m.gguf"
+    write_model(path, BITNET_CONFIG, bitnet_folder(tmp_path / "hf", "silu"), KINDS.F32)
+    out = convert(path, tmp_path / "out", "datafree2", say=lambda line: None)
+    assert np.isfinite(load(out)(np.arange(6, dtype=np.int32)[None])).all()
+    graph, tokens = frontend.open(path), np.arange(12, dtype=np.int32).reshape(2, 6)
+    turned = Pipeline([FoldNorms(), Rotate(r2=False)])(graph)
+    np.testing.assert_allclose(load(turned)(tokens), load(graph)(tokens), atol=2e-4)
+    with pytest.raises(BadInput, match=r"output of .*attention must go to a linear alone; use r2"):
+        convert(path, tmp_path / "ternary", "ternary2", say=lambda line: None)

@@ -17,10 +17,12 @@ NAMES = {
     "self_attn.v_proj": "attn_v",
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
+    "self_attn.attn_sub_norm": "attn_sub_norm",
     "self_attn.o_proj": "attn_output",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
+    "mlp.ffn_sub_norm": "ffn_sub_norm",
     "mlp.down_proj": "ffn_down",
 }
 
@@ -69,13 +71,19 @@ def write_gguf(
 
 
 def write_model(
-    path: Path, config: dict, tensors: dict, quantization, metadata: dict | None = None, **split
+    path: Path,
+    config: dict,
+    tensors: dict,
+    quantization,
+    metadata: dict | None = None,
+    architecture: str = "",
+    **split,
 ) -> None:
     """A model of Hugging Face's names as llama.cpp's converter writes it, matrices so quantized;
     `split` are options of GGUFWriter.
     """
     family, scaling = config["model_type"], config.get("rope_scaling") or {}
-    writer = gguf.GGUFWriter(path, family, **split)
+    writer = gguf.GGUFWriter(path, architecture or family, **split)
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
