@@ -78,10 +78,11 @@ class BitTtt:
         sizes = found.shape if found else (out, inputs // 4, 1)
         bases = sizes[2] if len(sizes) > 2 else 1
         if found and not 1 <= bases <= MOST_BASES:
-            binder.problems.append(
-                f"{name} has {bases} bases (its shape is {list(sizes)}), expected 1 to {MOST_BASES}"
+            raise BadInput(
+                f"{found.file}: tensor {name} has N = {bases} bases (its shape is {list(sizes)}); "
+                f"expected 1 to {MOST_BASES}, the most that atd has; convert from the original "
+                "checkpoint instead: atd convert MODEL OUT --recipe greedy3"
             )
-            return None
         ternary = TernaryType((out, inputs), bases, "tensor", False, "f32")
         scales = Part(f"{tensor.removesuffix('.weight')}.scales", (bases,), ("f32",))
         if len(sizes) == 4:

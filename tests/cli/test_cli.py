@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -244,6 +245,24 @@ def test_an_allocation_is_shown_and_drawn(atd, stories260k, text, tmp_path, monk
         atd("inspect", stories260k, "--plot", tmp_path / "who.png"),
         "not a checkpoint that atd made",
     )
+
+
+def test_ternary_models_go_to_other_tools(atd, converted, stories260k, tmp_path, refused):
+    model, out = tmp_path / "model", tmp_path / "out"
+    refused(atd("export", converted, out, "--to", "bitnet"), "greedy3 --set decompose.bases=1")
+    refused(atd("export", converted, out, "--to", "bit-ttt"), "--recipe greedy3")
+    way = ("--recipe", "greedy3", "--set", "decompose.bases=1")
+    assert atd("convert", stories260k, model, *way)[0] == 0
+    for name, said in {"bitnet": "Hugging Face's bitnet", "bit-ttt": "Bit-TTT-Engine"}.items():
+        code, printed, err = atd("export", model, out, "--to", name)
+        assert (code, said in printed) == (0, True), err
+        assert "n=1 g=tensor" in atd("inspect", out, "--nodes")[1]
+        refused(atd("export", model, out, "--to", name), "exists", "--overwrite")
+        assert atd("export", model, out, "--to", name, "--overwrite")[0] == 0
+        assert atd("verify", out)[0] == 0
+        shutil.rmtree(out)
+    refused(atd("export", model, out, "--to", "bitnet", "--dtype", "float16"), "leave it out")
+    assert not out.exists()
 
 
 def test_convert_adaptive_is_the_converter(stories260k, tmp_path):

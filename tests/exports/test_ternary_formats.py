@@ -140,28 +140,67 @@ def test_what_they_do_not_hold_is_refused(tmp_path, export, bases, group, messag
 Q = "model.layers.0.self_attn.q_proj"
 
 
-def bit_ttt(tmp_path, change) -> Path:
+def bit_ttt(tmp_path, change, bases: int = 2) -> Path:
     """A folder of Bit-TTT-Engine with changed tensors."""
-    out = export_bit_ttt(converted(tmp_path / "model", 2), tmp_path / "out", say=quiet)
+    out = export_bit_ttt(converted(tmp_path / "model", bases), tmp_path / "out", say=quiet)
     found = tensors(out)
     change(found)
     save_file(found, out / "model.safetensors")
     return out
 
 
-def test_the_older_form_of_one_trit_per_byte(tmp_path):
-    def unpack(found: dict) -> None:
-        codes = found[f"{Q}.weight_packed"]
-        fields = np.stack([codes >> 2 * j & 3 for j in range(4)], axis=-1)
-        found[f"{Q}.weight_packed"] = np.array([0, 1, 255], np.uint8)[fields]
+def packed_names(found: dict) -> list[str]:
+    return [name for name in found if name.endswith(".weight_packed")]
 
-    assert_equal_values(bit_ttt(tmp_path, unpack), tmp_path / "model")
+
+@pytest.mark.parametrize("bases", [1, 2])
+def test_the_older_form_of_one_trit_per_byte(tmp_path, bases):
+    def unpack(found: dict) -> None:
+        for name in packed_names(found):
+            fields = np.stack([found[name] >> 2 * j & 3 for j in range(4)], axis=-1)
+            found[name] = np.array([0, 1, 255], np.uint8)[fields]
+
+    folder = bit_ttt(tmp_path, unpack, bases)
+    assert tensors(folder)[f"{Q}.weight_packed"].shape == (32, 8, bases, 4)
+    assert_equal_values(folder, tmp_path / "model")
+
+
+def test_one_base_without_an_axis_of_its_own(tmp_path):
+    def flatten(found: dict) -> None:
+        found |= {name: found[name][..., 0] for name in packed_names(found)}
+
+    folder = bit_ttt(tmp_path, flatten, 1)
+    assert tensors(folder)[f"{Q}.weight_packed"].shape == (32, 8)
+    assert_equal_values(folder, tmp_path / "model")
+    again = export_bit_ttt(folder, tmp_path / "again", say=quiet)
+    assert tensors(again)[f"{Q}.weight_packed"].shape == (32, 8, 1)  # as the engine writes it
+
+
+@pytest.mark.parametrize(("bases", "form"), [(5, ()), (6, (4,)), (7, ()), (8, ())])
+def test_more_than_four_bases_are_refused_by_name(tmp_path, bases, form):
+    def widen(found: dict) -> None:
+        for name in packed_names(found):
+            out, quarter = found[name].shape[:2]
+            found[name] = np.zeros((out, quarter, bases, *form), np.uint8)
+            found[f"{name.removesuffix('.weight_packed')}.scales"] = np.ones(bases, np.float32)
+
+    folder = bit_ttt(tmp_path, widen)
+    with pytest.raises(BadInput) as error:
+        frontend.open(folder)
+    shape = [32, 8, bases, *form]
+    assert str(error.value) == (
+        f"{folder / 'model.safetensors'}: tensor {Q}.weight_packed has N = {bases} bases (its "
+        f"shape is {shape}); expected 1 to 4, the most that atd has; convert from the original "
+        "checkpoint instead: atd convert MODEL OUT --recipe greedy3"
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({f"{Q}.weight_packed": np.zeros((32, 8, 5), np.uint8)}, "has 5 bases .*expected 1 to 4"),
+        ({f"{Q}.weight_packed": np.zeros((32, 8, 0), np.uint8)}, "N = 0 bases .*expected 1 to 4"),
+        ({f"{Q}.weight_packed": np.zeros((32, 7, 2), np.uint8)}, r"\[32, 7, 2\], expected \[32, 8"),
+        ({f"{Q}.weight_packed": np.full((32, 8, 2, 4), 2, np.uint8)}, "2048 bytes are no trits"),
         ({f"{Q}.scales": np.ones(3, np.float32)}, r"scales has the shape \[3\], expected \[2\]"),
         ({f"{Q}.weight_packed": np.full((32, 8, 2), 3, np.uint8)}, "512 bytes hold the code 3"),
         ({f"{Q}.scales": np.full(2, np.nan, np.float32)}, "expected finite numbers"),

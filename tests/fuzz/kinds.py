@@ -16,11 +16,13 @@ from zlib import crc32
 import jax
 import numpy as np
 from gguf import GGMLQuantizationType
+from safetensors.numpy import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 
 from atd.checkpoint.files import read_text
 from atd.checkpoint.reader import open_tokenizer
 from atd.checkpoint.safetensors import INDEX, SINGLE
+from atd.exports.bit_ttt import export_bit_ttt
 from atd.ir import Graph
 from atd.models import execute, frontend
 from atd.models.random_model import SHAPES, random_graph
@@ -172,6 +174,28 @@ def _config(folder: Path) -> dict[str, Mutator]:
     return {"config.json": change_json}
 
 
+def _bitnet(name: str) -> Callable[[Path], dict[str, Mutator]]:
+    """Makes a checkpoint of Hugging Face's bitnet."""
+
+    def make(folder: Path) -> dict[str, Mutator]:
+        golden(folder, name)
+        return {"config.json": change_json, SINGLE: change_safetensors}
+
+    return make
+
+
+def _bit_ttt(folder: Path) -> dict[str, Mutator]:
+    """A folder of Bit-TTT-Engine with two bases."""
+    golden(folder / "source", "bitnet_llama")
+    out = export_bit_ttt(folder / "source", folder / "out", say=lambda line: None)
+    tensors = load_file(out / SINGLE)
+    for name, array in tensors.items():
+        if name.endswith((".weight_packed", ".scales")):
+            tensors[name] = np.repeat(array, 2, axis=-1)
+    save_file(tensors, out / SINGLE)
+    return {"out/config.json": change_json, f"out/{SINGLE}": change_safetensors}
+
+
 def _gguf(folder: Path) -> dict[str, Mutator]:
     file = folder / "model.gguf"
     write_gguf(file, "llama_bias", GGMLQuantizationType.Q8_0)
@@ -179,6 +203,18 @@ def _gguf(folder: Path) -> dict[str, Mutator]:
     tree["metadata"] |= {"general.alignment": ALIGNMENT, "tokenizer.ggml.tokens": ["a"]}
     file.write_bytes(bytes_of(tree, data))
     return {file.name: changer(tree, data)}
+
+
+def _ternary_gguf(folder: Path) -> dict[str, Mutator]:
+    """A model with ternary matrices, whose codes are changed too."""
+    file = folder / "model.gguf"
+    write_model(file, TERNARY_CONFIG, ternary_model(), GGMLQuantizationType.TQ1_0)
+    change = changer(*tree_of(file))
+
+    def changed(random: Random, data: bytes) -> bytes:
+        return (change if random.random() < 0.6 else change_bytes)(random, data)
+
+    return {file.name: changed}
 
 
 def _split_gguf(folder: Path) -> dict[str, Mutator]:
@@ -309,7 +345,12 @@ KINDS = (
     Kind("safetensors", _safetensors, read_model),
     Kind("index.json", _index, read_model),
     Kind("config.json", _config, run_model),
+    Kind("bitnet", _bitnet("bitnet_norms"), run_model),
+    Kind("bitnet 2B-4T", _bitnet("bitnet_2b4t"), run_model),
+    Kind("bitnet online", _bitnet("bitnet_online"), run_model),
+    Kind("Bit-TTT", _bit_ttt, lambda folder: run_model(folder / "out")),
     Kind("GGUF", _gguf, lambda folder: read_model(folder / "model.gguf")),
+    Kind("GGUF ternary", _ternary_gguf, lambda folder: read_model(folder / "model.gguf")),
     Kind("GGUF parts", _split_gguf, lambda folder: read_model(folder / FIRST_PART)),
     Kind("GGUF BPE", _byte_level, lambda folder: read_tokenizer(folder / "model.gguf")),
     Kind("GGUF pieces", _sentencepiece, lambda folder: read_tokenizer(folder / "model.gguf")),

@@ -21,8 +21,10 @@ from atd.checkpoint.folder import (
     read_report,
     result_folder,
 )
+from atd.checkpoint.gguf_file import foreign_file
 from atd.checkpoint.journal import journal_file
 from atd.checkpoint.safetensors import INDEX
+from atd.exports.gguf import export_gguf
 from atd.pipeline import convert as conversion
 from atd.pipeline.integrity import verify_checkpoint
 from atd.study.results import RESULTS, number, read_results
@@ -39,15 +41,20 @@ def converted(folder: Path) -> None:
     convert(folder)
 
 
-def convert(folder: Path) -> Path:
+def convert(folder: Path, **options) -> Path:
     """Converts `source` into `out`."""
     return conversion.convert(
         folder / "source",
         folder / "out",
         "datafree2",
         cache=folder / "cache",
-        say=lambda line: None,
+        say=_quiet,
+        **options,
     )
+
+
+def _quiet(line: str) -> None:
+    pass
 
 
 def _in_output(names: Callable[[Path], list[str]], change: Mutator):
@@ -177,6 +184,24 @@ def read_study(folder: Path) -> None:
         number(row, "bytes")
 
 
+def _gguf(folder: Path) -> dict[str, Mutator]:
+    """An export to GGUF with blocks of integers."""
+    golden(folder / "source", "llama_gqa")
+    out = convert(folder, overrides=["decompose.scales=tied", "decompose.group=32"])
+    file = export_gguf(out, folder / "model.gguf", say=_quiet)
+    shutil.copy(file, folder / "sound.gguf")
+    return {file.name: change_bytes}
+
+
+def read_gguf(folder: Path) -> None:
+    """Reads an export, and raises Fault where a changed one is taken for what atd wrote."""
+    file = folder / "model.gguf"
+    is_sound = file.read_bytes() == (folder / "sound.gguf").read_bytes()
+    if (foreign_file(file) is None) != is_sound:
+        raise Fault("a changed file is taken for what was written")
+    read_model(file)
+
+
 def _out(read: Callable[[Path], object]) -> Callable[[Path], object]:
     return lambda folder: read(folder / "out")
 
@@ -188,6 +213,7 @@ KINDS = (
     Kind("packed codes", _in_output(_shards, change_safetensors), _out(read_model)),
     Kind("files of an output", _in_output(_files, change_bytes), verify),
     Kind("manifest, report", _in_output(lambda out: [MANIFEST, REPORT], change_json), read_summary),
+    Kind("exported GGUF", _gguf, read_gguf),
     Kind("journal", _journal, resume, writes=True),
     Kind("cache", _cache, read_cache, writes=True),
     Kind("results.csv", _results, read_study),

@@ -10,7 +10,9 @@ from tests.fuzz.watch import fault, limited_memory
 from tests.fuzz.worker import KINDS, faults
 
 FAST = {"JSON Lines": 500, "cache": 500, "results.csv": 500, "index.json": 200, "safetensors": 100}
-SLOW = {"journal": 8, "recipe": 20, "stored graph": 20, "its config": 10}  # do more than read
+# These do more than read.
+SLOW = {"journal": 8, "recipe": 20, "stored graph": 20, "its config": 10}
+SLOW |= {"bitnet": 20, "bitnet 2B-4T": 10, "bitnet online": 10, "Bit-TTT": 20}
 
 
 FILES = [name for name, kind in KINDS.items() if kind not in interruptions.KINDS]
