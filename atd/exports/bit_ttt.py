@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from atd.checkpoint.folder import check_target
+from atd.checkpoint.folder import CARD, check_target
 from atd.checkpoint.hub import local
 from atd.checkpoint.writer import Entry
 from atd.errors import BadInput
@@ -25,6 +25,7 @@ from atd.models import frontend
 from atd.models.bit_ttt import EPS, LAYOUT, MOST_BASES, NAMES
 from atd.models.config import parse_config
 from atd.models.llama import HEAD
+from atd.pipeline.card import bit_ttt_card
 from atd.pipeline.output import tokenizer_files
 from atd.progress import Report, Say, unheard
 from atd.weights import TernaryType, ternary_of
@@ -69,7 +70,8 @@ def export_bit_ttt(
             "note: this model rounds the inputs of its linears to 8 bits per token, which the "
             f"engine does not do: logits change by {error:.2%} (relative rms, 32 random tokens)"
         )
-    files = {"config.json": json.dumps(config, indent=2) + "\n", **tokenizer}
+    card = bit_ttt_card(source, graph)
+    files = {"config.json": json.dumps(config, indent=2) + "\n", CARD: card, **tokenizer}
     shards = [("model", _entries(graph))]
     write_folder(target, "bit-ttt", shards, files, overwrite=overwrite, progress=progress)
     return target

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from atd.checkpoint.folder import check_target
+from atd.checkpoint.folder import CARD, check_target
 from atd.checkpoint.hub import local
 from atd.checkpoint.writer import Entry
 from atd.errors import BadInput
@@ -27,6 +27,7 @@ from atd.exports.planes import (
 from atd.ir import INT8, Block, Graph, WeightRef
 from atd.ir.notes import DIVISOR, without
 from atd.models import frontend
+from atd.pipeline.card import bitnet_card
 from atd.pipeline.output import tokenizer_files
 from atd.progress import Report, Say, unheard
 from atd.weights import DTYPES, DenseType
@@ -85,6 +86,7 @@ def export_bitnet(
     shards = [(unit.name or "epilogue", _entries(unit, scale_dtype, dtype)) for unit in graph.units]
     files = {
         "config.json": json.dumps(_config(graph, norm_eps, rounds), indent=2) + "\n",
+        CARD: bitnet_card(source, graph),
         **tokenizer,
     }
     write_folder(target, "bitnet", shards, files, overwrite=overwrite, progress=progress)

@@ -14,6 +14,7 @@ from atd.checkpoint.folder import CARD
 from atd.checkpoint.hub import hub_id, local
 from atd.ir import Graph
 from atd.runtime.compare import graph_size
+from atd.weights import TernaryType, ternary_of
 
 _LICENSE = ("license", "license_name", "license_link")
 
@@ -51,8 +52,8 @@ tokenizer = AutoTokenizer.from_pretrained("MODEL")
 ```
 """
 
-_DENSE = """
-transformers, with PyTorch:
+_TORCH = """
+transformers, with PyTorch (`pip install {packages}`):
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -60,6 +61,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("MODEL")
 tokenizer = AutoTokenizer.from_pretrained("MODEL")
 ```
+"""
+
+_BIT_TTT = """
+[Bit-TTT-Engine](https://github.com/imonoonoko/Bit-TTT-Engine) takes the folder as it is:
+`config.json`, where `arch` is `llama`, `model.safetensors` and `tokenizer.json`.
 """
 
 
@@ -97,7 +103,47 @@ def dense_card(source: Path, graph: Graph, dtype: str) -> str:
     weights = sum(math.prod(ref.type.shape) for _, ref in graph.weights())
     rows = {**_base(source), "weights": f"{weights:,}, {dtype}"}
     what = f"Weights that atd has written as dense {dtype}, dequantized where they were ternary."
-    return _card(head, f"{_name(source, graph)}, dense", what, rows, _ATD + _DENSE)
+    return _card(
+        head,
+        f"{_name(source, graph)}, dense",
+        what,
+        rows,
+        _ATD + _TORCH.format(packages="torch transformers"),
+    )
+
+
+def bitnet_card(source: Path, graph: Graph) -> str:
+    """Returns the card of a folder of Hugging Face's `bitnet`.
+
+    Args:
+        source: the model that was exported, a path or a name of the hub.
+        graph: that model.
+    """
+    head = _front_matter(source, "transformers", ["atd", "ternary", "bitnet"])
+    what = "Ternary weights that atd has written in the form of Hugging Face's `bitnet`."
+    use = _ATD + _TORCH.format(packages="torch transformers accelerate")
+    return _card(head, f"{_name(source, graph)}, bitnet", what, _planes(source, graph), use)
+
+
+def bit_ttt_card(source: Path, graph: Graph) -> str:
+    """Returns the card of a folder of Bit-TTT-Engine; `source` and `graph` as of `bitnet_card`."""
+    head = _front_matter(source, "bit-ttt-engine", ["atd", "ternary", "bit-ttt"])
+    what = "Ternary weights that atd has written in the form of Bit-TTT-Engine."
+    rows, use = _planes(source, graph), _ATD + _BIT_TTT
+    return _card(head, f"{_name(source, graph)}, Bit-TTT", what, rows, use)
+
+
+def _planes(source: Path, graph: Graph) -> dict[str, str]:
+    """Rows of a model whose trits take two bits each, with one scale per base and matrix."""
+    types = [ref.type for _, ref in graph.weights()]
+    planes = [(t, ternary) for t in types if isinstance(ternary := ternary_of(t), TernaryType)]
+    trits = sum(math.prod(t.shape) * ternary.bases for t, ternary in planes)
+    count = sum(math.prod(t.shape) for t, _ in planes)
+    return {
+        **_base(source),
+        "weights": f"{sum(math.prod(t.shape) for t in types):,}",
+        "bits per weight": f"{2 * trits / count:.2f}, of the decoder's linears",
+    }
 
 
 def _card(head: str, title: str, what: str, rows: Mapping[str, str], use: str) -> str:

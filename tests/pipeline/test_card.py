@@ -9,6 +9,8 @@ from huggingface_hub import metadata_load
 from atd.checkpoint.folder import foreign, read_manifest
 from atd.checkpoint.hub import local
 from atd.errors import BadInput
+from atd.exports.bit_ttt import export_bit_ttt
+from atd.exports.bitnet import export_bitnet
 from atd.exports.hf import export_hf
 from atd.models import frontend
 from atd.pipeline.card import dense_card
@@ -52,6 +54,23 @@ def test_a_dense_export_has_a_card_of_its_own(made, tmp_path):
     assert "dense float32" in card
     assert "import atd.hf" not in card
     verify_checkpoint(out)
+
+
+def test_ternary_exports_say_how_they_are_loaded(packaged, tmp_path):
+    overrides = ["decompose.bases=1"]
+    model = convert(packaged.folder, tmp_path / "n1", "greedy3", overrides=overrides, say=quiet)
+    bitnet = export_bitnet(model, tmp_path / "bitnet", say=quiet)
+    bit_ttt = export_bit_ttt(model, tmp_path / "bit-ttt", say=quiet)
+    libraries = {bitnet: "transformers", bit_ttt: "bit-ttt-engine"}
+    for out, library in libraries.items():
+        assert (metadata_load(out / "README.md") or {})["library_name"] == library
+        card = (out / "README.md").read_text()
+        assert "| bits per weight | 2.00, of" in card
+        assert "import atd.hf" not in card
+        assert all(len(line) <= 100 for line in card.splitlines())
+        verify_checkpoint(out)
+    assert "accelerate" in (bitnet / "README.md").read_text()
+    assert "Bit-TTT-Engine](https://" in (bit_ttt / "README.md").read_text()
 
 
 def test_the_license_is_that_of_the_source(source, tmp_path):
