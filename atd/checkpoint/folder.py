@@ -300,6 +300,14 @@ def write_manifest(folder: Path, about: Mapping[str, Any], digests: Mapping[str,
     write_file(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
 
+def renew_digest(folder: Path, name: str) -> None:
+    """Writes the digest of a file that was changed on purpose into the manifest of its folder."""
+    manifest = read_json(folder / MANIFEST)
+    manifest["files"][name] = file_digest(folder / name)
+    manifest["sha256"] = _manifest_digest(manifest)
+    write_file(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+
+
 def _manifest_digest(manifest: Mapping[str, Any]) -> str:
     """The sha256 of what the manifest says."""
     said = {key: value for key, value in manifest.items() if key != "sha256"}

@@ -43,6 +43,7 @@ def evaluate(
     tokenizer: Tokenizer = None,
     ignore_extra: IgnoreExtra = False,
     json: Json = None,
+    card: bool = False,
 ) -> None:
     """Measure perplexity, and KL divergence and top-1 agreement against a dense model.
 
@@ -57,12 +58,16 @@ def evaluate(
         convention: standard scores whole windows; llama.cpp scores only the second half of each,
             BOS in front where the tokenizer adds one, as llama-perplexity does.
         batch: The number of windows that run together.
+        card: Write the figures into the model card of MODEL, its README.md, as well. MODEL is a
+            folder that atd made; it counts as unchanged afterwards if it did so before.
     """
     from functools import partial
 
     from atd.checkpoint.files import write_json
+    from atd.checkpoint.hub import hub_id
     from atd.checkpoint.reader import open_tokenizer
     from atd.models import frontend
+    from atd.pipeline.card_figures import add_figures, check_card, figures
     from atd.reports.progress import shown
     from atd.reports.tables import EvaluatedModel, console, evaluation_table, print_line
     from atd.runtime.compare import compare, load_checkpoint, read_tokens
@@ -71,6 +76,8 @@ def evaluate(
     check_least(2, context=context)
     check_least(1, batch=batch, tokens=tokens)
     check_writable("--json", json)
+    if card:
+        check_card(model)
     # What can be refused is, before a model is loaded.
     graphs = [frontend.open(p, ignore_extra=ignore_extra) for p in (model, against) if p]
     words = open_tokenizer(tokenizer or model)
@@ -94,6 +101,10 @@ def evaluate(
         made_of = {"model": str(model), "against": str(against) if against else None}
         sizes = {"bits_per_weight": bits, "bytes": size}
         write_json(json, made_of | {"data": str(data)} | sizes | result.to_json())
+    if card:
+        note = "inputs of linears not rounded" if activations == "float" else ""
+        named = str(hub_id(against) or against.name) if against else None
+        add_figures(model, figures(result, text=data.name, against=named, note=note))
     console.print(evaluation_table([EvaluatedModel(loaded.name, bits, size, result)]))
     if result.against_perplexity is not None and dense:
         print_line(

@@ -132,6 +132,19 @@ def test_figures_are_written_before_they_are_printed(atd, stories260k, text, tmp
     assert json.loads(file.read_text())["perplexity"] == 2
 
 
+def test_eval_writes_figures_into_the_card(atd, converted, stories260k, text, tmp_path, refused):
+    out = shutil.copytree(converted, tmp_path / "out")
+    eval_it = ("eval", out, "--data", text, "--context", 64, "--tokens", 256, "--card")
+    code, _, err = atd(*eval_it, "--against", stories260k)
+    assert code == 0, err
+    assert atd(*eval_it)[0] == 0
+    rows = [line for line in (out / "README.md").read_text().splitlines() if text.name in line]
+    assert [f"| {stories260k.name} |" in row for row in rows] == [True, False]
+    assert atd("verify", out)[0] == 0
+    figures = ("--data", text, "--context", 64, "--tokens", 256)
+    refused(atd("eval", stories260k, *figures, "--card"), "not a checkpoint that atd made")
+
+
 def test_eval_against_itself_is_zero(atd, stories260k, text, tmp_path):
     file = tmp_path / "figures.json"
     sizes = ("--context", 64, "--tokens", 256)
