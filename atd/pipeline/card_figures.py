@@ -89,7 +89,8 @@ def with_row(card: str, row: Mapping[str, str]) -> str:
     line, setting = f"| {' | '.join(cells)} |", f"| {' | '.join(cells[: len(_SETTING)])} |"
     lines = card.rstrip("\n").split("\n")
     if _COLUMNS not in lines:
-        lines += [] if "## Use" in lines else [""]
+        if "## Use" not in lines:
+            lines.append("")
         at = lines.index("## Use") if "## Use" in lines else len(lines)
         lines[at:at] = [_TITLE, "", *_ABOUT.splitlines(), "", _COLUMNS, _RULE, ""]
     first = end = lines.index(_COLUMNS) + 2
