@@ -36,7 +36,7 @@ from atd.calibration.moments import dense_moments
 from atd.decomposition import least_squares
 from atd.decomposition.second_moments import proxy_loss
 from atd.errors import BadInput
-from atd.ir import Block, Graph, Node, WeightRef
+from atd.ir import GATED, Block, Graph, Node, WeightRef
 from atd.ir.notes import UNIT_GAIN, without
 from atd.ir.rewrite import map_array, with_weight
 from atd.pipeline import Context, Pass, checks
@@ -197,7 +197,7 @@ def _writer(block: Block, node: Node) -> Node | None:
     """The node that a scale of this node's output can be divided out of."""
     if node.op == "rms_norm" and "head_dim" not in node.attrs:
         return node
-    if node.op not in ("attention", "silu_mul"):
+    if node.op not in ("attention", *GATED):
         return None
     value = node.inputs[-1]  # v, up
     writer = next((writer for writer in block.nodes if writer.name == value), None)

@@ -13,14 +13,16 @@ R2, one for each key-value head of each block, on the values between v and o:
                                 rotation of their key-value head. Softmax mixes positions, not
                                 features.
 R3, one for each block, on the inputs of down (`r3 = true`). Silu does not commute with a rotation,
-so that one half of it runs with the model: a node `hadamard` between silu_mul and down, which
-multiplies each run of 2^k features by H / sqrt(2^k), the largest of at most 2048 that divide them.
+so that one half of it runs with the model: a node `hadamard` between silu_mul (or another of
+`atd.ir.GATED`) and down, which multiplies each run of 2^k features by H / sqrt(2^k), the largest of
+at most 2048 that divide them.
     W -> D W, b -> D b          for up, D = diag(signs): silu(gate) * up is linear in up
     W -> W D H / sqrt(2^k)      for down
 
 1. Needs dense weights, gain-free norms on the stream (fold_norms) and, for R2, v that is not joined
    with q and k. What the stream touches is found by data flow, so it works for any family; what
-   does not fit is refused.
+   does not fit is refused: R1, where what is added to the stream comes from a norm with a gain, as
+   in Gemma 3 (`r1 = false`).
 2. A head with a matrix of its own: E -> E R1 and W -> W R1; the graph stays as it is.
 3. A tied head: its norm's gain g lies between x and E, and E diag(g) R1 is not E R1, so no rotated
    matrix can serve as both. Embedding, final norm and head stay as they are, and the blocks alone
@@ -46,7 +48,7 @@ import numpy as np
 
 from atd.decomposition.rotations import Rotation, block_rotation, by_rows, random_rotation
 from atd.errors import BadInput
-from atd.ir import ROTATIONS, Block, Graph, Node, WeightRef
+from atd.ir import GATED, ROTATIONS, Block, Graph, Node, WeightRef
 from atd.ir.notes import UNIT_GAIN
 from atd.ir.rewrite import map_array, map_nodes, with_weight
 from atd.pipeline import Context, Pass, checks
@@ -189,6 +191,11 @@ def _plan_stream(plan: dict[str, Sides], unit: Block, rotation: Rotation) -> boo
         elif node.op == "add":
             for value in set(node.inputs) - stream:
                 writer = unit.node(value)
+                if writer.op == "rms_norm":
+                    raise BadInput(
+                        f"{unit.full_name(writer)} is added to the residual stream, and the gain "
+                        "of a norm does not commute with a rotation; use r1 = false"
+                    )
                 if writer.op != "linear" or unit.readers(value) != [node]:
                     raise BadInput(
                         f"{unit.full_name(writer)} is added to the residual stream, "
@@ -230,10 +237,10 @@ def _plan_values(plan: dict[str, Sides], block: Block, rng: np.random.Generator)
 
 def _plan_hidden(plan: dict[str, Sides], block: Block, rng: np.random.Generator) -> None:
     """Gives R3 to the linears that read silu(gate) * up, and its signs to the one that makes up."""
-    products = [node for node in block.nodes if node.op == "silu_mul"]
+    products = [node for node in block.nodes if node.op in GATED]
     if not products:
         raise BadInput(
-            f"{block.name} has no silu_mul whose output could be rotated; use r3 = false"
+            f"{block.name} has no {', '.join(GATED)} whose output could be rotated; use r3 = false"
         )
     for node in products:
         name, value, readers = block.full_name(node), node.inputs[1], block.readers(node.name)
@@ -323,8 +330,8 @@ def _rotate_around(graph: Graph, rotation: Rotation, embedding: bool) -> Graph:
 
 
 def _with_transforms(block: Block) -> Block:
-    """The block with a Hadamard transform between each silu_mul and the linears that read it."""
-    for product in [node for node in block.nodes if node.op == "silu_mul"]:
+    """The block with a Hadamard transform between each gate and the linears that read it."""
+    for product in [node for node in block.nodes if node.op in GATED]:
         module, dot, _ = product.name.rpartition(".")
         name, attrs = f"{module}{dot}hadamard", {"block": _run(block, product)}
         nodes = []

@@ -10,7 +10,7 @@ halves of Hugging Face.
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
 
@@ -44,6 +44,14 @@ MODULES = {
     "ffn_sub_norm": "mlp.ffn_sub_norm",
     "ffn_down": "mlp.down_proj",
 }
+# Where an architecture has other modules under a name, or further ones.
+_OTHER_MODULES = {
+    "gemma3": {
+        "post_attention_norm": "post_attention_layernorm",
+        "ffn_norm": "pre_feedforward_layernorm",
+        "post_ffw_norm": "post_feedforward_layernorm",
+    }
+}
 ROPE_DIVISORS = "rope_freqs.weight"
 _CHUNK = 1 << 24  # weights dequantized at a time: their float32 values take 64 MB
 
@@ -67,12 +75,16 @@ def open_gguf(path: Path) -> tuple[dict, dict[str, StoredTensor], dict[str, Weig
         raise BadInput(f"{path}: a value of its metadata has the wrong type: {error}") from None
     heads = permuted_heads(config)
     exact = OWN in metadata
+    architecture = metadata["general.architecture"]
+    modules = MODULES | _OTHER_MODULES.get(architecture, {})
     tensors, types = {}, {}
     for entry in entries.values():
         if entry.name == ROPE_DIVISORS:
             continue  # is config["rope_scaling"] now
-        name = _hugging_face_name(entry.name)
+        name = _hugging_face_name(entry.name, modules)
         order = next((partial(halves, heads=n) for part, n in heads.items() if part in name), None)
+        if architecture == "gemma3" and name.endswith("norm.weight"):
+            order = _without_one
         if type := _ternary_type(entry):
             types[name] = type
             tensors |= {t.name: t for t in _ternary_tensors(name, type, entry, order)}
@@ -93,18 +105,18 @@ def permuted_heads(config: dict) -> dict[str, int]:
     return {"self_attn.q_proj": heads, "self_attn.k_proj": kv_heads}
 
 
-def _hugging_face_name(name: str) -> str:
+def _hugging_face_name(name: str, modules: Mapping[str, str]) -> str:
     """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight; unknown names stay."""
     match = re.fullmatch(r"(?:blk\.(?P<layer>\d+)\.)?(?P<module>\w+)\.(?P<kind>weight|bias)", name)
-    if match is None or match["module"] not in MODULES:
+    if match is None or match["module"] not in modules:
         return name
     prefix = f"model.layers.{match['layer']}." if match["layer"] else ""
-    return f"{prefix}{MODULES[match['module']]}.{match['kind']}"
+    return f"{prefix}{modules[match['module']]}.{match['kind']}"
 
 
 # --- values ---------------------------------------------------------------------------------------
 
-Order = Callable[[np.ndarray], np.ndarray]  # puts rows in Hugging Face's order
+Order = Callable[[np.ndarray], np.ndarray]  # puts values in Hugging Face's conventions
 
 
 def _check_readable(entry: GGUFTensor) -> None:
@@ -182,6 +194,11 @@ def halves(values: np.ndarray, heads: int) -> np.ndarray:
     """
     pairs = values.reshape(heads, values.shape[0] // heads // 2, 2, *values.shape[1:])
     return pairs.swapaxes(1, 2).reshape(values.shape)
+
+
+def _without_one(gain: np.ndarray) -> np.ndarray:
+    """The w of a gain 1 + w, which files of Gemma 3 hold as the sum."""
+    return gain - gain.dtype.type(1)
 
 
 # --- ternary matrices -----------------------------------------------------------------------------

@@ -20,23 +20,19 @@ ARCHITECTURES = {
     "qwen3": ("Qwen3ForCausalLM", "qwen3"),
     "bitnet": ("BitNetForCausalLM", "bitnet"),
     "bitnet-b1.58": ("BitNetForCausalLM", "bitnet"),
+    "gemma3": ("Gemma3ForCausalLM", "gemma3_text"),
 }
 # Embedding length, blocks and feed forward length of bitnet-b1.58-2B-4T.
 _BITNET_2B_4T = (2560, 30, 6912)
-# What a model of an architecture needs that graphs do not have.
-_LACKING = {
-    "gemma3": "it needs norms behind attention and MLP, a gelu gate, a scaled embedding and a rope "
-    "base of its own for windowed layers",
-}
+_GEMMA3_27B = 62  # its number of layers, by which llama.cpp knows it
 
 
 def check_architecture(path: Path, metadata: Mapping[str, Any]) -> str:
     """Returns the architecture of a GGUF file; raises BadInput where it is not supported."""
     architecture = metadata.get("general.architecture", "")
     if architecture not in ARCHITECTURES:
-        reason = f": {lacking}" if (lacking := _LACKING.get(architecture)) else ""
         raise BadInput(
-            f"{path}: the GGUF architecture {architecture!r} is not supported{reason}; "
+            f"{path}: the GGUF architecture {architecture!r} is not supported; "
             f"supported: {', '.join(ARCHITECTURES)}"
         )
     return architecture
@@ -91,6 +87,7 @@ def gguf_config(
                 f"a difference is not supported"
             )
     theta = get("rope.freq_base", 10000.0)
+    gemma3 = architecture == "gemma3"
     tokens = {
         f"{kind}_token_id": metadata.get(f"tokenizer.ggml.{kind}_token_id")
         for kind in ("bos", "eos")
@@ -118,6 +115,7 @@ def gguf_config(
         "use_sliding_window": False,
         "torch_dtype": "float16",
         **{key: value for key, value in tokens.items() if value is not None},
+        **(_gemma3_config(path, metadata, get, sizes, heads, head_dim) if gemma3 else {}),
     }
 
 
@@ -131,6 +129,37 @@ def _hidden_act(architecture: str, sizes: tuple[int, int, int]) -> str:
     """
     relu2 = architecture == "bitnet-b1.58" or (architecture == "bitnet" and sizes == _BITNET_2B_4T)
     return "relu2" if relu2 else "silu"
+
+
+def _gemma3_config(
+    path: Path,
+    metadata: Mapping[str, Any],
+    get: Callable,
+    sizes: tuple[int, int, int],
+    heads: int,
+    head_dim: int,
+) -> dict:
+    """What config.json says of Gemma 3 besides, with the defaults of src/models/gemma3.cpp."""
+    hidden, layers, _ = sizes
+    if get("final_logit_softcapping", 0.0):
+        raise BadInput(f"{path}: gemma3.final_logit_softcapping is not supported")
+    window = get("attention.sliding_window", 0)
+    pattern = metadata.get("gemma3.attention.sliding_window_pattern", 6)
+    if not isinstance(pattern, list):  # one in so many layers sees all of the past
+        pattern = [pattern == 0 or (i + 1) % pattern > 0 for i in range(layers)]
+    if len(pattern) < layers:
+        raise BadInput(
+            f"{path}: gemma3.attention.sliding_window_pattern has {len(pattern)} values for "
+            f"{layers} layers"
+        )
+    kinds = ("full_attention", "sliding_attention")
+    return {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": hidden // heads if layers == _GEMMA3_27B else head_dim,
+        "sliding_window": window or None,
+        "layer_types": [kinds[bool(windowed) and window > 0] for windowed in pattern[:layers]],
+        "rope_local_base_freq": get("rope.freq_base_swa", 10000.0),
+    }
 
 
 def _rope_scaling(

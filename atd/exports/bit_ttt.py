@@ -98,7 +98,9 @@ def _config(graph: Graph, source: Path) -> dict:
         "its attention has windows, and the engine's has none": any(config.windows),
         "it has norms on q and k, and the engine has none": config.qk_norm,
         f"{', '.join(own[:1])} is a norm of a linear, and the engine has none": bool(own),
-        f"model_type is {config.model_type}, and the engine runs llama": config.sub_norms,
+        f"model_type is {config.model_type}, and the engine runs llama": (
+            config.sub_norms or config.post_norms
+        ),
         f"matrices have {inputs} inputs, and the layout takes multiples of 4": any(
             count % 4 for count in inputs
         ),

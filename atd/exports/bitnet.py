@@ -27,6 +27,7 @@ from atd.exports.planes import (
 from atd.ir import INT8, Block, Graph, WeightRef
 from atd.ir.notes import DIVISOR, without
 from atd.models import frontend
+from atd.models.config import GEMMA3
 from atd.pipeline.card import bitnet_card
 from atd.pipeline.output import tokenizer_files
 from atd.progress import Report, Say, unheard
@@ -63,6 +64,8 @@ def export_bitnet(
     """
     source, target = Path(model), Path(out).absolute()
     graph = frontend.open(source, ignore_extra=ignore_extra)
+    if graph.config.get("model_type") == GEMMA3:
+        raise BadInput(f"{source}: bitnet does not hold the gains of Gemma 3; use --to hf")
     check_planes(graph, "bitnet", (1,), WAY)
     graph = absorb(graph)
     _check_rows(graph)

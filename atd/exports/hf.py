@@ -14,6 +14,8 @@ from atd.exports.parts import check_inputs, parts
 from atd.ir import Block, Graph, Node, WeightRef
 from atd.ir.notes import without
 from atd.models import frontend
+from atd.models.config import ModelConfig, parse_config
+from atd.models.gemma3 import stored_gain
 from atd.pipeline.card import dense_card
 from atd.pipeline.output import tokenizer_files
 from atd.progress import Report, Say, unheard
@@ -53,9 +55,13 @@ def export_hf(
     graph = absorb(frontend.open(source, ignore_extra=ignore_extra))
     check_inputs(graph, say)
     check_target(target, local(source), overwrite)
+    config = parse_config(graph.config, source)
     tokenizer = tokenizer_files(source, say)
     shards = [
-        (unit.name or "epilogue", [ref for node in unit.nodes for ref in _dense(unit, node, dtype)])
+        (
+            unit.name or "epilogue",
+            [ref for node in unit.nodes for ref in _dense(config, unit, node, dtype)],
+        )
         for unit in graph.units
     ]
     files = {
@@ -72,11 +78,12 @@ def _config(graph: Graph, dtype: str) -> dict:
     return without(graph.config, "quantization_config", "dtype") | {"torch_dtype": dtype}
 
 
-def _dense(unit: Block, node: Node, dtype: str) -> list[WeightRef]:
-    """The node's weights, dense and under their Hugging Face names."""
+def _dense(model: ModelConfig, unit: Block, node: Node, dtype: str) -> list[WeightRef]:
+    """The node's weights, dense, under the names and with the gains that transformers has."""
     narrow = TORCH_DTYPES[dtype]
     return [
-        _dense_rows(ref, name, start, stop, narrow) for name, ref, start, stop in parts(unit, node)
+        _dense_rows(stored_gain(model, ref), name, start, stop, narrow)
+        for name, ref, start, stop in parts(unit, node)
     ]
 
 

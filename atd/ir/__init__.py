@@ -27,5 +27,5 @@ from atd.ir.graph import (
     graph_from_json,
     in_memory,
 )
-from atd.ir.ops import INT8, OPS, ROTATIONS, Op
+from atd.ir.ops import GATED, INT8, OPS, ROTATIONS, Op
 from atd.ir.verification import verify

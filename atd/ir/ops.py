@@ -7,6 +7,7 @@ from dataclasses import dataclass
 INT8 = "int8"  # the value of a linear's attr `activations`
 # Names of the linears by which `rotate` turns the residual stream into another basis and back.
 ROTATIONS = ("rotate_in", "rotate_out", "rotate_head")
+GATED = ("silu_mul", "relu2_mul", "gelu_mul")  # ops of gate and up, linear in up
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ OPS = {
     "attention": Op(3, attrs=("heads", "kv_heads", "head_dim", "window")),
     "silu_mul": Op(2),  # silu(a) * b
     "relu2_mul": Op(2),  # max(a, 0)^2 * b
+    "gelu_mul": Op(2),  # gelu(a) * b, gelu by tanh
     # Each run of `block` features times Sylvester's Hadamard matrix over sqrt(block).
     "hadamard": Op(1, attrs=("block",)),
     "add": Op(2),

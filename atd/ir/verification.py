@@ -177,6 +177,6 @@ def _width(node: Node, inputs: list[int], embedding: tuple[int, int]) -> int:
                     f"{inputs[0]} features"
                 )
             return attrs["stop"] - attrs["start"]
-        case _:  # silu_mul, relu2_mul, add
+        case _:  # silu_mul, relu2_mul, gelu_mul, add
             expect("the width of the second input", inputs[1], inputs[0])
             return inputs[0]

@@ -21,6 +21,7 @@ from atd.models.binder import Binder
 from atd.models.bit_ttt import BitTtt, is_bit_ttt
 from atd.models.bitnet import Bitnet, read_bitnet
 from atd.models.config import check_context, parse_config
+from atd.models.gemma3 import graph_gain
 from atd.models.llama import EMBEDDING, HEAD, llama_graph
 from atd.models.names import by_plain_name
 from atd.models.quantized import check_unquantized
@@ -142,7 +143,8 @@ def _from_config(
             return binder.of_type(tensor, type, *shape)
         if coded and (weight := coded.weight(binder, tensor, shape)):
             return weight
-        return binder.dense(tensor, *shape, place=embedding if tensor == EMBEDDING else tensor)
+        place = embedding if tensor == EMBEDDING else tensor
+        return graph_gain(config, binder.dense(tensor, *shape, place=place))
 
     graph = llama_graph(checkpoint.config, replace(config, tie_word_embeddings=tied), reference)
     if tied:

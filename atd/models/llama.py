@@ -31,7 +31,7 @@ def llama_graph(
         for i, window in enumerate(model.windows)
     )
     gain = {"weight": reference("model.norm.weight", hidden)}
-    norm = Node("model.norm", "rms_norm", ("x",), gain, {"eps": model.rms_norm_eps})
+    norm = Node("model.norm", "rms_norm", ("x",), gain, {"eps": model.stream_eps})
     if model.tie_word_embeddings:
         head = Node("lm_head", "linear", ("model.norm",), attrs={"tied_to": "model.embed_tokens"})
     else:
@@ -44,7 +44,8 @@ def llama_graph(
 def decoder_block(
     name: str, model: ModelConfig, window: int, reference: Reference, fused: bool
 ) -> Block:
-    """Builds a decoder layer: h = x + attention(norm(x)), then h + mlp(norm(h)).
+    """Builds a decoder layer: h = x + attention(norm(x)), then h + mlp(norm(h)); with norms of what
+    is added where the family has them.
 
     Args:
         name: in front of its nodes' names, "model.layers.0".
@@ -69,15 +70,14 @@ def decoder_block(
         weights = {"weight": reference(f"{name}.{module}.weight", width)}
         return Node(module, "rms_norm", (value,), weights, {"eps": model.rms_norm_eps, **attrs})
 
-    def normed(node: Node, module: str, width: int) -> list[Node]:
+    def normed(node: Node, module: str, width: int, has_norm: bool) -> list[Node]:
         """The node, and the norm of its value where the family has one there."""
-        return [node, norm(module, node.name, width)] if model.sub_norms else [node]
+        return [node, norm(module, node.name, width)] if has_norm else [node]
 
-    rope: dict[str, Attr] = {
-        "head_dim": head_dim,
-        "theta": model.rope_theta,
-        "scaling": model.rope_scaling,
-    }
+    theta, scaling = model.rope_theta, model.rope_scaling
+    if window and model.windowed_rope:
+        theta, scaling = model.windowed_rope
+    rope: dict[str, Attr] = {"head_dim": head_dim, "theta": theta, "scaling": scaling}
     attention: dict[str, Attr] = {
         "heads": heads,
         "kv_heads": kv_heads,
@@ -87,7 +87,7 @@ def decoder_block(
     query, key, value = (f"self_attn.{part}_proj" for part in "qkv")
     outs = {query: heads * head_dim, key: kv_heads * head_dim, value: kv_heads * head_dim}
     nodes = [
-        norm("input_layernorm", "x", hidden),
+        norm("input_layernorm", "x", hidden, eps=model.stream_eps),
         *linears("self_attn.qkv_proj", "input_layernorm", outs, model.qkv_bias),
     ]
     if model.qk_norm:
@@ -99,23 +99,38 @@ def decoder_block(
         Node("self_attn.attention", "attention", read, attrs=attention),
         "self_attn.attn_sub_norm",
         heads * head_dim,
+        model.sub_norms,
     )
+    attended = normed(
+        linear("self_attn.o_proj", mixed[-1].name, heads * head_dim, hidden, model.o_bias),
+        "post_attention_layernorm",
+        hidden,
+        model.post_norms,
+    )
+    before_mlp = "pre_feedforward_layernorm" if model.post_norms else "post_attention_layernorm"
     gated = normed(
         Node(f"mlp.{model.gate}", model.gate, ("mlp.gate_proj", "mlp.up_proj")),
         "mlp.ffn_sub_norm",
         mlp,
+        model.sub_norms,
+    )
+    written = normed(
+        linear("mlp.down_proj", gated[-1].name, mlp, hidden, model.mlp_bias),
+        "post_feedforward_layernorm",
+        hidden,
+        model.post_norms,
     )
     outs = {"mlp.gate_proj": mlp, "mlp.up_proj": mlp}
     nodes += [
         Node("self_attn.q_rope", "rope", (query,), attrs=rope),
         Node("self_attn.k_rope", "rope", (key,), attrs=rope),
         *mixed,
-        linear("self_attn.o_proj", mixed[-1].name, heads * head_dim, hidden, model.o_bias),
-        Node("self_attn.residual", "add", ("x", "self_attn.o_proj")),
-        norm("post_attention_layernorm", "self_attn.residual", hidden),
-        *linears("mlp.gate_up_proj", "post_attention_layernorm", outs, model.mlp_bias),
+        *attended,
+        Node("self_attn.residual", "add", ("x", attended[-1].name)),
+        norm(before_mlp, "self_attn.residual", hidden, eps=model.stream_eps),
+        *linears("mlp.gate_up_proj", before_mlp, outs, model.mlp_bias),
         *gated,
-        linear("mlp.down_proj", gated[-1].name, mlp, hidden, model.mlp_bias),
-        Node("mlp.residual", "add", ("self_attn.residual", "mlp.down_proj")),
+        *written,
+        Node("mlp.residual", "add", ("self_attn.residual", written[-1].name)),
     ]
     return Block(name, tuple(nodes))

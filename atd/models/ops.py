@@ -215,6 +215,11 @@ def relu2_mul(gate, up):
     return jnp.square(jax.nn.relu(gate)) * up
 
 
+def gelu_mul(gate, up):
+    """Returns gelu(gate) * up, gelu(x) = x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) / 2."""
+    return jax.nn.gelu(gate, approximate=True) * up
+
+
 def hadamard(x, block: int):
     """Returns each run of `block` features times H / sqrt(block), H Sylvester's Hadamard matrix.
 
@@ -298,6 +303,8 @@ def run_node(
             return silu_mul(*inputs), None
         case "relu2_mul":
             return relu2_mul(*inputs), None
+        case "gelu_mul":
+            return gelu_mul(*inputs), None
         case "hadamard":
             return hadamard(inputs[0], attrs["block"]), None
         case "add":

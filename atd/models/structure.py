@@ -9,7 +9,7 @@ import dataclasses
 
 from atd.ir import OPS, ROTATIONS, Block, Graph, Node, WeightRef
 from atd.ir.rewrite import joined_parts
-from atd.models.config import parse_config
+from atd.models.config import GEMMA3, parse_config
 from atd.models.llama import llama_graph
 from atd.weights import DenseType
 
@@ -34,7 +34,10 @@ def difference(graph: Graph, origin: object) -> str | None:
 
         return WeightRef(tensor, DenseType(shape, "f32"), load)
 
-    expected = llama_graph(graph.config, parse_config(graph.config, origin), reference)
+    config = parse_config(graph.config, origin)
+    if config.model_type == GEMMA3:
+        return "model.norm: a gain of 1 + w in place of w (`atd.models.gemma3`)"
+    expected = llama_graph(graph.config, config, reference)
     mine, theirs = _described(plain(graph)), _described(expected)
     for (unit, own), (_, other) in zip(mine, theirs, strict=False):
         if own != other:

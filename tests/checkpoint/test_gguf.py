@@ -1,6 +1,7 @@
 """Ternary tensors of GGUF files, and files in several parts."""
 
 import json
+import shutil
 from pathlib import Path
 
 import gguf
@@ -20,6 +21,7 @@ from atd.passes.rotate import Rotate
 from atd.pipeline import Pipeline
 from atd.pipeline.convert import convert
 from tests.golden.write_gguf import (
+    GOLDEN,
     TERNARY_CONFIG,
     permuted,
     ternary_model,
@@ -104,12 +106,10 @@ def test_a_ternary_tensor_of_the_wrong_shape(tmp_path):
     refused(tmp_path / "m.gguf", "down_proj.weight has the shape [256, 256], expected [256, 512]")
 
 
-def test_architectures_that_lack_something_are_told_what(tmp_path):
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "gemma3")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    refused(tmp_path / "m.gguf", "'gemma3' is not supported: it needs norms behind attention")
+def test_a_gemma3_file_with_what_gemma_2_has_is_refused(tmp_path):
+    softcap = {"gemma3.final_logit_softcapping": 30.0}
+    write_gguf(tmp_path / "m.gguf", "gemma3", KINDS.F32, softcap)
+    refused(tmp_path / "m.gguf", "gemma3.final_logit_softcapping is not supported")
 
 
 # --- files in several parts -----------------------------------------------------------------------
@@ -187,6 +187,21 @@ def test_qwen3_keeps_the_order_of_rows_and_the_norms_of_q_and_k(tmp_path):
         np.testing.assert_array_equal(refs[name].dense(), array, err_msg=name)
     query = tensors["model.layers.0.self_attn.q_proj.weight"]
     assert not np.array_equal(permuted(query, 4), query)
+
+
+def test_gemma3_is_the_model_of_its_folder(tmp_path):
+    """To rounding: the file holds gains 1 + w, and query_pre_attn_scalar is head_dim, as llama.cpp
+    has it for all sizes but 27B.
+    """
+    shutil.copytree(GOLDEN / "gemma3", tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    config |= {"query_pre_attn_scalar": config["head_dim"]}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    write_gguf(tmp_path / "m.gguf", "gemma3", KINDS.F32)
+    graph, folder = frontend.open(tmp_path / "m.gguf"), frontend.open(tmp_path / "hf")
+    assert str(graph) == str(folder)
+    tokens = np.load(GOLDEN / "gemma3" / "logits.npz")["tokens"]
+    np.testing.assert_allclose(load(graph)(tokens), load(folder)(tokens), atol=2e-4)
 
 
 BITNET_CONFIG = {

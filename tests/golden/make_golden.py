@@ -99,6 +99,24 @@ MODELS = {
         },
         "float32",
     ),
+    "gemma3": (
+        {
+            "model_type": "gemma3_text",
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "num_hidden_layers": 3,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "query_pre_attn_scalar": 12,
+            "sliding_window": 6,
+            "sliding_window_pattern": 2,
+            "rope_theta": 1e4,
+            "rope_local_base_freq": 100.0,
+            "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+            "rms_norm_eps": 1e-2,
+            "tie_word_embeddings": True,
+        },
+        "float32",
+    ),
 }
 REAL = ("stories260K", "stories15M")
 

@@ -26,6 +26,13 @@ NAMES = {
     "mlp.down_proj": "ffn_down",
 }
 
+# Of the architecture gemma3, where they differ.
+GEMMA3_NAMES = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+
 TERNARY_CONFIG = {
     "model_type": "llama",
     "max_position_embeddings": 64,
@@ -37,7 +44,7 @@ TERNARY_CONFIG = {
 }
 
 
-def gguf_name(name: str) -> str:
+def gguf_name(name: str, family: str) -> str:
     module, _, kind = name.rpartition(".")
     if not module.startswith("model.layers."):
         return {
@@ -46,7 +53,8 @@ def gguf_name(name: str) -> str:
             "lm_head": "output",
         }[module] + f".{kind}"
     _, _, layer, module = module.split(".", 3)
-    return f"blk.{layer}.{NAMES[module]}.{kind}"
+    names = NAMES | GEMMA3_NAMES if family == "gemma3_text" else NAMES
+    return f"blk.{layer}.{names[module]}.{kind}"
 
 
 def permuted(weights: np.ndarray, heads: int) -> np.ndarray:
@@ -83,7 +91,8 @@ def write_model(
     `split` are options of GGUFWriter.
     """
     family, scaling = config["model_type"], config.get("rope_scaling") or {}
-    writer = gguf.GGUFWriter(path, architecture or family, **split)
+    default = "gemma3" if family == "gemma3_text" else family
+    writer = gguf.GGUFWriter(path, architecture or default, **split)
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
@@ -97,7 +106,13 @@ def write_model(
     writer.add_rope_freq_base(config.get("rope_theta", 1e4))
     writer.add_token_list([f"token {i}" for i in range(2000)])  # longer than what the reader keeps
     writer.add_bos_token_id(1)
-    if scaling.get("type") == "linear":
+    if family == "gemma3_text":
+        writer.add_sliding_window(config["sliding_window"])
+        windowed = config["sliding_window_pattern"]
+        pattern = [(i + 1) % windowed > 0 for i in range(config["num_hidden_layers"])]
+        writer.add_sliding_window_pattern(pattern)
+        writer.add_rope_freq_base_swa(config["rope_local_base_freq"])
+    if "linear" in scaling.values():
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(scaling["factor"])
     if scaling.get("rope_type") == "llama3":
@@ -117,12 +132,16 @@ def write_model(
             array = permuted(
                 array, config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
             )
+        if family == "gemma3_text" and name.endswith("norm.weight"):
+            array = array + 1
         if array.ndim == 2 and quantization != gguf.GGMLQuantizationType.F32:
             writer.add_tensor(
-                gguf_name(name), gguf.quants.quantize(array, quantization), raw_dtype=quantization
+                gguf_name(name, family),
+                gguf.quants.quantize(array, quantization),
+                raw_dtype=quantization,
             )
         else:
-            writer.add_tensor(gguf_name(name), array)
+            writer.add_tensor(gguf_name(name, family), array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

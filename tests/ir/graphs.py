@@ -67,7 +67,8 @@ def tiny() -> Graph:
         linear("mlp.up_proj", "residual", 12, 8),
         Node("mlp.act", "silu_mul", ("mlp.gate_proj", "mlp.up_proj")),
         Node("mlp.relu2", "relu2_mul", ("mlp.act", "mlp.up_proj")),
-        Node("mlp.hadamard", "hadamard", ("mlp.relu2",), attrs={"block": 4}),
+        Node("mlp.gelu", "gelu_mul", ("mlp.relu2", "mlp.up_proj")),
+        Node("mlp.hadamard", "hadamard", ("mlp.gelu",), attrs={"block": 4}),
         linear("mlp.down_proj", "mlp.hadamard", 8, 12),
         Node("output", "add", ("residual", "mlp.down_proj")),
     )

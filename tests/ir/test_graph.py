@@ -31,7 +31,8 @@ block 0 model.layers.0 {
   %mlp.up_proj = linear(%residual) {weight: dense f16[12,8]}
   %mlp.act = silu_mul(%mlp.gate_proj, %mlp.up_proj)
   %mlp.relu2 = relu2_mul(%mlp.act, %mlp.up_proj)
-  %mlp.hadamard = hadamard(%mlp.relu2) block=4
+  %mlp.gelu = gelu_mul(%mlp.relu2, %mlp.up_proj)
+  %mlp.hadamard = hadamard(%mlp.gelu) block=4
   %mlp.down_proj = linear(%mlp.hadamard) {weight: dense f16[8,12]}
   %output = add(%residual, %mlp.down_proj)
 }

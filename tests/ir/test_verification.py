@@ -137,6 +137,10 @@ BROKEN_NODES = {  # all in model.layers.0
         change("mlp.act", inputs=("mlp.gate_proj", "x")),
         "mlp.act: the width of the second input is 8, 12 is expected",
     ),
+    "widths of gelu_mul": (
+        change("mlp.gelu", inputs=("mlp.relu2", "x")),
+        "mlp.gelu: the width of the second input is 8, 12 is expected",
+    ),
     "widths of relu2_mul": (
         change("mlp.relu2", inputs=("mlp.act", "x")),
         "mlp.relu2: the width of the second input is 8, 12 is expected",

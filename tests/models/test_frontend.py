@@ -243,7 +243,7 @@ def test_unsupported_architecture_is_refused_before_tensors_are_read(tmp_path, c
 def test_a_config_without_an_architecture_says_so(tmp_path):
     message = refused(copied(tmp_path, "llama_mha", {"model_type": None, "architectures": ["A"]}))
     assert message.endswith(
-        "model_type is missing (A); supported: llama, mistral, qwen2, qwen3, bitnet"
+        "model_type is missing (A); supported: llama, mistral, qwen2, qwen3, bitnet, gemma3_text"
     )
 
 

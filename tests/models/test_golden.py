@@ -14,7 +14,14 @@ from atd.models.model import load
 from tests.golden.write_gguf import GOLDEN, write_gguf
 
 TOLERANCE = 1e-4  # of the largest logit
-FOLDERS = ("llama_mha", "llama_gqa", "llama_bias", "mistral", "qwen2", "qwen3")
+FOLDERS = (
+    "llama_mha",
+    "llama_gqa",
+    "llama_bias",
+    "mistral",
+    "qwen2",
+    "qwen3",
+)  # whose stream can be rotated
 
 
 def distance(model, golden) -> float:
@@ -27,7 +34,7 @@ def distance(model, golden) -> float:
     return float(np.abs(logits - golden["logits"]).max() / np.abs(golden["logits"]).max())
 
 
-@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("name", [*FOLDERS, "gemma3"])
 def test_logits_of_every_family(name):
     assert distance(GOLDEN / name, np.load(GOLDEN / name / "logits.npz")) < TOLERANCE
 
@@ -78,6 +85,9 @@ def with_attrs(graph: Graph, op: str, **attrs) -> Graph:
         ("mistral", "attention", {"window": 4}),
         ("qwen2", "attention", {"window": 6}),
         ("qwen2", "attention", {"window": 0}),
+        ("gemma3", "rope", {"theta": 100.0}),
+        ("gemma3", "rms_norm", {"eps": 1e-2}),
+        ("gemma3", "attention", {"window": 6}),
     ],
 )
 def test_golden_logits_tell_such_models_apart(name, op, attrs):
