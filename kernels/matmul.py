@@ -4,6 +4,7 @@
                        float32
     triton             packed weights on NVIDIA GPUs from compute capability 8.0
     triton-interpret   the same on a CPU, run by jax's interpreter: for tests
+    cpu                packed weights with one scale per row on CPUs, where a C++ compiler is
     mosaic             packed weights with one scale per row, on Hopper; only where it is named
     mosaic-interpret   the same on a CPU: for tests
 
@@ -23,6 +24,7 @@ import numpy as np
 
 from atd.errors import BadInput
 from atd.kernels import packed, xla
+from atd.kernels.cpu.backend import Cpu
 from atd.kernels.mosaic.backend import Mosaic
 from atd.kernels.triton import attention
 from atd.kernels.triton.backend import Triton
@@ -33,11 +35,12 @@ from atd.weights import Dense, Weight
 PACKED: dict[str, packed.Backend] = {
     "triton": Triton(),
     "triton-interpret": Triton(interpret=True),
+    "cpu": Cpu(),
     "mosaic": Mosaic(),
     "mosaic-interpret": Mosaic(interpret=True),
 }
 BACKENDS: dict[str, Any] = {"xla": xla, **PACKED}
-PREFERENCE = ("triton", "xla")
+PREFERENCE = ("triton", "cpu", "xla")
 _log = logging.getLogger("atd.kernels")
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from atd.errors import RunFailed
 from atd.kernels import prefixes, xla
 from atd.weights import Packed, PackedType, Ternary, TernaryType, TrellisType, Weight
-from atd.weights.layouts import LAYOUTS, tiles_of, words_of, words_of_tiles
+from atd.weights.layouts import LAYOUTS, bytes_of, tiles_of, words_of, words_of_tiles
 
 # A backend reads one of these layouts as it lies, and copies the others.
 READABLE = ("tiles", "words", "aligned", "interleaved")
@@ -120,8 +120,11 @@ def device_kind() -> str:
 
 
 def prepare(weight: Packed, layout: str) -> Packed:
-    """Returns a weight in one of the READABLE layouts as one in `words` or `tiles`."""
-    if weight.type.layout == layout:
+    """Returns a weight in one of the READABLE layouts as one in `words` or `tiles`, or in bytes.
+
+    Those lie as the bytes of `aligned` do, in rows that may be padded to whole 16 bytes or not.
+    """
+    if weight.type.layout == layout or {weight.type.layout, layout} == {"interleaved", "aligned"}:
         return weight
     ternary, codes = weight.type.ternary, weight.codes
     match weight.type.layout:
@@ -131,7 +134,13 @@ def prepare(weight: Packed, layout: str) -> Packed:
             words = codes
         case _:
             words = words_of(codes, ternary.shape[1], ternary.bases)
-    codes = tiles_of(words, ternary.bases) if layout == "tiles" else words
+    match layout:
+        case "tiles":
+            codes = tiles_of(words, ternary.bases)
+        case "aligned":
+            codes = bytes_of(words, ternary.bases)
+        case _:
+            codes = words
     return Packed(codes, weight.scales, PackedType(ternary, layout))
 
 

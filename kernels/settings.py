@@ -184,13 +184,15 @@ def shared_bytes(tiles: Tiles, bases: int) -> int:
 # --- files ------------------------------------------------------------------------------------
 
 
-def user_file(device: str) -> Path:
-    """Returns where `write` puts the settings of a device: $ATD_CACHE/tuned/<device>.json.
-
-    Without ATD_CACHE the folder is $XDG_CACHE_HOME/atd, or ~/.cache/atd.
-    """
+def cache_folder() -> Path:
+    """Returns $ATD_CACHE; without it, $XDG_CACHE_HOME/atd or ~/.cache/atd."""
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("ATD_CACHE") or caches / "atd") / "tuned" / _file_name(device)
+    return Path(os.environ.get("ATD_CACHE") or caches / "atd")
+
+
+def user_file(device: str) -> Path:
+    """Returns where `write` puts the settings of a device: tuned/<device>.json of the cache."""
+    return cache_folder() / "tuned" / _file_name(device)
 
 
 def _file_name(device: str) -> str:

@@ -23,11 +23,12 @@ Model = Annotated[
     ),
 ]
 Backend = Annotated[
-    Literal["auto", "xla", "xla-unpacked", "triton", "mosaic"],
+    Literal["auto", "xla", "xla-unpacked", "cpu", "triton", "mosaic"],
     tyro.conf.arg(
         help="How ternary weights are held and multiplied. xla keeps them packed in memory; "
-        "xla-unpacked unpacks them once while loading, which is faster on CPUs; triton keeps them "
-        "packed and is fast on NVIDIA GPUs; mosaic does so on Hopper GPUs. auto takes triton on a "
+        "xla-unpacked unpacks them once while loading, which is faster on CPUs; cpu keeps them "
+        "packed and generates fastest on CPUs, where a C++ compiler is; triton keeps them packed "
+        "and is fast on NVIDIA GPUs; mosaic does so on Hopper GPUs. auto takes triton on a "
         "GPU that has it, and xla-unpacked on a CPU."
     ),
 ]

@@ -45,7 +45,9 @@ def load(
         path_or_graph: a checkpoint, or a graph at any stage of a pipeline.
         backend: how ternary weights are held and multiplied by.
             `xla` keeps them in memory as they are stored and unpacks them in every multiplication:
-            the least memory. `xla-unpacked` dequantizes them once, here: the most speed on a CPU.
+            the least memory. `xla-unpacked` dequantizes them once, here: on a CPU the most speed
+            for many tokens at a time. `cpu` keeps them packed and has kernels for CPUs, compiled
+            on first use: the most speed for one token, one scale per row.
             `triton` keeps them packed, in the layout that its kernels read: the most speed on a
             GPU. `mosaic` has kernels for Hopper alone, for one scale per row. `triton-interpret`
             and `mosaic-interpret` run the same kernels in jax's interpreter, for tests.

@@ -13,6 +13,8 @@ import pytest
 
 from atd.kernels import matmul as kernels
 from atd.kernels import packed, prefixes, settings
+from atd.kernels.cpu.backend import MAX_TOKENS as CPU_TOKENS
+from atd.kernels.cpu.backend import parts_of
 from atd.kernels.mosaic.backend import MAX_TOKENS
 from atd.kernels.trellis import planes_type
 from atd.kernels.triton.backend import Triton, way_of
@@ -51,6 +53,12 @@ TAKES = {
         layouts=("interleaved", "aligned", "words", "tiles"),
         bases=(1, 2, 3, 4),
         groups=("tensor", "row", "groups"),
+        dtypes=("float32", "bfloat16", "float16"),
+    ),
+    "cpu": Takes(
+        layouts=("interleaved", "aligned", "words", "tiles"),
+        bases=(1, 2, 3, 4),
+        groups=("tensor", "row"),
         dtypes=("float32", "bfloat16", "float16"),
     ),
     "mosaic": Takes(
@@ -119,7 +127,8 @@ def on_backends(names: str, cases: list, *, slow: list | tuple = (), fused=False
 
 def own_layout(backend: str) -> str:
     """Returns the layout that a backend reads as it lies."""
-    return {"xla": "interleaved", "triton": "tiles", "mosaic": "words"}[backend.split("-")[0]]
+    layouts = {"xla": "interleaved", "triton": "tiles", "mosaic": "words", "cpu": "aligned"}
+    return layouts[backend.split("-")[0]]
 
 
 def compiled(backend: str, function):
@@ -149,6 +158,10 @@ def rounding_of_x(backend: str, x: np.ndarray, weight) -> np.ndarray:
     """
     if backend == "xla":
         return np.zeros_like(x)
+    if backend == "cpu":
+        bits = 14 if parts_of(weight.type.ternary) == 1 else 18  # of integers, at least
+        few = len(x) <= CPU_TOKENS
+        return np.abs(x).max(axis=1, keepdims=True) * 2.0**-bits * np.full_like(x, few)
     type, tokens = weight.type.ternary, x.shape[0]
     if isinstance(type, TrellisType):
         type = planes_type(type)

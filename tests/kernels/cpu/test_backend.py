@@ -1,0 +1,138 @@
+"""The CPU backend beyond the suite of all backends: codes, layouts, threads, registers."""
+
+import hashlib
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from atd.decomposition.trellis_codes import TABLE, known_code
+from atd.errors import BadInput
+from atd.kernels import matmul as kernels
+from atd.kernels import xla
+from atd.kernels.cpu import build
+from atd.kernels.cpu.backend import MAX_INPUTS, MAX_TOKENS
+from atd.weights import DTYPES, Packed, PackedType, TernaryType, TrellisType
+from atd.weights.layouts import LAYOUTS
+from tests.kernels.matrices import activations, ternary
+
+needs_compiler = pytest.mark.skipif(
+    bool(reason := build.unavailable()), reason=str(reason or "there is a compiler")
+)
+
+
+def packed_of(type, seed=0) -> Packed:
+    random = np.random.default_rng(seed)
+    trits = random.integers(-1, 2, type.trits_shape).astype(np.int8)
+    scales = random.uniform(0.5, 1, type.scales_shape).astype(DTYPES[type.dtype])
+    return Packed(LAYOUTS["aligned"].pack(trits), scales, PackedType(type, "aligned"))
+
+
+def difference(x, weight) -> float:
+    """The largest difference from XLA's product, in units of its root mean square."""
+    wanted = xla.matmul(x, weight)
+    found = jax.jit(lambda x, w: kernels.matmul(x, w, backend="cpu"))(x, weight)
+    return float(jnp.abs(found - wanted).max() / jnp.sqrt(jnp.mean(wanted**2)))
+
+
+@needs_compiler
+@pytest.mark.parametrize("tokens", [2, pytest.param(MAX_TOKENS + 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("known", TABLE, ids=lambda known: f"{known.bases}-{known.kind}")
+def test_every_code(known, tokens):
+    """Of whole segments, and a shorter one at the end."""
+    code = known_code(known.bases, known.kind)
+    weight = packed_of(TrellisType((100, 131), code, 40, "f16"))
+    assert difference(activations(tokens, 131), weight) < 1e-3
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("bases", "tied"), [(1, True), (2, True), (3, True), (4, True), (2, False)]
+)
+def test_inputs_one_off_a_cell_and_a_block(bases, tied):
+    for inputs in (1, 6, 319, 320, 321, 5121):
+        weight = packed_of(TernaryType((9, inputs), bases, "row", tied, "bf16"))
+        x = activations(2, inputs)
+        wanted = np.asarray(x, np.float64) @ np.asarray(weight.dequantize(), np.float64).T
+        found = kernels.matmul(x, weight, backend="cpu")
+        bound = 2e-5 if tied else 2e-3  # integers of two parts, of one
+        assert np.abs(found - wanted).max() < bound * np.sqrt(np.mean(wanted**2))
+
+
+@needs_compiler
+def test_a_token_that_is_not_finite_is_not_a_number_and_leaves_the_others_alone():
+    weight = packed_of(TernaryType((9, 64), 2, "row", True, "f16"))
+    x = np.array(activations(3, 64))
+    x[1, 5] = np.inf
+    y = np.asarray(kernels.matmul(jnp.asarray(x), weight, backend="cpu"))
+    assert np.isnan(y[1]).all()
+    assert np.isfinite(y[[0, 2]]).all()
+    x[1, 5] = np.nan
+    assert np.isnan(np.asarray(kernels.matmul(jnp.asarray(x), weight, backend="cpu"))[1]).all()
+
+
+def test_what_it_refuses_by_name():
+    backend, float32 = kernels.PACKED["cpu"], jnp.dtype(jnp.float32)
+    wide = PackedType(TernaryType((4, MAX_INPUTS + 1), 2, "row", True, "f16"), "aligned")
+    groups = PackedType(TernaryType((4, 128), 2, 32, True, "f16"), "aligned")
+    assert "up to 65536 inputs" in (backend.refuses(float32, wide) or "")
+    assert "backend 'xla' multiplies groups" in (backend.refuses(float32, groups) or "")
+
+
+def test_a_machine_without_a_compiler_takes_xla(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("ATD_CACHE", str(tmp_path))
+    weight = packed_of(TernaryType((9, 64), 2, "row", True, "f16"))
+    x = activations(1, 64)
+    monkeypatch.setattr(build, "unavailable", build.unavailable.__wrapped__)
+    assert kernels.resolve(x, weight) is xla
+    with pytest.raises(BadInput, match="there is no compiler 'no-such-compiler'"):
+        kernels.resolve(x, weight, "cpu")
+
+
+@needs_compiler
+def test_products_of_weights_that_it_does_not_take_need_no_compiler(monkeypatch):
+    monkeypatch.setattr(build, "unavailable", lambda: pytest.fail("asked for a compiler"))
+    assert kernels.resolve(activations(1, 64), ternary(4, 64)) is xla
+
+
+_DIGEST = """
+import hashlib, os, sys
+if sys.argv[1] == "one thread":
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+from tests.kernels.cpu.test_backend import digest
+print(digest())
+"""
+
+
+def digest() -> str:
+    """Of products of all kinds and of decoded weights."""
+    hashed = hashlib.sha256()
+    for type in (
+        TernaryType((200, 1000), 2, "row", True, "f16"),
+        TernaryType((201, 333), 3, "row", False, "f16"),
+        TrellisType((240, 600), known_code(2), 80, "f16"),
+        TrellisType((240, 600), known_code(1.25), 80, "f16"),
+    ):
+        for tokens in (1, 5):
+            x = activations(tokens, type.shape[1])
+            y = kernels.matmul(x, packed_of(type), backend="cpu")
+            hashed.update(np.asarray(y).tobytes())
+    return hashed.hexdigest()
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
+@pytest.mark.parametrize("how", ["one thread", "portable"])
+def test_bytes_do_not_depend_on_threads_or_on_the_width_of_registers(how, tmp_path):
+    environment = dict(os.environ)
+    if how == "portable":
+        environment |= {"CXX": "c++ -DATD_PORTABLE", "ATD_CACHE": str(tmp_path)}
+    command = [sys.executable, "-c", _DIGEST, how]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == digest()
