@@ -373,7 +373,7 @@ def test_weights_are_read_one_at_a_time():
         ),
         (
             {"backend": "?"},
-            "unknown backend '[?]'; known: auto, mosaic, .*, triton, .*, xla, xla-unpacked",
+            "unknown backend '[?]'; known: auto, cpu, mosaic, .*, triton, .*, xla, xla-unpacked",
         ),
         ({"dtype": "int8"}, "unknown dtype 'int8'"),
     ],
