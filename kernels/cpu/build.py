@@ -25,7 +25,7 @@ import jax
 from atd.errors import RunFailed
 from atd.kernels.settings import cache_folder
 
-SOURCES = ("products.cc", "lanes.h")
+SOURCES = ("products.cc", "prefixes.h", "lanes.h")
 HANDLERS = ("atd_products", "atd_weights")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-w")
 SECONDS = 300  # that a compiler may take
