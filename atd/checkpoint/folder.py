@@ -296,14 +296,18 @@ def write_manifest(folder: Path, about: Mapping[str, Any], digests: Mapping[str,
     manifest = {**about, "files": dict(sorted(digests.items()))}
     if (folder / REPORT).exists():
         manifest["report"] = _report_digest(folder / REPORT)
-    manifest["sha256"] = _manifest_digest(manifest)
-    write_file(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    _write_signed(folder, manifest)
 
 
 def renew_digest(folder: Path, name: str) -> None:
     """Writes the digest of a file that was changed on purpose into the manifest of its folder."""
     manifest = read_json(folder / MANIFEST)
     manifest["files"][name] = file_digest(folder / name)
+    _write_signed(folder, manifest)
+
+
+def _write_signed(folder: Path, manifest: dict[str, Any]) -> None:
+    """Writes a manifest with the digest of itself."""
     manifest["sha256"] = _manifest_digest(manifest)
     write_file(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 

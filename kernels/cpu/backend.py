@@ -6,7 +6,7 @@
 
 Activations become integers: of 14 bits where the bases of a weight are summed apart (free scales,
 trellis codes), and of 19 to 27 bits, in two parts, elsewhere. Neither costs anything that can be
-measured. Results do not depend on the number of threads. See `products.cc` for the mathematics.
+measured. Results do not depend on the number of threads. See `prefixes.h` for the mathematics.
 """
 
 from dataclasses import dataclass
@@ -89,13 +89,13 @@ def _decoded(x: jax.Array, weight: Packed) -> jax.Array:
     planes = padded.reshape(len(x), cells, TRITS_PER_BYTE).swapaxes(1, 2).reshape(len(x), columns)
     rows_of_chunk = max(CHUNK_BYTES // (4 * columns), type.shape[0] // MAX_CHUNKS)
     step = -(-rows_of_chunk // unit) * unit
-    parts = []
+    parts, attributes = [], _attributes(weight)
     for start in range(0, type.shape[0], step):
         rows = min(step, type.shape[0] - start)
         call = jax.ffi.ffi_call("atd_weights", jax.ShapeDtypeStruct((rows, columns), jnp.float32))
         mine = slice(start // period, (start + rows) // period)
         cut = scales if len(scales) == 1 else scales[start : start + rows]
-        parts.append(call(codes[mine], cut, **_attributes(weight)) @ planes.T)
+        parts.append(call(codes[mine], cut, **attributes) @ planes.T)
     return jnp.concatenate(parts).T
 
 

@@ -33,7 +33,7 @@ constexpr int kPlanes = 7;        // of a code, at most
 
 // How planes become weights: taps[age, plane] is what a plane adds to the row `age` below its own.
 // Plane f belongs to row phase[f] of each period of rows; rows are cyclic in segments of `length`.
-// Without a code, length is 0.
+// Without a code, length is 0 and period 1.
 struct Code {
   int64_t period, length, ages;
   const float* taps;
@@ -70,8 +70,7 @@ struct Matrix {
 
   // Rows of the weights that a task of `step` rows of the codes from `first` on makes.
   std::pair<int64_t, int64_t> made_of(int64_t first, int64_t step) const {
-    const int64_t period = coded() ? code.period : 1;
-    return {first * period, std::min(step, code_rows - first) * period};
+    return {first * code.period, std::min(step, code_rows - first) * code.period};
   }
 
   // Rows of the codes in a task: a segment, or some for each thread.
@@ -357,30 +356,27 @@ ffi::Error call_weights(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> codes, ffi::A
                  out->typed_data());
 }
 
+// Binds the arguments of `matrix_of` behind others.
+template <typename Binding>
+auto with_matrix(Binding binding) {
+  return std::move(binding)
+      .template Arg<ffi::Buffer<ffi::U8>>()
+      .template Arg<ffi::AnyBuffer>()
+      .template Attr<int64_t>("bases")
+      .template Attr<bool>("tied")
+      .template Attr<int64_t>("period")
+      .template Attr<int64_t>("length")
+      .template Attr<ffi::Span<const float>>("taps");
+}
+
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(atd_products, call_products,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::U8>>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Attr<int64_t>("bases")
-                                  .Attr<bool>("tied")
-                                  .Attr<int64_t>("period")
-                                  .Attr<int64_t>("length")
-                                  .Attr<ffi::Span<const float>>("taps")
-                                  .Attr<int64_t>("parts")
-                                  .Ret<ffi::Buffer<ffi::F32>>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    atd_products, call_products,
+    with_matrix(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::Buffer<ffi::F32>>())
+        .Attr<int64_t>("parts")
+        .Ret<ffi::Buffer<ffi::F32>>());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(atd_weights, call_weights,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::U8>>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Attr<int64_t>("bases")
-                                  .Attr<bool>("tied")
-                                  .Attr<int64_t>("period")
-                                  .Attr<int64_t>("length")
-                                  .Attr<ffi::Span<const float>>("taps")
-                                  .Ret<ffi::Buffer<ffi::F32>>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    atd_weights, call_weights,
+    with_matrix(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()).Ret<ffi::Buffer<ffi::F32>>());

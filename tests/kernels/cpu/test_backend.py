@@ -18,11 +18,10 @@ from atd.kernels.cpu import build
 from atd.kernels.cpu.backend import MAX_INPUTS, MAX_TOKENS
 from atd.weights import DTYPES, Packed, PackedType, TernaryType, TrellisType
 from atd.weights.layouts import LAYOUTS
+from tests.kernels.backends import ABSENT
 from tests.kernels.matrices import activations, ternary
 
-needs_compiler = pytest.mark.skipif(
-    bool(reason := build.unavailable()), reason=str(reason or "there is a compiler")
-)
+needs_compiler = pytest.mark.skipif(bool(ABSENT["cpu"]), reason=str(ABSENT["cpu"]))
 
 
 def packed_of(type, seed=0) -> Packed:

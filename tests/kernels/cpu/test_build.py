@@ -9,10 +9,9 @@ import pytest
 
 from atd.errors import RunFailed
 from atd.kernels.cpu import build
+from tests.kernels.backends import ABSENT
 
-pytestmark = pytest.mark.skipif(
-    bool(reason := build.unavailable()), reason=str(reason or "there is a compiler")
-)
+pytestmark = pytest.mark.skipif(bool(ABSENT["cpu"]), reason=str(ABSENT["cpu"]))
 
 
 @pytest.fixture
