@@ -15,7 +15,6 @@ and another text, as in the packed documents of its training.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -29,7 +28,6 @@ from atd.checkpoint.tokenizer import Tokenizer
 from atd.errors import BadInput, RunFailed
 from atd.ir import Graph
 from atd.models import frontend
-from atd.models.model import Cache as KeyValues
 from atd.models.model import Model, load
 from atd.models.numerics import numerics
 from atd.progress import Progress, Report, unheard
@@ -209,7 +207,7 @@ def _draw(
     token, columns, drawn = jnp.asarray(first), jnp.asarray(uniforms.T), []
     for position in range(context):
         if position == cache.length:
-            cache = _longer(cache, min(position + CACHE_STEP, context))
+            cache = cache.longer(min(position + CACHE_STEP, context))
         logits, cache = model.decode(token, cache)
         token = pick(logits, columns, position)
         drawn.append(token)
@@ -219,13 +217,6 @@ def _draw(
             report(position + 1)
     report(context)
     return np.stack([np.asarray(token) for token in drawn], axis=1)
-
-
-def _longer(cache: KeyValues, length: int) -> KeyValues:
-    """The cache with room for `length` tokens."""
-    room = ((0, 0), (0, 0), (0, length - cache.length), (0, 0))  # [B, kv_heads, length, head_dim]
-    blocks = jax.tree.map(lambda slots: jnp.pad(slots, room), cache.blocks)
-    return replace(cache, blocks=blocks, length=length)
 
 
 @jax.jit

@@ -78,11 +78,11 @@ def run(
         known: values that are there already, by name, each [B, T, features]: the block's input as
             "x" (token ids [B, T] in the prologue), or values inside it.
         wanted: names of the values to return; None: the last node's, the block's output.
-        positions: int32 [B, T], where each token stands in its sequence; None: the sequences are
-            whole, 0 ... T-1.
-        cache: keys and values so far of each attention node. The tokens are one of each sequence,
-            which attends to the cache, or the beginning of the sequences, which attends to itself
-            and fills the cache. None: no cache.
+        positions: int32 [B, T], where each token stands in its sequence; None: the sequences begin
+            here, 0 ... T-1.
+        cache: keys and values so far of each attention node. With positions, the tokens are
+            appended to it and attend to all of it; without, they begin the sequences, attend to
+            themselves and fill the cache. None: no cache.
         embedding: the weight of a linear with `tied_to`.
         backend: of `atd.kernels.matmul`, for weights that are not dense.
         offsets: what is added to values, by name: their gradient is that of the value.

@@ -12,6 +12,7 @@ block. A call costs tens of microseconds on the host, which runs ahead of the de
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -22,7 +23,8 @@ from jax.core import Tracer
 
 from atd.errors import BadInput, nearest
 from atd.ir import Block, Graph
-from atd.models import execute, ops
+from atd.models import execute
+from atd.models.cache import Cache, check_room, padded_width
 from atd.models.ops import Weights
 from atd.models.placement import BACKENDS, DTYPES, backend_here, check_backend, placed_weights
 from atd.models.tokens import check_tokens
@@ -112,20 +114,6 @@ def _attention_shapes(block: Block) -> tuple[tuple[str, int, int], ...]:
     """(name, kv_heads, head_dim) of the attention nodes, which need a cache."""
     attrs = {node.name: node.attrs for node in block.nodes if node.op == "attention"}
     return tuple((name, attr["kv_heads"], attr["head_dim"]) for name, attr in attrs.items())
-
-
-@dataclass(frozen=True)
-class Cache:
-    """Keys and values of the tokens so far.
-
-    A call that returns a new cache uses up the one it was given.
-    """
-
-    # By block and attention node: k, v [B, kv_heads, length, head_dim].
-    blocks: tuple[dict[str, ops.Cache], ...]
-    positions: jax.Array  # int32 [B, 1]: where the next token of each sequence stands
-    filled: int  # positions taken by the longest sequence, known on the host
-    length: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -254,22 +242,27 @@ class Model(nnx.Module):
         )
         return Cache(blocks, jnp.zeros((batch, 1), jnp.int32), 0, length)
 
-    def prefill(self, tokens, cache: Cache, lengths=None) -> tuple[jax.Array, Cache]:
-        """Reads prompts into an empty cache.
+    def prefill(
+        self, tokens, cache: Cache, lengths=None, chunk: int | None = None
+    ) -> tuple[jax.Array, Cache]:
+        """Appends tokens to each sequence: prompts to an empty cache, or what follows to a filled
+        one.
 
-        Prompts are padded to a power of two, so that nothing new is compiled for most lengths;
+        Tokens are padded to a power of two, so that nothing new is compiled for most lengths;
         padding changes no result.
 
         Args:
-            tokens: ids int32 [B, T]; shorter prompts end in anything.
-            cache: from `new_cache`; used up.
-            lengths: [B] tokens of each prompt, 1 to T; None: all T.
+            tokens: ids int32 [B, T]; shorter rows end in anything.
+            cache: used up.
+            lengths: [B] tokens of each row, 1 to T; None: all T.
+            chunk: tokens of a row that are read at a time, which bounds the memory of activations;
+                None: all.
 
         Returns:
-            Logits float32 [B, V] of each prompt's next token, and the filled cache.
+            Logits float32 [B, V] of each sequence's next token, and the new cache.
 
         Raises:
-            BadInput: a prompt is empty, holds ids outside the vocabulary, or does not fit into the
+            BadInput: a row is empty, holds ids outside the vocabulary, or does not fit into the
                 cache.
         """
         tokens = np.asarray(tokens)
@@ -282,28 +275,30 @@ class Model(nnx.Module):
             )
         read = np.where(np.arange(width) < lengths[:, None], tokens, 0)  # [B, T]
         check_tokens(read, self.vocabulary)
-        if cache.filled or cache.positions.shape[0] != batch:
-            raise BadInput(
-                f"prefill of {batch} prompts needs an empty cache for as many sequences; "
-                f"make one with new_cache"
-            )
-        if width > cache.length:
-            raise BadInput(
-                f"a prompt of {width} tokens is longer than the cache of {cache.length}; "
-                "make a longer one, or shorten the prompt"
-            )
-        padded = np.zeros((batch, min(bucket(width), cache.length)), np.int32)
-        padded[:, :width] = read
+        check_room(cache, batch, width)
+        last, step = None, chunk or width
+        for start in range(0, width, step):
+            counts = np.clip(lengths - start, 0, step)
+            x, cache = self._append(read[:, start : start + step], counts, cache)
+            last = _last(x, counts, last)
+        assert last is not None
+        return self.logits(last), cache
+
+    def _append(self, tokens: np.ndarray, counts: np.ndarray, cache: Cache):
+        """Appends the first counts [B] of tokens [B, T]: (what enters the epilogue, new cache)."""
+        padded = np.zeros((len(tokens), padded_width(tokens.shape[1], cache)), np.int32)
+        padded[:, : tokens.shape[1]] = tokens
+        positions = _places(cache.positions, padded.shape[1]) if cache.filled else None
         x = self._plan.prologue.forward(self.prologue.get_raw_value(), padded)
         blocks = []
         for program, weights, slots in zip(
             self._plan.blocks, self.blocks, cache.blocks, strict=True
         ):
-            x, slots = program.step(weights.get_raw_value(), x, None, slots)
+            x, slots = program.step(weights.get_raw_value(), x, positions, slots)
             blocks.append(slots)
-        last = _take_positions(x, jnp.asarray(lengths, jnp.int32) - 1)
-        positions = jnp.asarray(lengths, jnp.int32)[:, None]
-        return self.logits(last), Cache(tuple(blocks), positions, int(lengths.max()), cache.length)
+        filled = cache.filled + int(counts.max())
+        positions = cache.positions + jnp.asarray(counts, jnp.int32)[:, None]
+        return x, Cache(tuple(blocks), positions, filled, cache.length)
 
     def decode(self, token, cache: Cache) -> tuple[jax.Array, Cache]:
         """Appends a token to each sequence.
@@ -362,13 +357,19 @@ def _logits(plan: _Plan, prologue: Weights, epilogue: Weights, hidden: jax.Array
 _whole_step = jax.jit(_step, static_argnames="plan", donate_argnames="blocks")
 
 
-def bucket(length: int) -> int:
-    """Returns the least power of two that is at least `length`: few lengths, few compilations."""
-    return 1 << (length - 1).bit_length()
-
-
 _as_column = jax.jit(lambda token: jnp.asarray(token, jnp.int32)[:, None])  # [B] -> [B, 1]
 _only_row = jax.jit(lambda logits: logits[:, 0])  # [B, 1, V] -> [B, V]
 _next = jax.jit(lambda positions: positions + 1)
-# [B, T, D], [B] -> [B, D]
-_take_positions = jax.jit(lambda x, at: jnp.take_along_axis(x, at[:, None, None], axis=1)[:, 0])
+
+
+@partial(jax.jit, static_argnames="width")
+def _places(positions, width: int):
+    """Where `width` next tokens of each sequence stand: int32 [B, 1] -> [B, width]."""
+    return positions + jnp.arange(width, dtype=jnp.int32)
+
+
+@jax.jit
+def _last(x, counts, before):
+    """Row by row the last of the first counts [B] of x [B, T, D]; of `before` [B, D] where 0."""
+    row = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
+    return row if before is None else jnp.where(counts[:, None] > 0, row, before)

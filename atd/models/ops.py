@@ -143,22 +143,24 @@ def attention(q, k, v, positions, window: int = 0):
     return mixed.reshape(batch, queries, heads, head_dim).astype(q.dtype)
 
 
-def sequence_attention(q, k, v, positions, window: int = 0):
-    """Returns `attention` of whole sequences, run by run of queries, each over the keys it may see.
+def sequence_attention(q, k, v, positions, window: int = 0, whole: bool = True):
+    """Returns `attention` run by run of queries; of whole sequences each over the keys it may see.
 
     Half of the products are never made, and the scores of a run stay in a CPU's cache: at T = 512
     that is 3 to 4 times faster there. A run has QUERIES queries, or more where there would be more
     than RUNS of them, because each is compiled by itself.
 
     Args:
-        q, k, v, positions, window: as in `attention`; positions 0 ... T-1, T keys.
+        q, k, v, positions, window: as in `attention`.
+        whole: positions are 0 ... T-1, and there are T keys.
     """
     queries = q.shape[1]
     step = max(QUERIES, -(-queries // RUNS))
     runs = [slice(start, min(start + step, queries)) for start in range(0, queries, step)]
+    keys = [r.stop if whole else k.shape[2] for r in runs]
     parts = [
-        attention(q[:, r], k[:, :, : r.stop], v[:, :, : r.stop], positions[:, r], window)
-        for r in runs
+        attention(q[:, r], k[:, :, :stop], v[:, :, :stop], positions[:, r], window)
+        for r, stop in zip(runs, keys, strict=True)
     ]
     return jnp.concatenate(parts, axis=1)
 
@@ -266,15 +268,15 @@ def run_node(
         inputs: the values that it reads, [B, T, features] each (token ids [B, T] of an embed).
         weights: by slot.
         positions: int32 [B, T], where each token stands in its sequence; None: 0 ... T-1.
-        cache: of an attention, for one token of each sequence or their beginning; None: the
-            sequences are whole.
+        cache: of an attention; with positions the tokens go on from it, without them they are the
+            beginning of the sequences. None: the sequences are whole.
         embedding: the weight of a linear with `tied_to`.
         backend: of `atd.kernels.matmul`, for weights that are not dense.
 
     Returns:
         Its value, and its new cache if it had one.
     """
-    attrs = node.attrs
+    attrs, begins = node.attrs, positions is None
     positions = from_start(inputs[0]) if positions is None else positions
     match node.op:
         case "embed":
@@ -296,9 +298,9 @@ def run_node(
             k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, kv_heads, T, head_dim]
             if cache is not None:
                 cache = update_cache(cache, k, v, positions)
-                k, v = cache if q.shape[1] == 1 else (k, v)
-            run = attention if q.shape[1] == 1 else sequence_attention
-            return run(q, k, v, positions, attrs["window"]).reshape(inputs[0].shape), cache
+                k, v = (k, v) if begins else cache
+            mixed = sequence_attention(q, k, v, positions, attrs["window"], whole=begins)
+            return mixed.reshape(inputs[0].shape), cache
         case "silu_mul":
             return silu_mul(*inputs), None
         case "relu2_mul":

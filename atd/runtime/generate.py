@@ -10,7 +10,8 @@ import numpy as np
 
 from atd.errors import BadInput, RunFailed
 from atd.ir import Graph
-from atd.models.model import Model, bucket
+from atd.models.cache import bucket
+from atd.models.model import Model
 from atd.models.tokens import check_tokens
 from atd.progress import Progress, Report, unheard
 

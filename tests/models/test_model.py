@@ -113,6 +113,30 @@ def test_prefill_and_decode_are_the_forward_pass(name, backend):
         )
 
 
+@pytest.mark.parametrize("name", ["window", "packed"])
+def test_a_filled_cache_goes_on(name):
+    """By chunks of rows of different lengths, from a place further back, and in a longer cache."""
+    model = load(GRAPHS[name](), backend="xla")
+    tokens, rows = tokens_of(3, 40), np.arange(3)
+    logits = np.asarray(model(tokens))
+    tolerance = 2e-5 * np.abs(logits).max()
+    lengths = np.array([11, 2, 7])
+    last, cache = model.prefill(tokens[:, :11], model.new_cache(3, 32), lengths, chunk=4)
+    assert (cache.filled, cache.positions.ravel().tolist()) == (11, lengths.tolist())
+    np.testing.assert_allclose(last, logits[rows, lengths - 1], atol=tolerance)
+    more = np.array([1, 9, 4])
+    appended = np.stack([tokens[r, n : n + 9] for r, n in enumerate(lengths)])
+    last, cache = model.prefill(appended, cache, more)
+    np.testing.assert_allclose(last, logits[rows, lengths + more - 1], atol=tolerance)
+    last, cache = model.decode(tokens[rows, lengths + more], cache)
+    np.testing.assert_allclose(last, logits[rows, lengths + more], atol=tolerance)
+    cache = cache.back_to(3)
+    assert cache.positions.ravel().tolist() == [3, 3, 3]
+    last, cache = model.prefill(tokens[:, 3:32], cache, chunk=16)
+    last, cache = model.prefill(tokens[:, 32:], cache.longer(48))
+    np.testing.assert_allclose(last, logits[:, -1], atol=tolerance)
+
+
 @pytest.mark.parametrize("name", ["one key head", "packed"])  # the first has a tied embedding
 def test_a_step_of_all_blocks_at_once_is_the_same(name, monkeypatch):
     """As on a GPU."""
@@ -391,10 +415,12 @@ def test_a_full_cache_and_a_long_prompt():
         model.decode([1], cache)
     with pytest.raises(BadInput, match="a prompt of 5 tokens is longer than the cache of 4"):
         model.prefill(tokens_of(1, 5), model.new_cache(1, 4))
-    with pytest.raises(BadInput, match="needs an empty cache"):
+    with pytest.raises(BadInput, match="2 tokens is longer than the cache of 4, 4 of them taken"):
         model.prefill(tokens_of(1, 2), cache)
-    with pytest.raises(BadInput, match="needs an empty cache"):
+    with pytest.raises(BadInput, match="of 2 prompts needs a cache for as many sequences"):
         model.prefill(tokens_of(2, 2), model.new_cache(1, 4))
+    with pytest.raises(BadInput, match="a cache of 4 tokens has no first 5"):
+        cache.back_to(5)
     with pytest.raises(BadInput, match="at least 1"):
         model.new_cache(0, 4)
 

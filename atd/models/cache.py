@@ -1,0 +1,68 @@
+"""Keys and values of the tokens that a model has read."""
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+
+from atd.errors import BadInput
+from atd.models import ops
+
+APPENDED = 16  # tokens appended to a filled cache are padded to at least this many
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values of the tokens so far.
+
+    A call that returns a new cache uses up the one it was given.
+    """
+
+    # By block and attention node: k, v [B, kv_heads, length, head_dim].
+    blocks: tuple[dict[str, ops.Cache], ...]
+    positions: jax.Array  # int32 [B, 1]: where the next token of each sequence stands
+    filled: int  # positions taken by the longest sequence, known on the host
+    length: int
+
+    def longer(self, length: int) -> "Cache":
+        """Returns the cache with room for `length` tokens, at least as many as it has now."""
+        room = ((0, 0), (0, 0), (0, length - self.length), (0, 0))
+        blocks = jax.tree.map(lambda slots: jnp.pad(slots, room), self.blocks)
+        return replace(self, blocks=blocks, length=length)
+
+    def back_to(self, tokens: int) -> "Cache":
+        """Returns the cache of the first `tokens` tokens of each sequence.
+
+        What lies behind them is never attended to, and is overwritten. Raises BadInput where there
+        are fewer tokens.
+        """
+        if not 0 <= tokens <= self.filled:
+            raise BadInput(f"a cache of {self.filled} tokens has no first {tokens}")
+        positions = jnp.minimum(self.positions, tokens)
+        return replace(self, positions=positions, filled=tokens)
+
+
+def bucket(length: int) -> int:
+    """Returns the least power of two that is at least `length`: few lengths, few compilations."""
+    return 1 << (length - 1).bit_length()
+
+
+def padded_width(width: int, cache: Cache) -> int:
+    """Returns to how many tokens `width` new ones of each sequence are padded."""
+    least = APPENDED if cache.filled and width > 1 else 1
+    return min(max(bucket(width), least), cache.length - cache.filled)
+
+
+def check_room(cache: Cache, batch: int, width: int) -> None:
+    """Raises BadInput where `width` tokens of each of `batch` sequences do not fit in."""
+    if cache.positions.shape[0] != batch:
+        raise BadInput(
+            f"prefill of {batch} prompts needs a cache for as many sequences; "
+            f"make one with new_cache"
+        )
+    if width > cache.length - cache.filled:
+        taken = f", {cache.filled} of them taken" if cache.filled else ""
+        raise BadInput(
+            f"a prompt of {width} tokens is longer than the cache of {cache.length}{taken}; "
+            "make a longer one, or shorten the prompt"
+        )
