@@ -279,17 +279,28 @@ class Model(nnx.Module):
         last, step = None, chunk or width
         for start in range(0, width, step):
             counts = np.clip(lengths - start, 0, step)
-            x, cache = self._append(read[:, start : start + step], counts, cache)
+            part = read[:, start : start + step]
+            padding = padded_width(part.shape[1], cache) - part.shape[1]
+            x, cache = self.append(np.pad(part, ((0, 0), (0, padding))), counts, cache)
             last = _last(x, counts, last)
         assert last is not None
         return self.logits(last), cache
 
-    def _append(self, tokens: np.ndarray, counts: np.ndarray, cache: Cache):
-        """Appends the first counts [B] of tokens [B, T]: (what enters the epilogue, new cache)."""
-        padded = np.zeros((len(tokens), padded_width(tokens.shape[1], cache)), np.int32)
-        padded[:, : tokens.shape[1]] = tokens
-        positions = _places(cache.positions, padded.shape[1]) if cache.filled else None
-        x = self._plan.prologue.forward(self.prologue.get_raw_value(), padded)
+    def append(self, tokens, counts: np.ndarray, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Appends tokens to each sequence, as `prefill` does, with nothing checked or padded.
+
+        Args:
+            tokens: ids int32 [B, T].
+            counts: [B] tokens of each row, 0 to T; those behind them are no part of the sequence.
+            cache: with room for T more; used up.
+
+        Returns:
+            What enters the epilogue, float32 [B, T, D], and the new cache.
+        """
+        positions = _places(cache.positions, tokens.shape[1]) if cache.filled else None
+        x = self._plan.prologue.forward(
+            self.prologue.get_raw_value(), jnp.asarray(tokens, jnp.int32)
+        )
         blocks = []
         for program, weights, slots in zip(
             self._plan.blocks, self.blocks, cache.blocks, strict=True
