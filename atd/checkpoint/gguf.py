@@ -21,6 +21,7 @@ from atd.checkpoint.files import StoredTensor, read_bytes
 from atd.checkpoint.gguf_config import gguf_config
 from atd.checkpoint.gguf_header import OWN, PLAIN, GGUFTensor
 from atd.checkpoint.gguf_parts import read_parts
+from atd.checkpoint.gguf_rope import DIVISORS, LONG, SHORT
 from atd.errors import BadInput
 from atd.weights import DTYPES, PackedType, TernaryType, WeightType, canonical_group, stored
 from atd.weights.ggml import Q4_0, Q5_0, Q8_0, TERNARY_BLOCK, TQ1_0, TQ2_0, ternary_parts
@@ -52,7 +53,7 @@ _OTHER_MODULES = {
         "post_ffw_norm": "post_feedforward_layernorm",
     }
 }
-ROPE_DIVISORS = "rope_freqs.weight"
+_OF_ROPE = (DIVISORS, SHORT, LONG)  # tensors that are config["rope_scaling"] now
 _CHUNK = 1 << 24  # weights dequantized at a time: their float32 values take 64 MB
 
 
@@ -79,8 +80,8 @@ def open_gguf(path: Path) -> tuple[dict, dict[str, StoredTensor], dict[str, Weig
     modules = MODULES | _OTHER_MODULES.get(architecture, {})
     tensors, types = {}, {}
     for entry in entries.values():
-        if entry.name == ROPE_DIVISORS:
-            continue  # is config["rope_scaling"] now
+        if entry.name in _OF_ROPE:
+            continue
         name = _hugging_face_name(entry.name, modules)
         order = next((partial(halves, heads=n) for part, n in heads.items() if part in name), None)
         if architecture == "gemma3" and name.endswith("norm.weight"):

@@ -3,7 +3,6 @@
 Keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from atd.checkpoint.gguf_header import GGUFTensor
+from atd.checkpoint.gguf_rope import gguf_rope_scaling
 from atd.errors import BadInput
 
 # Architecture -> (architectures, model_type) of config.json.
@@ -108,7 +108,7 @@ def gguf_config(
         "max_position_embeddings": get("context_length"),
         "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
         "rope_theta": theta,
-        "rope_scaling": _rope_scaling(path, entries, get, theta, head_dim, read),
+        "rope_scaling": gguf_rope_scaling(path, entries, get, theta, head_dim, read),
         "tie_word_embeddings": "output.weight" not in entries,
         "attention_bias": architecture != "qwen2" and "blk.0.attn_q.bias" in entries,
         "mlp_bias": "blk.0.ffn_gate.bias" in entries,
@@ -159,57 +159,4 @@ def _gemma3_config(
         "sliding_window": window or None,
         "layer_types": [kinds[bool(windowed) and window > 0] for windowed in pattern[:layers]],
         "rope_local_base_freq": get("rope.freq_base_swa", 10000.0),
-    }
-
-
-def _rope_scaling(
-    path: Path,
-    entries: Mapping[str, GGUFTensor],
-    get: Callable,
-    theta: float,
-    head_dim: int,
-    read: Callable[[GGUFTensor], np.ndarray],
-) -> dict | None:
-    kind = get("rope.scaling.type", "none")
-    legacy = get("rope.scale_linear", 1.0)  # in files that have no rope.scaling.*
-    factor = get("rope.scaling.factor", legacy)
-    if kind not in ("none", "linear"):
-        raise BadInput(
-            f"{path}: rope scaling {kind!r} is not supported; "
-            f"supported: none, linear, and llama3 (tensor rope_freqs.weight)"
-        )
-    if "rope_freqs.weight" in entries:
-        divisors = read(entries["rope_freqs.weight"]).astype(np.float64)
-        return _llama3_scaling(
-            path, divisors, get("rope.scaling.original_context_length", 8192), theta, head_dim
-        )
-    if factor != 1.0 and (kind == "linear" or legacy != 1.0):
-        return {"rope_type": "linear", "factor": factor}
-    return None
-
-
-def _llama3_scaling(
-    path: Path, divisors: np.ndarray, original: int, theta: float, head_dim: int
-) -> dict:
-    """The `llama3` rope scaling that the divisors of the frequencies [head_dim/2] come from.
-
-    With c = original context / wavelength and Meta's low and high factors of 1 and 4: 1/divisor =
-    (1 - s)/factor + s, where s = (c - 1)/(4 - 1), cut to 0..1. Raises BadInput for other divisors.
-    """
-    low, high = 1.0, 4.0
-    factor = float(np.max(divisors)) if divisors.size else 1.0
-    wavelengths = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
-    smooth = np.clip((original / wavelengths - low) / (high - low), 0.0, 1.0)
-    expected = 1 / ((1 - smooth) / factor + smooth)
-    if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4, atol=0):
-        raise BadInput(
-            f"{path}: the divisors in rope_freqs.weight are not those of llama3 rope scaling "
-            f"(low 1, high 4, original context {original}); other scalings are not supported"
-        )
-    return {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": low,
-        "high_freq_factor": high,
-        "original_max_position_embeddings": original,
     }

@@ -13,8 +13,9 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGUFWriter
 
 from atd.checkpoint.folder import check_space, open_result
-from atd.checkpoint.gguf import ROPE_DIVISORS, permuted_heads
+from atd.checkpoint.gguf import permuted_heads
 from atd.checkpoint.gguf_file import check_file, finish_file, write_gguf
+from atd.checkpoint.gguf_rope import DIVISORS
 from atd.checkpoint.hub import local
 from atd.checkpoint.reader import open_tokenizer
 from atd.checkpoint.tokenizer import Tokenizer
@@ -66,7 +67,7 @@ def export_gguf(
     plans = plan(graph, dtype, permuted_heads(graph.config))
     sizes = [_add_tensors(writer, p) for p in plans]
     if divisors is not None:
-        writer.add_tensor_info(ROPE_DIVISORS, divisors.shape, divisors.dtype, divisors.nbytes)
+        writer.add_tensor_info(DIVISORS, divisors.shape, divisors.dtype, divisors.nbytes)
     add_file_type(writer, [(p.quantization, int(np.prod(p.ref.type.shape))) for p in plans])
     say(_kinds(plans))
     errors: list[Encoded] = []  # without their data

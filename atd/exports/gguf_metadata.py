@@ -15,7 +15,7 @@ from atd.ir import Block, Graph, WeightRef
 from atd.ir.rewrite import joined_parts
 from atd.models.config import ModelConfig, parse_config
 from atd.models.llama import llama_graph
-from atd.models.ops import rope_frequencies
+from atd.models.rope import rope_frequencies
 from atd.progress import Say
 from atd.weights import DenseType, Weight
 

@@ -31,7 +31,8 @@ OPS = {
     # x @ weight.T + bias. Without a weight but with the attr tied_to="model.embed_tokens": the
     # embedding's weight. With activations="int8" x is rounded to 8 bits per token first.
     "linear": Op(1, (), ("weight", "bias"), optional_attrs=("activations",)),
-    "rope": Op(1, attrs=("head_dim", "theta", "scaling")),
+    # Over the first `rotary` features of each head; without the attr over all of them.
+    "rope": Op(1, attrs=("head_dim", "theta", "scaling"), optional_attrs=("rotary",)),
     # Causal, over the last `window` positions; 0: over all of the past.
     "attention": Op(3, attrs=("heads", "kv_heads", "head_dim", "window")),
     "silu_mul": Op(2),  # silu(a) * b

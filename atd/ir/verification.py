@@ -26,7 +26,7 @@ def _is_block(value) -> bool:
 
 
 def _is_scaling(value) -> bool:
-    """Whether `atd.models.ops.rope_frequencies` takes it."""
+    """Whether `atd.models.rope.rope_frequencies` takes it."""
     match value:
         case ():
             return True
@@ -34,6 +34,11 @@ def _is_scaling(value) -> bool:
             return _is_positive(factor)
         case ("llama3", factor, low, high, original):
             return all(map(_is_positive, (factor, low, high, original))) and low < high
+        case ("yarn", factor, original, fast, slow, truncate, attention):
+            numbers = (factor, original, fast, slow, attention)
+            return all(map(_is_positive, numbers)) and slow < fast and type(truncate) is bool
+        case ("longrope", original, tuple(short), tuple(long), attention):
+            return all(map(_is_positive, (original, *short, *long, attention)))
     return False
 
 
@@ -43,6 +48,7 @@ _VALID: dict[str, Callable[[Any], bool]] = {
     "theta": _is_positive,
     "scaling": _is_scaling,
     "head_dim": _is_count,
+    "rotary": lambda value: _is_count(value) and value % 2 == 0,
     "heads": _is_count,
     "kv_heads": _is_count,
     "window": _is_index,
@@ -127,6 +133,19 @@ def _verify_block(block: Block, inputs: int, embedding: tuple[int, int], prologu
     return widths[block.nodes[-1].name]
 
 
+def _check_rope(attrs: dict, expect: Callable[[str, int, int], None]) -> None:
+    """Raises InvalidGraph where the attrs of a rope do not fit each other."""
+    head_dim, scaling = attrs["head_dim"], attrs["scaling"]
+    rotary = attrs.get("rotary", head_dim)
+    if rotary > head_dim:
+        raise InvalidGraph(f"rotary is {rotary}, at most head_dim = {head_dim} is expected")
+    if scaling and scaling[0] == "longrope":
+        for factors in scaling[2:4]:
+            expect("the number of factors of longrope", len(factors), rotary // 2)
+    if scaling and scaling[0] == "yarn" and attrs["theta"] <= 1:
+        raise InvalidGraph(f"theta is {attrs['theta']}, and yarn needs one above 1")
+
+
 def _width(node: Node, inputs: list[int], embedding: tuple[int, int]) -> int:
     """The number of features of the node's value; raises InvalidGraph with the broken rule."""
 
@@ -157,6 +176,7 @@ def _width(node: Node, inputs: list[int], embedding: tuple[int, int]) -> int:
             return out
         case "rope":
             expect("the remainder of features by head_dim", inputs[0] % attrs["head_dim"], 0)
+            _check_rope(attrs, expect)
             return inputs[0]
         case "attention":
             for i, heads in enumerate((attrs["heads"], attrs["kv_heads"], attrs["kv_heads"])):

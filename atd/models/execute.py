@@ -19,6 +19,7 @@ from atd.ir import OPS, Block, Node
 from atd.kernels import matmul as kernels
 from atd.models import fusion, ops
 from atd.models.ops import Cache, Weights
+from atd.models.rope import rope_frequencies
 from atd.weights import Dense, Weight
 
 Array = jax.Array | np.ndarray
@@ -120,6 +121,8 @@ def run(
                 if node.name not in values:  # a norm that another linear reads may have run
                     inputs = [values[name] for name in node.inputs]
                     mine, places = weights.get(node.name, {}), cache.get(node.name)
+                    if node.op == "rope":
+                        places = next(iter(cache.values()), None)
                     keep(node, *run_node(node, inputs, mine, positions, places, embedding, backend))
     return {name: values[name] for name in wanted}, new_cache
 
@@ -195,7 +198,7 @@ def _attend(
         return None, None
     positions = ops.from_start(q[0]) if positions is None else positions
     rope, attrs = found.rope.attrs, found.attention.attrs
-    frequencies = ops.rope_frequencies(rope["head_dim"], rope["theta"], rope["scaling"])
+    frequencies = rope_frequencies(rope["head_dim"], rope["theta"], rope["scaling"])
     attended = kernels.attend(
         q, k, v, positions, places, frequencies, attrs["heads"], attrs["window"], backend=backend
     )

@@ -17,6 +17,7 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 from atd.ir import Block, Node
+from atd.models.rope import rope_factor
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,8 @@ def _attention(block: Block, attention: Node) -> Attention | None:
         return None
     if ropes[0].attrs["head_dim"] != attention.attrs["head_dim"]:
         return None
+    if not _in_kernels(ropes[0], attention):
+        return None
     together, parts = [*ropes, attention], []
     values = [*(rope.inputs[0] for rope in ropes), attention.inputs[2]]
     for reader, value in zip([*together], values, strict=True):
@@ -125,6 +128,15 @@ def _attention(block: Block, attention: Node) -> Attention | None:
             parts.append((value, 0))
     nodes = tuple(node for node in block.nodes if node in together)
     return Attention(nodes, attention, ropes[0], tuple(parts))
+
+
+def _in_kernels(rope: Node, attention: Node) -> bool:
+    """Whether `kernels.attend` computes these: all features are rotated, by frequencies that do not
+    depend on the length, and cos and sin have no factor.
+    """
+    scaling = rope.attrs["scaling"]
+    depends = bool(scaling) and scaling[0] == "longrope"
+    return "rotary" not in rope.attrs and not depends and rope_factor(scaling) == 1.0
 
 
 def _maker(block: Block, value: str) -> Node | None:

@@ -27,8 +27,8 @@ def llama_graph(
     hidden, vocabulary = model.hidden_size, model.vocab_size
     embedding = {"weight": reference(EMBEDDING, vocabulary, hidden)}
     blocks = tuple(
-        decoder_block(f"model.layers.{i}", model, window, reference, fused)
-        for i, window in enumerate(model.windows)
+        decoder_block(f"model.layers.{i}", model, i, reference, fused)
+        for i in range(model.num_hidden_layers)
     )
     gain = {"weight": reference("model.norm.weight", hidden)}
     norm = Node("model.norm", "rms_norm", ("x",), gain, {"eps": model.stream_eps})
@@ -42,14 +42,14 @@ def llama_graph(
 
 
 def decoder_block(
-    name: str, model: ModelConfig, window: int, reference: Reference, fused: bool
+    name: str, model: ModelConfig, layer: int, reference: Reference, fused: bool
 ) -> Block:
     """Builds a decoder layer: h = x + attention(norm(x)), then h + mlp(norm(h)); with norms of what
     is added where the family has them.
 
     Args:
         name: in front of its nodes' names, "model.layers.0".
-        window: positions that it attends to; 0: all of the past.
+        layer: its number, from 0.
     """
     hidden, head_dim, mlp = model.hidden_size, model.head_dim, model.intermediate_size
     heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
@@ -74,10 +74,13 @@ def decoder_block(
         """The node, and the norm of its value where the family has one there."""
         return [node, norm(module, node.name, width)] if has_norm else [node]
 
+    window = model.windows[layer]
     theta, scaling = model.rope_theta, model.rope_scaling
     if window and model.windowed_rope:
         theta, scaling = model.windowed_rope
     rope: dict[str, Attr] = {"head_dim": head_dim, "theta": theta, "scaling": scaling}
+    if model.rotary < head_dim:
+        rope["rotary"] = model.rotary
     attention: dict[str, Attr] = {
         "heads": heads,
         "kv_heads": kv_heads,
@@ -94,9 +97,12 @@ def decoder_block(
         nodes.append(norm("self_attn.q_norm", query, head_dim, head_dim=head_dim))
         nodes.append(norm("self_attn.k_norm", key, head_dim, head_dim=head_dim))
         query, key = "self_attn.q_norm", "self_attn.k_norm"
-    read = ("self_attn.q_rope", "self_attn.k_rope", value)
+    if model.ropes[layer]:
+        nodes.append(Node("self_attn.q_rope", "rope", (query,), attrs=rope))
+        nodes.append(Node("self_attn.k_rope", "rope", (key,), attrs=rope))
+        query, key = "self_attn.q_rope", "self_attn.k_rope"
     mixed = normed(
-        Node("self_attn.attention", "attention", read, attrs=attention),
+        Node("self_attn.attention", "attention", (query, key, value), attrs=attention),
         "self_attn.attn_sub_norm",
         heads * head_dim,
         model.sub_norms,
@@ -122,8 +128,6 @@ def decoder_block(
     )
     outs = {"mlp.gate_proj": mlp, "mlp.up_proj": mlp}
     nodes += [
-        Node("self_attn.q_rope", "rope", (query,), attrs=rope),
-        Node("self_attn.k_rope", "rope", (key,), attrs=rope),
         *mixed,
         *attended,
         Node("self_attn.residual", "add", ("x", attended[-1].name)),

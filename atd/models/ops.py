@@ -19,6 +19,7 @@ import numpy as np
 from atd.decomposition.rotations import sylvester
 from atd.ir import INT8, Node
 from atd.kernels import matmul as kernels
+from atd.models.rope import rope
 from atd.weights import Dense, Weight
 
 Cache = tuple[jax.Array, jax.Array]
@@ -45,60 +46,6 @@ def rms_norm(x, gain, eps: float, head_dim: int | None = None):
     wide = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, width)
     normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return (normed.astype(x.dtype) * gain.astype(x.dtype)).reshape(x.shape)
-
-
-def rope_frequencies(head_dim: int, theta: float, scaling: tuple) -> np.ndarray:
-    """Returns the angle per position of each pair of features, rescaled for longer contexts.
-
-        theta^(-2i / head_dim),   i = 0 ... head_dim / 2 - 1
-
-    Args:
-        head_dim: features per head.
-        theta: base of the geometric series.
-        scaling: `()` none; `("linear", factor)` divides by factor; `("llama3", factor, low, high,
-            original)` divides wavelengths above original / low by factor, keeps those below
-            original / high, and blends between (Llama 3.1; the names are low_freq_factor,
-            high_freq_factor and original_max_position_embeddings).
-
-    Returns:
-        float32 [head_dim / 2].
-
-    Raises:
-        ValueError: the scaling is any other.
-    """
-    inverse = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
-    match scaling:
-        case ():
-            scaled = inverse
-        case ("linear", factor):
-            scaled = inverse / factor
-        case ("llama3", factor, low, high, original):
-            wavelength = 2 * math.pi / inverse
-            keep = np.clip((original / wavelength - low) / (high - low), 0, 1)
-            scaled = (1 - keep) * inverse / factor + keep * inverse
-        case _:
-            raise ValueError(
-                f"rope scaling {scaling!r} is not known; known: (), ('linear', factor), "
-                "('llama3', factor, low, high, original)"
-            )
-    return scaled.astype(np.float32)
-
-
-def rope(x, positions, head_dim: int, theta: float, scaling: tuple = ()):
-    """Rotates the pairs (i, i + head_dim / 2) of each head by position * frequency_i.
-
-    Args:
-        x: float [B, T, heads head_dim].
-        positions: int32 [B, T].
-        head_dim, theta, scaling: as in `rope_frequencies`.
-    """
-    frequencies = rope_frequencies(head_dim, theta, scaling)
-    angles = positions[..., None].astype(jnp.float32) * frequencies  # [B, T, head_dim / 2]
-    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
-    heads = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2, head_dim // 2)
-    first, second = heads[..., 0, :], heads[..., 1, :]  # [B, T, heads, head_dim / 2]
-    turned = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-2)
-    return turned.reshape(x.shape).astype(x.dtype)
 
 
 def attention(q, k, v, positions, window: int = 0):
@@ -269,7 +216,8 @@ def run_node(
         weights: by slot.
         positions: int32 [B, T], where each token stands in its sequence; None: 0 ... T-1.
         cache: of an attention; with positions the tokens go on from it, without them they are the
-            beginning of the sequences. None: the sequences are whole.
+            beginning of the sequences. Of a rope: that of an attention of its block, whose length
+            says how many positions there can be. None: the sequences are whole.
         embedding: the weight of a linear with `tied_to`.
         backend: of `atd.kernels.matmul`, for weights that are not dense.
 
@@ -290,8 +238,9 @@ def run_node(
             bias = weights["bias"].dequantize() if "bias" in weights else None
             return linear(linear_input(node, inputs[0]), weight, bias, backend), None
         case "rope":
-            options = attrs["head_dim"], attrs["theta"], attrs["scaling"]
-            return rope(inputs[0], positions, *options), None
+            options = attrs["head_dim"], attrs["theta"], attrs["scaling"], attrs.get("rotary")
+            length = inputs[0].shape[1] if cache is None else cache[0].shape[2]
+            return rope(inputs[0], positions, *options, length), None
         case "attention":
             # [B, T, heads, head_dim] each
             q, k, v = (a.reshape(*a.shape[:2], -1, attrs["head_dim"]) for a in inputs)

@@ -1,11 +1,12 @@
 """Makes the golden files: tiny random models of each family as Hugging Face folders, with their
 float32 logits.
 
-    python tests/golden/make_golden.py [SHARED_DATA]
+    python tests/golden/make_golden.py [NAME ...]
 
-Needs torch and transformers (5.23 was used), which compute the logits. SHARED_DATA is the folder of
-the real models (default: data/); of those only tokens and logits are kept. Weights are drawn so
-that every part matters: gains and biases are random, and logits differ by several units."""
+Needs torch and transformers (5.24 was used), which compute the logits. NAME is one of MODELS or
+REAL; without names all are made. The real models lie in data/models; of those only tokens and
+logits are kept. Weights are drawn so that every part matters: gains and biases are random, and
+logits differ by several units."""
 # pyright: reportMissingImports=false
 
 import copy
@@ -34,6 +35,13 @@ LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
+}
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 4.0,
+    "beta_slow": 0.25,
 }
 # name -> (config.json, dtype). llama_gqa and llama_bias have rope in the old spelling, others in
 # transformers 5's.
@@ -117,7 +125,110 @@ MODELS = {
         },
         "float32",
     ),
+    "llama_yarn": (
+        {
+            "model_type": "llama",
+            "num_key_value_heads": 2,
+            "rope_parameters": {"rope_theta": 1e4} | YARN,
+        },
+        "float32",
+    ),
+    "llama32": (
+        {
+            "model_type": "llama",
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "num_hidden_layers": 1,
+            "rope_theta": 5e5,
+            "rope_scaling": LLAMA3 | {"factor": 32.0},
+            "tie_word_embeddings": True,
+        },
+        "float32",
+    ),
+    "qwen3_tied": (
+        {
+            "model_type": "qwen3",
+            "num_key_value_heads": 2,
+            "head_dim": 24,
+            "tie_word_embeddings": True,
+            "rope_theta": 1e6,
+            "rope_scaling": YARN,
+        },
+        "float32",
+    ),
+    "smollm3": (
+        {
+            "model_type": "smollm3",
+            "num_key_value_heads": 2,
+            "num_hidden_layers": 4,
+            "intermediate_size": 32,
+            "rope_theta": 1e4,
+            "tie_word_embeddings": True,
+            "pad_token_id": None,
+        },
+        "float32",
+    ),
+    "phi3": (
+        {
+            "model_type": "phi3",
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "hidden_size": 64,
+            "partial_rotary_factor": 0.75,
+            "original_max_position_embeddings": 16,
+            "rope_theta": 1e3,
+            "rope_scaling": {
+                "type": "longrope",
+                "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+                "long_factor": [1.5, 2.0, 3.0, 4.0, 6.0, 8.0],
+            },
+            "sliding_window": 9,
+            "pad_token_id": None,
+        },
+        "float32",
+    ),
+    "granite": (
+        {
+            "model_type": "granite",
+            "num_key_value_heads": 2,
+            "attention_bias": True,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.7,
+            "attention_multiplier": 0.25,
+            "logits_scaling": 0.5,
+            "rms_norm_eps": 1e-2,
+            "tie_word_embeddings": True,
+        },
+        "float32",
+    ),
+    "olmo2": (
+        {
+            "model_type": "olmo2",
+            "num_key_value_heads": 2,
+            "attention_bias": True,
+            "rope_theta": 1e4,
+        },
+        "float32",
+    ),
+    "gemma2": (
+        {
+            "model_type": "gemma2",
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "num_hidden_layers": 3,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "query_pre_attn_scalar": 12,
+            "sliding_window": 6,
+            "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 30.0,
+            "rope_theta": 1e4,
+            "rms_norm_eps": 1e-2,
+            "tie_word_embeddings": True,
+        },
+        "float32",
+    ),
 }
+SHORT = 12  # tokens of the second logits of phi3, whose rope depends on the length
 REAL = ("stories260K", "stories15M")
 
 
@@ -160,7 +271,10 @@ def make_tiny(name: str, seed: int) -> None:
         )
     tokens = np.random.default_rng(seed).integers(0, config["vocab_size"], (2, 24)).astype(np.int32)
     logits = logits_of(folder, tokens)
-    np.savez_compressed(folder / "logits.npz", tokens=tokens, logits=logits)
+    more = {}
+    if config["model_type"] == "phi3":
+        more["short"] = logits_of(folder, tokens[:, :SHORT])
+    np.savez_compressed(folder / "logits.npz", tokens=tokens, logits=logits, **more)
     print(
         f"{name}: largest logit {np.abs(logits).max():.2f}, standard deviation {logits.std():.2f}"
     )
@@ -183,7 +297,10 @@ def make_real(name: str, shared: Path) -> None:
 
 if __name__ == "__main__":
     print(f"transformers {transformers.__version__}, torch {torch.__version__}")
+    names = sys.argv[1:] or [*MODELS, *REAL]
     for seed, name in enumerate(MODELS):
-        make_tiny(name, seed)
+        if name in names:
+            make_tiny(name, seed)
     for name in REAL:
-        make_real(name, Path(sys.argv[1]) if sys.argv[1:] else HERE.parents[1] / "data")
+        if name in names:
+            make_real(name, HERE.parents[1] / "data")

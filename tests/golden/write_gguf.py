@@ -90,7 +90,8 @@ def write_model(
     """A model of Hugging Face's names as llama.cpp's converter writes it, matrices so quantized;
     `split` are options of GGUFWriter.
     """
-    family, scaling = config["model_type"], config.get("rope_scaling") or {}
+    family = config["model_type"]
+    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
     default = "gemma3" if family == "gemma3_text" else family
     writer = gguf.GGUFWriter(path, architecture or default, **split)
     writer.add_context_length(config["max_position_embeddings"])
@@ -115,6 +116,12 @@ def write_model(
     if "linear" in scaling.values():
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(scaling["factor"])
+    if scaling.get("rope_type") == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(scaling["factor"])
+        writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
+        writer.add_rope_scaling_yarn_beta_fast(scaling["beta_fast"])
+        writer.add_rope_scaling_yarn_beta_slow(scaling["beta_slow"])
     if scaling.get("rope_type") == "llama3":
         writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
         writer.add_tensor(

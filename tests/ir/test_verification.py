@@ -36,6 +36,7 @@ def weight(slot: str, *shape: int | None) -> dict:
 
 
 ATTENTION = {"heads": 2, "kv_heads": 1, "head_dim": 4, "window": 0}
+YARN = ("yarn", 4.0, 32, 32.0, 1.0, True, 1.1)
 BROKEN_NODES = {  # all in model.layers.0
     "unknown op": (change("output", op="subtract"), "output: unknown op 'subtract'"),
     "name twice": (
@@ -104,6 +105,26 @@ BROKEN_NODES = {  # all in model.layers.0
     "rope": (
         change("k_rope", attrs=ROPE | {"head_dim": 3}),
         "k_rope: the remainder of features by head_dim is 1, 0 is expected",
+    ),
+    "rotary of a head": (
+        change("k_rope", attrs=ROPE | {"rotary": 6}),
+        "k_rope: rotary is 6, at most head_dim = 4 is expected",
+    ),
+    "odd rotary": (
+        change("k_rope", attrs=ROPE | {"rotary": 3}),
+        "k_rope: the attr 'rotary' cannot be 3",
+    ),
+    "factors of longrope": (
+        change("k_rope", attrs=ROPE | {"scaling": ("longrope", 8, (1.0,), (1.0, 2.0), 1.0)}),
+        "k_rope: the number of factors of longrope is 1, 2 is expected",
+    ),
+    "theta of yarn": (
+        change("k_rope", attrs=ROPE | {"theta": 1.0, "scaling": YARN}),
+        "k_rope: theta is 1.0, and yarn needs one above 1",
+    ),
+    "turns of yarn": (
+        change("k_rope", attrs=ROPE | {"scaling": (*YARN[:3], 1.0, 32.0, *YARN[5:])}),
+        "k_rope: the attr 'scaling' cannot be ('yarn', 4.0, 32, 1.0, 32.0, True, 1.1)",
     ),
     "heads": (
         change("attention", attrs=ATTENTION | {"heads": 3}),

@@ -269,8 +269,8 @@ def test_a_config_without_an_architecture_says_so(tmp_path):
         ({"max_position_embeddings": 2048.0}, "max_position_embeddings is 2048.0"),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'"),
         (
-            {"rope_scaling": {"type": "yarn", "factor": 2}},
-            "rope type 'yarn' is not supported; supported: default, linear, llama3",
+            {"rope_scaling": {"type": "ntk", "factor": 2}},
+            "rope type 'ntk' is not supported; supported: default, linear, llama3, yarn, longrope",
         ),
         (
             {"rope_parameters": {"rope_type": "dynamic", "factor": 2}},

@@ -201,3 +201,30 @@ def test_values_are_those_of_the_nodes(monkeypatch, joined, bias):
     assert sum(norm is not None for norm, _, _ in calls) == (2 if joined else 5)
     assert sum(gated for _, _, gated in calls) == joined
     assert sum(residual is not None for _, residual, _ in calls) == 2 - bias
+
+
+@pytest.mark.parametrize(
+    "attrs",
+    [
+        {"rotary": 4},
+        {"scaling": ("yarn", 4.0, 32, 32.0, 1.0, True, 1.1)},
+        {"scaling": ("longrope", 32, (1.0,) * 4, (2.0,) * 4, 1.0)},
+    ],
+    ids=["part of a head", "a factor on cos and sin", "by length"],
+)
+def test_ropes_that_kernels_do_not_compute_run_by_themselves(attrs):
+    block = tiny_graph(layers=1).blocks[0]
+    for name in ("self_attn.q_rope", "self_attn.k_rope"):
+        node = block.node(name)
+        block = block.replace_node(replace(node, attrs=node.attrs | attrs))
+    assert {"self_attn.q_rope", "self_attn.k_rope", "self_attn.attention"} <= set(read(block))
+
+
+def test_an_attention_without_rope_runs_by_itself():
+    block = tiny_graph(layers=1).blocks[0]
+    attention = replace(
+        block.node("self_attn.attention"), inputs=tuple(f"self_attn.{n}_proj" for n in "qkv")
+    )
+    nodes = tuple(node for node in block.nodes if node.op != "rope")
+    bare = replace(block, nodes=nodes).replace_node(attention)
+    assert "self_attn.attention" in read(bare)

@@ -21,6 +21,7 @@ FOLDERS = (
     "mistral",
     "qwen2",
     "qwen3",
+    "llama_yarn",
 )  # whose stream can be rotated
 
 
@@ -44,7 +45,9 @@ def test_logits_of_a_trained_model(trained):
     assert distance(trained.folder, trained.golden()) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["llama_mha", "llama_gqa", "llama_bias", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "name", ["llama_mha", "llama_gqa", "llama_bias", "qwen2", "qwen3", "llama_yarn"]
+)
 def test_logits_of_gguf(tmp_path, name):
     write_gguf(tmp_path / "m.gguf", name, gguf.GGMLQuantizationType.F32)
     golden = np.load(GOLDEN / name / "logits.npz")
@@ -86,6 +89,8 @@ def with_attrs(graph: Graph, op: str, **attrs) -> Graph:
         ("qwen2", "attention", {"window": 6}),
         ("qwen2", "attention", {"window": 0}),
         ("gemma3", "rope", {"theta": 100.0}),
+        ("llama_yarn", "rope", {"scaling": ("yarn", 4.0, 32, 4.0, 0.25, True, 1.0)}),
+        ("llama_yarn", "rope", {"scaling": ("linear", 4.0)}),
         ("gemma3", "rms_norm", {"eps": 1e-2}),
         ("gemma3", "attention", {"window": 6}),
     ],

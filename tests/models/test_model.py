@@ -18,6 +18,7 @@ from atd.kernels import matmul as kernels
 from atd.models import execute, ops
 from atd.models import model as model_module
 from atd.models.model import load
+from atd.models.rope import rope_frequencies
 from atd.pipeline import Pipeline
 from atd.weights import Dense, DenseType, Packed, PackedType, Ternary, TernaryType
 from atd.weights.layouts import LAYOUTS
@@ -450,9 +451,9 @@ def test_rope_rotates_pairs_half_a_head_apart():
 
 
 def test_rope_scalings():
-    plain = ops.rope_frequencies(64, 5e5, ())
-    np.testing.assert_allclose(ops.rope_frequencies(64, 5e5, ("linear", 4.0)), plain / 4)
-    scaled = ops.rope_frequencies(64, 5e5, ("llama3", 8.0, 1.0, 4.0, 8192))
+    plain = rope_frequencies(64, 5e5, ())
+    np.testing.assert_allclose(rope_frequencies(64, 5e5, ("linear", 4.0)), plain / 4)
+    scaled = rope_frequencies(64, 5e5, ("llama3", 8.0, 1.0, 4.0, 8192))
     wavelength = 2 * np.pi / plain
     np.testing.assert_array_equal(scaled[wavelength < 8192 / 4], plain[wavelength < 8192 / 4])
     np.testing.assert_allclose(scaled[wavelength > 8192], plain[wavelength > 8192] / 8, rtol=1e-6)
@@ -460,7 +461,7 @@ def test_rope_scalings():
     assert between.any()
     assert np.all((scaled < plain)[between] & (scaled > plain / 8)[between])
     with pytest.raises(ValueError, match="'yarn'"):
-        ops.rope_frequencies(64, 5e5, ("yarn", 4.0))
+        rope_frequencies(64, 5e5, ("yarn", 4.0))
 
 
 def test_rms_norm_over_heads():

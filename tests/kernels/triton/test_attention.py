@@ -12,7 +12,7 @@ import pytest
 
 from atd.kernels.triton import attention
 from atd.kernels.triton.backend import Triton
-from atd.models import ops
+from atd.models.rope import rope_frequencies
 from tests.kernels.matrices import lowered_for, unoptimized
 
 THETA = 10000.0
@@ -48,7 +48,7 @@ def operands(heads, kv_heads, head_dim, length, positions, dtype):
 def attend(qkv, positions, cache, *, heads, window=0, splits=None, interpret=False):
     _, kv_heads, _, head_dim = cache[0].shape
     q, k, v = ((qkv, start * head_dim) for start in (0, heads, heads + kv_heads))
-    frequencies = ops.rope_frequencies(head_dim, THETA, ())
+    frequencies = rope_frequencies(head_dim, THETA, ())
     options = {"splits": splits, "interpret": interpret}
     return attention.attend(q, k, v, positions, cache, frequencies, heads, window, **options)
 
@@ -62,7 +62,7 @@ def interpreted(*operands, **options):
 
 def rotated(x: np.ndarray, position: int) -> np.ndarray:
     """x [heads, head_dim], float64."""
-    angle = np.float32(position) * ops.rope_frequencies(x.shape[1], THETA, ())
+    angle = np.float32(position) * rope_frequencies(x.shape[1], THETA, ())
     cos, sin = np.cos(angle, dtype=np.float64), np.sin(angle, dtype=np.float64)
     first, second = np.split(x.astype(np.float64), 2, axis=1)
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=1)
