@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from atd.decomposition.trellis_codes import known_code
 from atd.errors import BadInput
 from atd.kernels.matmul import PACKED
 from atd.models.model import load
@@ -78,7 +79,15 @@ def test_random_models_have_the_shapes_of_real_ones(name):
     verify(dense)
     verify(packed)
     weights = sum(np.prod(ref.type.shape) for _, ref in dense.weights())
-    assert weights == {"llama3-8b": 8030261248, "smollm2-135m": 134515008, "tiny": 78144}[name]
+    assert (
+        weights
+        == {
+            "llama3-8b": 8030261248,
+            "llama-3.2-1b": 1235814400,
+            "smollm2-135m": 134515008,
+            "tiny": 78144,
+        }[name]
+    )
     if name == "llama3-8b":
         assert sum(ref.type.nbytes for _, ref in packed.weights()) < 3.43e9
 
@@ -92,6 +101,16 @@ def test_random_models_run_packed_and_dense():
     on_device = load(random_graph(shape), dtype="bfloat16")
     matrices = 2 * 128 * 64 + (64 * 128 + 64 * 64 + 3 * 64 * 96)
     assert on_device.weights_nbytes == pytest.approx(2 * matrices, rel=0.02)
+
+
+@pytest.mark.parametrize("layout", ["aligned", "tiles"])
+def test_random_models_of_trellis_codes(layout):
+    graph = random_graph(SHAPES["tiny"], code=known_code(2, "default"), layout=layout)
+    _, ref = next(graph.weights())
+    assert str(ref.type).startswith("packed trellis n=2 segment=128")
+    weight = ref.load()
+    assert weight.type == ref.type
+    assert jnp.std(weight.dequantize(jnp.float32)) == pytest.approx(64**-0.5, rel=0.1)
 
 
 def test_the_command_compares_and_writes(atd, stories260k, tmp_path):
