@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 # BLAS's threads spin while they wait, and take the cores from XLA's.
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow fuzz data check docs examples gpu-check test-newest clean
+.PHONY: demo test test-slow fuzz data check docs examples gpu-check llama-cpp test-newest clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and "atd needs Python 3.12 or newer, this is " + sys.version.split()[0] + "; run e.g. make PYTHON=python3.12")'
@@ -79,6 +79,38 @@ gpu-check: .venv-gpu-check/.ready
 	.venv-gpu-check/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt -e '.[gpu-check]'
 	@touch $@
 
+# Tools of llama.cpp, from the sources in the sdist of llama-cpp-python, for `benchmarks/cpu.py` and
+# `make test-slow`: in .llama-cpp/build/bin, which both look into. An x86 CPU's features are named,
+# since GGML_NATIVE takes AMX, an illegal instruction on some virtual machines. How many compilers
+# run at a time: CMAKE_BUILD_PARALLEL_LEVEL.
+LLAMA_CPP := .llama-cpp
+LLAMA_TOOLS := llama-bench llama-quantize llama-perplexity
+X86 := sse4_2:SSE42 avx:AVX avx2:AVX2 bmi2:BMI2 fma:FMA f16c:F16C avx_vnni:AVX_VNNI \
+	avx512f:AVX512 avx512vbmi:AVX512_VBMI avx512_vnni:AVX512_VNNI avx512_bf16:AVX512_BF16
+FLAGS = $(shell grep -sm1 ^flags /proc/cpuinfo)
+ON_OR_OFF = -DGGML_$(word 2,$1)=$(if $(filter $(word 1,$1),$(FLAGS)),ON,OFF)
+FEATURES = $(foreach pair,$(X86),$(call ON_OR_OFF,$(subst :, ,$(pair))))
+
+llama-cpp: $(LLAMA_CPP)/.ready
+
+$(LLAMA_CPP)/.ready: $(LLAMA_CPP)/source/.ready
+	PATH=$(abspath $(LLAMA_CPP))/env/bin:$$PATH cmake -G Ninja -S $(<D)/vendor/llama.cpp \
+		-B $(LLAMA_CPP)/build -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF \
+		-DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_APP=OFF \
+		-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF \
+		$(if $(FLAGS),-DGGML_NATIVE=OFF $(FEATURES))
+	$(LLAMA_CPP)/env/bin/cmake --build $(LLAMA_CPP)/build --target $(LLAMA_TOOLS)
+	@touch $@
+
+$(LLAMA_CPP)/source/.ready:
+	$(PYTHON) -m venv $(LLAMA_CPP)/env
+	$(LLAMA_CPP)/env/bin/python -m pip --disable-pip-version-check install -q cmake ninja
+	$(LLAMA_CPP)/env/bin/python -m pip --disable-pip-version-check download -q --no-deps \
+		--no-binary llama-cpp-python -d $(LLAMA_CPP) llama-cpp-python==0.3.36
+	mkdir -p $(@D)
+	tar -xzf $(LLAMA_CPP)/llama_cpp_python-0.3.36.tar.gz -C $(@D) --strip-components 1
+	@touch $@
+
 # The suite on the newest jax that pip finds for this Python, in an environment of its own.
 test-newest:
 	$(PYTHON) -m venv .venv-newest
@@ -86,4 +118,4 @@ test-newest:
 	.venv-newest/bin/python -m pytest -n 2 --dist worksteal
 
 clean:
-	rm -rf .venv .venv-newest .venv-gpu-check build dist *.egg-info
+	rm -rf .venv .venv-newest .venv-gpu-check .llama-cpp build dist *.egg-info

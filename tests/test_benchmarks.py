@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from atd.pipeline.convert import convert
+
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
 
@@ -75,6 +77,58 @@ def test_decode_of_random_weights_and_in_one_jit(tmp_path):
         row["one_jit_tokens_per_second"] > 0 and row["peak_bytes"] is None
         for row in figures["rows"]
     )
+
+
+def test_cpu(stories260k, tmp_path):
+    """Without llama.cpp, on the backend that needs no compiler."""
+    convert(stories260k, tmp_path / "out", "datafree2", say=lambda line: None)
+    out = run(
+        "cpu.py",
+        stories260k,
+        "--converted",
+        tmp_path / "out",
+        *("--tiny", "--backend", "xla", "--types", "--json", tmp_path / "f.json"),
+    )
+    packed, unpacked, *dense = json.loads((tmp_path / "f.json").read_text())["rows"]
+    assert packed["weights_bytes"] < unpacked["weights_bytes"] == dense[0]["weights_bytes"]
+    assert unpacked["over_unpacked"]["decode_tokens_per_second"] == 1
+    assert [row["model"] for row in dense] == ["dense float32", "dense bfloat16"]
+    assert all(0 < row["bare_bytes"] < row["resident_bytes"] for row in (packed, unpacked))
+    assert "atd packed out" in out
+
+
+LLAMA_QUANTIZE = """#!/bin/sh
+cp "$1" "$2"
+"""
+LLAMA_BENCH = """#!/bin/sh
+case "$2" in
+    *Q4_0*) bytes=99000 speed=9 ;;
+    *TQ1_0*) bytes=36000 speed=5 ;;
+    *) bytes=34000 speed=2 ;;
+esac
+echo "[{\\"model_size\\": $bytes, \\"avg_ts\\": $speed}]"
+"""
+
+
+def test_cpu_compares_with_the_fastest_type_of_as_many_bytes(tmp_path, monkeypatch):
+    """A random model of 35,328 bytes, and stand-ins for llama.cpp's tools."""
+    for name, script in {"llama-quantize": LLAMA_QUANTIZE, "llama-bench": LLAMA_BENCH}.items():
+        (tmp_path / name).write_text(script)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("ATD_LLAMA_CPP", str(tmp_path))
+    arguments = ("--random", "tiny", "--tiny", "--backend", "xla", "--gguf", tmp_path / "gguf")
+    types = ("--types", "Q4_0", "TQ1_0", "IQ3_S")
+    out = run("cpu.py", *arguments, *types, "--json", tmp_path / "f.json")
+    assert (tmp_path / "gguf" / "tiny-Q4_0.gguf").read_bytes().startswith(b"GGUF")
+    rows = {row["model"]: row for row in json.loads((tmp_path / "f.json").read_text())["rows"]}
+    for name in ("packed N = 2 trellis", "packed N = 2 tied"):
+        row = rows[name]
+        assert row["rival"] == "TQ1_0"
+        speed = row["decode_tokens_per_second"]
+        assert row["over_rival"]["decode_tokens_per_second"] == pytest.approx(speed / 5)
+    assert rows["dense float32"]["rival"] is None
+    assert 0 < rows["IQ3_S"]["resident_bytes"] < 1e8
+    assert "llama.cpp Q4_0" in out
 
 
 def test_matmul(tmp_path):

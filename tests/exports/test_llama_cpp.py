@@ -1,10 +1,7 @@
 """Exported GGUF files in llama.cpp itself: the perplexity that we measure of the same file.
 
-Its tool `llama-perplexity` is looked for in the folder $ATD_LLAMA_CPP, then on PATH. It builds from
-the sources of llama.cpp, which the sdist of llama-cpp-python has in vendor/llama.cpp:
-
-    cmake -B build -DCMAKE_BUILD_TYPE=Release && cmake --build build --target llama-perplexity
-    ATD_LLAMA_CPP=build/bin make test-slow
+Its tool `llama-perplexity` is looked for in the folder $ATD_LLAMA_CPP, where `make llama-cpp` puts
+it, and on PATH.
 """
 
 import os
@@ -30,10 +27,11 @@ TIED = ["decompose.scales=tied"]
 
 @pytest.fixture(scope="session")
 def llama_perplexity() -> str:
-    folders = os.pathsep.join(filter(None, (os.environ.get("ATD_LLAMA_CPP"), os.environ["PATH"])))
-    tool = shutil.which("llama-perplexity", path=folders)
+    built = Path(__file__).parents[2] / ".llama-cpp" / "build" / "bin"
+    folders = (os.environ.get("ATD_LLAMA_CPP"), str(built), os.environ["PATH"])
+    tool = shutil.which("llama-perplexity", path=os.pathsep.join(filter(None, folders)))
     if tool is None:
-        pytest.skip("llama-perplexity is neither in $ATD_LLAMA_CPP nor on PATH")
+        pytest.skip("llama-perplexity is not there: make llama-cpp")
     return tool
 
 
