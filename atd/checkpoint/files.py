@@ -3,7 +3,7 @@
 import errno
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,7 +117,22 @@ def read_text(path: str | os.PathLike) -> str:
     Line ends become "\\n", as in Python's text mode and so in other tools' figures: with carriage
     returns left in, a text of TinyStories has a perplexity of 6.842 instead of 6.390 (stories15M).
     """
+    text = _decoded(Path(path))
+    return _texts_of_json(Path(path), text) if text.lstrip()[0] in "{[" else text
+
+
+def read_prompts(path: str | os.PathLike) -> list[str]:
+    """Reads the prompts of a JSON Lines file: the field `prompt` of each line, or `text`.
+
+    Raises BadInput where the file cannot be read, a line is no object, or has neither as a string.
+    """
     path = Path(path)
+    lines = [(i, line) for i, line in enumerate(_decoded(path).split("\n"), 1) if line.strip()]
+    return [_field(path, i, _json_or_none(line), ("prompt", "text")) for i, line in lines]
+
+
+def _decoded(path: Path) -> str:
+    """What a UTF-8 file says, with line ends as they are in Python; refused as `read_text` says."""
     if path.is_dir():
         raise BadInput(f"{path}: is a folder; give one text file")
     try:
@@ -138,8 +153,7 @@ def read_text(path: str | os.PathLike) -> str:
         ) from None
     if not text.strip():
         raise BadInput(f"{path}: is empty; a text file is expected")
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    return _texts_of_json(path, text) if text.lstrip()[0] in "{[" else text
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _texts_of_json(path: Path, text: str) -> str:
@@ -150,13 +164,19 @@ def _texts_of_json(path: Path, text: str) -> str:
         if None in rows.values() and _json_or_none(text) is None:
             return text
         raise BadInput(f"{path}: is JSON, not text; write its texts to a .txt or .jsonl file")
-    for i, row in rows.items():
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            found = f"the fields {', '.join(row)}" if isinstance(row, dict) else "no object"
-            raise BadInput(
-                f"{path}: line {i} of JSON Lines has {found}; expected a string in a field 'text'"
-            )
-    return "\n".join(row["text"] for row in rows.values())
+    return "\n".join(_field(path, i, row, ("text",)) for i, row in rows.items())
+
+
+def _field(path: Path, line: int, row: object, names: Sequence[str]) -> str:
+    """The first of these fields that a line of JSON Lines has; refused where it is no string."""
+    name = next((n for n in names if isinstance(row, dict) and n in row), None)
+    if isinstance(row, dict) and name and isinstance(row[name], str):
+        return row[name]
+    found = f"the fields {', '.join(row)}" if isinstance(row, dict) else "no object"
+    expected = " or ".join(repr(name) for name in names)
+    raise BadInput(
+        f"{path}: line {line} of JSON Lines has {found}; expected a string in a field {expected}"
+    )
 
 
 def _json_or_none(text: str) -> Any:
@@ -171,6 +191,13 @@ def write_json(path: Path, value: object) -> None:
     """Writes figures for other programs. Raises RunFailed where the file cannot be written."""
     with disk_errors(path):
         path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def write_json_lines(path: Path, rows: Iterable[object]) -> None:
+    """Writes a line of JSON for each row. Raises RunFailed where the file cannot be written."""
+    with disk_errors(path):
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        path.write_text("".join(lines), encoding="utf-8")
 
 
 @contextmanager

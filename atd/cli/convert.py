@@ -9,7 +9,16 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional, UseAppendAction
 
-from atd.cli.options import Calib, Context, IgnoreExtra, Model, check_writable, command
+from atd.cli.options import (
+    Calib,
+    Context,
+    Device,
+    IgnoreExtra,
+    Model,
+    Quiet,
+    check_writable,
+    command,
+)
 from atd.exports.formats import To
 
 
@@ -60,7 +69,10 @@ def convert(
     calibration_tokens: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None,
     bits: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None,
     budget: Annotated[str | None, tyro.conf.arg(metavar="BYTES")] = None,
+    seed: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None,
+    device: Device = None,
     ignore_extra: IgnoreExtra = False,
+    quiet: Quiet = False,
 ) -> None:
     """Convert a checkpoint into one of N-base ternary weights.
 
@@ -84,21 +96,26 @@ def convert(
             embedding and head stay dense.
         budget: The size of the whole checkpoint, embedding and head included, such as 3.9GB or
             75MB.
+        seed: The seed of what is drawn at random: rotations, and the text that the model writes. By
+            default what the recipe says. The same seed gives the same bytes.
     """
     from dataclasses import replace
     from shlex import quote
 
     from atd.checkpoint.folder import read_report
+    from atd.models.placement import use_device
     from atd.pipeline.convert import convert as run
     from atd.pipeline.recipe import under_budget
     from atd.reports.allocation import allocation_table
     from atd.reports.progress import shown
     from atd.reports.tables import console, sizes
 
+    if device:
+        use_device(device)
     chosen = under_budget(recipe, overrides, bits=bits, budget=budget)
-    given = {"nonfinite": nonfinite, "calibration_tokens": calibration_tokens}
+    given = {"nonfinite": nonfinite, "calibration_tokens": calibration_tokens, "seed": seed}
     chosen = replace(chosen, **{name: value for name, value in given.items() if value is not None})
-    with shown() as (say, progress):
+    with shown(quiet=quiet) as (say, progress):
         options = {"calib": calib, "overwrite": overwrite, "ignore_extra": ignore_extra}
         folder = run(model, out, chosen, **options, say=say, progress=progress)
     allocates = any(step.name == "allocate" for step in chosen.pipeline.passes)
@@ -146,7 +163,9 @@ def inspect(
 
 
 @command()
-def verify(folder: Annotated[Positional[Path], tyro.conf.arg(metavar="FOLDER")]) -> None:
+def verify(
+    folder: Annotated[Positional[Path], tyro.conf.arg(metavar="FOLDER")], *, quiet: Quiet = False
+) -> None:
     """Check that a converted folder is as it was written.
 
     Files are compared with the manifest, and every weight is searched for invalid codes.
@@ -157,7 +176,7 @@ def verify(folder: Annotated[Positional[Path], tyro.conf.arg(metavar="FOLDER")])
     from atd.pipeline.integrity import verify_checkpoint
     from atd.reports.progress import shown
 
-    with shown() as (_, progress):
+    with shown(quiet=quiet) as (_, progress):
         count = verify_checkpoint(folder, progress)
     print(f"{folder}: {count} weights are as they were written")
 
@@ -174,6 +193,7 @@ def export(
     ] = None,
     overwrite: bool = False,
     ignore_extra: IgnoreExtra = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write a model in a format that other tools read.
 
@@ -192,7 +212,7 @@ def export(
     from atd.exports.formats import export as run
     from atd.reports.progress import shown
 
-    with shown() as (say, progress):
+    with shown(quiet=quiet) as (say, progress):
         how = {"overwrite": overwrite, "ignore_extra": ignore_extra}
         run(model, out, to, {"dtype": dtype}, **how, say=say, progress=progress)
     print(f"{out}: {FORMATS[to].makes}")
@@ -205,6 +225,7 @@ def push(
     *,
     private: bool = False,
     revision: Annotated[str | None, tyro.conf.arg(metavar="BRANCH")] = None,
+    quiet: Quiet = False,
 ) -> None:
     """Upload a folder that atd made to the Hugging Face hub, as one commit.
 
@@ -219,6 +240,6 @@ def push(
     from atd.pipeline.push import push as run
     from atd.reports.progress import shown
 
-    with shown() as (_, progress):
+    with shown(quiet=quiet) as (_, progress):
         address = run(folder, name, private=private, revision=revision, progress=progress)
     print(f"{address}: uploaded")

@@ -11,8 +11,8 @@ import sys
 
 import tyro
 
-from atd.cli import convert, run, study  # noqa: F401  they enter their commands
-from atd.cli.options import app
+from atd.cli import convert, generate, run, study  # noqa: F401  they enter their commands
+from atd.cli.options import app, check_once
 from atd.errors import AtdError, BadInput, RunFailed
 from atd.host import keep_compiled, one_blas_thread
 from atd.version import __version__
@@ -68,6 +68,7 @@ def _run(arguments: list[str]) -> None:
         return
     if arguments[:1] == ["sweep"]:
         arguments[0] = "study"
+    check_once(arguments)
     _check_working_directory()
     keep_compiled()
     app.cli(

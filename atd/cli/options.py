@@ -3,9 +3,10 @@
 import inspect
 import os
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_origin, get_type_hints
 
 import tyro
 from tyro.conf import Positional, UseAppendAction
@@ -13,6 +14,7 @@ from tyro.conf import Positional, UseAppendAction
 from atd.errors import BadInput
 
 app = tyro.extras.SubcommandApp()
+_repeatable: dict[str, set[str]] = {}  # command -> its options that may be given again
 
 Model = Annotated[
     Positional[Path],
@@ -31,6 +33,21 @@ Backend = Annotated[
         "and is fast on NVIDIA GPUs; mosaic does so on Hopper GPUs. auto takes triton on a "
         "GPU that has it, and xla-unpacked on a CPU."
     ),
+]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"],
+    tyro.conf.arg(help="The dtype of dense matrices and of the cache of keys and values."),
+]
+Device = Annotated[
+    str | None,
+    tyro.conf.arg(
+        metavar="PLATFORM[:N]",
+        help="Where to compute: cpu, gpu or tpu, or one of several by its number, such as gpu:1. "
+        "By default what jax chooses.",
+    ),
+]
+Quiet = Annotated[
+    bool, tyro.conf.arg(help="Print no progress and no notes: results and errors alone.")
 ]
 Activations = Annotated[
     Literal["model", "float"],
@@ -66,6 +83,30 @@ Calib = Annotated[
         "the recipe says, which is self unless it names files. Give it again to mix several.",
     ),
 ]
+MaxNewTokens = Annotated[
+    int,
+    tyro.conf.arg(
+        help="The number of tokens to stop after; a text ends earlier at an end-of-sequence token."
+    ),
+]
+Temperature = Annotated[
+    float,
+    tyro.conf.arg(help="0 takes the likeliest token each time; higher is more varied."),
+]
+TopK = Annotated[int, tyro.conf.arg(help="Sample among this number of likeliest tokens; 0 is all.")]
+TopP = Annotated[
+    float,
+    tyro.conf.arg(help="Sample among the likeliest tokens that together have this probability."),
+]
+Seed = Annotated[
+    int, tyro.conf.arg(help="The seed of the sampling; the same seed gives the same text.")
+]
+Chunk = Annotated[
+    int,
+    tyro.conf.arg(
+        help="The number of tokens of a prompt that are read at a time: fewer take less memory."
+    ),
+]
 Json = Annotated[
     Path | None, tyro.conf.arg(metavar="FILE", help="Write the figures to this file as well.")
 ]
@@ -81,9 +122,22 @@ def command(name: str | None = None) -> Callable[[Callable], Callable]:
     def entered(function: Callable) -> Callable:
         # tyro breaks lines where the docstring's Args do.
         function.__doc__ = re.sub(r"\n {8,}", " ", inspect.cleandoc(function.__doc__ or ""))
+        hints = get_type_hints(function)
+        again = {option for option, type in hints.items() if get_origin(type) is tuple}
+        _repeatable[name or function.__name__] = again | {"set"}  # the name of `overrides`
         return app.command(name=name)(function)
 
     return entered
+
+
+def check_once(arguments: Sequence[str]) -> None:
+    """Raises BadInput where a command gets an option twice that counts only once."""
+    names = [word[2:].partition("=")[0] for word in arguments[1:] if word.startswith("--")]
+    names = [name.replace("-", "_") for name in names]
+    once = [name for name in names if name not in _repeatable.get(arguments[0], names)]
+    for name in once:
+        if once.count(name) > 1:
+            raise BadInput(f"--{name.replace('_', '-')} is given twice; give it once")
 
 
 def check_least(least: int, **options: int | None) -> None:
@@ -104,3 +158,9 @@ def check_writable(option: str, file: Path | None) -> None:
         raise BadInput(f"{option} {file}: is a folder; give the name of a file")
     if not os.access(file if file.exists() else folder, os.W_OK):
         raise BadInput(f"{option} {file}: no permission to write there; choose another place")
+
+
+def say_assumed(words, quiet: bool) -> None:
+    """Says on stderr what the file of a tokenizer does not say."""
+    if words.assumed and not quiet:
+        print(f"note: {words.assumed}", file=sys.stderr)

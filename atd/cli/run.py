@@ -1,10 +1,9 @@
-"""The commands that run models: eval, generate, bench.
+"""The commands that measure models: eval, bench.
 
 Heavy imports stay inside the commands, so that `atd --help` answers at once.
 """
 
 import math
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,14 +14,18 @@ from atd.cli.options import (
     Activations,
     Backend,
     Context,
+    Device,
+    Dtype,
     IgnoreExtra,
     Json,
     Model,
+    Quiet,
     Tokenizer,
     Tokens,
     check_least,
     check_writable,
     command,
+    say_assumed,
 )
 from atd.errors import BadInput
 
@@ -38,12 +41,15 @@ def evaluate(
     bos: bool = False,
     convention: Literal["standard", "llama.cpp"] = "standard",
     backend: Backend = "auto",
+    dtype: Dtype = "float32",
+    device: Device = None,
     activations: Activations = "model",
     batch: int = 8,
     tokenizer: Tokenizer = None,
     ignore_extra: IgnoreExtra = False,
     json: Json = None,
     card: bool = False,
+    quiet: Quiet = False,
 ) -> None:
     """Measure perplexity, and KL divergence and top-1 agreement against a dense model.
 
@@ -67,6 +73,7 @@ def evaluate(
     from atd.checkpoint.hub import hub_id
     from atd.checkpoint.reader import open_tokenizer
     from atd.models import frontend
+    from atd.models.placement import use_device
     from atd.pipeline.card_figures import add_figures, check_card, figures
     from atd.reports.progress import shown
     from atd.reports.tables import EvaluatedModel, console, evaluation_table, print_line
@@ -78,10 +85,12 @@ def evaluate(
     check_writable("--json", json)
     if card:
         check_card(model)
+    if device:
+        use_device(device)
     # What can be refused is, before a model is loaded.
     graphs = [frontend.open(p, ignore_extra=ignore_extra) for p in (model, against) if p]
     words = open_tokenizer(tokenizer or model)
-    _say_assumed(words)
+    say_assumed(words, quiet)
     if bos and words.bos_id is None:
         raise BadInput(f"{words.name}: its tokenizer has no BOS token; leave out --bos")
     texts = {data.name: read_tokens(data, words, tokens)}
@@ -90,16 +99,16 @@ def evaluate(
     windows, _ = cut(texts[data.name], context, bos_id, convention)
     check_models(graphs, windows)
     options = {"context": context, "batch": batch, "bos_id": bos_id, "convention": convention}
-    with shown() as (_, progress):
-        how = {"backend": backend, "ignore_extra": ignore_extra, "progress": progress}
-        load = partial(load_checkpoint, **how)
+    with shown(quiet=quiet) as (_, progress):
+        how = {"backend": backend, "dtype": dtype, "ignore_extra": ignore_extra}
+        load = partial(load_checkpoint, **how, progress=progress)
         loaded = load(model, activations=activations)
         dense = load(against) if against else None
         (result,) = compare(loaded, texts, against=dense, **options, progress=progress).values()
     bits, size = loaded.bits_per_weight, loaded.nbytes
     if json:
         made_of = {"model": str(model), "against": str(against) if against else None}
-        sizes = {"bits_per_weight": bits, "bytes": size}
+        sizes = {"bits_per_weight": bits, "bytes": size, "dtype": dtype}
         write_json(json, made_of | {"data": str(data)} | sizes | result.to_json())
     if card:
         note = "inputs of linears not rounded" if activations == "float" else ""
@@ -114,81 +123,6 @@ def evaluate(
 
 
 @command()
-def generate(
-    model: Model,
-    *,
-    prompt: str = "Once upon a time",
-    chat: bool = False,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    backend: Backend = "auto",
-    activations: Activations = "model",
-    tokenizer: Tokenizer = None,
-    ignore_extra: IgnoreExtra = False,
-) -> None:
-    """Generate text with a model.
-
-    Args:
-        prompt: The text to go on from; with --chat, what the user says.
-        chat: Put the prompt into the chat template of the tokenizer.
-        max_new_tokens: The number of tokens to stop after; the text ends earlier at an
-            end-of-sequence token.
-        temperature: 0 takes the likeliest token each time; higher is more varied.
-        top_k: Sample among this number of likeliest tokens; 0 is all.
-        top_p: Sample among the likeliest tokens that together have this probability.
-        seed: The seed of the sampling; the same seed gives the same text.
-    """
-    import time
-
-    from atd.checkpoint.reader import open_tokenizer
-    from atd.checkpoint.text_stream import TextStream
-    from atd.ir.rewrite import float_activations
-    from atd.models import frontend
-    from atd.models.model import load
-    from atd.runtime.generate import check_request
-    from atd.runtime.generate import generate as run
-
-    check_least(1, max_new_tokens=max_new_tokens)
-    words = open_tokenizer(tokenizer or model)
-    _say_assumed(words)
-    text = words.apply_chat([{"role": "user", "content": prompt}]) if chat else prompt
-    ids = words.encode(text, bos=words.adds_bos and not chat)
-    graph = frontend.open(model, ignore_extra=ignore_extra)
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    check_request(graph, ids, max_new_tokens=max_new_tokens, **sampling)
-    graph = float_activations(graph) if activations == "float" else graph
-    loaded = load(graph, backend=backend)
-    stream = TextStream(words, () if chat else ids)
-    times = [time.perf_counter()]
-
-    def show(token: int) -> None:
-        times.append(time.perf_counter())
-        if token not in words.eos_ids:
-            print(stream.add(token), end="", flush=True)
-
-    if not chat:
-        print(prompt, end="", flush=True)
-    new = run(
-        loaded,
-        ids.tolist(),
-        max_new_tokens=max_new_tokens,
-        **sampling,
-        stop_tokens=words.eos_ids,
-        on_token=show,
-    )
-    print(stream.end(), flush=True)
-    rate = (len(new) - 2) / max(times[-1] - times[2], 1e-9) if len(new) > 2 else 0.0
-    print(
-        f"[{len(new)} tokens; the first after {times[1] - times[0]:.1f} s, compilation included, "
-        f"then {rate:.1f} tokens/s]",
-        file=sys.stderr,
-    )
-
-
-@command()
 def bench(
     model: Annotated[Positional[Path | None], tyro.conf.arg(metavar="MODEL")] = None,
     *,
@@ -198,6 +132,7 @@ def bench(
         Literal["float32", "bfloat16", "float16"] | None,
         tyro.conf.arg(metavar="{float32,bfloat16,float16}"),
     ] = None,
+    device: Device = None,
     prompt: int = 128,
     steps: int = 64,
     repeats: int = 5,
@@ -206,6 +141,7 @@ def bench(
     json: Json = None,
     tune: bool = False,
     minutes: float = 8,
+    quiet: Quiet = False,
 ) -> None:
     """Measure the speed and memory of a model, or tune the kernels for this GPU.
 
@@ -235,9 +171,12 @@ def bench(
     from atd.checkpoint.files import write_json
     from atd.models import frontend
     from atd.models.model import load
+    from atd.models.placement import use_device
     from atd.reports.progress import shown
     from atd.runtime.bench import check_room, measure, speed_table
 
+    if device:
+        use_device(device)
     if tune:
         if not 0 < minutes < math.inf:
             raise BadInput(f"--minutes is {minutes}; expected a number above 0")
@@ -257,19 +196,13 @@ def bench(
         check_room(name, graph, prompt, steps, one_jit)
         loaders[name] = partial(load, graph, dtype=chosen)
     sizes = {"prompt": prompt, "steps": steps, "repeats": repeats}
-    with shown() as (_, progress):
+    with shown(quiet=quiet) as (_, progress):
         rows = measure(loaders, **sizes, one_jit=one_jit, progress=progress)
     if json:
         write_json(json, [asdict(row) for row in rows])
     device = jax.devices()[0].device_kind
     print(f"prompt {prompt}, {steps} tokens, {chosen}, {device}, jax {jax.__version__}")
     print(speed_table(rows, rows[1].model if against else None))
-
-
-def _say_assumed(words) -> None:
-    """Says on stderr what the tokenizer's file does not say."""
-    if words.assumed:
-        print(f"note: {words.assumed}", file=sys.stderr)
 
 
 def _tune(minutes: float) -> None:

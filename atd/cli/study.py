@@ -12,8 +12,10 @@ from tyro.conf import Positional, UseAppendAction
 from atd.cli.options import (
     Calib,
     Context,
+    Device,
     IgnoreExtra,
     Model,
+    Quiet,
     Tokens,
     check_least,
     check_writable,
@@ -35,7 +37,9 @@ def study(
     context: Context = 512,
     tokens: Tokens = None,
     keep: bool = False,
+    device: Device = None,
     ignore_extra: IgnoreExtra = False,
+    quiet: Quiet = False,
 ) -> None:
     """Convert and evaluate a model at each point of a grid of recipes and options.
 
@@ -52,6 +56,7 @@ def study(
         keep: Keep the weights of each point. By default they are deleted once they are evaluated;
             the recipe.toml that stays makes them again, to the byte.
     """
+    from atd.models.placement import use_device
     from atd.reports.plots import check_picture
     from atd.reports.progress import shown
     from atd.reports.tables import console, print_line
@@ -61,9 +66,11 @@ def study(
     check_least(2, context=context)
     check_least(1, tokens=tokens)
     check_picture(out / PICTURE)
+    if device:
+        use_device(device)
     options = {"calib": calib, "context": context, "tokens": tokens, "keep": keep}
     options["ignore_extra"] = ignore_extra
-    with shown() as (say, progress):
+    with shown(quiet=quiet) as (say, progress):
         rows, failed = run_study(
             model, out, recipe, vary, data=data, **options, say=say, progress=progress
         )

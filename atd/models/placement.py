@@ -24,6 +24,29 @@ def backend_here() -> str:
     return "xla" if PACKED["triton"].device_refuses() else "triton"
 
 
+def use_device(name: str) -> None:
+    """Has jax compute on a device of this process from now on.
+
+    To be called before anything is computed. The environment variable JAX_PLATFORMS no longer
+    counts.
+
+    Args:
+        name: a platform (cpu, gpu, cuda, rocm, tpu), or one of its devices as platform:number.
+
+    Raises:
+        BadInput: there is no such device; says which there are.
+    """
+    platform, _, number = name.partition(":")
+    jax.config.update("jax_platforms", "cpu" if platform == "cpu" else None)
+    try:
+        devices = {str(i): device for i, device in enumerate(jax.devices(platform or "none"))}
+        jax.config.update("jax_default_device", devices[number or "0"])
+    except (RuntimeError, KeyError):
+        here = [device for p in {jax.default_backend(), "cpu"} for device in jax.devices(p)]
+        names = sorted(f"{device.platform}:{device.id} ({device.device_kind})" for device in here)
+        raise BadInput(f"there is no device {name!r} here; there is {', '.join(names)}") from None
+
+
 def check_backend(graph: Graph, backend: str) -> None:
     """Raises BadInput, with all reasons, where a backend takes neither the device nor a weight."""
     if backend not in PACKED:

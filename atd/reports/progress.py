@@ -8,14 +8,14 @@ from rich import progress as bars
 from rich.console import Console
 from rich.text import Text
 
-from atd.progress import Progress, Report, Say
+from atd.progress import Progress, Report, Say, unheard
 from atd.reports.tables import three_digits
 
 _QUIET_SECONDS = 30  # between two lines where there is no terminal
 
 
 @contextmanager
-def shown(console: Console | None = None) -> Iterator[tuple[Say, Report]]:
+def shown(console: Console | None = None, quiet: bool = False) -> Iterator[tuple[Say, Report]]:
     """Yields `(say, progress)`: one prints a line, the other shows how far each task is.
 
     On a terminal every running task has a bar with its percentage, rate and time left; a task that
@@ -24,7 +24,11 @@ def shown(console: Console | None = None) -> Iterator[tuple[Say, Report]]:
 
     Args:
       console: where to print; stderr by default.
+      quiet: print nothing.
     """
+    if quiet:
+        yield lambda line: None, unheard
+        return
     console = console or Console(stderr=True)
 
     def say(line: str) -> None:

@@ -40,6 +40,7 @@ def load_checkpoint(
     path: Path,
     *,
     backend: str = "auto",
+    dtype: str = "float32",
     activations: Literal["model", "float"] = "model",
     ignore_extra: bool = False,
     progress: Report = unheard,
@@ -50,7 +51,7 @@ def load_checkpoint(
     """
     graph = frontend.open(path, ignore_extra=ignore_extra)
     graph = float_activations(graph) if activations == "float" else graph
-    model = load(graph, backend=backend, progress=progress)
+    model = load(graph, backend=backend, dtype=dtype, progress=progress)
     return LoadedCheckpoint(path.name, model, *graph_size(graph))
 
 

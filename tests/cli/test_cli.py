@@ -10,7 +10,7 @@ from typing import get_type_hints
 
 import pytest
 
-from atd.cli import convert, run, study
+from atd.cli import convert, generate, run, study
 from atd.errors import BadInput
 from atd.reports.tables import console
 from atd.runtime.compare import LoadedCheckpoint
@@ -54,7 +54,7 @@ def test_every_option_has_a_help_text(atd, command):
     assert code == 0
     assert "usage: atd" in out
     name = "evaluate" if command == "eval" else command
-    function = next(getattr(m, name) for m in (convert, run, study) if hasattr(m, name))
+    function = next(getattr(m, name) for m in (convert, generate, run, study) if hasattr(m, name))
     for option, hint in get_type_hints(function, include_extras=True).items():
         own = any(getattr(mark, "help", None) for mark in getattr(hint, "__metadata__", ()))
         documented = own or re.search(rf"^ +{option}: \S", function.__doc__, re.MULTILINE)
