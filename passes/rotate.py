@@ -22,7 +22,8 @@ at most 2048 that divide them.
 1. Needs dense weights, gain-free norms on the stream (fold_norms) and, for R2, v that is not joined
    with q and k. What the stream touches is found by data flow, so it works for any family; what
    does not fit is refused: R1, where what is added to the stream comes from a norm with a gain, as
-   in Gemma 3 (`r1 = false`).
+   in Gemma and OLMo 2. `atd.convert` turns `r1` off for such models, and says so, unless
+   `--set rotate.r1=true` asks for it.
 2. A head with a matrix of its own: E -> E R1 and W -> W R1; the graph stays as it is.
 3. A tied head: its norm's gain g lies between x and E, and E diag(g) R1 is not E R1, so no rotated
    matrix can serve as both. Embedding, final norm and head stay as they are, and the blocks alone
@@ -42,6 +43,7 @@ at most 2048 that divide them.
 Sources: QuaRot (2404.00456), SpinQuant (2405.16406).
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -88,6 +90,16 @@ class Rotate(Pass):
                 "rotate with r1 = false, r2 = false and r3 = false does nothing; leave it out"
             )
         checks.check_dtype("rotate.dtype", self.dtype)
+
+    def suited(self, graph: Graph, given: Collection[str]) -> tuple[Pass | None, str]:
+        norm = next(filter(None, map(_norm_on_stream, graph.blocks)), None)
+        if not self.r1 or "r1" in given or norm is None:
+            return self, ""
+        what = (
+            f"rotate: r1 is off, since {norm} is added to the residual stream, and the gain of a "
+            "norm does not commute with a rotation"
+        )
+        return (replace(self, r1=False) if self.r2 or self.r3 else None), what
 
     def requires(self, graph: Graph) -> str | None:
         try:
@@ -208,6 +220,13 @@ def _plan_stream(plan: dict[str, Sides], unit: Block, rotation: Rotation) -> boo
                 f"{name} ({node.op}) reads the residual stream, which norms and additions alone may"
             )
     return unit.nodes[-1].name in stream
+
+
+def _norm_on_stream(block: Block) -> str | None:
+    """The full name of a norm whose value is added to the stream; None where there is none."""
+    written = {value for node in block.nodes if node.op == "add" for value in node.inputs}
+    norms = (node for node in block.nodes if node.op == "rms_norm" and node.name in written)
+    return next((block.full_name(node) for node in norms), None)
 
 
 def _plan_values(plan: dict[str, Sides], block: Block, rng: np.random.Generator) -> None:

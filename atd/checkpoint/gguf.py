@@ -54,6 +54,7 @@ _OTHER_MODULES = {
     }
 }
 _OF_ROPE = (DIVISORS, SHORT, LONG)  # tensors that are config["rope_scaling"] now
+_PERMUTED = ("llama", "mistral", "smollm3")
 _CHUNK = 1 << 24  # weights dequantized at a time: their float32 values take 64 MB
 
 
@@ -99,7 +100,7 @@ def open_gguf(path: Path) -> tuple[dict, dict[str, StoredTensor], dict[str, Weig
 def permuted_heads(config: dict) -> dict[str, int]:
     """Returns the modules whose rows llama.cpp has in interleaved pairs, with their numbers of
     heads."""
-    if config["model_type"] not in ("llama", "mistral"):
+    if config["model_type"] not in _PERMUTED:
         return {}
     heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads

@@ -18,6 +18,7 @@ ARCHITECTURES = {
     "llama": ("LlamaForCausalLM", "llama"),
     "qwen2": ("Qwen2ForCausalLM", "qwen2"),
     "qwen3": ("Qwen3ForCausalLM", "qwen3"),
+    "smollm3": ("SmolLM3ForCausalLM", "smollm3"),
     "bitnet": ("BitNetForCausalLM", "bitnet"),
     "bitnet-b1.58": ("BitNetForCausalLM", "bitnet"),
     "gemma3": ("Gemma3ForCausalLM", "gemma3_text"),

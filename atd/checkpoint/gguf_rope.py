@@ -97,7 +97,8 @@ def _longrope_scaling(
             )
         if entries[name].shape != (rotary // 2,):
             raise BadInput(
-                f"{path}: {name} has the shape {list(entries[name].shape)}, expected {[rotary // 2]}"
+                f"{path}: {name} has the shape {list(entries[name].shape)}, "
+                f"expected {[rotary // 2]}"
             )
         factors.append(read(entries[name]).astype(float).tolist())
     return {

@@ -95,6 +95,10 @@ def _config(graph: Graph, source: Path) -> dict:
         f"head_dim is {config.head_dim}, and the engine takes hidden_size / heads": (
             config.head_dim * heads != config.hidden_size
         ),
+        "some of its layers have no rope, and the engine's have": not all(config.ropes),
+        "its rope is of a part of each head, and the engine's of all": (
+            config.rotary < config.head_dim
+        ),
         "its attention has windows, and the engine's has none": any(config.windows),
         "it has norms on q and k, and the engine has none": config.qk_norm,
         f"{', '.join(own[:1])} is a norm of a linear, and the engine has none": bool(own),

@@ -5,10 +5,11 @@
     qwen2      biases on q, k, v; sliding windows by layer
     qwen3      RMS norms on q and k, over each head; biases by attention_bias; windows as qwen2
     bitnet     relu(gate)^2 * up; RMS norms in front of o and down; biases by attention_bias
+    smollm3    no rope in every fourth layer; biases by attention_bias and mlp_bias
     gemma3_text  gelu(gate) * up; RMS norms on q and k, and behind o and down; two ropes, one for
                layers with a window; biases by attention_bias (`atd.models.gemma3`)
 
-Source: transformers 5.23 (`models/*/configuration_*.py`, `modeling_rope_utils.py`).
+Source: transformers 5.24 (`models/*/configuration_*.py`, `modeling_rope_utils.py`).
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from atd.models.layer_config import read_ropes, read_windows
 from atd.models.rope_config import read_rope, read_ropes_by_layer, read_rotary
 
 GEMMA3 = "gemma3_text"
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "bitnet", GEMMA3)
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "bitnet", GEMMA3)
 _GATES = {  # activation of the gate -> op
     "silu": "silu_mul",
     "swish": "silu_mul",
@@ -28,10 +29,13 @@ _GATES = {  # activation of the gate -> op
 }
 # Families with other activations than silu: the default first.
 _ACTIVATIONS = {"bitnet": ("relu2", "silu", "swish"), GEMMA3: ("gelu_pytorch_tanh",)}
+_BIASED = ("llama", "qwen3", "smollm3", "bitnet", GEMMA3)  # by attention_bias
+_MLP_BIASED = ("llama", "smollm3")  # by mlp_bias
+_TIED = ("smollm3", GEMMA3)  # where the key is absent
 # Where the key is absent; llama: all heads.
-_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32, "bitnet": 5, GEMMA3: 4}
+_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32, "smollm3": 4, "bitnet": 5, GEMMA3: 4}
 _HEAD_DIMS = {"qwen3": 128, GEMMA3: 256}  # where the key is absent; others: hidden_size / heads
-_THETAS = {"bitnet": 500000.0}  # where the key is absent; others: 10000
+_THETAS = {"bitnet": 500000.0, "smollm3": 2e6}  # where the key is absent; others: 10000
 _MOST_LAYERS = 10_000  # more is a damaged file, and would be a graph that fills the memory
 
 
@@ -138,8 +142,7 @@ def parse_config(config: dict, origin) -> ModelConfig:
         rotary = read_rotary(read, head_dim)
         theta, scaling = read_rope(read, _THETAS.get(family, 10000.0), rotary)
     ropes = read_ropes(family, layers, read)
-    biased = family in ("llama", "qwen3", "bitnet", GEMMA3)
-    attention_bias = biased and read.flag("attention_bias")
+    attention_bias = family in _BIASED and read.flag("attention_bias")
     return ModelConfig(
         model_type=family,
         vocab_size=read.count("vocab_size"),
@@ -150,7 +153,7 @@ def parse_config(config: dict, origin) -> ModelConfig:
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
         rms_norm_eps=read.number("rms_norm_eps", 1e-5 if family == "bitnet" else 1e-6),
-        tie_word_embeddings=read.flag("tie_word_embeddings", family == GEMMA3),
+        tie_word_embeddings=read.flag("tie_word_embeddings", family in _TIED),
         rope_theta=theta,
         rope_scaling=scaling,
         windows=read_windows(family, layers, ropes, read),
@@ -158,7 +161,7 @@ def parse_config(config: dict, origin) -> ModelConfig:
         rotary=rotary,
         qkv_bias=family == "qwen2" or attention_bias,
         o_bias=attention_bias,
-        mlp_bias=family == "llama" and read.flag("mlp_bias"),
+        mlp_bias=family in _MLP_BIASED and read.flag("mlp_bias"),
         qk_norm=family in ("qwen3", GEMMA3),
         gate=gate,
         sub_norms=family == "bitnet",

@@ -12,6 +12,7 @@ sinks    What a pass tells people goes out through functions of the context: `sa
 
 import json
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
@@ -68,6 +69,17 @@ class Pass:
         """Returns "activations" for a pass that reads `context.calibration`, "written" for a graph
         pass whose input must have been written and read again."""
         return frozenset()
+
+    def suited(self, graph: Graph, given: Collection[str]) -> "tuple[Pass | None, str]":
+        """Returns the pass as far as it can run on a model, or None, and what is left out of it.
+
+        `atd.convert` asks before it runs a recipe.
+
+        Args:
+            graph: the model as it was opened.
+            given: names of the options that the user set, which stay as they are.
+        """
+        return self, ""
 
     def requires(self, graph: Graph) -> str | None:
         """Returns why the pass cannot run on the graph, or None; looks at shapes alone."""

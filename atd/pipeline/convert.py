@@ -30,7 +30,7 @@ from atd.pipeline.driver import reopened, rewrite_written, run_stage
 from atd.pipeline.finite import finite
 from atd.pipeline.output import tokenizer_files, write_metadata, write_summary
 from atd.pipeline.pipeline import Pipeline, Stage
-from atd.pipeline.recipe import Recipe, read_recipe, with_overrides
+from atd.pipeline.recipe import Recipe, read_recipe, suited, with_overrides
 from atd.progress import Progress, Report, Say, unheard
 
 
@@ -69,7 +69,9 @@ def convert(
     """
     recipe = _resolved(recipe, overrides, calib, say)
     source, target = Path(model), Path(out).absolute()
-    final = recipe.pipeline.preflight(frontend.open(source, ignore_extra=ignore_extra))
+    opened = frontend.open(source, ignore_extra=ignore_extra)
+    recipe = suited(recipe, opened, say)
+    final = recipe.pipeline.preflight(opened)
     check_target(target, local(source), overwrite)
     if recipe.pipeline.calibrated:
         _check_calibration(recipe, final)

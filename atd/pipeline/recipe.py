@@ -11,14 +11,16 @@ bases = 3"""
 
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from atd.errors import BadInput, nearest
+from atd.ir import Graph
 from atd.pipeline.base import toml_value
 from atd.pipeline.pipeline import Pipeline
 from atd.pipeline.registry import make_pass
+from atd.progress import Say
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -41,6 +43,8 @@ class Recipe:
     calibration_context: int = 512  # a window, or the model's context where that is shorter
     # SHA-256 of the tokens, in the recipe of a converted model: other text is refused.
     calibration_sha256: str = ""
+    # "pass.option" of what overrides said: `suited` leaves it as it is.
+    overridden: frozenset[str] = field(default=frozenset(), compare=False)
 
     def __post_init__(self):
         if self.seed < 0:
@@ -63,7 +67,7 @@ class Recipe:
         lines = [
             f"{f.name} = {toml_value(getattr(self, f.name))}"
             for f in fields(self)
-            if f.name != "pipeline"
+            if f.name in _keys()
         ]
         for step in self.pipeline.passes:
             options = step.options()
@@ -81,6 +85,11 @@ class Recipe:
                     *(f"{key} = {toml_value(value)}" for key, value in rule.items()),
                 ]
         return "\n".join(lines) + "\n"
+
+
+def _keys() -> list[str]:
+    """The keys of a recipe beside its passes."""
+    return [f.name for f in fields(Recipe) if f.name not in ("pipeline", "overridden")]
 
 
 def recipe_names() -> list[str]:
@@ -159,11 +168,30 @@ def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     """
     if not overrides:
         return recipe
-    return replace(recipe, pipeline=_recipe(tomllib.loads(recipe.to_toml()), overrides).pipeline)
+    changed = _recipe(tomllib.loads(recipe.to_toml()), overrides)
+    overridden = recipe.overridden | changed.overridden
+    return replace(recipe, pipeline=changed.pipeline, overridden=overridden)
+
+
+def suited(recipe: Recipe, graph: Graph, say: Say) -> Recipe:
+    """Returns the recipe with its passes as far as they can run on a model.
+
+    Args:
+        graph: the model as it was opened.
+        say: hears what is left out.
+    """
+    steps = []
+    for step in recipe.pipeline.passes:
+        names = (name.partition(".") for name in recipe.overridden)
+        able, reason = step.suited(graph, {key for name, _, key in names if name == step.name})
+        if reason:
+            say(f"note: {reason}")
+        steps += [] if able is None else [able]
+    return replace(recipe, pipeline=Pipeline(steps))
 
 
 def _recipe(data: dict[str, Any], overrides: Sequence[str]) -> Recipe:
-    known = [field.name for field in fields(Recipe) if field.name != "pipeline"] + ["passes"]
+    known = [*_keys(), "passes"]
     for key in data:
         if key not in known:
             raise BadInput(f"unknown key {key!r}{nearest(key, known)}")
@@ -184,8 +212,7 @@ def _recipe(data: dict[str, Any], overrides: Sequence[str]) -> Recipe:
     for table in tables:
         if not isinstance(table, dict) or not isinstance(table.get("name"), str):
             raise BadInput(f"a pass is a table with name = 'decompose' and options, not {table!r}")
-    for override in overrides:
-        _override(tables, override)
+    overridden = frozenset(_override(tables, override) for override in overrides)
     passes = [
         make_pass(table["name"], {key: value for key, value in table.items() if key != "name"})
         for table in tables
@@ -193,11 +220,11 @@ def _recipe(data: dict[str, Any], overrides: Sequence[str]) -> Recipe:
     options: dict[str, Any] = {key: value for key, value in data.items() if key != "passes"}
     if "calibration" in options:
         options["calibration"] = tuple(options["calibration"])
-    return Recipe(Pipeline(passes), **options)
+    return Recipe(Pipeline(passes), **options, overridden=overridden)
 
 
-def _override(tables: list[dict[str, Any]], override: str) -> None:
-    """Puts `pass.option=value` into the tables; the value is TOML, or a plain word."""
+def _override(tables: list[dict[str, Any]], override: str) -> str:
+    """Puts `pass.option=value` into the tables, the value TOML or a plain word; "pass.option"."""
     target, equals, text = override.partition("=")
     name, dot, option = target.strip().partition(".")
     if not (equals and dot and name and option):
@@ -216,3 +243,4 @@ def _override(tables: list[dict[str, Any]], override: str) -> None:
         value = text.strip()
     for table in matching:
         table[option] = value
+    return f"{name}.{option}"

@@ -129,13 +129,13 @@ def write_model(
             llama3_divisors(
                 scaling,
                 config["rope_theta"],
-                config["hidden_size"] // config["num_attention_heads"],
+                config.get("head_dim", config["hidden_size"] // config["num_attention_heads"]),
             ),
         )
     for key, value in (metadata or {}).items():
         writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
     for name, array in tensors.items():
-        if family == "llama" and ("q_proj" in name or "k_proj" in name):
+        if family in ("llama", "smollm3", "granite") and ("q_proj" in name or "k_proj" in name):
             array = permuted(
                 array, config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
             )

@@ -139,17 +139,18 @@ def test_the_stream_is_not_rotated_through_gains():
 def test_recipes_work_or_say_what_to_leave_out(tmp_path, converted):
     assert np.isfinite(load(converted)(TOKENS)).all()
     assert "from_pretrained" not in (converted / "README.md").read_text()
+    asked = {"overrides": ["rotate.r1=true"], "say": quiet}
     with pytest.raises(BadInput, match="use r1 = false"):
-        convert(FOLDER, tmp_path / "out", "ternary2", say=quiet)
+        convert(FOLDER, tmp_path / "out", "ternary2", **asked)
 
 
 @pytest.mark.slow
 def test_ternary2_without_the_rotation_of_the_stream(tmp_path, logits):
-    folder, settings = tmp_path / "m", ["rotate.r1=false"]
+    folder = tmp_path / "m"
     shutil.copytree(FOLDER, folder)
     words = {f"w{i}": i for i in range(64)}
     Tokenizer(WordLevel(words, "w0")).save(str(folder / "tokenizer.json"))
-    options = {"cache": tmp_path / "cache", "overrides": settings, "say": quiet}
+    options = {"cache": tmp_path / "cache", "say": quiet}
     out = convert(folder, tmp_path / "out", "ternary2", **options)
     assert np.corrcoef(np.asarray(load(out)(TOKENS)).ravel(), logits.ravel())[0, 1] > 0.7
 

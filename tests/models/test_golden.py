@@ -22,6 +22,9 @@ FOLDERS = (
     "qwen2",
     "qwen3",
     "llama_yarn",
+    "llama32",
+    "qwen3_tied",
+    "smollm3",
 )  # whose stream can be rotated
 
 
@@ -46,7 +49,18 @@ def test_logits_of_a_trained_model(trained):
 
 
 @pytest.mark.parametrize(
-    "name", ["llama_mha", "llama_gqa", "llama_bias", "qwen2", "qwen3", "llama_yarn"]
+    "name",
+    [
+        "llama_mha",
+        "llama_gqa",
+        "llama_bias",
+        "qwen2",
+        "qwen3",
+        "llama_yarn",
+        "llama32",
+        "qwen3_tied",
+        "smollm3",
+    ],
 )
 def test_logits_of_gguf(tmp_path, name):
     write_gguf(tmp_path / "m.gguf", name, gguf.GGMLQuantizationType.F32)

@@ -1,0 +1,146 @@
+"""Every family: cached decoding, conversion, dense export, and what formats refuse.
+
+Logits are compared with those of transformers in `tests.models.test_golden`.
+"""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+
+from atd.errors import BadInput
+from atd.exports.gguf import export_gguf
+from atd.exports.hf import export_hf
+from atd.models import frontend
+from atd.models.config import parse_config
+from atd.models.model import load
+from atd.passes.fold_norms import FoldNorms
+from atd.passes.rotate import Rotate
+from atd.pipeline import Pipeline
+from atd.pipeline.convert import convert
+from atd.pipeline.recipe import read_recipe
+from tests.golden.write_gguf import GOLDEN
+
+FAMILIES = ("smollm3",)
+ROTATED = Pipeline([FoldNorms(), Rotate(r3=True)])
+UNROTATED = ("gemma3",)  # whose residual stream stays as it is
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+def tokens_of(name: str) -> np.ndarray:
+    return np.load(GOLDEN / name / "logits.npz")["tokens"]
+
+
+def parsed(name: str, **changes):
+    return parse_config(json.loads((GOLDEN / name / "config.json").read_text()) | changes, "m")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_prefill_and_decode_are_the_forward_pass(name):
+    model, tokens = load(GOLDEN / name), tokens_of(name)
+    logits = np.asarray(model(tokens))
+    last, cache = model.prefill(tokens[:, :8], model.new_cache(2, 24))
+    for position in range(8, 24):
+        np.testing.assert_allclose(last, logits[:, position - 1], atol=2e-4)
+        last, cache = model.decode(tokens[:, position], cache)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *UNROTATED])
+def test_rotated_models_are_the_same_and_say_what_is_left_out(tmp_path, name):
+    lines, tokens = [], tokens_of(name)
+    out = convert(GOLDEN / name, tmp_path / "out", ROTATED, say=lines.append)
+    wanted = np.asarray(load(GOLDEN / name)(tokens))
+    np.testing.assert_allclose(load(out)(tokens), wanted, atol=2e-4 * np.abs(wanted).max())
+    off = [line for line in lines if line.startswith("note: rotate: r1 is off, since")]
+    assert len(off) == (name in UNROTATED)
+    assert (frontend.open(out).epilogue.nodes[0].name == "rotate_out") != (name in UNROTATED)
+
+
+@pytest.mark.parametrize("name", UNROTATED)
+def test_a_rotation_that_was_asked_for_is_refused(tmp_path, name):
+    asked = {"overrides": ["rotate.r1=true"], "say": quiet}
+    with pytest.raises(BadInput, match=r"layernorm is added to the residual.*use r1 = false"):
+        convert(GOLDEN / name, tmp_path / "out", ROTATED, **asked)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*FAMILIES, *UNROTATED])
+def test_the_adaptive_recipe_converts(tmp_path, name):
+    folder = tmp_path / "m"
+    shutil.copytree(GOLDEN / name, folder)
+    words = {f"w{i}": i for i in range(64)}
+    Tokenizer(WordLevel(words, "w0")).save(str(folder / "tokenizer.json"))
+    quick = ["allocate.bases=[1, 2, 3]", "allocate.trellis=''", "calibrate.steps=2"]
+    chosen = read_recipe("adaptive", ["allocate.bits=3.3", *quick])
+    chosen = replace(chosen, calibration_tokens=2048)
+    out = convert(folder, tmp_path / "out", chosen, cache=tmp_path / "cache", say=quiet)
+    found, wanted = (np.asarray(load(m)(tokens_of(name))) for m in (out, folder))
+    assert np.corrcoef(found.ravel(), wanted.ravel())[0, 1] > 0.5
+    dense = export_hf(out, tmp_path / "dense", say=quiet)
+    np.testing.assert_allclose(load(dense)(tokens_of(name)), found, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_dense_export_is_the_checkpoint_again(tmp_path, name):
+    out = export_hf(GOLDEN / name, tmp_path / "same", say=quiet)
+    stored, written = (tensors(folder) for folder in (GOLDEN / name, out))
+    assert stored.keys() == written.keys()
+    for tensor, array in stored.items():
+        np.testing.assert_allclose(written[tensor], array, atol=1e-6, err_msg=tensor)
+
+
+def tensors(folder: Path) -> dict[str, np.ndarray]:
+    from safetensors.numpy import load_file
+
+    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gguf_export_refuses_by_name(tmp_path, name):
+    with pytest.raises(BadInput, match=f"a model of type '{name}' cannot be exported as GGUF"):
+        export_gguf(GOLDEN / name, tmp_path / "m.gguf", say=quiet)
+
+
+# --- SmolLM3 --------------------------------------------------------------------------------------
+
+
+def test_layers_of_smollm3_without_rope():
+    assert parsed("smollm3").ropes == (True, True, True, False)
+    assert parsed("smollm3", no_rope_layer_interval=2).ropes == (True, False) * 2
+    assert parsed("smollm3", no_rope_layers=[0, 1, 1, 1, 0]).ropes == (False, True, True, True)
+    graph = frontend.open(GOLDEN / "smollm3")
+    assert [sum(n.op == "rope" for n in block.nodes) for block in graph.blocks] == [2, 2, 2, 0]
+
+
+def test_windows_of_smollm3():
+    windowed = {"use_sliding_window": True, "sliding_window": 5}
+    assert parsed("smollm3", **windowed).windows == (0, 0, 0, 5)
+    assert parsed("smollm3", use_sliding_window=True).windows == (0, 0, 0, 0)
+    kinds = ["sliding_attention", *["full_attention"] * 3]
+    assert parsed("smollm3", **windowed, layer_types=kinds).windows == (5, 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        (
+            "smollm3",
+            {"no_rope_layers": [1, 0]},
+            r"no_rope_layers is \[1, 0\]; expected 0 .*4 layers",
+        ),
+        ("smollm3", {"no_rope_layers": [2, 1, 1, 1]}, "no_rope_layers is"),
+        ("smollm3", {"no_rope_layer_interval": 0}, "no_rope_layer_interval is 0"),
+        ("smollm3", {"layer_types": ["full_attention"]}, "layer_types is .* for each of 4 layers"),
+    ],
+)
+def test_what_a_config_says_wrongly(name, changes, message):
+    with pytest.raises(BadInput, match=message):
+        parsed(name, **changes)
