@@ -47,11 +47,12 @@ MODULES = {
 }
 # Where an architecture has other modules under a name, or further ones.
 _OTHER_MODULES = {
+    "phi3": {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
     "gemma3": {
         "post_attention_norm": "post_attention_layernorm",
         "ffn_norm": "pre_feedforward_layernorm",
         "post_ffw_norm": "post_feedforward_layernorm",
-    }
+    },
 }
 _OF_ROPE = (DIVISORS, SHORT, LONG)  # tensors that are config["rope_scaling"] now
 _PERMUTED = ("llama", "mistral", "smollm3")

@@ -19,6 +19,7 @@ ARCHITECTURES = {
     "qwen2": ("Qwen2ForCausalLM", "qwen2"),
     "qwen3": ("Qwen3ForCausalLM", "qwen3"),
     "smollm3": ("SmolLM3ForCausalLM", "smollm3"),
+    "phi3": ("Phi3ForCausalLM", "phi3"),
     "bitnet": ("BitNetForCausalLM", "bitnet"),
     "bitnet-b1.58": ("BitNetForCausalLM", "bitnet"),
     "gemma3": ("Gemma3ForCausalLM", "gemma3_text"),
@@ -81,7 +82,12 @@ def gguf_config(
         )
     heads, hidden = get("attention.head_count"), get("embedding_length")
     head_dim = get("attention.key_length", hidden // heads)
-    for key in ("attention.value_length", "rope.dimension_count"):
+    rotary = get("rope.dimension_count", head_dim)
+    equal = (
+        "attention.value_length",
+        *(() if architecture == "phi3" else ("rope.dimension_count",)),
+    )
+    for key in equal:
         if get(key, head_dim) != head_dim:
             raise BadInput(
                 f"{path}: {architecture}.{key} is {get(key)}, the head dimension {head_dim}; "
@@ -109,13 +115,14 @@ def gguf_config(
         "max_position_embeddings": get("context_length"),
         "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
         "rope_theta": theta,
-        "rope_scaling": gguf_rope_scaling(path, entries, get, theta, head_dim, read),
+        "rope_scaling": gguf_rope_scaling(path, entries, get, theta, rotary, read),
         "tie_word_embeddings": "output.weight" not in entries,
         "attention_bias": architecture != "qwen2" and "blk.0.attn_q.bias" in entries,
         "mlp_bias": "blk.0.ffn_gate.bias" in entries,
         "use_sliding_window": False,
         "torch_dtype": "float16",
         **{key: value for key, value in tokens.items() if value is not None},
+        **(_phi3_config(get, head_dim, rotary) if architecture == "phi3" else {}),
         **(_gemma3_config(path, metadata, get, sizes, heads, head_dim) if gemma3 else {}),
     }
 
@@ -130,6 +137,16 @@ def _hidden_act(architecture: str, sizes: tuple[int, int, int]) -> str:
     """
     relu2 = architecture == "bitnet-b1.58" or (architecture == "bitnet" and sizes == _BITNET_2B_4T)
     return "relu2" if relu2 else "silu"
+
+
+def _phi3_config(get: Callable, head_dim: int, rotary: int) -> dict:
+    """What config.json says of Phi-3 besides."""
+    original = get("rope.scaling.original_context_length", get("context_length"))
+    return {
+        "partial_rotary_factor": rotary / head_dim,
+        "original_max_position_embeddings": original,
+        "sliding_window": get("attention.sliding_window", 0) or None,
+    }
 
 
 def _gemma3_config(

@@ -27,7 +27,7 @@ from atd.exports.planes import (
 from atd.ir import INT8, Block, Graph, WeightRef
 from atd.ir.notes import DIVISOR, without
 from atd.models import frontend
-from atd.models.config import GEMMA3
+from atd.models.config import GEMMA3, PHI3
 from atd.pipeline.card import bitnet_card
 from atd.pipeline.output import tokenizer_files
 from atd.progress import Report, Say, unheard
@@ -35,6 +35,7 @@ from atd.weights import DTYPES, DenseType
 from atd.weights.layouts import LAYOUTS
 
 LAYOUT = LAYOUTS["hf-bitnet"]
+_HELD_OTHERWISE = {GEMMA3: "gains of Gemma 3", PHI3: "joined matrices of Phi-3"}
 WAY = (
     "convert the dense model with atd convert MODEL OUT --recipe greedy3 --set decompose.bases=1, "
     "which has one base and one scale per matrix"
@@ -64,8 +65,8 @@ def export_bitnet(
     """
     source, target = Path(model), Path(out).absolute()
     graph = frontend.open(source, ignore_extra=ignore_extra)
-    if graph.config.get("model_type") == GEMMA3:
-        raise BadInput(f"{source}: bitnet does not hold the gains of Gemma 3; use --to hf")
+    if held := _HELD_OTHERWISE.get(graph.config.get("model_type", "")):
+        raise BadInput(f"{source}: bitnet does not hold the {held}; use --to hf")
     check_planes(graph, "bitnet", (1,), WAY)
     graph = absorb(graph)
     _check_rows(graph)

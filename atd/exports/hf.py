@@ -16,6 +16,7 @@ from atd.ir.notes import without
 from atd.models import frontend
 from atd.models.config import ModelConfig, parse_config
 from atd.models.gemma3 import stored_gain
+from atd.models.phi3 import join_weights
 from atd.pipeline.card import dense_card
 from atd.pipeline.output import tokenizer_files
 from atd.progress import Report, Say, unheard
@@ -60,7 +61,9 @@ def export_hf(
     shards = [
         (
             unit.name or "epilogue",
-            [ref for node in unit.nodes for ref in _dense(config, unit, node, dtype)],
+            join_weights(
+                config, (ref for node in unit.nodes for ref in _dense(config, unit, node, dtype))
+            ),
         )
         for unit in graph.units
     ]

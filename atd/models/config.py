@@ -6,6 +6,7 @@
     qwen3      RMS norms on q and k, over each head; biases by attention_bias; windows as qwen2
     bitnet     relu(gate)^2 * up; RMS norms in front of o and down; biases by attention_bias
     smollm3    no rope in every fourth layer; biases by attention_bias and mlp_bias
+    phi3       one window for all layers; a rope over a part of each head (`atd.models.phi3`)
     gemma3_text  gelu(gate) * up; RMS norms on q and k, and behind o and down; two ropes, one for
                layers with a window; biases by attention_bias (`atd.models.gemma3`)
 
@@ -19,8 +20,8 @@ from atd.models.config_reader import ConfigReader
 from atd.models.layer_config import read_ropes, read_windows
 from atd.models.rope_config import read_rope, read_ropes_by_layer, read_rotary
 
-GEMMA3 = "gemma3_text"
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "bitnet", GEMMA3)
+GEMMA3, PHI3 = "gemma3_text", "phi3"
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", PHI3, "bitnet", GEMMA3)
 _GATES = {  # activation of the gate -> op
     "silu": "silu_mul",
     "swish": "silu_mul",
@@ -36,6 +37,7 @@ _TIED = ("smollm3", GEMMA3)  # where the key is absent
 _KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32, "smollm3": 4, "bitnet": 5, GEMMA3: 4}
 _HEAD_DIMS = {"qwen3": 128, GEMMA3: 256}  # where the key is absent; others: hidden_size / heads
 _THETAS = {"bitnet": 500000.0, "smollm3": 2e6}  # where the key is absent; others: 10000
+_EPS = {"bitnet": 1e-5, PHI3: 1e-5}  # where the key is absent; others: 1e-6
 _MOST_LAYERS = 10_000  # more is a damaged file, and would be a graph that fills the memory
 
 
@@ -152,7 +154,7 @@ def parse_config(config: dict, origin) -> ModelConfig:
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        rms_norm_eps=read.number("rms_norm_eps", 1e-5 if family == "bitnet" else 1e-6),
+        rms_norm_eps=read.number("rms_norm_eps", _EPS.get(family, 1e-6)),
         tie_word_embeddings=read.flag("tie_word_embeddings", family in _TIED),
         rope_theta=theta,
         rope_scaling=scaling,

@@ -24,6 +24,7 @@ from atd.models.config import check_context, parse_config
 from atd.models.gemma3 import graph_gain
 from atd.models.llama import EMBEDDING, HEAD, llama_graph
 from atd.models.names import by_plain_name
+from atd.models.phi3 import split_tensors
 from atd.models.quantized import check_unquantized
 
 FORMAT_VERSION = 1
@@ -132,6 +133,7 @@ def _from_config(
     """
     config = parse_config(checkpoint.config, checkpoint.path)
     here = by_plain_name(checkpoint.tensors, checkpoint.path)
+    here = split_tensors(config, here, checkpoint.types, checkpoint.path)
     checkpoint = replace(checkpoint, tensors=here)
     binder = Binder(checkpoint, kind=f" of {coded.kind}" if coded else "")
     tied = config.tie_word_embeddings and _head_is_embedding(checkpoint)

@@ -9,10 +9,15 @@ import dataclasses
 
 from atd.ir import OPS, ROTATIONS, Block, Graph, Node, WeightRef
 from atd.ir.rewrite import joined_parts
-from atd.models.config import GEMMA3, parse_config
+from atd.models.config import GEMMA3, PHI3, parse_config
 from atd.models.llama import llama_graph
 from atd.weights import DenseType
 
+# What graphs of a family have in place of the weights of its checkpoints.
+OTHER_WEIGHTS = {
+    GEMMA3: "model.norm: a gain of 1 + w in place of w (`atd.models.gemma3`)",
+    PHI3: "self_attn.q_proj: a linear of its own in place of rows of qkv_proj (`atd.models.phi3`)",
+}
 Described = tuple[str, str, tuple[str, ...], dict]  # name, op, inputs, attrs
 
 
@@ -35,8 +40,8 @@ def difference(graph: Graph, origin: object) -> str | None:
         return WeightRef(tensor, DenseType(shape, "f32"), load)
 
     config = parse_config(graph.config, origin)
-    if config.model_type == GEMMA3:
-        return "model.norm: a gain of 1 + w in place of w (`atd.models.gemma3`)"
+    if config.model_type in OTHER_WEIGHTS:
+        return OTHER_WEIGHTS[config.model_type]
     expected = llama_graph(graph.config, config, reference)
     mine, theirs = _described(plain(graph)), _described(expected)
     for (unit, own), (_, other) in zip(mine, theirs, strict=False):

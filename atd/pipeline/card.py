@@ -13,7 +13,7 @@ from pathlib import Path
 from atd.checkpoint.folder import CARD
 from atd.checkpoint.hub import hub_id, local
 from atd.ir import Graph
-from atd.models.config import GEMMA3
+from atd.models.structure import OTHER_WEIGHTS
 from atd.runtime.compare import graph_size
 from atd.weights import TernaryType, ternary_of
 
@@ -89,7 +89,7 @@ def converted_card(source: Path, graph: Graph, passes: list[str]) -> str:
         "Weights that are sums of ternary matrices with scales, packed by atd at 1.6 bits per\n"
         "trit; `report.json` says which, and of how many trits."
     )
-    use = _ATD if graph.config["model_type"] == GEMMA3 else _ATD + _PACKED
+    use = _ATD if graph.config["model_type"] in OTHER_WEIGHTS else _ATD + _PACKED
     return _card(head, f"{_name(source, graph)}, ternary", what, rows, use)
 
 

@@ -26,11 +26,15 @@ NAMES = {
     "mlp.down_proj": "ffn_down",
 }
 
-# Of the architecture gemma3, where they differ.
-GEMMA3_NAMES = {
+# Where the names of an architecture differ.
+GEMMA_NAMES = {
     "post_attention_layernorm": "post_attention_norm",
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
+}
+OTHER_NAMES = {
+    "gemma3_text": GEMMA_NAMES,
+    "phi3": {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"},
 }
 
 TERNARY_CONFIG = {
@@ -53,7 +57,7 @@ def gguf_name(name: str, family: str) -> str:
             "lm_head": "output",
         }[module] + f".{kind}"
     _, _, layer, module = module.split(".", 3)
-    names = NAMES | GEMMA3_NAMES if family == "gemma3_text" else NAMES
+    names = NAMES | OTHER_NAMES.get(family, {})
     return f"blk.{layer}.{names[module]}.{kind}"
 
 
@@ -107,6 +111,10 @@ def write_model(
     writer.add_rope_freq_base(config.get("rope_theta", 1e4))
     writer.add_token_list([f"token {i}" for i in range(2000)])  # longer than what the reader keeps
     writer.add_bos_token_id(1)
+    if family == "phi3":
+        writer.add_sliding_window(config["sliding_window"])
+        writer.add_rope_dimension_count(int(config["partial_rotary_factor"] * config["head_dim"]))
+        add_longrope(writer, config)
     if family == "gemma3_text":
         writer.add_sliding_window(config["sliding_window"])
         windowed = config["sliding_window_pattern"]
@@ -153,6 +161,17 @@ def write_model(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def add_longrope(writer: gguf.GGUFWriter, config: dict) -> None:
+    """As in llama.cpp's converter of Phi-3."""
+    scaling, original = config["rope_scaling"], config["original_max_position_embeddings"]
+    grown = config["max_position_embeddings"] / original
+    writer.add_rope_scaling_orig_ctx_len(original)
+    writer.add_rope_scaling_attn_factors(float(np.sqrt(1 + np.log(grown) / np.log(original))))
+    for kind in ("short", "long"):
+        factors = np.array(scaling[f"{kind}_factor"], np.float32)
+        writer.add_tensor(f"rope_factors_{kind}.weight", factors)
 
 
 def llama3_divisors(scaling: dict, theta: float, head_dim: int) -> np.ndarray:

@@ -10,15 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from atd.errors import BadInput
+from atd.exports.bitnet import export_bitnet
 from atd.exports.gguf import export_gguf
 from atd.exports.hf import export_hf
 from atd.models import frontend
 from atd.models.config import parse_config
 from atd.models.model import load
+from atd.models.structure import difference
 from atd.passes.fold_norms import FoldNorms
 from atd.passes.rotate import Rotate
 from atd.pipeline import Pipeline
@@ -26,7 +29,7 @@ from atd.pipeline.convert import convert
 from atd.pipeline.recipe import read_recipe
 from tests.golden.write_gguf import GOLDEN
 
-FAMILIES = ("smollm3",)
+FAMILIES = ("smollm3", "phi3")
 ROTATED = Pipeline([FoldNorms(), Rotate(r3=True)])
 UNROTATED = ("gemma3",)  # whose residual stream stays as it is
 
@@ -61,7 +64,7 @@ def test_rotated_models_are_the_same_and_say_what_is_left_out(tmp_path, name):
     np.testing.assert_allclose(load(out)(tokens), wanted, atol=2e-4 * np.abs(wanted).max())
     off = [line for line in lines if line.startswith("note: rotate: r1 is off, since")]
     assert len(off) == (name in UNROTATED)
-    assert (frontend.open(out).epilogue.nodes[0].name == "rotate_out") != (name in UNROTATED)
+    assert ("r1 = false" in (out / "recipe.toml").read_text()) == (name in UNROTATED)
 
 
 @pytest.mark.parametrize("name", UNROTATED)
@@ -98,8 +101,6 @@ def test_a_dense_export_is_the_checkpoint_again(tmp_path, name):
 
 
 def tensors(folder: Path) -> dict[str, np.ndarray]:
-    from safetensors.numpy import load_file
-
     return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
 
 
@@ -128,6 +129,42 @@ def test_windows_of_smollm3():
     assert parsed("smollm3", **windowed, layer_types=kinds).windows == (5, 0, 0, 0)
 
 
+# --- Phi-3 ----------------------------------------------------------------------------------------
+
+
+def test_short_sequences_of_phi3_have_short_factors():
+    golden, model = np.load(GOLDEN / "phi3" / "logits.npz"), load(GOLDEN / "phi3")
+    tokens, wanted = golden["tokens"][:, :12], golden["short"]
+    np.testing.assert_allclose(model(tokens), wanted, atol=1e-4 * np.abs(wanted).max())
+    last, cache = model.prefill(tokens[:, :7], model.new_cache(2, 16))
+    for position in range(7, 12):
+        np.testing.assert_allclose(last, wanted[:, position - 1], atol=2e-4)
+        last, cache = model.decode(tokens[:, position], cache)
+
+
+def test_joined_matrices_of_other_shapes_are_refused(tmp_path):
+    joined = "model.layers.1.self_attn.qkv_proj.weight"
+    arrays = tensors(GOLDEN / "phi3")
+    refused(
+        tmp_path, arrays | {joined: arrays[joined][1:]}, r"127, 64\], expected 64 \+ 32 \+ 32 rows"
+    )
+    del arrays[joined]
+    refused(tmp_path, arrays, r"layers.1.self_attn.q_proj.weight \[64, 64\] is missing")
+
+
+def refused(folder: Path, arrays: dict[str, np.ndarray], message: str) -> None:
+    save_file(arrays, folder / "model.safetensors")
+    shutil.copy(GOLDEN / "phi3" / "config.json", folder)
+    with pytest.raises(BadInput, match=message):
+        frontend.open(folder)
+
+
+def test_other_formats_do_not_hold_joined_matrices(tmp_path):
+    with pytest.raises(BadInput, match="bitnet does not hold the joined matrices of Phi-3"):
+        export_bitnet(GOLDEN / "phi3", tmp_path / "out", say=quiet)
+    assert "rows of qkv_proj" in str(difference(frontend.open(GOLDEN / "phi3"), "m"))
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
@@ -138,6 +175,11 @@ def test_windows_of_smollm3():
         ),
         ("smollm3", {"no_rope_layers": [2, 1, 1, 1]}, "no_rope_layers is"),
         ("smollm3", {"no_rope_layer_interval": 0}, "no_rope_layer_interval is 0"),
+        ("phi3", {"partial_rotary_factor": 0.2}, "3 of 16 features of a head"),
+        ("phi3", {"partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5"),
+        ("phi3", {"partial_rotary_factor": 0.5}, "short_factor is .* a list of 4 positive numbers"),
+        ("phi3", {"rope_scaling": {"type": "linear2"}}, "rope type 'linear2' is not supported"),
+        ("phi3", {"sliding_window": 0}, "sliding_window is 0"),
         ("smollm3", {"layer_types": ["full_attention"]}, "layer_types is .* for each of 4 layers"),
     ],
 )

@@ -22,7 +22,7 @@ FOLDERS = (
     "qwen2",
     "qwen3",
 )  # whose stream can be rotated
-FAMILIES = ("llama_yarn", "llama32", "qwen3_tied", "smollm3", "gemma3")
+FAMILIES = ("llama_yarn", "llama32", "qwen3_tied", "smollm3", "phi3", "gemma3")
 
 
 def distance(model, golden) -> float:
@@ -57,6 +57,7 @@ def test_logits_of_a_trained_model(trained):
         "llama32",
         "qwen3_tied",
         "smollm3",
+        "phi3",
     ],
 )
 def test_logits_of_gguf(tmp_path, name):
@@ -102,6 +103,8 @@ def with_attrs(graph: Graph, op: str, **attrs) -> Graph:
         ("gemma3", "rope", {"theta": 100.0}),
         ("llama_yarn", "rope", {"scaling": ("yarn", 4.0, 32, 4.0, 0.25, True, 1.0)}),
         ("llama_yarn", "rope", {"scaling": ("linear", 4.0)}),
+        ("phi3", "rope", {"scaling": ()}),
+        ("phi3", "attention", {"window": 0}),
         ("gemma3", "rms_norm", {"eps": 1e-2}),
         ("gemma3", "attention", {"window": 6}),
     ],
