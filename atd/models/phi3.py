@@ -17,7 +17,7 @@ from atd.checkpoint.files import StoredTensor
 from atd.errors import BadInput
 from atd.ir import WeightRef
 from atd.models.config import PHI3, ModelConfig
-from atd.weights import Dense, DenseType, WeightType
+from atd.weights import DTYPES, Dense, DenseType, WeightType
 
 QKV, GATE_UP = "self_attn.qkv_proj", "mlp.gate_up_proj"
 
@@ -129,9 +129,7 @@ def _concatenated(tensor: str, refs: list[WeightRef]) -> WeightRef:
     assert isinstance(first, DenseType)
 
     def load() -> Dense:
-        parts = [ref.load() for ref in refs]
-        assert all(isinstance(part, Dense) for part in parts)
-        return Dense(np.concatenate([part.array for part in parts]))
+        return Dense(np.concatenate([ref.dense() for ref in refs]).astype(DTYPES[first.dtype]))
 
     type = DenseType((rows, *first.shape[1:]), first.dtype)
     return WeightRef(tensor, type, load, "; ".join(ref.source for ref in refs))
