@@ -55,7 +55,7 @@ _OTHER_MODULES = {
     },
 }
 _OF_ROPE = (DIVISORS, SHORT, LONG)  # tensors that are config["rope_scaling"] now
-_PERMUTED = ("llama", "mistral", "smollm3")
+_PERMUTED = ("llama", "mistral", "smollm3", "granite")
 _CHUNK = 1 << 24  # weights dequantized at a time: their float32 values take 64 MB
 
 

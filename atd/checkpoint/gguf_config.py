@@ -20,6 +20,7 @@ ARCHITECTURES = {
     "qwen3": ("Qwen3ForCausalLM", "qwen3"),
     "smollm3": ("SmolLM3ForCausalLM", "smollm3"),
     "phi3": ("Phi3ForCausalLM", "phi3"),
+    "granite": ("GraniteForCausalLM", "granite"),
     "bitnet": ("BitNetForCausalLM", "bitnet"),
     "bitnet-b1.58": ("BitNetForCausalLM", "bitnet"),
     "gemma3": ("Gemma3ForCausalLM", "gemma3_text"),
@@ -123,6 +124,7 @@ def gguf_config(
         "torch_dtype": "float16",
         **{key: value for key, value in tokens.items() if value is not None},
         **(_phi3_config(get, head_dim, rotary) if architecture == "phi3" else {}),
+        **(_granite_config(path, get, head_dim) if architecture == "granite" else {}),
         **(_gemma3_config(path, metadata, get, sizes, heads, head_dim) if gemma3 else {}),
     }
 
@@ -146,6 +148,20 @@ def _phi3_config(get: Callable, head_dim: int, rotary: int) -> dict:
         "partial_rotary_factor": rotary / head_dim,
         "original_max_position_embeddings": original,
         "sliding_window": get("attention.sliding_window", 0) or None,
+    }
+
+
+def _granite_config(path: Path, get: Callable, head_dim: int) -> dict:
+    """The multipliers of Granite, which llama.cpp takes for absent where they are 0."""
+    if not get("rope.scaling.finetuned", True):
+        raise BadInput(
+            f"{path}: granite.rope.scaling.finetuned is false: no rope, which is not supported"
+        )
+    return {
+        "embedding_multiplier": get("embedding_scale", 0.0) or 1.0,
+        "residual_multiplier": get("residual_scale", 0.0) or 1.0,
+        "attention_multiplier": get("attention.scale", 0.0) or head_dim**-0.5,
+        "logits_scaling": get("logit_scale"),
     }
 
 

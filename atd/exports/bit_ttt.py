@@ -23,7 +23,7 @@ from atd.ir import Graph, WeightRef
 from atd.ir.rewrite import float_inputs
 from atd.models import frontend
 from atd.models.bit_ttt import EPS, LAYOUT, MOST_BASES, NAMES
-from atd.models.config import parse_config
+from atd.models.config import GRANITE, parse_config
 from atd.models.llama import HEAD
 from atd.pipeline.card import bit_ttt_card
 from atd.pipeline.output import tokenizer_files
@@ -103,7 +103,7 @@ def _config(graph: Graph, source: Path) -> dict:
         "it has norms on q and k, and the engine has none": config.qk_norm,
         f"{', '.join(own[:1])} is a norm of a linear, and the engine has none": bool(own),
         f"model_type is {config.model_type}, and the engine runs llama": (
-            config.sub_norms or config.post_norms
+            config.sub_norms or config.post_norms or config.model_type == GRANITE
         ),
         f"matrices have {inputs} inputs, and the layout takes multiples of 4": any(
             count % 4 for count in inputs

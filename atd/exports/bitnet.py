@@ -27,7 +27,7 @@ from atd.exports.planes import (
 from atd.ir import INT8, Block, Graph, WeightRef
 from atd.ir.notes import DIVISOR, without
 from atd.models import frontend
-from atd.models.config import GEMMA3, PHI3
+from atd.models.config import GEMMA3, GRANITE, PHI3
 from atd.pipeline.card import bitnet_card
 from atd.pipeline.output import tokenizer_files
 from atd.progress import Report, Say, unheard
@@ -35,7 +35,11 @@ from atd.weights import DTYPES, DenseType
 from atd.weights.layouts import LAYOUTS
 
 LAYOUT = LAYOUTS["hf-bitnet"]
-_HELD_OTHERWISE = {GEMMA3: "gains of Gemma 3", PHI3: "joined matrices of Phi-3"}
+_HELD_OTHERWISE = {
+    GEMMA3: "gains of Gemma 3",
+    GRANITE: "multipliers of Granite",
+    PHI3: "joined matrices of Phi-3",
+}
 WAY = (
     "convert the dense model with atd convert MODEL OUT --recipe greedy3 --set decompose.bases=1, "
     "which has one base and one scale per matrix"

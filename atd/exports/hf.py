@@ -15,7 +15,7 @@ from atd.ir import Block, Graph, Node, WeightRef
 from atd.ir.notes import without
 from atd.models import frontend
 from atd.models.config import ModelConfig, parse_config
-from atd.models.gemma3 import stored_gain
+from atd.models.folds import stored_weight
 from atd.models.phi3 import join_weights
 from atd.pipeline.card import dense_card
 from atd.pipeline.output import tokenizer_files
@@ -82,10 +82,10 @@ def _config(graph: Graph, dtype: str) -> dict:
 
 
 def _dense(model: ModelConfig, unit: Block, node: Node, dtype: str) -> list[WeightRef]:
-    """The node's weights, dense, under the names and with the gains that transformers has."""
+    """The node's weights, dense, with the names and values that transformers has."""
     narrow = TORCH_DTYPES[dtype]
     return [
-        _dense_rows(stored_gain(model, ref), name, start, stop, narrow)
+        _dense_rows(stored_weight(model, ref), name, start, stop, narrow)
         for name, ref, start, stop in parts(unit, node)
     ]
 

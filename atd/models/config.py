@@ -7,8 +7,10 @@
     bitnet     relu(gate)^2 * up; RMS norms in front of o and down; biases by attention_bias
     smollm3    no rope in every fourth layer; biases by attention_bias and mlp_bias
     phi3       one window for all layers; a rope over a part of each head (`atd.models.phi3`)
+    granite    multipliers of embedding, residual, scores and logits (`atd.models.granite`); biases
+               by attention_bias and mlp_bias
     gemma3_text  gelu(gate) * up; RMS norms on q and k, and behind o and down; two ropes, one for
-               layers with a window; biases by attention_bias (`atd.models.gemma3`)
+               layers with a window; biases by attention_bias (`atd.models.gemma`)
 
 Source: transformers 5.24 (`models/*/configuration_*.py`, `modeling_rope_utils.py`).
 """
@@ -20,8 +22,9 @@ from atd.models.config_reader import ConfigReader
 from atd.models.layer_config import read_ropes, read_windows
 from atd.models.rope_config import read_rope, read_ropes_by_layer, read_rotary
 
-GEMMA3, PHI3 = "gemma3_text", "phi3"
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", PHI3, "bitnet", GEMMA3)
+GEMMA3, PHI3, GRANITE = "gemma3_text", "phi3", "granite"
+GEMMAS = (GEMMA3,)
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", PHI3, GRANITE, "bitnet", GEMMA3)
 _GATES = {  # activation of the gate -> op
     "silu": "silu_mul",
     "swish": "silu_mul",
@@ -30,8 +33,8 @@ _GATES = {  # activation of the gate -> op
 }
 # Families with other activations than silu: the default first.
 _ACTIVATIONS = {"bitnet": ("relu2", "silu", "swish"), GEMMA3: ("gelu_pytorch_tanh",)}
-_BIASED = ("llama", "qwen3", "smollm3", "bitnet", GEMMA3)  # by attention_bias
-_MLP_BIASED = ("llama", "smollm3")  # by mlp_bias
+_BIASED = ("llama", "qwen3", "smollm3", GRANITE, "bitnet", GEMMA3)  # by attention_bias
+_MLP_BIASED = ("llama", "smollm3", GRANITE)  # by mlp_bias
 _TIED = ("smollm3", GEMMA3)  # where the key is absent
 # Where the key is absent; llama: all heads.
 _KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32, "smollm3": 4, "bitnet": 5, GEMMA3: 4}
@@ -70,6 +73,8 @@ class ModelConfig:
     windowed_rope: tuple[float, tuple] | None = None  # theta and scaling of layers with a window
     embedding_scale: float = 1.0  # of the residual stream, which is divided by it here
     query_scale: float = 1.0  # of the scores, beyond 1 / sqrt(head_dim)
+    residual_scale: float = 1.0  # of what is added to the stream
+    logit_divisor: float = 1.0
 
     @property
     def stream_eps(self) -> float:
@@ -143,6 +148,14 @@ def parse_config(config: dict, origin) -> ModelConfig:
     else:
         rotary = read_rotary(read, head_dim)
         theta, scaling = read_rope(read, _THETAS.get(family, 10000.0), rotary)
+    embedding_scale, residual_scale, logit_divisor = 1.0, 1.0, 1.0
+    if family == GEMMA3:
+        embedding_scale = hidden**0.5
+    if family == GRANITE:
+        embedding_scale = read.number("embedding_multiplier", 1.0)
+        residual_scale = read.number("residual_multiplier", 1.0)
+        logit_divisor = read.number("logits_scaling", 1.0)
+        query_scale = read.number("attention_multiplier", 1.0) * head_dim**0.5
     ropes = read_ropes(family, layers, read)
     attention_bias = family in _BIASED and read.flag("attention_bias")
     return ModelConfig(
@@ -169,8 +182,10 @@ def parse_config(config: dict, origin) -> ModelConfig:
         sub_norms=family == "bitnet",
         post_norms=family == GEMMA3,
         windowed_rope=windowed_rope,
-        embedding_scale=hidden**0.5 if family == GEMMA3 else 1.0,
+        embedding_scale=embedding_scale,
         query_scale=query_scale,
+        residual_scale=residual_scale,
+        logit_divisor=logit_divisor,
     )
 
 

@@ -21,7 +21,7 @@ from atd.models.binder import Binder
 from atd.models.bit_ttt import BitTtt, is_bit_ttt
 from atd.models.bitnet import Bitnet, read_bitnet
 from atd.models.config import check_context, parse_config
-from atd.models.gemma3 import graph_gain
+from atd.models.folds import fold_of, graph_weight
 from atd.models.llama import EMBEDDING, HEAD, llama_graph
 from atd.models.names import by_plain_name
 from atd.models.phi3 import split_tensors
@@ -142,11 +142,16 @@ def _from_config(
 
     def reference(tensor: str, *shape: int) -> WeightRef:
         if type := checkpoint.types.get(tensor):
+            if fold_of(config, tensor):
+                binder.problems.append(
+                    f"{tensor} is {type}, and models of type {config.model_type} are read where it "
+                    "is dense"
+                )
             return binder.of_type(tensor, type, *shape)
         if coded and (weight := coded.weight(binder, tensor, shape)):
             return weight
         place = embedding if tensor == EMBEDDING else tensor
-        return graph_gain(config, binder.dense(tensor, *shape, place=place))
+        return graph_weight(config, binder.dense(tensor, *shape, place=place))
 
     graph = llama_graph(checkpoint.config, replace(config, tie_word_embeddings=tied), reference)
     if tied:

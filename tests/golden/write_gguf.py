@@ -115,6 +115,11 @@ def write_model(
         writer.add_sliding_window(config["sliding_window"])
         writer.add_rope_dimension_count(int(config["partial_rotary_factor"] * config["head_dim"]))
         add_longrope(writer, config)
+    if family == "granite":
+        writer.add_embedding_scale(config["embedding_multiplier"])
+        writer.add_residual_scale(config["residual_multiplier"])
+        writer.add_attention_scale(config["attention_multiplier"])
+        writer.add_logit_scale(config["logits_scaling"])
     if family == "gemma3_text":
         writer.add_sliding_window(config["sliding_window"])
         windowed = config["sliding_window_pattern"]

@@ -29,7 +29,7 @@ from atd.pipeline.convert import convert
 from atd.pipeline.recipe import read_recipe
 from tests.golden.write_gguf import GOLDEN
 
-FAMILIES = ("smollm3", "phi3")
+FAMILIES = ("smollm3", "phi3", "granite")
 ROTATED = Pipeline([FoldNorms(), Rotate(r3=True)])
 UNROTATED = ("gemma3",)  # whose residual stream stays as it is
 
@@ -159,10 +159,38 @@ def refused(folder: Path, arrays: dict[str, np.ndarray], message: str) -> None:
         frontend.open(folder)
 
 
-def test_other_formats_do_not_hold_joined_matrices(tmp_path):
-    with pytest.raises(BadInput, match="bitnet does not hold the joined matrices of Phi-3"):
-        export_bitnet(GOLDEN / "phi3", tmp_path / "out", say=quiet)
-    assert "rows of qkv_proj" in str(difference(frontend.open(GOLDEN / "phi3"), "m"))
+@pytest.mark.parametrize(
+    ("name", "held", "found"),
+    [
+        ("phi3", "joined matrices of Phi-3", "rows of qkv_proj"),
+        ("granite", "multipliers of Granite", "multipliers in the weights"),
+    ],
+)
+def test_other_formats_do_not_hold_such_weights(tmp_path, name, held, found):
+    with pytest.raises(BadInput, match=f"bitnet does not hold the {held}"):
+        export_bitnet(GOLDEN / name, tmp_path / "out", say=quiet)
+    assert found in str(difference(frontend.open(GOLDEN / name), "m"))
+
+
+# --- Granite --------------------------------------------------------------------------------------
+
+
+def test_multipliers_of_granite_are_in_its_weights():
+    graph, stored = frontend.open(GOLDEN / "granite"), tensors(GOLDEN / "granite")
+    dense = {ref.tensor: ref.dense() for _, ref in graph.weights()}
+    layer = "model.layers.0"
+    factors = {
+        "model.norm.weight": 1 / 0.5,
+        f"{layer}.self_attn.q_proj.bias": 0.25 * np.sqrt(8),
+        f"{layer}.mlp.down_proj.weight": 0.7 / 3,
+        f"{layer}.mlp.up_proj.weight": 1,
+        "model.embed_tokens.weight": 1,
+    }
+    for tensor, factor in factors.items():
+        np.testing.assert_allclose(dense[tensor], stored[tensor] * factor, rtol=1e-6)
+    assert graph.blocks[0].nodes[0].attrs["eps"] == pytest.approx(1e-2 / 9)
+    plain = dict.fromkeys(("residual_multiplier", "embedding_multiplier", "logits_scaling"))
+    assert parsed("granite", **plain).residual_scale == 1.0
 
 
 @pytest.mark.parametrize(
@@ -180,6 +208,8 @@ def test_other_formats_do_not_hold_joined_matrices(tmp_path):
         ("phi3", {"partial_rotary_factor": 0.5}, "short_factor is .* a list of 4 positive numbers"),
         ("phi3", {"rope_scaling": {"type": "linear2"}}, "rope type 'linear2' is not supported"),
         ("phi3", {"sliding_window": 0}, "sliding_window is 0"),
+        ("granite", {"residual_multiplier": 0}, "residual_multiplier is 0; expected a positive"),
+        ("granite", {"logits_scaling": "8"}, "logits_scaling is '8'; expected a positive number"),
         ("smollm3", {"layer_types": ["full_attention"]}, "layer_types is .* for each of 4 layers"),
     ],
 )
