@@ -181,6 +181,11 @@ def _plan_stream(plan: dict[str, Sides], unit: Block, rotation: Rotation) -> boo
 
     Returns whether the unit's output is the stream.
     """
+    if norm := _norm_on_stream(unit):
+        raise BadInput(
+            f"{norm} is added to the residual stream, and the gain of a norm does not commute with "
+            "a rotation; use r1 = false"
+        )
     stream, normed = {"x"}, set()
     for node in unit.nodes:
         name = unit.full_name(node)
@@ -203,11 +208,6 @@ def _plan_stream(plan: dict[str, Sides], unit: Block, rotation: Rotation) -> boo
         elif node.op == "add":
             for value in set(node.inputs) - stream:
                 writer = unit.node(value)
-                if writer.op == "rms_norm":
-                    raise BadInput(
-                        f"{unit.full_name(writer)} is added to the residual stream, and the gain "
-                        "of a norm does not commute with a rotation; use r1 = false"
-                    )
                 if writer.op != "linear" or unit.readers(value) != [node]:
                     raise BadInput(
                         f"{unit.full_name(writer)} is added to the residual stream, "

@@ -45,8 +45,13 @@ MODULES = {
     "ffn_sub_norm": "mlp.ffn_sub_norm",
     "ffn_down": "mlp.down_proj",
 }
+_POST_NORMS = {
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
 # Where an architecture has other modules under a name, or further ones.
 _OTHER_MODULES = {
+    "olmo2": _POST_NORMS,
     "phi3": {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
     "gemma3": {
         "post_attention_norm": "post_attention_layernorm",

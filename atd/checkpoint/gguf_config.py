@@ -21,6 +21,7 @@ ARCHITECTURES = {
     "smollm3": ("SmolLM3ForCausalLM", "smollm3"),
     "phi3": ("Phi3ForCausalLM", "phi3"),
     "granite": ("GraniteForCausalLM", "granite"),
+    "olmo2": ("Olmo2ForCausalLM", "olmo2"),
     "bitnet": ("BitNetForCausalLM", "bitnet"),
     "bitnet-b1.58": ("BitNetForCausalLM", "bitnet"),
     "gemma3": ("Gemma3ForCausalLM", "gemma3_text"),
@@ -83,6 +84,8 @@ def gguf_config(
         )
     heads, hidden = get("attention.head_count"), get("embedding_length")
     head_dim = get("attention.key_length", hidden // heads)
+    if architecture == "olmo2" and get("attention.sliding_window", 0):
+        raise BadInput(f"{path}: OLMo 3 (olmo2.attention.sliding_window) is not supported")
     rotary = get("rope.dimension_count", head_dim)
     equal = (
         "attention.value_length",

@@ -9,6 +9,8 @@
     phi3       one window for all layers; a rope over a part of each head (`atd.models.phi3`)
     granite    multipliers of embedding, residual, scores and logits (`atd.models.granite`); biases
                by attention_bias and mlp_bias
+    olmo2      norms behind o and down in place of those in front; RMS norms on q and k, over all
+               heads; biases by attention_bias
     gemma3_text  gelu(gate) * up; RMS norms on q and k, and behind o and down; two ropes, one for
                layers with a window; biases by attention_bias (`atd.models.gemma`)
 
@@ -22,9 +24,12 @@ from atd.models.config_reader import ConfigReader
 from atd.models.layer_config import read_ropes, read_windows
 from atd.models.rope_config import read_rope, read_ropes_by_layer, read_rotary
 
-GEMMA3, PHI3, GRANITE = "gemma3_text", "phi3", "granite"
+GEMMA3, PHI3, GRANITE, OLMO2 = "gemma3_text", "phi3", "granite", "olmo2"
 GEMMAS = (GEMMA3,)
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", PHI3, GRANITE, "bitnet", GEMMA3)
+FAMILIES = (
+    *("llama", "mistral", "qwen2", "qwen3", "smollm3", PHI3, GRANITE, OLMO2, "bitnet"),
+    *GEMMAS,
+)
 _GATES = {  # activation of the gate -> op
     "silu": "silu_mul",
     "swish": "silu_mul",
@@ -33,14 +38,14 @@ _GATES = {  # activation of the gate -> op
 }
 # Families with other activations than silu: the default first.
 _ACTIVATIONS = {"bitnet": ("relu2", "silu", "swish"), GEMMA3: ("gelu_pytorch_tanh",)}
-_BIASED = ("llama", "qwen3", "smollm3", GRANITE, "bitnet", GEMMA3)  # by attention_bias
+_BIASED = ("llama", "qwen3", "smollm3", GRANITE, OLMO2, "bitnet", GEMMA3)  # by attention_bias
 _MLP_BIASED = ("llama", "smollm3", GRANITE)  # by mlp_bias
 _TIED = ("smollm3", GEMMA3)  # where the key is absent
 # Where the key is absent; llama: all heads.
 _KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32, "smollm3": 4, "bitnet": 5, GEMMA3: 4}
 _HEAD_DIMS = {"qwen3": 128, GEMMA3: 256}  # where the key is absent; others: hidden_size / heads
 _THETAS = {"bitnet": 500000.0, "smollm3": 2e6}  # where the key is absent; others: 10000
-_EPS = {"bitnet": 1e-5, PHI3: 1e-5}  # where the key is absent; others: 1e-6
+_EPS = {"bitnet": 1e-5, PHI3: 1e-5, OLMO2: 1e-5}  # where the key is absent; others: 1e-6
 _MOST_LAYERS = 10_000  # more is a damaged file, and would be a graph that fills the memory
 
 
@@ -70,6 +75,8 @@ class ModelConfig:
     gate: str = "silu_mul"  # the op that joins gate and up
     sub_norms: bool = False  # in front of o and down
     post_norms: bool = False  # behind o and down
+    pre_norms: bool = True  # in front of q, k, v and of gate, up
+    wide_qk_norm: bool = False  # that of q and k is over all heads, not over each
     windowed_rope: tuple[float, tuple] | None = None  # theta and scaling of layers with a window
     embedding_scale: float = 1.0  # of the residual stream, which is divided by it here
     query_scale: float = 1.0  # of the scores, beyond 1 / sqrt(head_dim)
@@ -177,10 +184,12 @@ def parse_config(config: dict, origin) -> ModelConfig:
         qkv_bias=family == "qwen2" or attention_bias,
         o_bias=attention_bias,
         mlp_bias=family in _MLP_BIASED and read.flag("mlp_bias"),
-        qk_norm=family in ("qwen3", GEMMA3),
+        qk_norm=family in ("qwen3", OLMO2, GEMMA3),
+        wide_qk_norm=family == OLMO2,
         gate=gate,
         sub_norms=family == "bitnet",
-        post_norms=family == GEMMA3,
+        post_norms=family in (OLMO2, GEMMA3),
+        pre_norms=family != OLMO2,
         windowed_rope=windowed_rope,
         embedding_scale=embedding_scale,
         query_scale=query_scale,

@@ -2,6 +2,7 @@
 config says."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from atd.ir import Attr, Block, Graph, Node, WeightRef
 from atd.ir.rewrite import slices
@@ -45,96 +46,128 @@ def decoder_block(
     name: str, model: ModelConfig, layer: int, reference: Reference, fused: bool
 ) -> Block:
     """Builds a decoder layer: h = x + attention(norm(x)), then h + mlp(norm(h)); with norms of what
-    is added where the family has them.
+    is added where the family has them, in place of these or besides.
 
     Args:
         name: in front of its nodes' names, "model.layers.0".
         layer: its number, from 0.
     """
-    hidden, head_dim, mlp = model.hidden_size, model.head_dim, model.intermediate_size
-    heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
+    make = _Layer(name, model, layer, reference, fused)
+    attended = make.attention("x")
+    between = Node("self_attn.residual", "add", ("x", attended[-1].name))
+    gated = make.mlp(between.name)
+    last = Node("mlp.residual", "add", (between.name, gated[-1].name))
+    return Block(name, (*attended, between, *gated, last))
 
-    def linear(module: str, value: str, inputs: int, out: int, bias: bool) -> Node:
-        weights = {"weight": reference(f"{name}.{module}.weight", out, inputs)}
+
+@dataclass(frozen=True)
+class _Layer:
+    """Makes the nodes of a decoder layer; fields as the arguments of `decoder_block`."""
+
+    name: str
+    model: ModelConfig
+    layer: int
+    reference: Reference
+    fused: bool
+
+    def attention(self, stream: str) -> list[Node]:
+        """The nodes from a value of the stream to what attention adds to it."""
+        model, head_dim = self.model, self.model.head_dim
+        heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
+        before, source = self._before(stream, "input_layernorm")
+        query, key, value = (f"self_attn.{part}_proj" for part in "qkv")
+        outs = {query: heads * head_dim, key: kv_heads * head_dim, value: kv_heads * head_dim}
+        nodes = [*before, *self._linears("self_attn.qkv_proj", source, outs, model.qkv_bias)]
+        if model.qk_norm:
+            nodes.append(self._qk_norm("self_attn.q_norm", query, heads))
+            nodes.append(self._qk_norm("self_attn.k_norm", key, kv_heads))
+            query, key = "self_attn.q_norm", "self_attn.k_norm"
+        if model.ropes[self.layer]:
+            nodes.append(Node("self_attn.q_rope", "rope", (query,), attrs=self._rope()))
+            nodes.append(Node("self_attn.k_rope", "rope", (key,), attrs=self._rope()))
+            query, key = "self_attn.q_rope", "self_attn.k_rope"
+        attrs: dict[str, Attr] = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+        attrs["window"] = model.windows[self.layer]
+        nodes.append(Node("self_attn.attention", "attention", (query, key, value), attrs=attrs))
+        return nodes + self._out(
+            ("self_attn.attn_sub_norm", "self_attn.o_proj", "post_attention_layernorm"),
+            nodes[-1].name,
+            heads * head_dim,
+            model.o_bias,
+        )
+
+    def mlp(self, stream: str) -> list[Node]:
+        """The nodes from a value of the stream to what the MLP adds to it."""
+        model, width = self.model, self.model.intermediate_size
+        norm = "pre_feedforward_layernorm" if model.post_norms else "post_attention_layernorm"
+        before, source = self._before(stream, norm)
+        outs = {"mlp.gate_proj": width, "mlp.up_proj": width}
+        gate = Node(f"mlp.{model.gate}", model.gate, ("mlp.gate_proj", "mlp.up_proj"))
+        return [
+            *before,
+            *self._linears("mlp.gate_up_proj", source, outs, model.mlp_bias),
+            gate,
+            *self._out(
+                ("mlp.ffn_sub_norm", "mlp.down_proj", "post_feedforward_layernorm"),
+                gate.name,
+                width,
+                model.mlp_bias,
+            ),
+        ]
+
+    def _before(self, stream: str, module: str) -> tuple[list[Node], str]:
+        """The norm in front of what reads the stream, none in some families; and what is read."""
+        if not self.model.pre_norms:
+            return [], stream
+        norm = self._norm(module, stream, self.model.hidden_size, eps=self.model.stream_eps)
+        return [norm], norm.name
+
+    def _out(self, modules: tuple[str, str, str], value: str, width: int, bias: bool) -> list[Node]:
+        """The linear that writes to the stream, with the norms around it that the family has.
+
+        modules: the norm in front of it, itself, the norm behind it.
+        """
+        before, module, behind = modules
+        hidden, nodes = self.model.hidden_size, []
+        if self.model.sub_norms:
+            nodes.append(self._norm(before, value, width))
+        source = before if self.model.sub_norms else value
+        nodes.append(self._linear(module, source, width, hidden, bias))
+        if self.model.post_norms:
+            nodes.append(self._norm(behind, module, hidden))
+        return nodes
+
+    def _linear(self, module: str, value: str, inputs: int, out: int, bias: bool) -> Node:
+        weights = {"weight": self.reference(f"{self.name}.{module}.weight", out, inputs)}
         if bias:
-            weights["bias"] = reference(f"{name}.{module}.bias", out)
+            weights["bias"] = self.reference(f"{self.name}.{module}.bias", out)
         return Node(module, "linear", (value,), weights)
 
-    def linears(joined: str, value: str, outs: dict[str, int], bias: bool) -> list[Node]:
+    def _linears(self, joined: str, value: str, outs: dict[str, int], bias: bool) -> list[Node]:
         """Linears of one input by name and width; fused: one of them, cut into these parts."""
-        if not fused:
-            return [linear(module, value, hidden, out, bias) for module, out in outs.items()]
-        return [linear(joined, value, hidden, sum(outs.values()), bias), *slices(joined, outs)]
+        inputs = self.model.hidden_size
+        if not self.fused:
+            return [self._linear(module, value, inputs, out, bias) for module, out in outs.items()]
+        whole = self._linear(joined, value, inputs, sum(outs.values()), bias)
+        return [whole, *slices(joined, outs)]
 
-    def norm(module: str, value: str, width: int, **attrs: Attr) -> Node:
-        weights = {"weight": reference(f"{name}.{module}.weight", width)}
-        return Node(module, "rms_norm", (value,), weights, {"eps": model.rms_norm_eps, **attrs})
+    def _norm(self, module: str, value: str, width: int, **attrs: Attr) -> Node:
+        weights = {"weight": self.reference(f"{self.name}.{module}.weight", width)}
+        eps = {"eps": self.model.rms_norm_eps}
+        return Node(module, "rms_norm", (value,), weights, eps | attrs)
 
-    def normed(node: Node, module: str, width: int, has_norm: bool) -> list[Node]:
-        """The node, and the norm of its value where the family has one there."""
-        return [node, norm(module, node.name, width)] if has_norm else [node]
+    def _qk_norm(self, module: str, value: str, heads: int) -> Node:
+        """The norm of q or k, over each head or over all."""
+        head_dim = self.model.head_dim
+        if self.model.wide_qk_norm:
+            return self._norm(module, value, heads * head_dim)
+        return self._norm(module, value, head_dim, head_dim=head_dim)
 
-    window = model.windows[layer]
-    theta, scaling = model.rope_theta, model.rope_scaling
-    if window and model.windowed_rope:
-        theta, scaling = model.windowed_rope
-    rope: dict[str, Attr] = {"head_dim": head_dim, "theta": theta, "scaling": scaling}
-    if model.rotary < head_dim:
-        rope["rotary"] = model.rotary
-    attention: dict[str, Attr] = {
-        "heads": heads,
-        "kv_heads": kv_heads,
-        "head_dim": head_dim,
-        "window": window,
-    }
-    query, key, value = (f"self_attn.{part}_proj" for part in "qkv")
-    outs = {query: heads * head_dim, key: kv_heads * head_dim, value: kv_heads * head_dim}
-    nodes = [
-        norm("input_layernorm", "x", hidden, eps=model.stream_eps),
-        *linears("self_attn.qkv_proj", "input_layernorm", outs, model.qkv_bias),
-    ]
-    if model.qk_norm:
-        nodes.append(norm("self_attn.q_norm", query, head_dim, head_dim=head_dim))
-        nodes.append(norm("self_attn.k_norm", key, head_dim, head_dim=head_dim))
-        query, key = "self_attn.q_norm", "self_attn.k_norm"
-    if model.ropes[layer]:
-        nodes.append(Node("self_attn.q_rope", "rope", (query,), attrs=rope))
-        nodes.append(Node("self_attn.k_rope", "rope", (key,), attrs=rope))
-        query, key = "self_attn.q_rope", "self_attn.k_rope"
-    mixed = normed(
-        Node("self_attn.attention", "attention", (query, key, value), attrs=attention),
-        "self_attn.attn_sub_norm",
-        heads * head_dim,
-        model.sub_norms,
-    )
-    attended = normed(
-        linear("self_attn.o_proj", mixed[-1].name, heads * head_dim, hidden, model.o_bias),
-        "post_attention_layernorm",
-        hidden,
-        model.post_norms,
-    )
-    before_mlp = "pre_feedforward_layernorm" if model.post_norms else "post_attention_layernorm"
-    gated = normed(
-        Node(f"mlp.{model.gate}", model.gate, ("mlp.gate_proj", "mlp.up_proj")),
-        "mlp.ffn_sub_norm",
-        mlp,
-        model.sub_norms,
-    )
-    written = normed(
-        linear("mlp.down_proj", gated[-1].name, mlp, hidden, model.mlp_bias),
-        "post_feedforward_layernorm",
-        hidden,
-        model.post_norms,
-    )
-    outs = {"mlp.gate_proj": mlp, "mlp.up_proj": mlp}
-    nodes += [
-        *mixed,
-        *attended,
-        Node("self_attn.residual", "add", ("x", attended[-1].name)),
-        norm(before_mlp, "self_attn.residual", hidden, eps=model.stream_eps),
-        *linears("mlp.gate_up_proj", before_mlp, outs, model.mlp_bias),
-        *gated,
-        *written,
-        Node("mlp.residual", "add", ("self_attn.residual", written[-1].name)),
-    ]
-    return Block(name, tuple(nodes))
+    def _rope(self) -> dict[str, Attr]:
+        """The attrs of a rope."""
+        model = self.model
+        theta, scaling = model.rope_theta, model.rope_scaling
+        if model.windows[self.layer] and model.windowed_rope:
+            theta, scaling = model.windowed_rope
+        attrs: dict[str, Attr] = {"head_dim": model.head_dim, "theta": theta, "scaling": scaling}
+        return attrs | ({"rotary": model.rotary} if model.rotary < model.head_dim else {})

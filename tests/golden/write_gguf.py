@@ -34,6 +34,7 @@ GEMMA_NAMES = {
 }
 OTHER_NAMES = {
     "gemma3_text": GEMMA_NAMES,
+    "olmo2": GEMMA_NAMES,
     "phi3": {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"},
 }
 

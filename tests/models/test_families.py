@@ -8,6 +8,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -27,11 +28,11 @@ from atd.passes.rotate import Rotate
 from atd.pipeline import Pipeline
 from atd.pipeline.convert import convert
 from atd.pipeline.recipe import read_recipe
-from tests.golden.write_gguf import GOLDEN
+from tests.golden.write_gguf import GOLDEN, write_gguf
 
-FAMILIES = ("smollm3", "phi3", "granite")
+FAMILIES = ("smollm3", "phi3", "granite", "olmo2")
 ROTATED = Pipeline([FoldNorms(), Rotate(r3=True)])
-UNROTATED = ("gemma3",)  # whose residual stream stays as it is
+UNROTATED = ("olmo2", "gemma3")  # whose residual stream stays as it is
 
 
 def quiet(line: str) -> None:
@@ -56,7 +57,7 @@ def test_prefill_and_decode_are_the_forward_pass(name):
         last, cache = model.decode(tokens[:, position], cache)
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, *UNROTATED])
+@pytest.mark.parametrize("name", sorted({*FAMILIES, *UNROTATED}))
 def test_rotated_models_are_the_same_and_say_what_is_left_out(tmp_path, name):
     lines, tokens = [], tokens_of(name)
     out = convert(GOLDEN / name, tmp_path / "out", ROTATED, say=lines.append)
@@ -75,7 +76,7 @@ def test_a_rotation_that_was_asked_for_is_refused(tmp_path, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*FAMILIES, *UNROTATED])
+@pytest.mark.parametrize("name", sorted({*FAMILIES, *UNROTATED}))
 def test_the_adaptive_recipe_converts(tmp_path, name):
     folder = tmp_path / "m"
     shutil.copytree(GOLDEN / name, folder)
@@ -191,6 +192,32 @@ def test_multipliers_of_granite_are_in_its_weights():
     assert graph.blocks[0].nodes[0].attrs["eps"] == pytest.approx(1e-2 / 9)
     plain = dict.fromkeys(("residual_multiplier", "embedding_multiplier", "logits_scaling"))
     assert parsed("granite", **plain).residual_scale == 1.0
+
+
+# --- OLMo 2 ---------------------------------------------------------------------------------------
+
+
+def test_norms_of_olmo2():
+    block = frontend.open(GOLDEN / "olmo2").blocks[0]
+    assert block.node("self_attn.q_proj").inputs == ("x",)
+    assert block.node("mlp.up_proj").inputs == ("self_attn.residual",)
+    assert block.node("mlp.residual").inputs == ("self_attn.residual", "post_feedforward_layernorm")
+    norms = {
+        node.name: node.weights["weight"].type.shape for node in block.nodes if "eps" in node.attrs
+    }
+    assert norms == {
+        "self_attn.q_norm": (32,),
+        "self_attn.k_norm": (16,),
+        "post_attention_layernorm": (32,),
+        "post_feedforward_layernorm": (32,),
+    }
+
+
+def test_a_gguf_file_of_olmo3_is_refused(tmp_path):
+    window = {"olmo2.attention.sliding_window": 4096}
+    write_gguf(tmp_path / "m.gguf", "olmo2", gguf.GGMLQuantizationType.F32, window)
+    with pytest.raises(BadInput, match=r"OLMo 3 .* is not supported"):
+        frontend.open(tmp_path / "m.gguf")
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ FOLDERS = (
     "qwen2",
     "qwen3",
 )  # whose stream can be rotated
-FAMILIES = ("llama_yarn", "llama32", "qwen3_tied", "smollm3", "phi3", "granite", "gemma3")
+FAMILIES = ("llama_yarn", "llama32", "qwen3_tied", "smollm3", "phi3", "granite", "olmo2", "gemma3")
 
 
 def distance(model, golden) -> float:
@@ -59,6 +59,7 @@ def test_logits_of_a_trained_model(trained):
         "smollm3",
         "phi3",
         "granite",
+        "olmo2",
     ],
 )
 def test_logits_of_gguf(tmp_path, name):
@@ -107,6 +108,7 @@ def with_attrs(graph: Graph, op: str, **attrs) -> Graph:
         ("phi3", "rope", {"scaling": ()}),
         ("phi3", "attention", {"window": 0}),
         ("granite", "rms_norm", {"eps": 1e-2}),
+        ("olmo2", "rms_norm", {"eps": 1e-2}),
         ("gemma3", "rms_norm", {"eps": 1e-2}),
         ("gemma3", "attention", {"window": 6}),
     ],
