@@ -242,7 +242,7 @@ def test_unsupported_architecture_is_refused_before_tensors_are_read(tmp_path, c
 
 def test_a_config_without_an_architecture_says_so(tmp_path):
     message = refused(copied(tmp_path, "llama_mha", {"model_type": None, "architectures": ["A"]}))
-    assert message.endswith("model_type is missing (A); supported: {', '.join(FAMILIES)}")
+    assert message.endswith(f"model_type is missing (A); supported: {', '.join(FAMILIES)}")
 
 
 @pytest.mark.parametrize(
