@@ -11,7 +11,7 @@ import sys
 
 import tyro
 
-from atd.cli import convert, generate, run, study  # noqa: F401  they enter their commands
+from atd.cli import chat, convert, generate, run, study  # noqa: F401  they enter their commands
 from atd.cli.options import app, check_once
 from atd.errors import AtdError, BadInput, RunFailed
 from atd.host import keep_compiled, one_blas_thread
@@ -22,9 +22,10 @@ A JAX compiler for the weights of language models: every matrix becomes a sum of
 packed, and runs under jit.
 
 Start with `atd demo` (a real model, under 5 minutes), then `atd convert MODEL OUT`, `atd eval OUT
---against MODEL --data TEXT`, `atd generate OUT`. MODEL is a Hugging Face folder (safetensors), a
-.gguf file, a folder that atd made, or a model of the Hugging Face hub, user/repo[@revision]. `atd
---version` prints the version, `--debug` behind any command shows the traceback of an error."""
+--against MODEL --data TEXT`, `atd generate OUT`, `atd chat OUT`. MODEL is a Hugging Face folder
+(safetensors), a .gguf file, a folder that atd made, or a model of the Hugging Face hub,
+user/repo[@revision]. `atd --version` prints the version, `--debug` behind any command shows the
+traceback of an error."""
 
 
 def main(prefix: tuple[str, ...] = ()) -> None:

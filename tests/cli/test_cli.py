@@ -10,7 +10,7 @@ from typing import get_type_hints
 
 import pytest
 
-from atd.cli import convert, generate, run, study
+from atd.cli import chat, convert, generate, run, study
 from atd.errors import BadInput
 from atd.reports.tables import console
 from atd.runtime.compare import LoadedCheckpoint
@@ -24,6 +24,7 @@ COMMANDS = [
     "eval",
     "study",
     "generate",
+    "chat",
     "bench",
     "inspect",
     "verify",
@@ -54,7 +55,9 @@ def test_every_option_has_a_help_text(atd, command):
     assert code == 0
     assert "usage: atd" in out
     name = "evaluate" if command == "eval" else command
-    function = next(getattr(m, name) for m in (convert, generate, run, study) if hasattr(m, name))
+    function = next(
+        getattr(m, name) for m in (chat, convert, generate, run, study) if hasattr(m, name)
+    )
     for option, hint in get_type_hints(function, include_extras=True).items():
         own = any(getattr(mark, "help", None) for mark in getattr(hint, "__metadata__", ()))
         documented = own or re.search(rf"^ +{option}: \S", function.__doc__, re.MULTILINE)
