@@ -27,7 +27,7 @@ from atd.exports.planes import (
 from atd.ir import INT8, Block, Graph, WeightRef
 from atd.ir.notes import DIVISOR, without
 from atd.models import frontend
-from atd.models.config import GEMMA3, GRANITE, PHI3
+from atd.models.config import GEMMA3, GRANITE, PHI3, both_dtypes
 from atd.pipeline.card import bitnet_card
 from atd.pipeline.output import tokenizer_files
 from atd.progress import Report, Say, unheard
@@ -169,7 +169,7 @@ def _config(graph: Graph, norm_eps: float | None, rounds: bool) -> dict:
     config = without(graph.config, "dtype", "torch_dtype")
     own = graph.config.get("torch_dtype", graph.config.get("dtype", "float32"))
     dtype = own if rounds else "float32"
-    return config | {"torch_dtype": dtype, "quantization_config": quantization}
+    return both_dtypes(config | {"torch_dtype": dtype, "quantization_config": quantization})
 
 
 def _entries(unit: Block, scale_dtype: str, dtype: str | None) -> list[Entry]:

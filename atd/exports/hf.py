@@ -78,7 +78,7 @@ def export_hf(
 
 def _config(graph: Graph, dtype: str) -> dict:
     """The model's config.json as that of dense weights."""
-    return without(graph.config, "quantization_config", "dtype") | {"torch_dtype": dtype}
+    return without(graph.config, "quantization_config") | {"torch_dtype": dtype, "dtype": dtype}
 
 
 def _dense(model: ModelConfig, unit: Block, node: Node, dtype: str) -> list[WeightRef]:

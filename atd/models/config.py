@@ -216,3 +216,13 @@ def _check_gemma3(read: ConfigReader) -> None:
             raise read.error(f"{key} {read.values[key]!r} is not supported; supported: null")
     if read.flag("use_bidirectional_attention"):
         raise read.error("use_bidirectional_attention is not supported; supported: false")
+
+
+def both_dtypes(config: dict) -> dict:
+    """Returns a config.json whose dtype stands under both of its names, where it has one.
+
+    transformers reads `dtype` from version 5 on, and `torch_dtype` before.
+    """
+    names = ("dtype", "torch_dtype")
+    known = [config[name] for name in names if name in config]
+    return config | {name: known[0] for name in names if known and name not in config}

@@ -18,6 +18,7 @@ from atd.checkpoint.writer import file_digest, write_file
 from atd.errors import BadInput
 from atd.ir import Graph
 from atd.models import frontend
+from atd.models.config import both_dtypes
 from atd.models.frontend import FORMAT_VERSION
 from atd.pipeline.card import converted_card
 from atd.pipeline.recipe import Recipe
@@ -62,7 +63,7 @@ def write_metadata(
         "format_version": FORMAT_VERSION,
         "passes": [str(step) for step in recipe.pipeline.passes],
     }
-    config = graph.config | {"quantization_config": quantization}
+    config = both_dtypes(graph.config) | {"quantization_config": quantization}
     size = sum(ref.type.nbytes for _, ref in graph.weights())
     files = {
         "config.json": json.dumps(config, indent=2) + "\n",

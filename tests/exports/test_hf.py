@@ -40,7 +40,7 @@ def test_export_is_the_converted_model(stories260k, tmp_path, recipe):
     )
     config = json.loads((exported / "config.json").read_text())
     assert "quantization_config" not in config
-    assert config["torch_dtype"] == "float32"
+    assert config["torch_dtype"] == config["dtype"] == "float32"
     assert (exported / "tokenizer.json").exists()
     tokens = np.arange(40, dtype=np.int32).reshape(2, 20)
     np.testing.assert_allclose(load(exported)(tokens), load(converted)(tokens), atol=1e-4)

@@ -101,7 +101,8 @@ def test_bitnet_of_a_converted_model(tmp_path):
     assert any("logits change by" in line for line in said)
     config = json.loads((out / "config.json").read_text())
     assert config["quantization_config"]["linear_class"] == "autobitlinear"
-    assert config["torch_dtype"] == "float32"  # transformers computes in one dtype
+    # transformers computes in one dtype
+    assert config["torch_dtype"] == config["dtype"] == "float32"
     assert {str(array.dtype) for array in tensors(out).values()} == {"uint8", "float32"}
 
 

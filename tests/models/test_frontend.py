@@ -12,7 +12,7 @@ from atd.checkpoint.safetensors import SINGLE
 from atd.errors import BadInput
 from atd.ir import Graph, in_memory
 from atd.models import frontend
-from atd.models.config import FAMILIES, parse_config
+from atd.models.config import FAMILIES, both_dtypes, parse_config
 from atd.weights import Dense, Packed, PackedType, Ternary, TernaryType, stored
 from tests.golden.write_gguf import GOLDEN
 
@@ -334,6 +334,13 @@ def test_defaults_are_those_of_transformers():
     assert parsed(**sliding, max_window_layers=1).windows == (0, 7)
     assert parsed(**sliding, layer_types=["sliding_attention", "full_attention"]).windows == (7, 0)
     assert parsed(**{**sliding, "use_sliding_window": False}, max_window_layers=0).windows == (0, 0)
+
+
+def test_a_dtype_stands_under_both_of_its_names():
+    both = {"torch_dtype": "float16", "dtype": "float16"}
+    for config in (both, {"torch_dtype": "float16"}, {"dtype": "float16"}):
+        assert both_dtypes(config) == both
+    assert both_dtypes({"model_type": "llama"}) == {"model_type": "llama"}
 
 
 def test_rope_in_both_spellings():
