@@ -19,7 +19,8 @@ from gguf import GGMLQuantizationType
 from safetensors.numpy import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 
-from atd.checkpoint.files import read_text
+from atd.checkpoint.conversation import read_conversation, write_conversation
+from atd.checkpoint.files import read_prompts, read_text
 from atd.checkpoint.reader import open_tokenizer
 from atd.checkpoint.safetensors import INDEX, SINGLE
 from atd.exports.bit_ttt import export_bit_ttt
@@ -341,6 +342,12 @@ def _text(folder: Path) -> dict[str, Mutator]:
     return {"rows.jsonl": change}
 
 
+def _conversation(folder: Path) -> dict[str, Mutator]:
+    said = [{"role": "user" if i % 2 else "assistant", "content": f"{i}."} for i in range(6)]
+    write_conversation(folder / "talk.json", "stories", said)
+    return {"talk.json": change_json}
+
+
 KINDS = (
     Kind("safetensors", _safetensors, read_model),
     Kind("index.json", _index, read_model),
@@ -358,4 +365,6 @@ KINDS = (
     Kind("chat template", _template, read_tokenizer),
     Kind("recipe", _recipe, read_pipeline, writes=True),
     Kind("JSON Lines", _text, lambda folder: read_text(folder / "rows.jsonl")),
+    Kind("prompts", _text, lambda folder: read_prompts(folder / "rows.jsonl")),
+    Kind("conversation", _conversation, lambda folder: read_conversation(folder / "talk.json")),
 )
