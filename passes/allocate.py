@@ -319,7 +319,7 @@ def _ends(graph: Graph) -> dict[str, Node]:
 
     Other linears beside them (a rotation that is not Hadamard's) stay.
     """
-    embed, head = graph.prologue.nodes[0], graph.epilogue.nodes[-1]
+    embed, head = graph.prologue.nodes[0], graph.head
     named = {graph.prologue.full_name(embed): embed, graph.epilogue.full_name(head): head}
     return {name: node for name, node in named.items() if node.is_dense_matrix}
 

@@ -339,8 +339,9 @@ def _rotate_around(graph: Graph, rotation: Rotation, embedding: bool) -> Graph:
         for n in epilogue.nodes
     ]
     if embedding:
-        back = linear(epilogue, HEAD, nodes[-1].inputs[0], transpose=True)
-        nodes[-1:] = [back, replace(nodes[-1], inputs=(HEAD,))]
+        at = epilogue.nodes.index(graph.head)
+        back = linear(epilogue, HEAD, nodes[at].inputs[0], transpose=True)
+        nodes[at : at + 1] = [back, replace(nodes[at], inputs=(HEAD,))]
     return replace(
         graph,
         prologue=prologue if embedding else replace(prologue, nodes=(*prologue.nodes, into)),

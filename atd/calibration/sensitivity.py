@@ -94,7 +94,7 @@ def fisher_losses(
         name: 0.5 * np.array([_beyond(type) for type in candidates[name]]) * (error @ squares[name])
         for name, error in errors.items()
     }
-    embed, head = graph.prologue.nodes[0], graph.epilogue.full_name(graph.epilogue.nodes[-1])
+    embed, head = graph.prologue.nodes[0], graph.epilogue.full_name(graph.head)
     if (name := graph.prologue.full_name(embed)) not in candidates:
         return losses, {}
     flat = gradient.reshape(-1, gradient.shape[-1]).astype(np.float64)
@@ -229,7 +229,7 @@ def output_gradients(
         E[g^2] float64 [out] at the output of each linear, by name; g float32 [windows, context, D]
         at the output of the embedding. g is the gradient of -log p(label), summed over positions.
     """
-    squares, head = {}, graph.epilogue.full_name(graph.epilogue.nodes[-1])
+    squares, head = {}, graph.epilogue.full_name(graph.head)
     gradient, squares[head] = _head_gradient(graph, inputs[-1], seed)
     step, done = windows_holding(BATCH, inputs[0].shape[1]), len(graph.units) + 1
     _tell(progress, graph, done, graph.epilogue)
@@ -263,7 +263,7 @@ def _tell(progress: Report, graph: Graph, done: int, unit: Block) -> None:
 def _head_gradient(graph: Graph, x: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Gradient of -log p(label) by the epilogue's input x [windows, context, D]; E[g^2] [V] there.
 
-    At the logits E[g^2] = E[p (1 - p)].
+    At the logits E[g^2] = E[p (1 - p)], g the gradient at what the head makes.
     """
     weights, embedding = dense_weights(graph.epilogue.nodes), None
     if graph.is_tied:
@@ -307,13 +307,19 @@ def _unit_gradient(
 
 @partial(jax.jit, static_argnames="structure")
 def _label_gradient(structure: Structure, weights: Weights, embedding, x, key):
-    """Gradient by x [1, P, D] of sum -log p(label), labels drawn from p; sum p (1 - p) [V]."""
+    """Gradient by x [1, P, D] of sum -log p(label), labels drawn from p; sum p (1 - p) [V], times
+    the squared slope of a softcap of the logits.
+    """
+    caps = [node.attrs["cap"] for node in structure.block.nodes if node.op == "softcap"]
 
     def loss(x):
         logits = output(structure.block, weights, x, embedding=embedding)  # [1, P, V]
         logp = jax.nn.log_softmax(logits)
         labels = jax.random.categorical(key, jax.lax.stop_gradient(logp))[..., None]
-        spread = jnp.sum(jnp.exp(logp) * -jnp.expm1(logp), (0, 1))
+        spread = jnp.exp(logp) * -jnp.expm1(logp)
+        for cap in caps:
+            spread *= jnp.square(1 - jnp.square(logits / cap))
+        spread = jnp.sum(spread, (0, 1))
         return -jnp.sum(jnp.take_along_axis(logp, labels, axis=-1)), spread
 
     return jax.grad(loss, has_aux=True)(x)

@@ -45,6 +45,7 @@ MODULES = {
     "ffn_sub_norm": "mlp.ffn_sub_norm",
     "ffn_down": "mlp.down_proj",
 }
+_GEMMAS = ("gemma2", "gemma3")
 _POST_NORMS = {
     "post_attention_norm": "post_attention_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
@@ -53,11 +54,7 @@ _POST_NORMS = {
 _OTHER_MODULES = {
     "olmo2": _POST_NORMS,
     "phi3": {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
-    "gemma3": {
-        "post_attention_norm": "post_attention_layernorm",
-        "ffn_norm": "pre_feedforward_layernorm",
-        "post_ffw_norm": "post_feedforward_layernorm",
-    },
+    **dict.fromkeys(_GEMMAS, _POST_NORMS | {"ffn_norm": "pre_feedforward_layernorm"}),
 }
 _OF_ROPE = (DIVISORS, SHORT, LONG)  # tensors that are config["rope_scaling"] now
 _PERMUTED = ("llama", "mistral", "smollm3", "granite")
@@ -91,7 +88,7 @@ def open_gguf(path: Path) -> tuple[dict, dict[str, StoredTensor], dict[str, Weig
             continue
         name = _hugging_face_name(entry.name, modules)
         order = next((partial(halves, heads=n) for part, n in heads.items() if part in name), None)
-        if architecture == "gemma3" and name.endswith("norm.weight"):
+        if architecture in _GEMMAS and name.endswith("norm.weight"):
             order = _without_one
         if type := _ternary_type(entry):
             types[name] = type
@@ -205,7 +202,7 @@ def halves(values: np.ndarray, heads: int) -> np.ndarray:
 
 
 def _without_one(gain: np.ndarray) -> np.ndarray:
-    """The w of a gain 1 + w, which files of Gemma 3 hold as the sum."""
+    """The w of a gain 1 + w, which files of Gemma hold as the sum."""
     return gain - gain.dtype.type(1)
 
 

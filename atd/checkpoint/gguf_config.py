@@ -24,11 +24,12 @@ ARCHITECTURES = {
     "olmo2": ("Olmo2ForCausalLM", "olmo2"),
     "bitnet": ("BitNetForCausalLM", "bitnet"),
     "bitnet-b1.58": ("BitNetForCausalLM", "bitnet"),
+    "gemma2": ("Gemma2ForCausalLM", "gemma2"),
     "gemma3": ("Gemma3ForCausalLM", "gemma3_text"),
 }
 # Embedding length, blocks and feed forward length of bitnet-b1.58-2B-4T.
 _BITNET_2B_4T = (2560, 30, 6912)
-_GEMMA3_27B = 62  # its number of layers, by which llama.cpp knows it
+_GEMMA_27B = {"gemma2": 46, "gemma3": 62}  # its number of layers, by which llama.cpp knows it
 
 
 def check_architecture(path: Path, metadata: Mapping[str, Any]) -> str:
@@ -98,7 +99,7 @@ def gguf_config(
                 f"a difference is not supported"
             )
     theta = get("rope.freq_base", 10000.0)
-    gemma3 = architecture == "gemma3"
+    is_gemma = architecture in _GEMMA_27B
     tokens = {
         f"{kind}_token_id": metadata.get(f"tokenizer.ggml.{kind}_token_id")
         for kind in ("bos", "eos")
@@ -128,7 +129,7 @@ def gguf_config(
         **{key: value for key, value in tokens.items() if value is not None},
         **(_phi3_config(get, head_dim, rotary) if architecture == "phi3" else {}),
         **(_granite_config(path, get, head_dim) if architecture == "granite" else {}),
-        **(_gemma3_config(path, metadata, get, sizes, heads, head_dim) if gemma3 else {}),
+        **(_gemma_config(path, metadata, get, sizes, heads, head_dim) if is_gemma else {}),
     }
 
 
@@ -168,7 +169,7 @@ def _granite_config(path: Path, get: Callable, head_dim: int) -> dict:
     }
 
 
-def _gemma3_config(
+def _gemma_config(
     path: Path,
     metadata: Mapping[str, Any],
     get: Callable,
@@ -176,24 +177,34 @@ def _gemma3_config(
     heads: int,
     head_dim: int,
 ) -> dict:
-    """What config.json says of Gemma 3 besides, with the defaults of src/models/gemma3.cpp."""
+    """What config.json says of Gemma 2 and 3 besides, with the defaults of src/models/gemma2.cpp
+    and gemma3.cpp.
+    """
     hidden, layers, _ = sizes
-    if get("final_logit_softcapping", 0.0):
+    architecture = metadata["general.architecture"]
+    newer = architecture == "gemma3"
+    if newer and get("final_logit_softcapping", 0.0):
         raise BadInput(f"{path}: gemma3.final_logit_softcapping is not supported")
-    window = get("attention.sliding_window", 0)
-    pattern = metadata.get("gemma3.attention.sliding_window_pattern", 6)
+    window = get("attention.sliding_window", 0 if newer else 4096)
+    key = f"{architecture}.attention.sliding_window_pattern"
+    pattern = metadata.get(key, 6 if newer else 2)
     if not isinstance(pattern, list):  # one in so many layers sees all of the past
         pattern = [pattern == 0 or (i + 1) % pattern > 0 for i in range(layers)]
     if len(pattern) < layers:
-        raise BadInput(
-            f"{path}: gemma3.attention.sliding_window_pattern has {len(pattern)} values for "
-            f"{layers} layers"
-        )
+        raise BadInput(f"{path}: {key} has {len(pattern)} values for {layers} layers")
     kinds = ("full_attention", "sliding_attention")
+    is_27b = layers == _GEMMA_27B[architecture]
     return {
         "hidden_activation": "gelu_pytorch_tanh",
-        "query_pre_attn_scalar": hidden // heads if layers == _GEMMA3_27B else head_dim,
+        "query_pre_attn_scalar": hidden // heads if is_27b else head_dim,
         "sliding_window": window or None,
         "layer_types": [kinds[bool(windowed) and window > 0] for windowed in pattern[:layers]],
-        "rope_local_base_freq": get("rope.freq_base_swa", 10000.0),
+        **(
+            {"rope_local_base_freq": get("rope.freq_base_swa", 10000.0)}
+            if newer
+            else {
+                "attn_logit_softcapping": get("attn_logit_softcapping", 50.0) or None,
+                "final_logit_softcapping": get("final_logit_softcapping", 30.0) or None,
+            }
+        ),
     }

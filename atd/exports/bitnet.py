@@ -27,7 +27,7 @@ from atd.exports.planes import (
 from atd.ir import INT8, Block, Graph, WeightRef
 from atd.ir.notes import DIVISOR, without
 from atd.models import frontend
-from atd.models.config import GEMMA3, GRANITE, PHI3, both_dtypes
+from atd.models.config import GEMMA2, GEMMA3, GRANITE, PHI3, both_dtypes
 from atd.pipeline.card import bitnet_card
 from atd.pipeline.output import tokenizer_files
 from atd.progress import Report, Say, unheard
@@ -36,6 +36,7 @@ from atd.weights.layouts import LAYOUTS
 
 LAYOUT = LAYOUTS["hf-bitnet"]
 _HELD_OTHERWISE = {
+    GEMMA2: "gains of Gemma 2",
     GEMMA3: "gains of Gemma 3",
     GRANITE: "multipliers of Granite",
     PHI3: "joined matrices of Phi-3",

@@ -150,6 +150,11 @@ class Graph:
             node.op == "linear" and "weight" not in node.weights for node in self.epilogue.nodes
         )
 
+    @property
+    def head(self) -> Node:
+        """The linear that makes the logits."""
+        return next(node for node in reversed(self.epilogue.nodes) if node.op == "linear")
+
     def with_units(self, units: tuple[Block, ...]) -> "Graph":
         """Returns the graph with other units, in the order of `units`."""
         return replace(self, prologue=units[0], blocks=tuple(units[1:-1]), epilogue=units[-1])

@@ -33,13 +33,19 @@ OPS = {
     "linear": Op(1, (), ("weight", "bias"), optional_attrs=("activations",)),
     # Over the first `rotary` features of each head; without the attr over all of them.
     "rope": Op(1, attrs=("head_dim", "theta", "scaling"), optional_attrs=("rotary",)),
-    # Causal, over the last `window` positions; 0: over all of the past.
-    "attention": Op(3, attrs=("heads", "kv_heads", "head_dim", "window")),
+    # Causal, over the last `window` positions; 0: over all of the past. Scores are scale q k', with
+    # 1 / sqrt(head_dim) without the attr, and with `softcap` softcap tanh(scores / softcap).
+    "attention": Op(
+        3,
+        attrs=("heads", "kv_heads", "head_dim", "window"),
+        optional_attrs=("scale", "softcap"),
+    ),
     "silu_mul": Op(2),  # silu(a) * b
     "relu2_mul": Op(2),  # max(a, 0)^2 * b
     "gelu_mul": Op(2),  # gelu(a) * b, gelu by tanh
     # Each run of `block` features times Sylvester's Hadamard matrix over sqrt(block).
     "hadamard": Op(1, attrs=("block",)),
+    "softcap": Op(1, attrs=("cap",)),  # cap tanh(x / cap)
     "add": Op(2),
     "slice": Op(1, attrs=("start", "stop")),  # features [start, stop)
 }

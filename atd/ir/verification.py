@@ -52,6 +52,9 @@ _VALID: dict[str, Callable[[Any], bool]] = {
     "heads": _is_count,
     "kv_heads": _is_count,
     "window": _is_index,
+    "scale": _is_positive,
+    "softcap": _is_positive,
+    "cap": _is_positive,
     "block": _is_block,
     "activations": lambda value: value == INT8,
     "start": _is_index,
@@ -189,6 +192,8 @@ def _width(node: Node, inputs: list[int], embedding: tuple[int, int]) -> int:
             return inputs[0]
         case "hadamard":
             expect("the remainder of features by block", inputs[0] % attrs["block"], 0)
+            return inputs[0]
+        case "softcap":
             return inputs[0]
         case "slice":
             if not 0 <= attrs["start"] < attrs["stop"] <= inputs[0]:

@@ -11,6 +11,8 @@
                by attention_bias and mlp_bias
     olmo2      norms behind o and down in place of those in front; RMS norms on q and k, over all
                heads; biases by attention_bias
+    gemma2     gelu(gate) * up; norms behind o and down besides; softcaps of scores and logits; a
+               window in every other layer; biases by attention_bias (`atd.models.gemma`)
     gemma3_text  gelu(gate) * up; RMS norms on q and k, and behind o and down; two ropes, one for
                layers with a window; biases by attention_bias (`atd.models.gemma`)
 
@@ -24,8 +26,8 @@ from atd.models.config_reader import ConfigReader
 from atd.models.layer_config import read_ropes, read_windows
 from atd.models.rope_config import read_rope, read_ropes_by_layer, read_rotary
 
-GEMMA3, PHI3, GRANITE, OLMO2 = "gemma3_text", "phi3", "granite", "olmo2"
-GEMMAS = (GEMMA3,)
+GEMMA2, GEMMA3, PHI3, GRANITE, OLMO2 = "gemma2", "gemma3_text", "phi3", "granite", "olmo2"
+GEMMAS = (GEMMA2, GEMMA3)
 FAMILIES = (
     *("llama", "mistral", "qwen2", "qwen3", "smollm3", PHI3, GRANITE, OLMO2, "bitnet"),
     *GEMMAS,
@@ -37,13 +39,28 @@ _GATES = {  # activation of the gate -> op
     "gelu_pytorch_tanh": "gelu_mul",
 }
 # Families with other activations than silu: the default first.
-_ACTIVATIONS = {"bitnet": ("relu2", "silu", "swish"), GEMMA3: ("gelu_pytorch_tanh",)}
-_BIASED = ("llama", "qwen3", "smollm3", GRANITE, OLMO2, "bitnet", GEMMA3)  # by attention_bias
+_ACTIVATIONS = {
+    "bitnet": ("relu2", "silu", "swish"),
+    **dict.fromkeys(GEMMAS, ("gelu_pytorch_tanh",)),
+}
+_BIASED = ("llama", "qwen3", "smollm3", GRANITE, OLMO2, "bitnet", *GEMMAS)  # by attention_bias
 _MLP_BIASED = ("llama", "smollm3", GRANITE)  # by mlp_bias
-_TIED = ("smollm3", GEMMA3)  # where the key is absent
+_TIED = ("smollm3", *GEMMAS)  # where the key is absent
 # Where the key is absent; llama: all heads.
-_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32, "smollm3": 4, "bitnet": 5, GEMMA3: 4}
-_HEAD_DIMS = {"qwen3": 128, GEMMA3: 256}  # where the key is absent; others: hidden_size / heads
+_KV_HEADS = {
+    "mistral": 8,
+    "qwen2": 32,
+    "qwen3": 32,
+    "smollm3": 4,
+    "bitnet": 5,
+    GEMMA2: 4,
+    GEMMA3: 4,
+}
+_HEAD_DIMS = {
+    "qwen3": 128,
+    GEMMA2: 256,
+    GEMMA3: 256,
+}  # where the key is absent; others: hidden_size / heads
 _THETAS = {"bitnet": 500000.0, "smollm3": 2e6}  # where the key is absent; others: 10000
 _EPS = {"bitnet": 1e-5, PHI3: 1e-5, OLMO2: 1e-5}  # where the key is absent; others: 1e-6
 _MOST_LAYERS = 10_000  # more is a damaged file, and would be a graph that fills the memory
@@ -82,6 +99,9 @@ class ModelConfig:
     query_scale: float = 1.0  # of the scores, beyond 1 / sqrt(head_dim)
     residual_scale: float = 1.0  # of what is added to the stream
     logit_divisor: float = 1.0
+    attention_scale: float | None = None  # of the scores; None: 1 / sqrt(head_dim)
+    attention_softcap: float | None = None  # s of scores s tanh(x / s); None: x
+    logit_softcap: float | None = None  # likewise of logits
 
     @property
     def stream_eps(self) -> float:
@@ -156,8 +176,14 @@ def parse_config(config: dict, origin) -> ModelConfig:
         rotary = read_rotary(read, head_dim)
         theta, scaling = read_rope(read, _THETAS.get(family, 10000.0), rotary)
     embedding_scale, residual_scale, logit_divisor = 1.0, 1.0, 1.0
-    if family == GEMMA3:
+    attention_scale, attention_softcap, logit_softcap = None, None, None
+    if family in GEMMAS:
         embedding_scale = hidden**0.5
+    if family == GEMMA2:
+        _check_causal(read)
+        attention_scale = read.number("query_pre_attn_scalar", 256.0) ** -0.5
+        attention_softcap = _softcap(read, "attn_logit_softcapping", 50.0)
+        logit_softcap = _softcap(read, "final_logit_softcapping", 30.0)
     if family == GRANITE:
         embedding_scale = read.number("embedding_multiplier", 1.0)
         residual_scale = read.number("residual_multiplier", 1.0)
@@ -188,20 +214,23 @@ def parse_config(config: dict, origin) -> ModelConfig:
         wide_qk_norm=family == OLMO2,
         gate=gate,
         sub_norms=family == "bitnet",
-        post_norms=family in (OLMO2, GEMMA3),
+        post_norms=family in (OLMO2, *GEMMAS),
         pre_norms=family != OLMO2,
         windowed_rope=windowed_rope,
         embedding_scale=embedding_scale,
         query_scale=query_scale,
         residual_scale=residual_scale,
         logit_divisor=logit_divisor,
+        attention_scale=attention_scale,
+        attention_softcap=attention_softcap,
+        logit_softcap=logit_softcap,
     )
 
 
 def _gate(family: str, read: ConfigReader) -> str:
     """The op that joins gate and up, by hidden_act or hidden_activation."""
     known = _ACTIVATIONS.get(family, ("silu", "swish"))
-    key = "hidden_activation" if family == GEMMA3 else "hidden_act"
+    key = "hidden_activation" if family in GEMMAS else "hidden_act"
     activation = read.values.get(key, known[0])
     if activation not in known:
         supported = ", ".join(name for name in known if name != "swish")
@@ -214,6 +243,11 @@ def _check_gemma3(read: ConfigReader) -> None:
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
         if read.values.get(key) is not None:
             raise read.error(f"{key} {read.values[key]!r} is not supported; supported: null")
+    _check_causal(read)
+
+
+def _check_causal(read: ConfigReader) -> None:
+    """Raises BadInput where positions see those behind them."""
     if read.flag("use_bidirectional_attention"):
         raise read.error("use_bidirectional_attention is not supported; supported: false")
 
@@ -226,3 +260,10 @@ def both_dtypes(config: dict) -> dict:
     names = ("dtype", "torch_dtype")
     known = [config[name] for name in names if name in config]
     return config | {name: known[0] for name in names if known and name not in config}
+
+
+def _softcap(read: ConfigReader, key: str, default: float) -> float | None:
+    """A softcap; null is none."""
+    if key in read.values and read.values[key] is None:
+        return None
+    return read.number(key, default)

@@ -132,8 +132,10 @@ def _attention(block: Block, attention: Node) -> Attention | None:
 
 def _in_kernels(rope: Node, attention: Node) -> bool:
     """Whether `kernels.attend` computes these: all features are rotated, by frequencies that do not
-    depend on the length, and cos and sin have no factor.
+    depend on the length, cos and sin have no factor, and scores are q k' / sqrt(head_dim).
     """
+    if not attention.attrs.keys().isdisjoint(("scale", "softcap")):
+        return False
     scaling = rope.attrs["scaling"]
     depends = bool(scaling) and scaling[0] == "longrope"
     return "rotary" not in rope.attrs and not depends and rope_factor(scaling) == 1.0

@@ -39,7 +39,11 @@ def llama_graph(
         weight = {"weight": reference(HEAD, vocabulary, hidden)}
         head = Node("lm_head", "linear", ("model.norm",), weight)
     prologue = Block("model", (Node("embed_tokens", "embed", ("x",), embedding),))
-    return Graph(config, prologue, blocks, Block("", (norm, head)))
+    epilogue = [norm, head]
+    if model.logit_softcap:
+        attrs: dict[str, Attr] = {"cap": model.logit_softcap}
+        epilogue.append(Node("softcap", "softcap", ("lm_head",), attrs=attrs))
+    return Graph(config, prologue, blocks, Block("", tuple(epilogue)))
 
 
 def decoder_block(
@@ -88,6 +92,10 @@ class _Layer:
             query, key = "self_attn.q_rope", "self_attn.k_rope"
         attrs: dict[str, Attr] = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
         attrs["window"] = model.windows[self.layer]
+        if model.attention_scale not in (None, head_dim**-0.5):
+            attrs["scale"] = model.attention_scale
+        if model.attention_softcap:
+            attrs["softcap"] = model.attention_softcap
         nodes.append(Node("self_attn.attention", "attention", (query, key, value), attrs=attrs))
         return nodes + self._out(
             ("self_attn.attn_sub_norm", "self_attn.o_proj", "post_attention_layernorm"),

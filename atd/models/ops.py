@@ -48,8 +48,16 @@ def rms_norm(x, gain, eps: float, head_dim: int | None = None):
     return (normed.astype(x.dtype) * gain.astype(x.dtype)).reshape(x.shape)
 
 
-def attention(q, k, v, positions, window: int = 0):
-    """Returns causal softmax(q k' / sqrt(head_dim)) v, heads / kv_heads query heads per key head.
+def attention(
+    q,
+    k,
+    v,
+    positions,
+    window: int = 0,
+    scale: float | None = None,
+    softcap: float | None = None,
+):
+    """Returns causal softmax(scale q k') v, heads / kv_heads query heads per key head.
 
     A query at position t sees the keys at positions s <= t, and with a window only s > t - window.
 
@@ -58,6 +66,9 @@ def attention(q, k, v, positions, window: int = 0):
         k, v: float [B, kv_heads, S, head_dim]; the key of position s lies in place s.
         positions: int32 [B, T] of the queries.
         window: positions that are seen, the query's own included; 0: all.
+        scale: of the scores; None: 1 / sqrt(head_dim).
+        softcap: bound of the scores, cap tanh(scores / cap) before the softmax; None: there is
+            none.
 
     Returns:
         float [B, T, heads, head_dim].
@@ -68,9 +79,9 @@ def attention(q, k, v, positions, window: int = 0):
     seen = (distance >= 0) & (distance < window) if window else distance >= 0
 
     def softmax(scores):  # [B, kv_heads, group, T, S]
-        return jax.nn.softmax(
-            jnp.where(seen[:, None, None], scores / math.sqrt(head_dim), -jnp.inf), axis=-1
-        )
+        scores = scores / math.sqrt(head_dim) if scale is None else scores * scale
+        scores = capped(scores, softcap) if softcap else scores
+        return jax.nn.softmax(jnp.where(seen[:, None, None], scores, -jnp.inf), axis=-1)
 
     if queries > 1:
         # Heads of a group and their queries are one dimension m of products: on a CPU twice as
@@ -90,7 +101,7 @@ def attention(q, k, v, positions, window: int = 0):
     return mixed.reshape(batch, queries, heads, head_dim).astype(q.dtype)
 
 
-def sequence_attention(q, k, v, positions, window: int = 0, whole: bool = True):
+def sequence_attention(q, k, v, positions, window: int = 0, whole: bool = True, **options):
     """Returns `attention` run by run of queries; of whole sequences each over the keys it may see.
 
     Half of the products are never made, and the scores of a run stay in a CPU's cache: at T = 512
@@ -100,13 +111,14 @@ def sequence_attention(q, k, v, positions, window: int = 0, whole: bool = True):
     Args:
         q, k, v, positions, window: as in `attention`.
         whole: positions are 0 ... T-1, and there are T keys.
+        options: scale and softcap of `attention`.
     """
     queries = q.shape[1]
     step = max(QUERIES, -(-queries // RUNS))
     runs = [slice(start, min(start + step, queries)) for start in range(0, queries, step)]
     keys = [r.stop if whole else k.shape[2] for r in runs]
     parts = [
-        attention(q[:, r], k[:, :, :stop], v[:, :, :stop], positions[:, r], window)
+        attention(q[:, r], k[:, :, :stop], v[:, :, :stop], positions[:, r], window, **options)
         for r, stop in zip(runs, keys, strict=True)
     ]
     return jnp.concatenate(parts, axis=1)
@@ -167,6 +179,11 @@ def relu2_mul(gate, up):
 def gelu_mul(gate, up):
     """Returns gelu(gate) * up, gelu(x) = x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) / 2."""
     return jax.nn.gelu(gate, approximate=True) * up
+
+
+def capped(x, cap: float):
+    """Returns cap tanh(x / cap), which lies between -cap and cap."""
+    return cap * jnp.tanh(x / cap)
 
 
 def hadamard(x, block: int):
@@ -248,7 +265,8 @@ def run_node(
             if cache is not None:
                 cache = update_cache(cache, k, v, positions)
                 k, v = (k, v) if begins else cache
-            mixed = sequence_attention(q, k, v, positions, attrs["window"], whole=begins)
+            options = {key: attrs[key] for key in ("scale", "softcap") if key in attrs}
+            mixed = sequence_attention(q, k, v, positions, attrs["window"], begins, **options)
             return mixed.reshape(inputs[0].shape), cache
         case "silu_mul":
             return silu_mul(*inputs), None
@@ -258,6 +276,8 @@ def run_node(
             return gelu_mul(*inputs), None
         case "hadamard":
             return hadamard(inputs[0], attrs["block"]), None
+        case "softcap":
+            return capped(inputs[0], attrs["cap"]), None
         case "add":
             return inputs[0] + inputs[1], None
         case "slice":

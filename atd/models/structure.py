@@ -9,12 +9,13 @@ import dataclasses
 
 from atd.ir import OPS, ROTATIONS, Block, Graph, Node, WeightRef
 from atd.ir.rewrite import joined_parts
-from atd.models.config import GEMMA3, GRANITE, PHI3, parse_config
+from atd.models.config import GEMMA2, GEMMA3, GRANITE, PHI3, parse_config
 from atd.models.llama import llama_graph
 from atd.weights import DenseType
 
 # What graphs of a family have in place of the weights of its checkpoints.
 OTHER_WEIGHTS = {
+    GEMMA2: "model.norm: a gain of 1 + w in place of w (`atd.models.gemma`)",
     GEMMA3: "model.norm: a gain of 1 + w in place of w (`atd.models.gemma`)",
     GRANITE: "model.norm: multipliers in the weights (`atd.models.granite`)",
     PHI3: "self_attn.q_proj: a linear of its own in place of rows of qkv_proj (`atd.models.phi3`)",

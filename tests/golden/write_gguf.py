@@ -33,6 +33,7 @@ GEMMA_NAMES = {
     "post_feedforward_layernorm": "post_ffw_norm",
 }
 OTHER_NAMES = {
+    "gemma2": GEMMA_NAMES,
     "gemma3_text": GEMMA_NAMES,
     "olmo2": GEMMA_NAMES,
     "phi3": {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"},
@@ -121,6 +122,10 @@ def write_model(
         writer.add_residual_scale(config["residual_multiplier"])
         writer.add_attention_scale(config["attention_multiplier"])
         writer.add_logit_scale(config["logits_scaling"])
+    if family == "gemma2":
+        writer.add_sliding_window(config["sliding_window"])
+        writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
+        writer.add_final_logit_softcapping(config["final_logit_softcapping"])
     if family == "gemma3_text":
         writer.add_sliding_window(config["sliding_window"])
         windowed = config["sliding_window_pattern"]
@@ -153,7 +158,7 @@ def write_model(
             array = permuted(
                 array, config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
             )
-        if family == "gemma3_text" and name.endswith("norm.weight"):
+        if family in ("gemma2", "gemma3_text") and name.endswith("norm.weight"):
             array = array + 1
         if array.ndim == 2 and quantization != gguf.GGMLQuantizationType.F32:
             writer.add_tensor(

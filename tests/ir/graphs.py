@@ -59,7 +59,7 @@ def tiny() -> Graph:
             "attention",
             "attention",
             ("q_rope", "k_rope", "v"),
-            attrs={"heads": 2, "kv_heads": 1, "head_dim": 4, "window": 0},
+            attrs={"heads": 2, "kv_heads": 1, "head_dim": 4, "window": 0, "softcap": 50.0},
         ),
         linear("self_attn.o_proj", "attention", 8, 8),
         Node("residual", "add", ("x", "self_attn.o_proj")),
@@ -76,9 +76,10 @@ def tiny() -> Graph:
         "model.embed_tokens", "embed", ("x",), {"weight": ref("model.embed_tokens.weight", 16, 8)}
     )
     head = Node("lm_head", "linear", ("model.norm",), attrs={"tied_to": "model.embed_tokens"})
+    cap = Node("softcap", "softcap", ("lm_head",), attrs={"cap": 30.0})
     return Graph(
         {"model_type": "llama"},
         Block("", (embed,)),
         (Block("model.layers.0", layer),),
-        Block("", (norm("model.norm", "x", 8, ""), head)),
+        Block("", (norm("model.norm", "x", 8, ""), head, cap)),
     )

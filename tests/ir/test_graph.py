@@ -24,7 +24,7 @@ block 0 model.layers.0 {
   %self_attn.q_norm = rms_norm(%q) eps=1e-05 head_dim=4 {weight: dense f16[4]}
   %q_rope = rope(%self_attn.q_norm) head_dim=4 scaling=[] theta=10000.0
   %k_rope = rope(%k) head_dim=4 scaling=[linear,2.0] theta=10000.0
-  %attention = attention(%q_rope, %k_rope, %v) head_dim=4 heads=2 kv_heads=1 window=0
+  %attention = attention(%q_rope, %k_rope, %v) head_dim=4 heads=2 kv_heads=1 softcap=50.0 window=0
   %self_attn.o_proj = linear(%attention) {weight: dense f16[8,8]}
   %residual = add(%x, %self_attn.o_proj)
   %mlp.gate_proj = linear(%residual) {weight: dense f16[12,8]}
@@ -39,6 +39,7 @@ block 0 model.layers.0 {
 epilogue {
   %model.norm = rms_norm(%x) eps=1e-05 {weight: dense f16[8]}
   %lm_head = linear(%model.norm) tied_to=model.embed_tokens
+  %softcap = softcap(%lm_head) cap=30.0
 }
 }"""
 

@@ -134,6 +134,18 @@ BROKEN_NODES = {  # all in model.layers.0
         change("attention", attrs=ATTENTION | {"kv_heads": 2}),
         "attention: the width of input 1 (heads x head_dim) is 4, 8 is expected",
     ),
+    "scale": (
+        change("attention", attrs=ATTENTION | {"scale": 0}),
+        "attention: the attr 'scale' cannot be 0",
+    ),
+    "softcap": (
+        change("attention", attrs=ATTENTION | {"softcap": -1.0}),
+        "attention: the attr 'softcap' cannot be -1.0",
+    ),
+    "cap": (
+        change("mlp.hadamard", op="softcap", attrs={"cap": math.inf}),
+        "mlp.hadamard: the attr 'cap' cannot be inf",
+    ),
     "slice": (
         change("v", attrs={"start": 12, "stop": 17}),
         "v: slice [12, 17) does not lie in 16 features",

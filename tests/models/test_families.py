@@ -4,6 +4,7 @@ Logits are compared with those of transformers in `tests.models.test_golden`.
 """
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -30,9 +31,9 @@ from atd.pipeline.convert import convert
 from atd.pipeline.recipe import read_recipe
 from tests.golden.write_gguf import GOLDEN, write_gguf
 
-FAMILIES = ("smollm3", "phi3", "granite", "olmo2")
+FAMILIES = ("smollm3", "phi3", "granite", "olmo2", "gemma2")
 ROTATED = Pipeline([FoldNorms(), Rotate(r3=True)])
-UNROTATED = ("olmo2", "gemma3")  # whose residual stream stays as it is
+UNROTATED = ("olmo2", "gemma2", "gemma3")  # whose residual stream stays as it is
 
 
 def quiet(line: str) -> None:
@@ -165,12 +166,13 @@ def refused(folder: Path, arrays: dict[str, np.ndarray], message: str) -> None:
     [
         ("phi3", "joined matrices of Phi-3", "rows of qkv_proj"),
         ("granite", "multipliers of Granite", "multipliers in the weights"),
+        ("gemma2", "gains of Gemma 2", "a gain of 1 \\+ w"),
     ],
 )
 def test_other_formats_do_not_hold_such_weights(tmp_path, name, held, found):
     with pytest.raises(BadInput, match=f"bitnet does not hold the {held}"):
         export_bitnet(GOLDEN / name, tmp_path / "out", say=quiet)
-    assert found in str(difference(frontend.open(GOLDEN / name), "m"))
+    assert re.search(found, str(difference(frontend.open(GOLDEN / name), "m")))
 
 
 # --- Granite --------------------------------------------------------------------------------------
@@ -220,6 +222,30 @@ def test_a_gguf_file_of_olmo3_is_refused(tmp_path):
         frontend.open(tmp_path / "m.gguf")
 
 
+# --- Gemma 2 --------------------------------------------------------------------------------------
+
+
+def test_softcaps_and_windows_of_gemma2():
+    found = parsed("gemma2")
+    assert (found.attention_softcap, found.logit_softcap, found.windows) == (3.0, 30.0, (6, 0, 6))
+    keys = ("attn_logit_softcapping", "final_logit_softcapping")
+    none = parsed("gemma2", **dict.fromkeys(keys))
+    assert (none.attention_softcap, none.logit_softcap) == (None, None)
+    config = json.loads((GOLDEN / "gemma2" / "config.json").read_text())
+    absent = parse_config({k: v for k, v in config.items() if k not in keys}, "m")
+    assert (absent.attention_softcap, absent.logit_softcap) == (50.0, 30.0)
+
+
+def test_a_gguf_file_of_gemma2_is_the_model_of_its_folder(tmp_path):
+    """llama.cpp takes head_dim for query_pre_attn_scalar, but in the 27B model."""
+    shutil.copytree(GOLDEN / "gemma2", tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {"query_pre_attn_scalar": 16}))
+    write_gguf(tmp_path / "m.gguf", "gemma2", gguf.GGMLQuantizationType.F32)
+    found, wanted = (load(tmp_path / m)(tokens_of("gemma2")) for m in ("m.gguf", "hf"))
+    np.testing.assert_allclose(found, wanted, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
@@ -237,6 +263,10 @@ def test_a_gguf_file_of_olmo3_is_refused(tmp_path):
         ("phi3", {"sliding_window": 0}, "sliding_window is 0"),
         ("granite", {"residual_multiplier": 0}, "residual_multiplier is 0; expected a positive"),
         ("granite", {"logits_scaling": "8"}, "logits_scaling is '8'; expected a positive number"),
+        ("gemma2", {"final_logit_softcapping": 0}, "final_logit_softcapping is 0; expected a"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention is not"),
+        ("gemma2", {"layer_types": ["full_attention"] * 2}, "layer_types is .* each of 3 layers"),
+        ("gemma2", {"sliding_window": None}, "has sliding_attention, but sliding_window missing"),
         ("smollm3", {"layer_types": ["full_attention"]}, "layer_types is .* for each of 4 layers"),
     ],
 )

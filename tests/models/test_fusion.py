@@ -228,3 +228,11 @@ def test_an_attention_without_rope_runs_by_itself():
     nodes = tuple(node for node in block.nodes if node.op != "rope")
     bare = replace(block, nodes=nodes).replace_node(attention)
     assert "self_attn.attention" in read(bare)
+
+
+@pytest.mark.parametrize("attrs", [{"scale": 0.5}, {"softcap": 50.0}])
+def test_scores_that_kernels_do_not_compute_run_by_themselves(attrs):
+    block = tiny_graph(layers=1).blocks[0]
+    node = block.node("self_attn.attention")
+    changed = block.replace_node(replace(node, attrs=node.attrs | attrs))
+    assert {"self_attn.q_rope", "self_attn.attention"} <= set(read(changed))

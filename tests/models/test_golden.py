@@ -22,7 +22,17 @@ FOLDERS = (
     "qwen2",
     "qwen3",
 )  # whose stream can be rotated
-FAMILIES = ("llama_yarn", "llama32", "qwen3_tied", "smollm3", "phi3", "granite", "olmo2", "gemma3")
+FAMILIES = (
+    "llama_yarn",
+    "llama32",
+    "qwen3_tied",
+    "smollm3",
+    "phi3",
+    "granite",
+    "olmo2",
+    "gemma2",
+    "gemma3",
+)
 
 
 def distance(model, golden) -> float:
@@ -109,6 +119,10 @@ def with_attrs(graph: Graph, op: str, **attrs) -> Graph:
         ("phi3", "attention", {"window": 0}),
         ("granite", "rms_norm", {"eps": 1e-2}),
         ("olmo2", "rms_norm", {"eps": 1e-2}),
+        ("gemma2", "attention", {"softcap": 4.0}),
+        ("gemma2", "attention", {"scale": 0.25}),
+        ("gemma2", "attention", {"window": 0}),
+        ("gemma2", "softcap", {"cap": 31.0}),
         ("gemma3", "rms_norm", {"eps": 1e-2}),
         ("gemma3", "attention", {"window": 6}),
     ],
