@@ -22,7 +22,7 @@ FLOORS = [
     {"models"},
     {"calibration", "runtime"},
     {"pipeline", "reports"},
-    {"exports", "passes", "study"},
+    {"exports", "lm_eval", "passes", "study"},
     {"cli"},
     {"__init__", "__main__", "convert_adaptive"},
     {"benchmarks", "examples", "hf"},

@@ -4,6 +4,7 @@ Heavy imports stay inside the commands, so that `atd --help` answers at once.
 """
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,7 +14,6 @@ from tyro.conf import Positional
 from atd.cli.options import (
     Activations,
     Backend,
-    Context,
     Device,
     Dtype,
     IgnoreExtra,
@@ -34,9 +34,13 @@ from atd.errors import BadInput
 def evaluate(
     model: Model,
     *,
-    data: Annotated[Path, tyro.conf.arg(metavar="TEXT")],
+    data: Annotated[Path | None, tyro.conf.arg(metavar="TEXT")] = None,
+    tasks: Annotated[str | None, tyro.conf.arg(metavar="NAMES")] = None,
     against: Annotated[Path | None, tyro.conf.arg(metavar="MODEL")] = None,
-    context: Context = 512,
+    num_fewshot: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None,
+    limit: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None,
+    apply_chat_template: bool = False,
+    context: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None,
     tokens: Tokens = None,
     bos: bool = False,
     convention: Literal["standard", "llama.cpp"] = "standard",
@@ -44,14 +48,15 @@ def evaluate(
     dtype: Dtype = "float32",
     device: Device = None,
     activations: Activations = "model",
-    batch: int = 8,
+    batch: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None,
     tokenizer: Tokenizer = None,
     ignore_extra: IgnoreExtra = False,
     json: Json = None,
     card: bool = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure perplexity, and KL divergence and top-1 agreement against a dense model.
+    """Measure perplexity, and KL divergence and top-1 agreement against a dense model; or run tasks
+    of lm-evaluation-harness.
 
     The text is cut into windows that do not overlap, and all tokens after the first of each are
     scored. Perplexity is exp(mean negative log-likelihood); KL(dense || model) is in nats, on the
@@ -59,11 +64,21 @@ def evaluate(
 
     Args:
         data: A UTF-8 text.
+        tasks: Run these tasks instead: names of lm-evaluation-harness, or YAML files, with commas
+            between them. It needs the extra eval: pip install 'atd-jax[eval]'.
         against: The dense model to compare with.
-        bos: Put the begin-of-sequence token in front of each window, as one of its tokens.
+        num_fewshot: The number of examples in front of each question of a task; by default what the
+            task says.
+        limit: Run the first documents of each task alone, this many.
+        apply_chat_template: Put what tasks ask into the chat template of the tokenizer.
+        context: The length of a window in tokens: 512 by default, and for tasks what the model was
+            made for.
+        bos: Put the begin-of-sequence token in front of each window, as one of its tokens; in tasks
+            in front of each question, also where the tokenizer does not.
         convention: standard scores whole windows; llama.cpp scores only the second half of each,
             BOS in front where the tokenizer adds one, as llama-perplexity does.
-        batch: The number of windows that run together.
+        batch: The number of windows that run together: 8 by default, and for tasks as many as make
+            2,048 tokens.
         card: Write the figures into the model card of MODEL, its README.md, as well. MODEL is a
             folder that atd made; it counts as unchanged afterwards if it did so before.
     """
@@ -72,6 +87,7 @@ def evaluate(
     from atd.checkpoint.files import write_json
     from atd.checkpoint.hub import hub_id
     from atd.checkpoint.reader import open_tokenizer
+    from atd.cli.tasks import evaluate_tasks
     from atd.models import frontend
     from atd.models.placement import use_device
     from atd.pipeline.card_figures import add_figures, check_card, figures
@@ -81,12 +97,41 @@ def evaluate(
     from atd.runtime.evaluate import check_models, cut
 
     check_least(2, context=context)
-    check_least(1, batch=batch, tokens=tokens)
+    check_least(1, batch=batch, tokens=tokens, limit=limit)
+    check_least(0, num_fewshot=num_fewshot)
     check_writable("--json", json)
-    if card:
-        check_card(model)
     if device:
         use_device(device)
+    of_tasks = {
+        "num_fewshot": num_fewshot,
+        "limit": limit,
+        "apply_chat_template": apply_chat_template,
+    }
+    if tasks is not None:
+        of_texts = {"data": data, "tokens": tokens, "convention": convention != "standard"}
+        _refuse("--tasks", of_texts | {"card": card})
+        evaluate_tasks(
+            [path for path in (model, against) if path],
+            [name.strip() for name in tasks.split(",") if name.strip()],
+            **of_tasks,
+            context=context,
+            batch=batch,
+            bos=bos,
+            backend=backend,
+            dtype=dtype,
+            activations=activations,
+            tokenizer=tokenizer,
+            ignore_extra=ignore_extra,
+            json=json,
+            quiet=quiet,
+        )
+        return
+    if data is None:
+        raise BadInput("give a text to evaluate on (--data TEXT), or tasks (--tasks NAMES)")
+    _refuse("--data", of_tasks)
+    context, batch = context or 512, batch or 8
+    if card:
+        check_card(model)
     # What can be refused is, before a model is loaded.
     graphs = [frontend.open(p, ignore_extra=ignore_extra) for p in (model, against) if p]
     words = open_tokenizer(tokenizer or model)
@@ -203,6 +248,13 @@ def bench(
     device = jax.devices()[0].device_kind
     print(f"prompt {prompt}, {steps} tokens, {chosen}, {device}, jax {jax.__version__}")
     print(speed_table(rows, rows[1].model if against else None))
+
+
+def _refuse(option: str, others: Mapping[str, object]) -> None:
+    """Raises BadInput for options that were given, and do nothing beside this one."""
+    given = [f"--{name.replace('_', '-')}" for name, value in others.items() if value]
+    if given:
+        raise BadInput(f"{', '.join(given)}: not with {option}")
 
 
 def _tune(minutes: float) -> None:

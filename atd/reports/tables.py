@@ -4,7 +4,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD
@@ -98,6 +98,40 @@ def evaluation_table(models: Sequence[EvaluatedModel]) -> Table:
             *([_or_dash(model.tokens_per_second, ".1f")] if timed else []),
         )
     return table
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """A column of `task_table`."""
+
+    name: str
+    bits_per_weight: float
+    nbytes: int
+    # By (task, name of the figure): the figure and its standard error.
+    scores: Mapping[tuple[str, str], tuple[float, float | None]]
+
+
+def task_table(models: Sequence[TaskScores]) -> Table:
+    """Shows the figures of tasks, a row each, of models side by side, with standard errors."""
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("task", overflow="fold")
+    table.add_column("figure", overflow="fold")
+    for model in models:
+        title = f"{model.name}\n{model.bits_per_weight:.2f} bits/weight\n{sizes(model.nbytes)}"
+        table.add_column(Text(title), justify="right", overflow="fold")
+    above = None
+    for task, figure in dict.fromkeys(key for model in models for key in model.scores):
+        found = (model.scores.get((task, figure)) for model in models)
+        table.add_row(Text("" if task == above else task), Text(figure), *map(_with_error, found))
+        above = task
+    return table
+
+
+def _with_error(score: tuple[float, float | None] | None) -> str:
+    if score is None:
+        return "–"
+    value, error = score
+    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
 
 
 def _or_dash(value: float | None, form: str) -> str:
