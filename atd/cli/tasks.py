@@ -1,7 +1,9 @@
 """`atd eval MODEL --tasks`: tasks of lm-evaluation-harness on one model, or on two side by side."""
 
-import os
-from collections.abc import Sequence
+import io
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Literal
 
@@ -40,8 +42,6 @@ def evaluate_tasks(
     from atd.runtime.compare import load_checkpoint
 
     check_installed()
-    if quiet:
-        os.environ["TQDM_DISABLE"] = "1"  # the harness's bars; read as tqdm is imported
     from atd.lm_eval.model import AtdLM
     from atd.lm_eval.tasks import open_tasks, run_tasks, scores
 
@@ -54,7 +54,8 @@ def evaluate_tasks(
                 f"{of.name}: the model has no chat template; "
                 "leave out --apply-chat-template (it is a base model, most likely)"
             )
-    manager = open_tasks(names)
+    with _of_the_harness(quiet):
+        manager = open_tasks(names)
     rows, figures = [], {}
     for path, of in zip(models, words, strict=True):
         with shown(quiet=quiet) as (_, progress):
@@ -73,14 +74,15 @@ def evaluate_tasks(
             max_length=context,
             add_bos_token=bos or None,
         )
-        found = run_tasks(
-            model,
-            names,
-            manager,
-            num_fewshot=num_fewshot,
-            limit=limit,
-            apply_chat_template=apply_chat_template,
-        )
+        with _of_the_harness(quiet):
+            found = run_tasks(
+                model,
+                names,
+                manager,
+                num_fewshot=num_fewshot,
+                limit=limit,
+                apply_chat_template=apply_chat_template,
+            )
         sizes = {"bits_per_weight": loaded.bits_per_weight, "bytes": loaded.nbytes}
         figures[str(path)] = sizes | found
         rows.append(TaskScores(loaded.name, loaded.bits_per_weight, loaded.nbytes, scores(found)))
@@ -88,3 +90,10 @@ def evaluate_tasks(
         settings = {"limit": limit, "apply_chat_template": apply_chat_template, "bos": bos}
         write_json(json, settings | {"context": context, "models": figures})
     console.print(task_table(rows))
+
+
+@contextmanager
+def _of_the_harness(quiet: bool) -> Iterator[None]:
+    """Has what the harness prints go to stderr, or nowhere."""
+    with redirect_stderr(io.StringIO()) if quiet else nullcontext(), redirect_stdout(sys.stderr):
+        yield
