@@ -11,6 +11,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -267,14 +268,15 @@ def test_options_of_the_model(harness, weights, words):
     )
     assert (model.model.backend, model.max_length, model.rows) == ("xla", 32, None)
     assert AtdLM(weights, tokenizer=words, batch_size="4").rows == 4
-    for options, message in (
-        ({"batch_size": "many"}, "batch_size is many"),
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"max_length": 513}, "max_length is 513; expected 1 to 512"),
-        ({"device": "nosuch"}, "no device 'nosuch'"),
-    ):
+    refused: dict[str, tuple[str, Any]] = {
+        "batch_size is many": ("batch_size", "many"),
+        "batch_size is 0": ("batch_size", 0),
+        "max_length is 513; expected 1 to 512": ("max_length", 513),
+        "no device 'nosuch'": ("device", "nosuch"),
+    }
+    for message, (option, value) in refused.items():
         with pytest.raises(BadInput, match=message):
-            AtdLM(weights, tokenizer=words, **options)
+            AtdLM(weights, tokenizer=words, **{option: value})
     with pytest.raises(BadInput, match="needs a tokenizer"):
         AtdLM(weights)
 
