@@ -91,6 +91,8 @@ def generate(
     check_writable("--json", json)
     if file and prompt is not None:
         raise BadInput("give --prompt or --file, not both")
+    if file and json and file.resolve() == json.resolve():
+        raise BadInput(f"--json {json}: is the file of the prompts; give another name")
     if device:
         use_device(device)
     Sampling(temperature, top_k, top_p, seed)
@@ -123,15 +125,7 @@ def generate(
     else:
         print("" if chat else prompts[0], end="", flush=True)
         new = [_streamed(made, words, ids[0].tolist(), before[0], quiet)]
-    rows = [
-        {
-            "prompt": prompt,
-            "text": _text(words, start, tokens),
-            "tokens": len(tokens),
-            "finish": "stop" if tokens[-1] in words.eos_ids else "length",
-        }
-        for prompt, start, tokens in zip(prompts, before, new, strict=True)
-    ]
+    rows = [_row(words, *texts) for texts in zip(prompts, before, new, strict=True)]
     if json:
         write_json_lines(json, rows)
     if file:
@@ -175,10 +169,15 @@ def _prompt_ids(words: "Words", text: str, chat: bool) -> "np.ndarray":
     return words.encode(text, bos=words.adds_bos)
 
 
-def _text(words: "Words", before: Sequence[int], tokens: Sequence[int]) -> str:
-    """The text of the tokens behind those before, without the end-of-sequence token."""
+def _row(words: "Words", prompt: str, before: Sequence[int], tokens: Sequence[int]) -> dict:
+    """What --json says of a text: the tokens behind those before."""
     from atd.checkpoint.text_stream import TextStream
 
     stream = TextStream(words, before)
     parts = [stream.add(token) for token in tokens if token not in words.eos_ids]
-    return "".join(parts) + stream.end()
+    return {
+        "prompt": prompt,
+        "text": "".join(parts) + stream.end(),
+        "tokens": len(tokens),
+        "finish": "stop" if tokens[-1] in words.eos_ids else "length",
+    }

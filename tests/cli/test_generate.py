@@ -87,6 +87,8 @@ def test_an_empty_prompt_needs_a_bos(atd, stories260k, tmp_path, refused):
 def test_options_that_exclude_each_other(atd, stories260k, prompts, tmp_path, refused):
     both = ("--file", prompts, "--prompt", "a")
     refused(atd("generate", stories260k, *both), "give --prompt or --file, not both")
+    same = ("--file", prompts, "--json", tmp_path / "." / prompts.name)
+    refused(atd("generate", stories260k, *same), "is the file of the prompts; give another name")
     refused(atd("generate", stories260k, "--batch", 0), "--batch must be at least 1")
     refused(atd("generate", stories260k, "--chunk", 0), "--chunk must be at least 1")
     refused(atd("generate", stories260k, "--json", tmp_path), "is a folder")
