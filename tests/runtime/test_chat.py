@@ -39,8 +39,11 @@ def prompt(tokenizer, messages) -> list[int]:
     return tokenizer.encode(tokenizer.apply_chat(messages)).tolist()
 
 
-@pytest.mark.parametrize("template", [PLAIN, FORGETFUL])
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, top_k=9, seed=4)])
+@pytest.mark.parametrize(
+    ("template", "sampling"),
+    [(PLAIN, Sampling()), (FORGETFUL, Sampling(0.8, top_k=9, seed=4))],
+    ids=["plain", "forgetful"],
+)
 def test_answers_are_those_of_the_whole_conversation(model, tokenizer, template, sampling):
     words = replace(tokenizer, chat_template=template)
     chat = Chat(model, words, sampling, system="Tell a story.", max_new_tokens=12, chunk=16)
