@@ -179,6 +179,16 @@ def test_input_rotation(stories260k, small, tmp_path):
     assert all(0.5 < row["rotated, held out"] < 1.5 for row in rows)
 
 
+def test_lm_eval_speed(tmp_path):
+    pytest.importorskip("lm_eval", reason="lm_eval is not here (extra eval)")
+    task = ROOT / "tests" / "lm_eval" / "tasks" / "choice.yaml"  # which names its data from ROOT
+    options = ("--task", task, "--limit", 3, "--rounds", 1, "--json", tmp_path / "f.json")
+    run("lm_eval_speed.py", ROOT / "tests" / "golden" / "stories", *options)
+    (row,) = json.loads((tmp_path / "f.json").read_text())
+    assert (row["name"], row["requests"]) == ("atd", 12)
+    assert row["tokens_per_second"] > 0
+
+
 def test_quality_picture(tmp_path):
     figures = ROOT / "docs" / "results" / "quality.json"
     run("quality_picture.py", figures, tmp_path / "quality.png")

@@ -30,6 +30,7 @@ from atd.runtime.continuations import Request, fit, score_continuations
 
 log = logging.getLogger("lm_eval.atd")  # below the harness's own, which shows it
 
+HARNESS_DEVICE = "cuda:0"  # what the harness gives where its user gave none
 WRITTEN = 8  # texts that are written together where batch_size is not given
 
 
@@ -66,12 +67,13 @@ class AtdLM(TemplateLM):
             prefix_token_id: the context of texts without one; by default BOS, else EOS.
             ignore_extra: leave out tensors that are not part of the model's architecture.
             max_batch_size: what the harness gives; batches of "auto" are small, and never grow.
-            device: where to compute: cpu, gpu, cuda:1; by default what jax chooses.
+            device: where to compute: cpu, gpu, cuda:1. By default, and with cuda:0, which the
+                harness gives where its user gave none, what jax chooses.
 
         Raises BadInput as `atd.load` does, and for options out of range.
         """
         super().__init__()
-        if device:
+        if device and device != HARNESS_DEVICE:
             use_device(device)
         if isinstance(pretrained, Model):
             self.model = pretrained

@@ -267,7 +267,7 @@ def test_options_of_the_model(harness, weights, words):
         f"pretrained={GOLDEN / 'stories'},backend=xla,max_length=32", {"batch_size": 1}
     )
     assert (model.model.backend, model.max_length, model.rows) == ("xla", 32, None)
-    assert AtdLM(weights, tokenizer=words, batch_size="4").rows == 4
+    assert AtdLM(weights, tokenizer=words, batch_size="4", device="cuda:0").rows == 4
     refused: dict[str, tuple[str, Any]] = {
         "batch_size is many": ("batch_size", "many"),
         "batch_size is 0": ("batch_size", 0),
