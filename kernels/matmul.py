@@ -9,11 +9,11 @@
     mosaic-interpret   the same on a CPU: for tests
 
 A backend has `supports(x, weight) -> str | None`, the reason why it cannot run or None, and
-`matmul(x, weight)`; Triton's takes what comes before and after a product of few tokens into its
-kernels (`fused`). All see static shapes and types alone, so the choice is made while tracing. A
-backend that was named and cannot run raises with its reason: it is never replaced silently. Without
-a name the first of PREFERENCE that supports the call runs, and the logger `atd.kernels` says which
-at level INFO, and why not one before it.
+`matmul(x, weight)`; some take what comes before and after a product of few tokens into their
+kernels (`fused`), and attention (`attend`). All see static shapes and types alone, so the choice is
+made while tracing. A backend that was named and cannot run raises with its reason: it is never
+replaced silently. Without a name the first of PREFERENCE that supports the call runs, and the
+logger `atd.kernels` says which at level INFO, and why not one before it.
 """
 
 import logging
@@ -26,9 +26,8 @@ from atd.errors import BadInput
 from atd.kernels import packed, xla
 from atd.kernels.cpu.backend import Cpu
 from atd.kernels.mosaic.backend import Mosaic
-from atd.kernels.triton import attention
+from atd.kernels.packed import Norm, Part
 from atd.kernels.triton.backend import Triton
-from atd.kernels.triton.fold import Norm
 from atd.weights import Dense, Weight
 
 # Those with kernels for packed weights.
@@ -114,7 +113,7 @@ def fused(
     """
     rows = x.reshape(-1, x.shape[-1])
     chosen = resolve(rows, weight, backend)
-    if not isinstance(chosen, Triton) or not chosen.fuses(rows, weight, gated):
+    if not isinstance(chosen, packed.Backend) or not chosen.fuses(rows, weight, gated):
         return None
     added = None if residual is None else residual.reshape(rows.shape[0], -1)
     y = chosen.matmul(rows, weight, norm=norm, residual=added, gated=gated)
@@ -122,9 +121,9 @@ def fused(
 
 
 def attend(
-    q: attention.Part,
-    k: attention.Part,
-    v: attention.Part,
+    q: Part,
+    k: Part,
+    v: Part,
     positions: jax.Array,
     cache: tuple[jax.Array, jax.Array],
     frequencies: np.ndarray,
@@ -133,16 +132,12 @@ def attend(
     *,
     backend: str | None = None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]] | None:
-    """Attends to one new token of each sequence as `triton.attention.attend` does.
+    """Attends to one new token of each sequence as `packed.Backend.attend` does.
 
     None where the backend has no such kernel.
     """
-    chosen = BACKENDS.get(backend or PREFERENCE[0])
-    if not isinstance(chosen, Triton) or chosen.device_refuses() or attention.refuses(cache):
-        return None
-    return attention.attend(
-        q, k, v, positions, cache, frequencies, heads, window, interpret=chosen.interpret
-    )
+    chosen = PACKED.get(backend or PREFERENCE[0])
+    return chosen and chosen.attend(q, k, v, positions, cache, frequencies, heads, window)
 
 
 def take_rows(weight: Weight, rows: jax.Array) -> jax.Array:

@@ -19,10 +19,26 @@ from atd.kernels import prefixes, xla
 from atd.weights import Packed, PackedType, Ternary, TernaryType, TrellisType, Weight
 from atd.weights.layouts import LAYOUTS, bytes_of, tiles_of, words_of, words_of_tiles
 
+Part = tuple[jax.Array, int]  # values [B, 1, width], and the first feature of those that are meant
+
 # A backend reads one of these layouts as it lies, and copies the others.
 READABLE = ("tiles", "words", "aligned", "interleaved")
 # Of weights that are decoded at a time: enough for the product, little beside a model.
 CHUNK_BYTES = 128 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """An RMS norm in float32: x / sqrt(mean(x^2) + eps) * gain, of x [M, in] and gain [in]."""
+
+    gain: jax.Array
+    eps: float
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Computes it outside of any kernel."""
+        wide = x.astype(jnp.float32)
+        mean_square = jnp.mean(wide * wide, axis=1, keepdims=True)
+        return wide * jax.lax.rsqrt(mean_square + self.eps) * self.gain.astype(jnp.float32)
 
 
 @dataclass(frozen=True)
@@ -49,6 +65,38 @@ class Backend:
     def multiply(self, x: jax.Array, weight: Packed) -> jax.Array:
         """Multiplies as `matmul` does, without a self-test."""
         raise NotImplementedError
+
+    def fuses(self, x: jax.Array, weight: Weight, gated: bool = False) -> bool:
+        """Returns whether `matmul` takes a norm and a residual, or is gated, for these."""
+        return False
+
+    def attend(
+        self,
+        q: Part,
+        k: Part,
+        v: Part,
+        positions: jax.Array,
+        cache: tuple[jax.Array, jax.Array],
+        frequencies: np.ndarray,
+        heads: int,
+        window: int,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]] | None:
+        """Attends to one new token of each sequence in a kernel; None where there is none.
+
+        `atd.models.ops.attention`, `rope` and `update_cache` define the result.
+
+        Args:
+            q, k, v: heads side by side, before rope; k and v of kv_heads.
+            positions: of the new tokens, int32 [B, 1].
+            cache: k and v [B, kv_heads, length, head_dim], which are written in place.
+            frequencies: angles per position, float32 [head_dim / 2].
+            heads: of queries.
+            window: places that a token attends to, its own included; 0: all up to its own.
+
+        Returns:
+            ([B, 1, heads x head_dim] in q's dtype, the cache with the new k and v).
+        """
+        return None
 
     def matmul(self, x: jax.Array, weight: Weight, **fused) -> jax.Array:
         """Multiplies x [M, in] by weight [out, in] -> [M, out] in x's dtype.

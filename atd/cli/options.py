@@ -27,11 +27,11 @@ Model = Annotated[
 Backend = Annotated[
     Literal["auto", "xla", "xla-unpacked", "cpu", "triton", "mosaic"],
     tyro.conf.arg(
-        help="How ternary weights are held and multiplied. xla keeps them packed in memory; "
-        "xla-unpacked unpacks them once while loading, which is faster on CPUs; cpu keeps them "
-        "packed and generates fastest on CPUs, where a C++ compiler is; triton keeps them packed "
-        "and is fast on NVIDIA GPUs; mosaic does so on Hopper GPUs. auto takes triton on a "
-        "GPU that has it, and xla-unpacked on a CPU."
+        help="How ternary weights are held and multiplied. xla keeps them packed in memory, and "
+        "is slow; xla-unpacked unpacks them once while loading; cpu keeps them packed and is fast "
+        "on CPUs, where a C++ compiler is; triton keeps them packed and is fast on NVIDIA GPUs; "
+        "mosaic does so on Hopper GPUs. auto takes triton on a GPU that has it; on a CPU it takes "
+        "cpu, or xla-unpacked where there is no compiler."
     ),
 ]
 Dtype = Annotated[

@@ -47,14 +47,14 @@ def load(
         path_or_graph: a checkpoint, or a graph at any stage of a pipeline.
         backend: how ternary weights are held and multiplied by.
             `xla` keeps them in memory as they are stored and unpacks them in every multiplication:
-            the least memory. `xla-unpacked` dequantizes them once, here: on a CPU the most speed
-            for many tokens at a time. `cpu` keeps them packed and has kernels for CPUs, compiled
-            on first use: the most speed for one token, one scale per row.
+            the least memory. `xla-unpacked` dequantizes them once, here. `cpu` keeps them packed
+            and has kernels for CPUs, compiled on first use: the most speed there.
             `triton` keeps them packed, in the layout that its kernels read: the most speed on a
             GPU. `mosaic` has kernels for Hopper alone, for one scale per row. `triton-interpret`
             and `mosaic-interpret` run the same kernels in jax's interpreter, for tests.
-            `auto`: xla-unpacked on a CPU; triton on a GPU that has it, for the weights that it
-            takes; xla elsewhere. The model's `backend` says which, the logger `atd.kernels` why.
+            `auto`: on a CPU cpu, and xla-unpacked for what it does not take or without a compiler;
+            triton on a GPU that has it, for the weights that it takes; xla elsewhere. The model's
+            `backend` says which, the logger `atd.kernels` why.
         dtype: float32, bfloat16 or float16, of the dense matrices and the cache. Activations, gains
             and biases are float32.
         progress: hears of each tensor that was read.
@@ -74,7 +74,8 @@ def load(
 
         graph = open(path_or_graph)
     if backend == "auto":
-        return Model(graph, backend_here(), None, dtype, progress)
+        chosen = backend_here(graph)
+        return Model(graph, chosen, chosen if chosen == "cpu" else None, dtype, progress)
     check_backend(graph, backend)
     return Model(graph, backend, None if backend == "xla-unpacked" else backend, dtype, progress)
 
@@ -332,7 +333,7 @@ class Model(nnx.Module):
                 f"make a longer one with new_cache"
             )
         weights = [unit.get_raw_value() for unit in (self.prologue, *self.blocks, self.epilogue)]
-        step = _whole_step if steps_at_once() else _step
+        step = _whole_step if steps_at_once(self.backend) else _step
         logits, positions, blocks = step(self._plan, weights, token, cache.positions, cache.blocks)
         return logits, Cache(blocks, positions, cache.filled + 1, cache.length)
 
@@ -340,13 +341,13 @@ class Model(nnx.Module):
         return self.prologue.get_raw_value()[self._plan.embed]["weight"]
 
 
-def steps_at_once() -> bool:
+def steps_at_once(backend: str) -> bool:
     """Returns whether a step is one compiled function, rather than one per block.
 
-    A GPU is done with a block before the host has called the next; a CPU takes longer to compile
-    the step than it gains.
+    A GPU is done with a block before the host has called the next, and so are the kernels of
+    backend `cpu`; XLA's products on a CPU take longer to compile than this gains.
     """
-    return jax.default_backend() == "gpu"
+    return jax.default_backend() == "gpu" or backend == "cpu"
 
 
 def _step(plan: _Plan, weights: Sequence[Weights], token, positions: jax.Array, blocks):

@@ -11,17 +11,23 @@ from atd.ir import Graph, WeightRef
 from atd.kernels.matmul import PACKED
 from atd.models.ops import Weights
 from atd.progress import Progress, Report
-from atd.weights import Dense, DenseType, Weight
+from atd.weights import Dense, DenseType, Weight, WeightType
 
 BACKENDS = ("auto", "xla", "xla-unpacked", *PACKED)
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
-def backend_here() -> str:
-    """Returns what `auto` stands for on this device."""
+def backend_here(graph: Graph) -> str:
+    """Returns what `auto` stands for on this device, for the weights of a graph."""
     if jax.default_backend() == "cpu":
-        return "xla-unpacked"
+        packed = any(_takes("cpu", ref.type) for _, ref in graph.weights())
+        return "cpu" if packed and not PACKED["cpu"].device_refuses() else "xla-unpacked"
     return "xla" if PACKED["triton"].device_refuses() else "triton"
+
+
+def _takes(backend: str, type: WeightType) -> bool:
+    """Whether a backend multiplies by a packed weight of this type."""
+    return not PACKED[backend].refuses(jnp.dtype(jnp.float32), type)
 
 
 def use_device(name: str) -> None:
@@ -94,7 +100,11 @@ def _place(ref: WeightRef, backend: str, dtype) -> Weight:
     array = value.array if isinstance(value, Dense) else None
     if isinstance(array, jax.Array) and array.dtype == dtype:
         return value  # made on the device, and needs no copy
-    if isinstance(weight.type, DenseType) or backend == "xla-unpacked":
+    if (
+        isinstance(weight.type, DenseType)
+        or backend == "xla-unpacked"
+        or (backend == "cpu" and not _takes(backend, weight.type))  # `auto`: XLA would be slow
+    ):
         # Waited for, or tensors that are read faster than they are dequantized would pile up.
         return Dense(jax.block_until_ready(_dequantize(weight, dtype)))
     return weight

@@ -1,8 +1,9 @@
 """The CPU backend: packed matrices on processors, by a C++ library that is compiled on first use.
 
-    up to MAX_TOKENS tokens   `atd_products`   integers on prefixes, from the packed bytes
-    more                      `atd_weights`    rows decoded into float32, some at a time, then XLA's
-                                               own matrix product
+    gemv.h        up to MAX_TOKENS tokens: integers on prefixes, from the packed bytes; with the
+                  norm before, and the residual stream or SwiGLU behind
+    gemm.h        more tokens, and groups: rows decoded to float32, some at a time
+    attention.h   one new token of each sequence
 
 Activations become integers: of 14 bits where the bases of a weight are summed apart (free scales,
 trellis codes), and of 19 to 27 bits, in two parts, elsewhere. Neither costs anything that can be
@@ -19,12 +20,9 @@ from atd.kernels import packed
 from atd.kernels.cpu import build
 from atd.weights import Packed, TernaryType, TrellisType, Weight
 from atd.weights.codes import Code
-from atd.weights.layouts import TRITS_PER_BYTE
 
 MAX_TOKENS = 16
 MAX_INPUTS = 65536  # sums of 32 bits hold as many
-CHUNK_BYTES = 4 << 20  # of weights that are decoded at a time: what stays in a cache
-MAX_CHUNKS = 32  # so that programs stay short
 
 
 @dataclass(frozen=True)
@@ -44,20 +42,73 @@ class Cpu(packed.Backend):
         # in this order: what it does not multiply needs no compiler
         return self.refuses(x.dtype, weight.type) or self.device_refuses()
 
+    def fuses(self, x: jax.Array, weight: Weight, gated: bool = False) -> bool:
+        type = weight.type.ternary
+        coded = isinstance(type, TrellisType)
+        halves = not gated or type.shape[0] % (2 * type.segment if coded else 2) == 0
+        return self._few(x, type) and halves
+
+    def multiply(
+        self,
+        x: jax.Array,
+        weight: Packed,
+        norm: packed.Norm | None = None,
+        residual: jax.Array | None = None,
+        gated: bool = False,
+    ) -> jax.Array:
+        """Multiplies x [M, in] by weight [out, in] -> [M, out] in x's dtype.
+
+        Args:
+            norm, residual, gated: as in `atd.kernels.matmul.fused`, only where it `fuses`.
+        """
+        held, type = self.prepare(weight), weight.type.ternary
+        assert isinstance(held, Packed)
+        matrix = jnp.asarray(held.codes), jnp.asarray(held.scales)
+        attributes, wide = _attributes(type), x.astype(jnp.float32)
+        result = jax.ShapeDtypeStruct((x.shape[0], type.shape[0] // (1 + gated)), jnp.float32)
+        if not self._few(x, type):
+            assert (norm, residual, gated) == (None, None, False), "see `Cpu.fuses`"
+            return jax.ffi.ffi_call("atd_gemm", result)(*matrix, wide, **attributes).astype(x.dtype)
+        none = jnp.zeros(0, jnp.float32)
+        gain = none if norm is None else norm.gain.astype(jnp.float32)
+        added = none if residual is None else residual.astype(jnp.float32)
+        options = {
+            "parts": np.int64(parts_of(type)),
+            "eps": np.float32(0 if norm is None else norm.eps),
+            "gated": gated,
+        }
+        call = jax.ffi.ffi_call("atd_gemv", result)
+        return call(*matrix, wide, gain, added, **attributes, **options).astype(x.dtype)
+
+    def attend(self, q, k, v, positions, cache, frequencies, heads, window):
+        if self.device_refuses():
+            return None
+        batch, _, _, head_dim = cache[0].shape
+        result = jax.ShapeDtypeStruct((batch, 1, heads * head_dim), jnp.float32)
+        places = [jax.ShapeDtypeStruct(part.shape, part.dtype) for part in cache]
+        aliases = {4: 1, 5: 2}
+        call = jax.ffi.ffi_call("atd_attend", (result, *places), input_output_aliases=aliases)
+        out, *cache = call(
+            positions,
+            *(part.astype(jnp.float32) for part, _ in (q, k, v)),
+            *cache,
+            frequencies=np.asarray(frequencies, np.float32),
+            starts=np.asarray([start for _, start in (q, k, v)], np.int64),
+            heads=np.int64(heads),
+            window=np.int64(window),
+        )
+        return out.astype(q[0].dtype), tuple(cache)
+
     def refuses(self, dtype, type) -> str | None:
         if reason := super().refuses(dtype, type):
             return reason
-        if type.ternary.scales_shape[1] != 1:
-            return "it multiplies weights with one scale per row; backend 'xla' multiplies groups"
         if type.ternary.shape[1] > MAX_INPUTS:
             return f"it multiplies up to {MAX_INPUTS} inputs; backend 'xla' multiplies any"
         return None
 
-    def multiply(self, x: jax.Array, weight: Packed) -> jax.Array:
-        held, wide = self.prepare(weight), x.astype(jnp.float32)
-        assert isinstance(held, Packed)
-        many = x.shape[0] > MAX_TOKENS
-        return (_decoded(wide, held) if many else _products(wide, held)).astype(x.dtype)
+    def _few(self, x: jax.Array, type: TernaryType | TrellisType) -> bool:
+        """Whether a product is one of integers."""
+        return x.shape[0] <= MAX_TOKENS and type.scales_shape[1] == 1
 
 
 def parts_of(type: TernaryType | TrellisType) -> int:
@@ -70,47 +121,15 @@ def parts_of(type: TernaryType | TrellisType) -> int:
     return 1 if apart and type.bases > 1 else 2
 
 
-def _products(x: jax.Array, weight: Packed) -> jax.Array:
-    """x float32 [M, in] times a weight in layout `aligned` -> float32 [M, out]."""
-    type, attributes = weight.type.ternary, _attributes(weight)
-    shape = jax.ShapeDtypeStruct((x.shape[0], type.shape[0]), jnp.float32)
-    call = jax.ffi.ffi_call("atd_products", shape)
-    return call(x, *_operands(weight), **attributes, parts=np.int64(parts_of(type)))
-
-
-def _decoded(x: jax.Array, weight: Packed) -> jax.Array:
-    """The same for many tokens."""
-    type, (codes, scales) = weight.type.ternary, _operands(weight)
-    cells = codes.shape[1]
-    unit, period = (type.segment, type.code.period) if isinstance(type, TrellisType) else (1, 1)
-    columns = cells * TRITS_PER_BYTE
-    # Parameter p of cell c is column p cells + c of the decoded weights.
-    padded = jnp.pad(x, ((0, 0), (0, columns - x.shape[1])))
-    planes = padded.reshape(len(x), cells, TRITS_PER_BYTE).swapaxes(1, 2).reshape(len(x), columns)
-    rows_of_chunk = max(CHUNK_BYTES // (4 * columns), type.shape[0] // MAX_CHUNKS)
-    step = -(-rows_of_chunk // unit) * unit
-    parts, attributes = [], _attributes(weight)
-    for start in range(0, type.shape[0], step):
-        rows = min(step, type.shape[0] - start)
-        call = jax.ffi.ffi_call("atd_weights", jax.ShapeDtypeStruct((rows, columns), jnp.float32))
-        mine = slice(start // period, (start + rows) // period)
-        cut = scales if len(scales) == 1 else scales[start : start + rows]
-        parts.append(call(codes[mine], cut, **attributes) @ planes.T)
-    return jnp.concatenate(parts).T
-
-
-def _operands(weight: Packed) -> tuple[jax.Array, jax.Array]:
-    return jnp.asarray(weight.codes), jnp.asarray(weight.scales)
-
-
-def _attributes(weight: Packed) -> dict:
-    """What the library is told of a type: see `Code` of products.cc."""
-    type = weight.type.ternary
+def _attributes(type: TernaryType | TrellisType) -> dict:
+    """What the library is told of a type: see `Matrix` of matrix.h."""
     coded = isinstance(type, TrellisType)
     told = {
+        "rows": type.shape[0],
         "bases": type.bases,
         "period": type.code.period if coded else 1,
         "length": type.segment if coded else 0,
+        "group_size": type.shape[1] if coded else type.group_size,
     }
     taps = _taps(type.code) if coded else np.zeros(0, np.float32)
     numbers = {name: np.int64(value) for name, value in told.items()}

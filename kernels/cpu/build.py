@@ -1,4 +1,4 @@
-"""Compiles `products.cc` on this machine, once, and calls what it defines through `jax.ffi`.
+"""Compiles `calls.cc` on this machine, once, and calls what it defines through `jax.ffi`.
 
 The library lies in the user's cache folder, `$ATD_CACHE/kernels` (without ATD_CACHE
 `$XDG_CACHE_HOME/atd/kernels`, or `~/.cache/atd/kernels`), under a name made from the sources, the
@@ -25,8 +25,18 @@ import jax
 from atd.errors import RunFailed
 from atd.kernels.settings import cache_folder
 
-SOURCES = ("products.cc", "prefixes.h", "lanes.h")
-HANDLERS = ("atd_products", "atd_weights")
+SOURCES = (
+    "calls.cc",
+    "gemv.h",
+    "gemm.h",
+    "attention.h",
+    "matrix.h",
+    "prefixes.h",
+    "lanes.h",
+    "floats.h",
+    "threads.h",
+)
+HANDLERS = ("atd_gemv", "atd_gemm", "atd_attend")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-w")
 SECONDS = 300  # that a compiler may take
 _DIGEST = 32  # bytes of a sha256

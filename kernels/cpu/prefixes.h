@@ -16,8 +16,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <numeric>
 #include <vector>
+
+#include "floats.h"
 
 constexpr int kDigits = 5;  // trits per byte
 constexpr int kBlock = 64;  // bytes of a row whose coefficients lie together
@@ -73,6 +74,17 @@ struct Plan {
   int64_t block(int64_t columns) const { return int64_t(2) * slots * columns * kLanes; }
 };
 
+// The plan of weights with n bases, made once: up to 8, and 4 tied ones.
+inline const Plan& plan_of(int n, bool tied) {
+  static const auto plans = [] {
+    std::vector<Plan> made;
+    for (int i = 1; i <= 8; ++i) made.emplace_back(i, false);
+    for (int i = 1; i <= 4; ++i) made.emplace_back(i, true);
+    return made;
+  }();
+  return plans[n - 1 + (tied ? 8 : 0)];
+}
+
 // Activations as integers: a token has `parts` runs of int32 [inputs], the lower first, in units of
 // unit[token]; the upper part is worth `radix` of the lower.
 struct Integers {
@@ -82,35 +94,37 @@ struct Integers {
   std::vector<double> unit;     // NaN for a token that is not finite
 };
 
-inline Integers integers(const Plan& plan, const float* x, int64_t tokens, int64_t inputs,
-                         int parts) {
-  Integers found{(inputs + kDigits - 1) / kDigits * kDigits, 2 * plan.limit + 1, {}, {}, {}};
-  found.values.assign(tokens * parts * found.inputs, 0);
-  const double most = parts == 1 ? plan.limit : double(plan.limit) * found.radix + plan.limit;
+inline void to_integers(const Plan& plan, const float* x, int64_t tokens, int64_t inputs, int parts,
+                        Integers& to) {
+  to.inputs = (inputs + kDigits - 1) / kDigits * kDigits;
+  to.radix = 2 * plan.limit + 1;
+  to.values.assign(tokens * parts * to.inputs, 0);
+  to.totals.clear();
+  to.unit.clear();
+  const double most = parts == 1 ? plan.limit : double(plan.limit) * to.radix + plan.limit;
+  const double round = 6755399441055744.;  // 1.5 * 2^52: a sum with it has no fraction
   for (int64_t m = 0; m < tokens; ++m, x += inputs) {
-    uint32_t bits = 0;  // of the largest |x|: numbers without a sign are in the order of their bits
-    for (int64_t k = 0; k < inputs; ++k) {
-      uint32_t mine;
-      std::memcpy(&mine, x + k, sizeof(mine));
-      bits = std::max(bits, mine & 0x7fffffff);
-    }
-    float largest;
-    std::memcpy(&largest, &bits, sizeof(largest));
+    const float largest = largest_of(x, inputs);
     const bool finite = std::isfinite(largest);
-    const double size = largest > 0 ? largest : 1, per_unit = most / size;
-    found.unit.push_back(finite ? size / most : NAN);
-    int32_t* low = &found.values[m * parts * found.inputs];
-    int32_t* upper = low + found.inputs;
-    for (int64_t k = 0; finite && k < inputs; ++k) {
-      const double whole = std::nearbyint(x[k] * per_unit);
-      const double above = parts == 1 ? 0 : std::nearbyint(whole / found.radix);
-      low[k] = int32_t(whole - above * found.radix);
-      if (parts > 1) upper[k] = int32_t(above);
+    const double size = largest > 0 ? largest : 1, per_unit = most / size, step = 1. / to.radix;
+    to.unit.push_back(finite ? size / most : NAN);
+    int32_t* low = &to.values[m * parts * to.inputs];
+    int32_t* upper = low + to.inputs;
+    if (finite && parts == 1)
+      for (int64_t k = 0; k < inputs; ++k) low[k] = int32_t((x[k] * per_unit + round) - round);
+    if (finite && parts == 2)
+      for (int64_t k = 0; k < inputs; ++k) {
+        const double whole = (x[k] * per_unit + round) - round;
+        const double above = (whole * step + round) - round;
+        low[k] = int32_t(whole - above * to.radix);
+        upper[k] = int32_t(above);
+      }
+    for (int h = 0; h < parts; ++h, low += to.inputs) {
+      int32_t total = 0;  // of at most 65,536 numbers of 15 bits
+      for (int64_t k = 0; k < inputs; ++k) total += low[k];
+      to.totals.push_back(total);
     }
-    for (int h = 0; h < parts; ++h, low += found.inputs)
-      found.totals.push_back(std::accumulate(low, low + inputs, int64_t(0)));
   }
-  return found;
 }
 
 // Integers of one run to the coefficients of its sums, which are columns first, first + 1, ... of

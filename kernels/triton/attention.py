@@ -28,10 +28,9 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
+from atd.kernels.packed import Part
 from atd.kernels.triton.floats import cos_sin, multiply_add, power_of_2, wide
 from atd.kernels.triton.ptx import plt
-
-Part = tuple[jax.Array, int]  # values [B, 1, width], and the first feature of those that are meant
 
 WARPS = 8
 PROGRAMS = 128  # blocks that a GPU runs at once, about: one per multiprocessor

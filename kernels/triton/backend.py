@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 
 from atd.kernels import packed, xla
+from atd.kernels.packed import Norm
 from atd.kernels.settings import Settings, choose
 from atd.kernels.trellis import planes_type
-from atd.kernels.triton import decode, gemm, gemv
-from atd.kernels.triton.fold import Norm
+from atd.kernels.triton import attention, decode, gemm, gemv
 from atd.kernels.triton.geometry import ROWS, most_tokens
 from atd.weights import Packed, TernaryType, TrellisType, Weight
 
@@ -42,13 +42,18 @@ class Triton(packed.Backend):
         return capability >= (8, 0)
 
     def fuses(self, x: jax.Array, weight: Weight, gated: bool = False) -> bool:
-        """Returns whether `matmul` takes a norm and a residual, or is gated, for these."""
         type = weight.type.ternary
         if isinstance(type, TrellisType):
             type = planes_type(type)
         elif gated and type.shape[0] % (2 * ROWS):
             return False
         return way_of(self._settings(x, type), type, x.shape[0]) == "gemv"
+
+    def attend(self, q, k, v, positions, cache, frequencies, heads, window):
+        if self.device_refuses() or attention.refuses(cache):
+            return None
+        operands = q, k, v, positions, cache, frequencies, heads, window
+        return attention.attend(*operands, interpret=self.interpret)
 
     def multiply(
         self,

@@ -8,13 +8,13 @@ tokens that is more work than launches, and XLA does both first.
 """
 
 import functools
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from atd.kernels.packed import Norm
 from atd.kernels.prefixes import THREADS_PER_ROW, Plan
 from atd.kernels.triton.geometry import BYTES, Geometry
 from atd.kernels.triton.ptx import divided, launch_next, plt
@@ -27,20 +27,6 @@ LEAST = 2.0**-104  # largest |x| for which limit / |x| is finite; a token of les
 ROUNDS = 1.5 * 2.0**23  # x + ROUNDS has the bits ROUNDS_BITS + round(x), |x| < 2^22
 ROUNDS_BITS = 0x4B400000
 SIGNED = 0x808080  # added to a coefficient, it makes its three bytes count from 0 on
-
-
-@dataclass(frozen=True, eq=False)
-class Norm:
-    """An RMS norm in float32: x / sqrt(mean(x^2) + eps) * gain, of x [M, in] and gain [in]."""
-
-    gain: jax.Array
-    eps: float
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Computes it outside of any kernel."""
-        wide = x.astype(jnp.float32)
-        mean_square = jnp.mean(wide * wide, axis=1, keepdims=True)
-        return wide * lax.rsqrt(mean_square + self.eps) * self.gain.astype(jnp.float32)
 
 
 def fold(g: Geometry, x: jax.Array, norm: Norm | None = None) -> tuple[jax.Array, jax.Array]:

@@ -34,9 +34,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from atd.kernels.packed import Norm
 from atd.kernels.prefixes import THREADS_PER_ROW
 from atd.kernels.settings import Shape
-from atd.kernels.triton.fold import Norm, fold
+from atd.kernels.triton.fold import fold
 from atd.kernels.triton.geometry import ROWS, Geometry, most_tokens
 from atd.kernels.triton.ptx import bits, decode, divided, multiply_add, plt
 from atd.weights import TernaryType

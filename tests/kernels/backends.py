@@ -58,7 +58,7 @@ TAKES = {
     "cpu": Takes(
         layouts=("interleaved", "aligned", "words", "tiles"),
         bases=(1, 2, 3, 4),
-        groups=("tensor", "row"),
+        groups=("tensor", "row", "groups"),
         dtypes=("float32", "bfloat16", "float16"),
     ),
     "mosaic": Takes(
@@ -112,7 +112,7 @@ def on_backends(names: str, cases: list, *, slow: list | tuple = (), fused=False
             layout = values["layout"] or own_layout(name)
             if refusal(name, layout, values["bases"], values["group"], "float32"):
                 continue
-            if fused and not name.startswith("triton"):
+            if fused and not name.startswith(("triton", "cpu")):
                 continue
             if values["layout"] == own_layout(name):
                 continue  # the same as None
@@ -160,7 +160,7 @@ def rounding_of_x(backend: str, x: np.ndarray, weight) -> np.ndarray:
         return np.zeros_like(x)
     if backend == "cpu":
         bits = 14 if parts_of(weight.type.ternary) == 1 else 18  # of integers, at least
-        few = len(x) <= CPU_TOKENS
+        few = len(x) <= CPU_TOKENS and weight.type.ternary.scales_shape[1] == 1
         return np.abs(x).max(axis=1, keepdims=True) * 2.0**-bits * np.full_like(x, few)
     type, tokens = weight.type.ternary, x.shape[0]
     if isinstance(type, TrellisType):

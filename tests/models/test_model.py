@@ -14,7 +14,7 @@ from flax import nnx
 
 from atd.errors import BadInput
 from atd.ir import Graph, Node, WeightRef, in_memory
-from atd.kernels import matmul as kernels
+from atd.kernels.triton import attention
 from atd.models import execute, ops
 from atd.models import model as model_module
 from atd.models.model import load
@@ -143,7 +143,7 @@ def test_a_step_of_all_blocks_at_once_is_the_same(name, monkeypatch):
     """As on a GPU."""
     model, logits = load(GRAPHS[name]()), []
     for at_once in (False, True):
-        monkeypatch.setattr(model_module, "steps_at_once", lambda at_once=at_once: at_once)
+        monkeypatch.setattr(model_module, "steps_at_once", lambda _, at_once=at_once: at_once)
         _, cache = model.prefill(tokens_of(2, 5), model.new_cache(2, 8))
         for token in (3, 4):
             last, cache = model.decode(jnp.full(2, token), cache)
@@ -220,10 +220,8 @@ def test_kernels_of_gpus_write_the_same_tokens(backend, group):
 )
 def test_the_attention_kernel_writes_the_same_tokens(graph, length, monkeypatch):
     """Sequences of different lengths, step by step; everything but attention is XLA's."""
-    calls, attend = [], kernels.attention.attend
-    monkeypatch.setattr(
-        kernels.attention, "attend", lambda *a, **b: (calls.append(a), attend(*a, **b))[1]
-    )
+    calls, attend = [], attention.attend
+    monkeypatch.setattr(attention, "attend", lambda *a, **b: (calls.append(a), attend(*a, **b))[1])
     results = []
     for backend in ("triton-interpret", "xla"):
         model = load(graph(), backend=backend)
@@ -323,7 +321,7 @@ def test_prompts_of_like_length_share_a_compilation(traces):
 
 @pytest.mark.parametrize("at_once", [False, True])
 def test_decoding_never_compiles_again(traces, at_once, monkeypatch):
-    monkeypatch.setattr(model_module, "steps_at_once", lambda: at_once)
+    monkeypatch.setattr(model_module, "steps_at_once", lambda _: at_once)
     model = load(tiny_graph())
     _, cache = model.prefill(tokens_of(1, 4), model.new_cache(1, 32))
     _, cache = model.decode(jnp.array([1]), cache)
