@@ -6,7 +6,8 @@
 MODEL is anything that atd reads; with --peer, a Hugging Face folder of dense weights, and PYTHON
 is that of an environment with lm_eval, torch and transformers, which may be another than this one.
 Each model runs in a process of its own: a first pass over the requests compiles, the second one is
-timed. Tokens are those of the requests, context and continuation, as if each ran by itself.
+timed. Tokens are those of the requests, context and continuation, as if each ran by itself. Where
+other work runs beside, compare the tokens per second of CPU time, of all cores together.
 
 lm_eval 0.4.13, torch 2.13 and transformers 5.24 were used.
 """
@@ -48,7 +49,8 @@ def main() -> None:
     rows = [summary(name, runs) for name, runs in found.items()]
     for row in rows:
         print(
-            f"{row['name']}: {row['tokens_per_second']:.0f} tokens/s, median of {options.rounds}; "
+            f"{row['name']}: {row['tokens_per_second']:.0f} tokens/s, "
+            f"{row['tokens_per_cpu_second']:.0f} per second of CPU, median of {options.rounds}; "
             f"{row['tokens']} tokens of {row['requests']} requests; first pass "
             f"{row['first_pass_seconds']:.1f} s"
         )
@@ -87,23 +89,27 @@ def measure(options: argparse.Namespace) -> dict:
     task.set_config("num_fewshot", 0)
     task.build_all_requests(limit=options.limit)
     requests: list[Instance] = task.instances
-    seconds = []
+    seconds, of_cpu = [], []
     for _ in range(2):
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         model.loglikelihood(requests, disable_tqdm=True)
         seconds.append(time.perf_counter() - start)
+        of_cpu.append(time.process_time() - cpu)
     tokens = sum(
         len(model.tok_encode(context + more)) for context, more in (r.args for r in requests)
     )
-    return {"requests": len(requests), "tokens": tokens, "seconds": seconds}
+    times = {"seconds": seconds, "cpu_seconds": of_cpu}
+    return {"requests": len(requests), "tokens": tokens} | times
 
 
 def summary(name: str, runs: list[dict]) -> dict:
     """The median figures of a model's processes."""
     first, second = (statistics.median(run["seconds"][i] for run in runs) for i in (0, 1))
+    of_cpu = statistics.median(run["cpu_seconds"][1] for run in runs)
     return {
         "name": name,
         "tokens_per_second": runs[0]["tokens"] / second,
+        "tokens_per_cpu_second": runs[0]["tokens"] / of_cpu,
         "first_pass_seconds": first,
         "tokens": runs[0]["tokens"],
         "requests": runs[0]["requests"],
