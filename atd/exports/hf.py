@@ -15,7 +15,7 @@ from atd.ir import Block, Graph, Node, WeightRef
 from atd.ir.notes import without
 from atd.models import frontend
 from atd.models.config import ModelConfig, parse_config
-from atd.models.folds import stored_weight
+from atd.models.folds import stored_array
 from atd.models.phi3 import join_weights
 from atd.pipeline.card import dense_card
 from atd.pipeline.output import tokenizer_files
@@ -83,19 +83,17 @@ def _config(graph: Graph, dtype: str) -> dict:
 
 def _dense(model: ModelConfig, unit: Block, node: Node, dtype: str) -> list[WeightRef]:
     """The node's weights, dense, with the names and values that transformers has."""
-    narrow = TORCH_DTYPES[dtype]
-    return [
-        _dense_rows(stored_weight(model, ref), name, start, stop, narrow)
-        for name, ref, start, stop in parts(unit, node)
-    ]
+    return [_dense_rows(model, *part, TORCH_DTYPES[dtype]) for part in parts(unit, node)]
 
 
-def _dense_rows(ref: WeightRef, tensor: str, start: int, stop: int, dtype: str) -> WeightRef:
+def _dense_rows(
+    model: ModelConfig, tensor: str, ref: WeightRef, start: int, stop: int, dtype: str
+) -> WeightRef:
     """Rows start..stop of a weight as a dense one."""
     type = DenseType((stop - start, *ref.type.shape[1:]), dtype)
 
     def load() -> Dense:
-        array = ref.dense()[start:stop]
+        array = stored_array(model, tensor, ref.dense()[start:stop])
         with np.errstate(over="ignore"):
             narrow = array.astype(DTYPES[dtype])
         if not np.isfinite(narrow).all():

@@ -20,6 +20,7 @@ Source: transformers 5.24 (`models/*/configuration_*.py`, `modeling_rope_utils.p
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from atd.errors import BadInput
 from atd.models.config_reader import ConfigReader
@@ -63,6 +64,8 @@ _HEAD_DIMS = {
 }  # where the key is absent; others: hidden_size / heads
 _THETAS = {"bitnet": 500000.0, "smollm3": 2e6}  # where the key is absent; others: 10000
 _EPS = {"bitnet": 1e-5, PHI3: 1e-5, OLMO2: 1e-5}  # where the key is absent; others: 1e-6
+# Of scores and of logits, where the key is absent (Gemma 2).
+_SOFTCAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 _MOST_LAYERS = 10_000  # more is a damaged file, and would be a graph that fills the memory
 
 
@@ -167,28 +170,12 @@ def parse_config(config: dict, origin) -> ModelConfig:
         raise read.error(f"head_dim is {head_dim}; expected {hidden} / {heads} heads")
     if family == "llama" and hidden % heads:
         raise read.error(f"hidden_size {hidden} is no multiple of num_attention_heads {heads}")
-    windowed_rope, query_scale, rotary = None, 1.0, head_dim
+    windowed_rope, rotary = None, head_dim
     if family == GEMMA3:
-        _check_gemma3(read)
         (theta, scaling), windowed_rope = read_ropes_by_layer(read, head_dim)
-        query_scale = (head_dim / read.number("query_pre_attn_scalar", 256.0)) ** 0.5
     else:
         rotary = read_rotary(read, head_dim)
         theta, scaling = read_rope(read, _THETAS.get(family, 10000.0), rotary)
-    embedding_scale, residual_scale, logit_divisor = 1.0, 1.0, 1.0
-    attention_scale, attention_softcap, logit_softcap = None, None, None
-    if family in GEMMAS:
-        embedding_scale = hidden**0.5
-    if family == GEMMA2:
-        _check_causal(read)
-        attention_scale = read.number("query_pre_attn_scalar", 256.0) ** -0.5
-        attention_softcap = _softcap(read, "attn_logit_softcapping", 50.0)
-        logit_softcap = _softcap(read, "final_logit_softcapping", 30.0)
-    if family == GRANITE:
-        embedding_scale = read.number("embedding_multiplier", 1.0)
-        residual_scale = read.number("residual_multiplier", 1.0)
-        logit_divisor = read.number("logits_scaling", 1.0)
-        query_scale = read.number("attention_multiplier", 1.0) * head_dim**0.5
     ropes = read_ropes(family, layers, read)
     attention_bias = family in _BIASED and read.flag("attention_bias")
     return ModelConfig(
@@ -217,13 +204,7 @@ def parse_config(config: dict, origin) -> ModelConfig:
         post_norms=family in (OLMO2, *GEMMAS),
         pre_norms=family != OLMO2,
         windowed_rope=windowed_rope,
-        embedding_scale=embedding_scale,
-        query_scale=query_scale,
-        residual_scale=residual_scale,
-        logit_divisor=logit_divisor,
-        attention_scale=attention_scale,
-        attention_softcap=attention_softcap,
-        logit_softcap=logit_softcap,
+        **_scales(family, read, hidden, head_dim),
     )
 
 
@@ -238,18 +219,35 @@ def _gate(family: str, read: ConfigReader) -> str:
     return _GATES[activation]
 
 
-def _check_gemma3(read: ConfigReader) -> None:
-    """Raises BadInput for what models of the shape of Gemma 3 may have, and Gemma 3 has not."""
-    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if read.values.get(key) is not None:
-            raise read.error(f"{key} {read.values[key]!r} is not supported; supported: null")
-    _check_causal(read)
-
-
-def _check_causal(read: ConfigReader) -> None:
-    """Raises BadInput where positions see those behind them."""
+def _scales(family: str, read: ConfigReader, hidden: int, head_dim: int) -> dict[str, Any]:
+    """The scales and softcaps of Gemma and Granite, as fields of `ModelConfig`."""
+    if family == GRANITE:
+        return {
+            "embedding_scale": read.number("embedding_multiplier", 1.0),
+            "residual_scale": read.number("residual_multiplier", 1.0),
+            "logit_divisor": read.number("logits_scaling", 1.0),
+            "query_scale": read.number("attention_multiplier", 1.0) * head_dim**0.5,
+        }
+    if family not in GEMMAS:
+        return {}
     if read.flag("use_bidirectional_attention"):
         raise read.error("use_bidirectional_attention is not supported; supported: false")
+    scalar = read.number("query_pre_attn_scalar", 256.0)
+    if family == GEMMA3:
+        for key in _SOFTCAPS:
+            if read.values.get(key) is not None:
+                raise read.error(f"{key} {read.values[key]!r} is not supported; supported: null")
+        return {"embedding_scale": hidden**0.5, "query_scale": (head_dim / scalar) ** 0.5}
+    caps = (_softcap(read, key, default) for key, default in _SOFTCAPS.items())
+    fields = dict(zip(("attention_softcap", "logit_softcap"), caps, strict=True))
+    return {"embedding_scale": hidden**0.5, "attention_scale": scalar**-0.5, **fields}
+
+
+def _softcap(read: ConfigReader, key: str, default: float) -> float | None:
+    """A softcap; null is none."""
+    if key in read.values and read.values[key] is None:
+        return None
+    return read.number(key, default)
 
 
 def both_dtypes(config: dict) -> dict:
@@ -260,10 +258,3 @@ def both_dtypes(config: dict) -> dict:
     names = ("dtype", "torch_dtype")
     known = [config[name] for name in names if name in config]
     return config | {name: known[0] for name in names if known and name not in config}
-
-
-def _softcap(read: ConfigReader, key: str, default: float) -> float | None:
-    """A softcap; null is none."""
-    if key in read.values and read.values[key] is None:
-        return None
-    return read.number(key, default)

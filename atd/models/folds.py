@@ -6,6 +6,8 @@ Granite    weights times a factor            (`atd.models.granite`)
 
 from typing import NamedTuple
 
+import numpy as np
+
 from atd.ir import WeightRef
 from atd.ir.rewrite import map_array
 from atd.models.config import GEMMAS, GRANITE, ModelConfig
@@ -40,8 +42,13 @@ def graph_weight(model: ModelConfig, ref: WeightRef) -> WeightRef:
     return map_array(ref, "f32", lambda stored: (stored + plus) * factor, source)
 
 
-def stored_weight(model: ModelConfig, ref: WeightRef) -> WeightRef:
-    """Returns the weight that transformers has for that of a graph: inverts `graph_weight`."""
-    if (fold := fold_of(model, ref.tensor)) is None:
-        return ref
-    return map_array(ref, "f32", lambda array: array / fold.factor - fold.plus)
+def stored_array(model: ModelConfig, tensor: str, array: np.ndarray) -> np.ndarray:
+    """Returns what transformers has for the weight of a graph: inverts `graph_weight`.
+
+    Args:
+        model: the config.
+        tensor: the name that transformers has for the weight.
+        array: its values in the graph, or some rows of them.
+    """
+    fold = fold_of(model, tensor)
+    return array if fold is None else array / np.float32(fold.factor) - np.float32(fold.plus)

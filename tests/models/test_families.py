@@ -25,6 +25,7 @@ from atd.models.config import parse_config
 from atd.models.model import load
 from atd.models.structure import difference
 from atd.passes.fold_norms import FoldNorms
+from atd.passes.fuse import Fuse
 from atd.passes.rotate import Rotate
 from atd.pipeline import Pipeline
 from atd.pipeline.convert import convert
@@ -32,7 +33,7 @@ from atd.pipeline.recipe import read_recipe
 from tests.golden.write_gguf import GOLDEN, write_gguf
 
 FAMILIES = ("smollm3", "phi3", "granite", "olmo2", "gemma2")
-ROTATED = Pipeline([FoldNorms(), Rotate(r3=True)])
+ROTATED = Pipeline([FoldNorms(), Rotate(r3=True), Fuse()])
 UNROTATED = ("olmo2", "gemma2", "gemma3")  # whose residual stream stays as it is
 
 
@@ -64,6 +65,8 @@ def test_rotated_models_are_the_same_and_say_what_is_left_out(tmp_path, name):
     out = convert(GOLDEN / name, tmp_path / "out", ROTATED, say=lines.append)
     wanted = np.asarray(load(GOLDEN / name)(tokens))
     np.testing.assert_allclose(load(out)(tokens), wanted, atol=2e-4 * np.abs(wanted).max())
+    dense = load(export_hf(out, tmp_path / "dense", say=quiet))
+    np.testing.assert_allclose(dense(tokens), wanted, atol=2e-4 * np.abs(wanted).max())
     off = [line for line in lines if line.startswith("note: rotate: r1 is off, since")]
     assert len(off) == (name in UNROTATED)
     assert ("r1 = false" in (out / "recipe.toml").read_text()) == (name in UNROTATED)
@@ -83,7 +86,8 @@ def test_the_adaptive_recipe_converts(tmp_path, name):
     shutil.copytree(GOLDEN / name, folder)
     words = {f"w{i}": i for i in range(64)}
     Tokenizer(WordLevel(words, "w0")).save(str(folder / "tokenizer.json"))
-    quick = ["allocate.bases=[1, 2, 3]", "allocate.trellis=''", "calibrate.steps=2"]
+    quick = [f"allocate.{key}bases=[1, 2, 3]" for key in ("", "embedding_")]
+    quick += ["allocate.trellis=''", "calibrate.steps=2"]
     chosen = read_recipe("adaptive", ["allocate.bits=3.3", *quick])
     chosen = replace(chosen, calibration_tokens=2048)
     out = convert(folder, tmp_path / "out", chosen, cache=tmp_path / "cache", say=quiet)
