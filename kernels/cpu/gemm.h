@@ -14,7 +14,6 @@
 
 constexpr int kPlanes = 7;     // of a code, at most
 constexpr int kWide = 128;     // cells of a row that are decoded together
-constexpr int kWeight = 32700;  // the largest integer of a weight, about: taps are rounded
 constexpr int kTokens = 1024;  // for which weights are decoded once, about
 
 constexpr int kTileRows = kWidth == 32 ? 4 : 6;
@@ -51,99 +50,94 @@ struct Panels {
 
 // --- weights ------------------------------------------------------------------------------------
 
-// The trit at a place of count cells of N bytes each, one place in every cell.
+// The bytes of count cells of N bytes each, those of one place in a cell together:
+// to [place, stride].
 template <int N>
-void unpack(const uint8_t* __restrict codes, int64_t count, uint16_t power,
-            int16_t* __restrict trits) {
-  for (int64_t c = 0; c < count; ++c) {
-    const uint16_t rest = uint16_t(codes[c * N] * power) & 255;
-    trits[c] = int16_t(int16_t(rest * 3 >> 8) - 1);
-  }
+void part(const uint8_t* __restrict codes, int64_t count, int64_t stride, uint8_t* __restrict to) {
+  for (int at = 0; at < N; ++at)
+    for (int64_t c = 0; c < count; ++c) to[at * stride + c] = codes[c * N + at];
 }
 
 template <size_t... I>
-auto unpackers(std::index_sequence<I...>) {
-  return std::array{&unpack<int(I) + 1>...};
+auto parters(std::index_sequence<I...>) {
+  return std::array{&part<int(I) + 1>...};
 }
 
-// Which planes make each row of a task's weights: terms start[r], ..., start[r + 1] - 1 are integers
-// times rows `from` of the planes [plane, row of codes]. A row is in units of unit[r].
+// The trits at one place of count bytes.
+inline void unpack(const uint8_t* __restrict bytes, int64_t count, uint16_t power,
+                   float* __restrict trits) {
+  for (int64_t c = 0; c < count; ++c) {
+    const uint16_t rest = uint16_t(bytes[c] * power) & 255;
+    trits[c] = float(int16_t(rest * 3 >> 8) - 1);
+  }
+}
+
+// Which planes make each row of a task's weights: terms start[r], ..., start[r + 1] - 1 are taps
+// times rows `from` of the planes [plane, row of codes]; and the scale of a row that has one.
 struct Terms {
   std::vector<int64_t> start, from;
-  std::vector<int16_t> integers;
-  std::vector<float> unit, scales;
+  std::vector<float> taps, scales;
 
   void of(const Matrix& matrix, int64_t first, int64_t count) {
-    const int64_t n = matrix.bases;
     const auto [row, rows] = matrix.made_of(first, count);
-    start.clear(), from.clear(), integers.clear(), unit.clear();
-    std::vector<float> taps;
+    start.clear(), from.clear(), taps.clear();
+    auto add = [&](float tap, int64_t f, int64_t of) {
+      taps.push_back(tap), from.push_back(f * count + of);
+    };
     for (int64_t r = 0; r < rows; ++r) {
       start.push_back(from.size());
-      taps.clear();
-      auto add = [&](float tap, int64_t of) { taps.push_back(tap), from.push_back(of); };
-      if (matrix.coded()) {
-        each_term(matrix.code, n, r, rows, [&](float tap, int64_t f, int64_t below) {
-          add(tap, f * count + below);
-        });
-      } else {
-        for (int64_t f = 0; f < n; ++f)
-          add(matrix.tied ? float(kPowers[n - 1 - f]) : 1.f, f * count + r);
-      }
-      float size = 0;
-      for (float tap : taps) size += std::fabs(tap);
-      unit.push_back(matrix.coded() ? size / kWeight : 1.f);
-      for (float tap : taps) integers.push_back(int16_t(std::nearbyint(tap / unit.back())));
+      if (matrix.coded())
+        each_term(matrix.code, matrix.bases, r, rows, add);
+      else
+        for (int f = 0; f < matrix.bases; ++f)
+          add(matrix.tied ? float(kPowers[matrix.bases - 1 - f]) : 1.f, f, r);
     }
     start.push_back(from.size());
     scales.assign(rows, 1.f);
     if (matrix.one_scale()) matrix.scales_of(row, rows, 0, 0, scales.data());
-    for (int64_t r = 0; r < rows; ++r) scales[r] *= unit[r];
   }
 };
 
-// to[c] = sum_t integers[t] z[from[t], c], some registers wide.
+// to[c] = sum_t taps[t] z[from[t], c], some registers wide.
 template <int V>
-inline void combine(int64_t terms, const int16_t* integers, const int64_t* from, const int16_t* z,
+inline void combine(int64_t terms, const float* taps, const int64_t* from, const float* z,
                     float* to) {
-  Shorts sum[V] = {};
+  Floats sum[V] = {};
   for (int64_t t = 0; t < terms; ++t)
     for (int i = 0; i < V; ++i)
-      sum[i] += integers[t] * load_as<Shorts>(z + from[t] * kWide + i * kFloats);
-  for (int i = 0; i < V; ++i) store(to + i * kFloats, __builtin_convertvector(sum[i], Floats));
+      sum[i] += taps[t] * load_as<Floats>(z + from[t] * kWide + i * kFloats);
+  for (int i = 0; i < V; ++i) store(to + i * kFloats, sum[i]);
 }
 
-// Weights of `count` rows of codes from `first` on, columns p of `wide` cells from `cell` on:
-// values[row, kWide], in units of their row.
-inline void decode(const Matrix& matrix, const Terms& terms, int64_t first, int64_t count, int p,
-                   int64_t cell, int64_t wide, int16_t* z, float* values) {
-  static const auto of_bases = unpackers(std::make_index_sequence<kPlanes>());
+// Weights in columns p of `wide` cells, whose bytes are [place in a cell, row of codes, kWide]:
+// values[row, kWide], without the scale of a row that has one.
+inline void decode(const Matrix& matrix, const Terms& terms, const uint8_t* bytes, int64_t count,
+                   int p, int64_t wide, float* z, float* values) {
   const int64_t n = matrix.bases;
   for (int64_t f = 0; f < n; ++f) {
     const int64_t place = p * n + f, at = place / kDigits;
-    const uint16_t power = kPowers[place % kDigits];
     for (int64_t r = 0; r < count; ++r)
-      of_bases[n - 1](matrix.codes + (first + r) * matrix.bytes + cell * n + at, wide, power,
-                      &z[(f * count + r) * kWide]);
+      unpack(bytes + (at * count + r) * kWide, wide, kPowers[place % kDigits],
+             z + (f * count + r) * kWide);
   }
   constexpr int many = 4;
   for (size_t r = 0; r + 1 < terms.start.size(); ++r) {
     const int64_t start = terms.start[r], size = terms.start[r + 1] - start;
-    const int16_t* integers = &terms.integers[start];
+    const float* taps = &terms.taps[start];
     const int64_t* from = &terms.from[start];
     float* to = values + r * kWide;
     int64_t c = 0;
     for (; c + many * kFloats <= wide; c += many * kFloats)
-      combine<many>(size, integers, from, z + c, to + c);
+      combine<many>(size, taps, from, z + c, to + c);
     for (; c < wide; c += kFloats)  // whole registers: a row is kWide wide
-      combine<1>(size, integers, from, z + c, to + c);
+      combine<1>(size, taps, from, z + c, to + c);
   }
 }
 
 // Multiplies values[row, kWide] by their scales, where a row has several; the bases of free weights
 // are in z[base, row, kWide].
 inline void scale(const Matrix& matrix, int64_t row, int64_t rows, int p, int64_t cell,
-                  int64_t wide, const int16_t* z, float* values) {
+                  int64_t wide, const float* z, float* values) {
   thread_local std::vector<float> scales;  // [group]
   const int64_t sums = matrix.scales_per_group, groups = matrix.groups;
   std::array<int32_t, kWide> group;
@@ -154,7 +148,7 @@ inline void scale(const Matrix& matrix, int64_t row, int64_t rows, int p, int64_
     for (int64_t f = 0; f < sums; ++f) {
       for (int64_t g = 0; g < groups; ++g) matrix.scales_of(row + r, 1, g, f, &scales[g]);
       const float* scale = scales.data();
-      const int16_t* base = z + (f * rows + r) * kWide;
+      const float* base = z + (f * rows + r) * kWide;
       float* to = values + r * kWide;
       if (sums == 1)
         for (int64_t c = 0; c < wide; ++c) to[c] *= scale[group[c]];
@@ -187,7 +181,8 @@ void tiles(int64_t rows, const float* weights, int64_t wide, const float* x, flo
   int64_t r = 0;
   for (; r + kTileRows <= rows; r += kTileRows)
     tile<kTileRows, V>(weights + r * kWide, wide, x, sums + r * V * kFloats);
-  for (; r < rows; ++r) tile<1, V>(weights + r * kWide, wide, x, sums + r * V * kFloats);
+  for (; r + 2 <= rows; r += 2) tile<2, V>(weights + r * kWide, wide, x, sums + r * V * kFloats);
+  if (r < rows) tile<1, V>(weights + r * kWide, wide, x, sums + r * V * kFloats);
 }
 
 template <size_t... I>
@@ -205,26 +200,31 @@ inline void transpose(const float* sums, int64_t rows, int64_t tokens, int64_t w
 inline void multiply_some(ffi::ThreadPool& pool, const float* x, int64_t tokens, int64_t inputs,
                           const Matrix& matrix, float* y) {
   static const auto of_vectors = tiles_of(std::make_index_sequence<kTileVectors>());
+  static const auto of_bases = parters(std::make_index_sequence<kPlanes>());
   thread_local Panels held;
   const int64_t n = matrix.bases, step = matrix.step(pool.num_threads());
   held.of(pool, x, tokens, inputs, matrix.bytes / n);
   const Panels& panels = held;
 
   team.run(pool, (matrix.code_rows + step - 1) / step, pool.num_threads(), [&](int64_t i) {
-    thread_local std::vector<int16_t> z;
-    thread_local std::vector<float> values, sums;  // sums [tile, row, token]
+    thread_local std::vector<uint8_t> bytes;
+    thread_local std::vector<float> z, values, sums;  // sums [tile, row, token]
     thread_local Terms terms;
     const int64_t first = i * step, count = std::min(step, matrix.code_rows - first);
     const int64_t cells = panels.cells, padded = panels.padded;
     const auto [row, rows] = matrix.made_of(first, count);
     terms.of(matrix, first, count);
+    bytes.resize(n * count * kWide);
     z.resize(n * count * kWide);
     values.resize(rows * kWide);
     sums.assign(rows * padded, 0.f);
-    for (int p = 0; p < kDigits; ++p)
-      for (int64_t cell = 0; cell < cells; cell += kWide) {
-        const int64_t wide = std::min<int64_t>(kWide, cells - cell);
-        decode(matrix, terms, first, count, p, cell, wide, z.data(), values.data());
+    for (int64_t cell = 0; cell < cells; cell += kWide) {
+      const int64_t wide = std::min<int64_t>(kWide, cells - cell);
+      for (int64_t r = 0; r < count; ++r)
+        of_bases[n - 1](matrix.codes + (first + r) * matrix.bytes + cell * n, wide, count * kWide,
+                        &bytes[r * kWide]);
+      for (int p = 0; p < kDigits; ++p) {
+        decode(matrix, terms, bytes.data(), count, p, wide, z.data(), values.data());
         if (!matrix.one_scale())
           scale(matrix, row, rows, p, cell, wide, z.data(), values.data());
         for (int64_t m = 0; m < padded; m += kTile) {
@@ -233,6 +233,7 @@ inline void multiply_some(ffi::ThreadPool& pool, const float* x, int64_t tokens,
           of_vectors[width / kFloats - 1](rows, values.data(), wide, of, &sums[m * rows]);
         }
       }
+    }
     for (int64_t m = 0; m < tokens; m += kTile) {
       const int64_t width = std::min<int64_t>(kTile, padded - m);
       transpose(&sums[m * rows], rows, std::min<int64_t>(kTile, tokens - m), width,

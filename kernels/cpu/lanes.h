@@ -87,10 +87,9 @@ inline Sum dot(Sum s, Lanes a, Lanes b) {
 inline int32_t add(Sum s) { return int32_t(s.at[0] + s.at[1] + s.at[2] + s.at[3]); }
 #endif
 
-// Vectors of the same width, in the compiler's own arithmetic.
+// A register of floats, in the compiler's own arithmetic.
 constexpr int kFloats = kWidth / 4;
 typedef float Floats __attribute__((vector_size(kWidth)));
-typedef int16_t Shorts __attribute__((vector_size(kWidth / 2)));
 
 template <typename Vector>
 inline Vector load_as(const void* p) {

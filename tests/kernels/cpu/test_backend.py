@@ -113,6 +113,36 @@ def test_attention_is_that_of_the_reference(dtype, heads, kv_heads, window):
 
 
 @needs_compiler
+@pytest.mark.parametrize(
+    "type",
+    [
+        TrellisType((160, 131), known_code(2), 40, "f16"),
+        TrellisType((160, 131), known_code(1.25), 80, "f16"),
+        TernaryType((162, 131), 2, "row", True, "f16"),
+    ],
+    ids=str,
+)
+def test_a_norm_before_swiglu_and_a_residual(type):
+    weight, x = packed_of(type), activations(3, 131)
+    norm = kernels.Norm(jnp.asarray(activations(1, 131, seed=3)[0]), 1e-5)
+    products = xla.matmul(norm(x), weight)
+    gate, up = jnp.split(products, 2, axis=1)
+    residual = jnp.asarray(activations(3, type.shape[0], seed=4))
+    gated = jax.jit(lambda x, w: kernels.fused(x, w, norm, gated=True, backend="cpu"))(x, weight)
+    added = jax.jit(lambda x, w: kernels.fused(x, w, None, residual, backend="cpu"))(x, weight)
+    size = float(jnp.sqrt(jnp.mean(products**2)))
+    np.testing.assert_allclose(gated, jax.nn.silu(gate) * up, atol=4e-3 * size**2)
+    np.testing.assert_allclose(added, xla.matmul(x, weight) + residual, atol=1e-3 * size)
+
+
+@needs_compiler
+def test_halves_that_cut_a_segment_are_not_one_call():
+    weight = packed_of(TrellisType((120, 131), known_code(2), 40, "f16"))
+    x = jnp.asarray(activations(1, 131))
+    assert kernels.fused(x, weight, gated=True, backend="cpu") is None
+
+
+@needs_compiler
 @pytest.mark.parametrize("tokens", [1, 65, 1100])
 @pytest.mark.parametrize("tied", [True, False])
 def test_groups_and_more_tokens_than_a_tile_or_a_run(tokens, tied):
