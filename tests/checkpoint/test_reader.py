@@ -356,7 +356,7 @@ def test_gguf_config_says_what_the_model_was(tmp_path, golden):
     ("metadata", "words"),
     [
         ({"llama.expert_count": 8}, "mixture of 8 experts"),
-        ({"llama.rope.scaling.type": "yarn"}, "rope scaling 'yarn' is not supported"),
+        ({"llama.rope.scaling.type": "dynamic"}, "rope scaling 'dynamic' is not supported"),
         ({"llama.rope.dimension_count": 4}, "llama.rope.dimension_count is 4"),
         ({"split.count": 2}, "split GGUF"),
     ],
