@@ -17,10 +17,10 @@ import numpy as np
 from atd.checkpoint.text_stream import TextStream
 from atd.checkpoint.tokenizer import Tokenizer
 from atd.errors import BadInput
-from atd.models.cache import Cache, bucket
+from atd.models.cache import Cache
 from atd.models.model import Model
 from atd.models.tokens import check_tokens
-from atd.runtime.generate import CHUNK, continued, not_finite
+from atd.runtime.generate import CHUNK, continued, not_finite, places
 from atd.runtime.sampling import Sampling
 
 Message = dict[str, str]  # {"role": "user", "content": "..."}
@@ -157,11 +157,10 @@ class Chat:
 
     def _read(self, ids: list[int], steps: int) -> tuple[jax.Array, Cache, int]:
         """Reads what is new in the ids: (logits, cache with room for `steps` more, tokens read)."""
-        length = len(ids) + steps
-        places = min(bucket(length), max(length, self.model.max_context or bucket(length)))
-        cache = self._cache or self.model.new_cache(1, places)
+        length = places(self.model, len(ids) + steps)
+        cache = self._cache or self.model.new_cache(1, length)
         there = min(cache.filled, common(self._ids, ids[:-1]))  # the last one gives the logits
-        cache = cache.back_to(there).longer(max(places, cache.length))
+        cache = cache.back_to(there).longer(max(length, cache.length))
         self._ids, self._cache = [], None  # until it has been read, the cache is used up
         new = np.asarray([ids[there:]], np.int32)
         logits, cache = self.model.prefill(new, cache, chunk=self.chunk)

@@ -167,6 +167,13 @@ def room(model: Model | Graph, prompt: Sequence[int] | np.ndarray, max_new_token
     return min(max_new_tokens, limit - len(prompt))
 
 
+def places(model: Model, length: int) -> int:
+    """Returns how long a cache for `length` tokens is made: few lengths, no more than the model's
+    context where that is enough.
+    """
+    return min(bucket(length), max(length, model.max_context or bucket(length)))
+
+
 def not_finite(prompt: int, written: int) -> RunFailed:
     """Returns the error for logits that are not finite behind a prompt of this many tokens and
     those written.
@@ -196,8 +203,7 @@ def _read(
     for i, row in enumerate(_filled(rows, count)):
         tokens[i, : lengths[i]] = prompts[row]
     length = int(lengths.max()) + max(rooms[row] for row in rows)
-    places = min(bucket(length), max(length, model.max_context or bucket(length)))
-    return model.prefill(tokens, model.new_cache(count, places), lengths, chunk)
+    return model.prefill(tokens, model.new_cache(count, places(model, length)), lengths, chunk)
 
 
 def _filled(rows: Sequence[int], count: int) -> list[int]:

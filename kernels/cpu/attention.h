@@ -35,7 +35,7 @@ void attend_one(const float* q, const Element* keys, const Element* values, int6
   thread_local std::vector<float> weights;
   weights.resize(last - first + 1);
   const float scale = 1.f / std::sqrt(float(head_dim));
-  float largest = -INFINITY, total = 0;
+  float largest = -INFINITY;
   for (int64_t t = first; t <= last; ++t) {
     const Element* k = keys + t * head_dim;
     const float score = sum_of(head_dim, [&](int64_t i) { return q[i] * float(k[i]); }) * scale;
@@ -43,7 +43,7 @@ void attend_one(const float* q, const Element* keys, const Element* values, int6
     largest = score > largest || score != score ? score : largest;
   }
   for (float& w : weights) w = exp_of(w - largest);
-  total = sum_of(int64_t(weights.size()), [&](int64_t i) { return weights[i]; });
+  const float total = sum_of(int64_t(weights.size()), [&](int64_t i) { return weights[i]; });
   std::fill(mixed, mixed + head_dim, 0.f);
   for (int64_t t = first; t <= last; ++t) {
     const Element* v = values + t * head_dim;

@@ -5,13 +5,10 @@
 #include <cstdint>
 #include <utility>
 
-#include "xla/ffi/api/ffi.h"
-
-namespace ffi = xla::ffi;
-
 #include "attention.h"
 #include "gemm.h"
 #include "gemv.h"
+#include "xla/ffi/api/ffi.h"
 
 namespace {
 

@@ -12,6 +12,8 @@
 
 #include "xla/ffi/api/ffi.h"
 
+namespace ffi = xla::ffi;
+
 constexpr std::chrono::microseconds kAwake(100);
 
 // Tasks 0, ..., tasks - 1 of one call. It lives as long as the call waits, which is until no helper
@@ -32,7 +34,7 @@ class Team {
   // Calls body(0), ..., body(tasks - 1) on this thread and others. Each task writes what is its
   // own.
   template <typename Body>
-  void run(xla::ffi::ThreadPool& pool, int64_t tasks, int64_t threads, const Body& body) {
+  void run(ffi::ThreadPool& pool, int64_t tasks, int64_t threads, const Body& body) {
     auto call = [](const void* b, int64_t i) { (*static_cast<const Body*>(b))(i); };
     Job job{call, &body, tasks};
     if (threads < 2 || tasks < 2) return job.work();

@@ -117,19 +117,10 @@ def attend(
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Computes softmax(q k^T / sqrt(head_dim)) v, and updates the cache where it lies.
 
-    `atd.models.ops.attention`, `rope` and `update_cache` define the result.
-
     Args:
-        q, k, v: heads side by side, before rope; k and v of kv_heads.
-        positions: of the new tokens, int32 [B, 1].
-        cache: k and v [B, kv_heads, length, head_dim], which are written in place.
-        frequencies: angles per position, float32 [head_dim / 2].
-        heads: of queries.
-        window: places that a token attends to, its own included; 0: all up to its own.
+        q, k, v, positions, cache, frequencies, heads, window: as in `packed.Backend.attend`, which
+            says what is returned.
         splits: blocks that share the places of a head, instead of as many as suit the cache.
-
-    Returns:
-        ([B, 1, heads x head_dim] in q's dtype, the cache with the new k and v).
     """
     batch, kv_heads, length, head_dim = cache[0].shape
     splits = splits or splits_of(batch * kv_heads, length)
