@@ -1,4 +1,4 @@
-"""rotate: puts the residual stream, each head's values and the inputs of down into a rotated basis.
+"""rotate: puts the residual stream, each head's values and inputs of linears into a rotated basis.
 
 The function stays the same, and the weights lose their outliers, which is what error feedback over
 whole rows wants. R = diag(signs) H / sqrt(n) is orthogonal, with signs drawn at random and H a
@@ -19,11 +19,17 @@ at most 2048 that divide them.
     W -> D W, b -> D b          for up, D = diag(signs): silu(gate) * up is linear in up
     W -> W D H / sqrt(2^k)      for down
 
+R4, one for each value of the stream that linears read, a norm of it as a rule, on the inputs of q,
+k, v, gate and up (`r4 = true`): for families that have no R1. A `hadamard` node runs with the model
+here too, and the signs go into the gain of the norm; without a norm there are none.
+    g -> g D                    for the norm
+    W -> W D H / sqrt(2^k)      for q, k, v, gate, up
+
 1. Needs dense weights, gain-free norms on the stream (fold_norms) and, for R2, v that is not joined
    with q and k. What the stream touches is found by data flow, so it works for any family; what
    does not fit is refused: R1, where what is added to the stream comes from a norm with a gain, as
-   in Gemma and OLMo 2. `atd.convert` turns `r1` off for such models, and says so, unless
-   `--set rotate.r1=true` asks for it.
+   in Gemma and OLMo 2. `atd.convert` turns `r1` off and `r4` on for such models, and says so,
+   unless `--set rotate.r1=true` asks for it.
 2. A head with a matrix of its own: E -> E R1 and W -> W R1; the graph stays as it is.
 3. A tied head: its norm's gain g lies between x and E, and E diag(g) R1 is not E R1, so no rotated
    matrix can serve as both. Embedding, final norm and head stay as they are, and the blocks alone
@@ -51,8 +57,8 @@ import numpy as np
 from atd.decomposition.rotations import Rotation, block_rotation, by_rows, random_rotation
 from atd.errors import BadInput
 from atd.ir import GATED, ROTATIONS, Block, Graph, Node, WeightRef
-from atd.ir.notes import UNIT_GAIN
-from atd.ir.rewrite import map_array, map_nodes, with_weight
+from atd.ir.residual_stream import norm_on_stream, stream_linears, values_for_linears
+from atd.ir.rewrite import map_array, map_nodes, own_gain, with_weight
 from atd.pipeline import Context, Pass, checks
 from atd.weights import DTYPES, Dense, DenseType, Ternary, TernaryType
 
@@ -79,27 +85,36 @@ class Rotate(Pass):
     r1: bool = True  # the residual stream
     r2: bool = True  # the values of each head
     r3: bool = False  # the inputs of down; a Hadamard transform runs with the model
+    r4: bool = False  # those of q, k, v, gate and up, where r1 cannot be; two transforms per block
     embedding: bool = False  # a tied embedding too; one with a head beside it is rotated anyway
     dtype: str = "f32"  # of the rotated weights; f32 keeps the function to rounding
 
     def __post_init__(self):
         if self.seed < 0:
             raise BadInput(f"rotate.seed must be 0 or more, not {self.seed}")
-        if not (self.r1 or self.r2 or self.r3):
+        if not (self.r1 or self.r2 or self.r3 or self.r4):
+            raise BadInput("rotate with r1, r2, r3 and r4 = false does nothing; leave it out")
+        if self.r1 and self.r4:
             raise BadInput(
-                "rotate with r1 = false, r2 = false and r3 = false does nothing; leave it out"
+                "rotate.r4 rotates what r1 has rotated already; set r1 = false beside r4 = true"
             )
         checks.check_dtype("rotate.dtype", self.dtype)
 
     def suited(self, graph: Graph, given: Collection[str]) -> tuple[Pass | None, str]:
-        norm = next(filter(None, map(_norm_on_stream, graph.blocks)), None)
+        norm = next(filter(None, map(norm_on_stream, graph.blocks)), None)
         if not self.r1 or "r1" in given or norm is None:
             return self, ""
         what = (
             f"rotate: r1 is off, since {norm} is added to the residual stream, and the gain of a "
             "norm does not commute with a rotation"
         )
-        return (replace(self, r1=False) if self.r2 or self.r3 else None), what
+        if "r4" in given:
+            left = self.r2 or self.r3 or self.r4
+            return (replace(self, r1=False) if left else None), what
+        return replace(self, r1=False, r4=True), (
+            f"{what}; r4 rotates the inputs of linears instead, by Hadamard transforms that run "
+            "with the model"
+        )
 
     def requires(self, graph: Graph) -> str | None:
         try:
@@ -117,9 +132,14 @@ class Rotate(Pass):
         if stream is not None and graph.is_tied:
             graph = _rotate_around(graph, stream, self.embedding)
         graph = map_nodes(graph, rotated)
-        if self.r3:
-            graph = replace(graph, blocks=tuple(map(_with_transforms, graph.blocks)))
-        return graph
+        return replace(graph, blocks=tuple(map(self._with_transforms, graph.blocks)))
+
+    def _with_transforms(self, block: Block) -> Block:
+        """The block with the Hadamard transforms of R3 and R4."""
+        values = [node.name for node in block.nodes if self.r3 and node.op in GATED]
+        for value in [*values, *(values_for_linears(block) if self.r4 else ())]:
+            block = _with_transform(block, value)
+        return block
 
     def _plan(self, graph: Graph, seed: int) -> tuple[Rotation | None, dict[str, Sides]]:
         """(R1, full name of a node -> what its weights are rotated by). Raises BadInput for a graph
@@ -135,7 +155,12 @@ class Rotate(Pass):
             if not graph.is_tied:
                 units = (*units, graph.epilogue)
             for unit in units:
-                if _plan_stream(plan, unit, stream) != (unit is not graph.epilogue):
+                linears = stream_linears(unit)
+                for node in linears.readers:
+                    _give(plan, unit, node, inputs=stream)
+                for node in linears.writers:
+                    _give(plan, unit, node, outputs=stream)
+                if linears.ends != (unit is not graph.epilogue):
                     raise BadInput(
                         f"{unit.name or 'epilogue'} does not end where the residual stream is "
                         "expected to"
@@ -146,6 +171,9 @@ class Rotate(Pass):
         if self.r3:
             for i, block in enumerate(graph.blocks):
                 _plan_hidden(plan, block, np.random.default_rng((seed, self.seed, 1 + i, 3)))
+        if self.r4:
+            for i, block in enumerate(graph.blocks):
+                _plan_inputs(plan, block, np.random.default_rng((seed, self.seed, 1 + i, 4)))
         return stream, plan
 
 
@@ -173,60 +201,6 @@ def _give(plan: dict[str, Sides], unit: Block, node: Node, **sides: Rotation) ->
                 "put rotate before decompose"
             )
     plan[name] = replace(plan.get(name, Sides()), **sides)
-
-
-def _plan_stream(plan: dict[str, Sides], unit: Block, rotation: Rotation) -> bool:
-    """Gives R1 to the linears that read the residual stream through a norm, and to those that are
-    added to it.
-
-    Returns whether the unit's output is the stream.
-    """
-    if norm := _norm_on_stream(unit):
-        raise BadInput(
-            f"{norm} is added to the residual stream, and the gain of a norm does not commute with "
-            "a rotation; use r1 = false"
-        )
-    stream, normed = {"x"}, set()
-    for node in unit.nodes:
-        name = unit.full_name(node)
-        if not normed.isdisjoint(node.inputs):
-            if node.op != "linear":
-                raise BadInput(
-                    f"{name} ({node.op}) reads a norm of the residual stream, "
-                    "which linears alone may"
-                )
-            _give(plan, unit, node, inputs=rotation)
-        if stream.isdisjoint(node.inputs):
-            continue
-        if node.op == "rms_norm" and "head_dim" not in node.attrs:
-            if not node.attrs.get(UNIT_GAIN):
-                raise BadInput(
-                    f"the norm {name} has a gain, which does not commute with a rotation; "
-                    "put fold_norms before rotate"
-                )
-            normed.add(node.name)
-        elif node.op == "add":
-            for value in set(node.inputs) - stream:
-                writer = unit.node(value)
-                if writer.op != "linear" or unit.readers(value) != [node]:
-                    raise BadInput(
-                        f"{unit.full_name(writer)} is added to the residual stream, "
-                        "but is no linear of its own"
-                    )
-                _give(plan, unit, writer, outputs=rotation)
-            stream.add(node.name)
-        else:
-            raise BadInput(
-                f"{name} ({node.op}) reads the residual stream, which norms and additions alone may"
-            )
-    return unit.nodes[-1].name in stream
-
-
-def _norm_on_stream(block: Block) -> str | None:
-    """The full name of a norm whose value is added to the stream; None where there is none."""
-    written = {value for node in block.nodes if node.op == "add" for value in node.inputs}
-    norms = (node for node in block.nodes if node.op == "rms_norm" and node.name in written)
-    return next((block.full_name(node) for node in norms), None)
 
 
 def _plan_values(plan: dict[str, Sides], block: Block, rng: np.random.Generator) -> None:
@@ -274,23 +248,51 @@ def _plan_hidden(plan: dict[str, Sides], block: Block, rng: np.random.Generator)
             raise BadInput(f"the output of {name} is rotated already; use r3 = false")
         if not readers or any(reader.op != "linear" for reader in readers):
             raise BadInput(f"the output of {name} must go to a linear alone; use r3 = false")
-        run = _run(block, node)
-        if run == 1:
-            raise BadInput(f"the output of {name} has an odd width; use r3 = false")
-        signs = rng.choice([-1.0, 1.0], _width(block, node))
+        run = _run(block, node.name, "r3")
+        signs = rng.choice([-1.0, 1.0], _width(block, node.name))
         _give(plan, block, writer, outputs=block_rotation(signs, 1))
         for reader in readers:
             _give(plan, block, reader, inputs=block_rotation(signs, run))
 
 
-def _width(block: Block, node: Node) -> int:
-    """The features of a node that linears alone read."""
-    return block.readers(node.name)[0].weights["weight"].type.shape[1]
+def _plan_inputs(plan: dict[str, Sides], block: Block, rng: np.random.Generator) -> None:
+    """Gives R4 to the linears that read the stream or a norm of it, and its signs to the norm."""
+    values = values_for_linears(block)
+    if not values:
+        raise BadInput(
+            f"no linear of {block.name} reads the residual stream or a norm of it "
+            "(is it rotated already?); use r4 = false"
+        )
+    for value, norm in values.items():
+        readers = [node for node in block.readers(value) if node.op == "linear"]
+        run, signs = _run(block, value, "r4"), np.ones(_width(block, value))
+        if norm is not None:
+            if len(readers) < len(block.readers(value)):
+                raise BadInput(
+                    f"the output of {block.full_name(norm)} must go to linears alone; "
+                    "use r4 = false"
+                )
+            signs = rng.choice([-1.0, 1.0], len(signs))
+            _give(plan, block, norm, inputs=block_rotation(signs, 1))
+        for reader in readers:
+            _give(plan, block, reader, inputs=block_rotation(signs, run))
 
 
-def _run(block: Block, node: Node) -> int:
-    """How many of its features a Hadamard transform mixes: the largest power of two that fits."""
-    width = _width(block, node)
+def _width(block: Block, value: str) -> int:
+    """The features of a value that linears read."""
+    reader = next(node for node in block.readers(value) if node.op == "linear")
+    return reader.weights["weight"].type.shape[1]
+
+
+def _run(block: Block, value: str, option: str = "") -> int:
+    """How many of its features a Hadamard transform mixes: the largest power of two that fits.
+
+    Raises:
+        BadInput: their number is odd.
+    """
+    width = _width(block, value)
+    if width % 2:
+        raise BadInput(f"the output of {block.name}.{value} has an odd width; use {option} = false")
     return min(width & -width, LARGEST)
 
 
@@ -299,6 +301,8 @@ def _run(block: Block, node: Node) -> int:
 
 def _rotated(node: Node, sides: Sides, dtype: str) -> Node:
     """The node with rotated weights."""
+    if node.op == "rms_norm" and sides.inputs:
+        return own_gain(node, _rotated_ref(node.weights["weight"], sides, "f32"))
     if sides.inputs or sides.outputs:
         node = with_weight(node, _rotated_ref(node.weights["weight"], sides, dtype))
     if sides.outputs and "bias" in node.weights:
@@ -349,19 +353,21 @@ def _rotate_around(graph: Graph, rotation: Rotation, embedding: bool) -> Graph:
     )
 
 
-def _with_transforms(block: Block) -> Block:
-    """The block with a Hadamard transform between each gate and the linears that read it."""
-    for product in [node for node in block.nodes if node.op in GATED]:
-        module, dot, _ = product.name.rpartition(".")
-        name, attrs = f"{module}{dot}hadamard", {"block": _run(block, product)}
-        nodes = []
-        for node in block.nodes:
-            inputs = tuple(name if value == product.name else value for value in node.inputs)
-            nodes.append(replace(node, inputs=inputs))
-            if node.name == product.name:
-                nodes.append(Node(name, "hadamard", (product.name,), attrs=attrs))
-        block = replace(block, nodes=tuple(nodes))
-    return block
+def _with_transform(block: Block, value: str) -> Block:
+    """The block with a Hadamard transform between a value and the linears that read it."""
+    readers = [node for node in block.readers(value) if node.op == "linear"]
+    gated = any(node.name == value and node.op in GATED for node in block.nodes)
+    module, dot, _ = readers[0].name.rpartition(".")
+    name = f"{module}{dot}{'hadamard' if gated else 'input_hadamard'}"
+    transform = Node(name, "hadamard", (value,), attrs={"block": _run(block, value)})
+    nodes: list[Node] = []
+    for node in block.nodes:
+        if node in readers:
+            if transform not in nodes:
+                nodes.append(transform)
+            node = replace(node, inputs=tuple(name if v == value else v for v in node.inputs))
+        nodes.append(node)
+    return replace(block, nodes=tuple(nodes))
 
 
 def _matrix(tensor: str, rotation: Rotation, transpose: bool) -> WeightRef:

@@ -81,6 +81,7 @@ CASES = {
         Case("rotate", ("fold_norms",), tied=True),
         Case("rotate{embedding = true}", ("fold_norms",), tied=True),
         Case("rotate{r3 = true}", ("fold_norms",)),
+        Case("rotate{r1 = false, r4 = true}", ("fold_norms",)),
     ],
     "verify": [Case("verify", context=written)],
 }

@@ -140,6 +140,46 @@ def test_second_moments_of_the_inputs_of_down_are_rotated():
     np.testing.assert_allclose(turned.moments["mlp.hadamard"], expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", [*FOLDERS, "olmo2", "gemma2", "gemma3"])
+def test_every_family_keeps_its_function_with_rotated_inputs_of_linears(name):
+    graph = frontend.open(GOLDEN / name)
+    after = rotated(graph, r1=False, r3=True, r4=True)
+    for before, block in zip(graph.blocks, after.blocks, strict=True):
+        for linear in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
+            assert block.node(linear).inputs == ("self_attn.input_hadamard",)
+            assert np.abs(array(block.node(linear)) - array(before.node(linear))).max() > 0.01
+        for linear in ("mlp.gate_proj", "mlp.up_proj"):
+            assert block.node(linear).inputs == ("mlp.input_hadamard",)
+        assert block.node("mlp.down_proj").inputs == ("mlp.hadamard",)
+    assert distance(after, golden(name)) < TOLERANCE
+    alone = absorb(after)
+    assert "hadamard" not in str(alone)
+    assert distance(alone, golden(name)) < TOLERANCE
+
+
+def test_inputs_of_linears_are_rotated_by_gains_and_a_transform():
+    graph = FoldNorms()(tiny_graph(layers=1, hidden=48, heads=2, kv_heads=1))  # 48 = 3 * 16
+    (before,), (after,) = graph.blocks, Rotate(r1=False, r2=False, r4=True)(graph).blocks
+    assert after.node("mlp.input_hadamard").attrs == {"block": 16}
+    assert after.node("self_attn.input_hadamard").inputs == ("input_layernorm",)
+    signs = array(after.node("input_layernorm"))
+    assert set(signs) == {-1.0, 1.0}
+    assert "unit_gain" not in after.node("input_layernorm").attrs
+    matrix = np.diag(signs) @ np.kron(np.eye(3), sylvester(16)) / 4
+    expected = array(before.node("self_attn.k_proj")) @ matrix
+    np.testing.assert_allclose(array(after.node("self_attn.k_proj")), expected, atol=1e-6)
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        np.testing.assert_array_equal(array(after.node(name)), array(before.node(name)))
+
+
+def test_joined_linears_share_a_transform():
+    graph = tiny_graph()
+    after = Pipeline([FoldNorms(), Rotate(r1=False, r4=True), Fuse()])(graph)
+    assert [n.op for n in after.blocks[0].nodes].count("hadamard") == 2
+    assert after.blocks[0].node("self_attn.qkv_proj").inputs == ("self_attn.input_hadamard",)
+    assert_same_function(after, graph)
+
+
 def test_transforms_that_no_linear_reads_are_not_exported():
     (block,) = (graph := tiny_graph(layers=1)).blocks
     last = Node("mlp.hadamard", "hadamard", (block.output,), attrs={"block": 8})
@@ -389,5 +429,12 @@ def test_what_cannot_work_is_refused():
         Pipeline([Decompose(group=32, nodes=".*down_proj"), r3])(tiny_graph())
     with pytest.raises(BadInput, match=r"model\.layers\.0 has no silu_mul"):
         r3(without_gates(tiny_graph()))
+    r4 = Rotate(r1=False, r2=False, r4=True)
+    with pytest.raises(BadInput, match="r4 rotates what r1 has rotated already; set r1 = false"):
+        Rotate(r4=True)
+    with pytest.raises(BadInput, match=r"no linear of model\.layers\.0 reads.*use r4 = false"):
+        Pipeline([r4, r4])(tiny_graph())
+    with pytest.raises(BadInput, match=r"input_layernorm has an odd width; use r4 = false"):
+        r4(tiny_graph(hidden=45, heads=3, kv_heads=1))
     with pytest.raises(BadInput, match="seed must be"):
         Rotate(seed=-1)
