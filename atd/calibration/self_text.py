@@ -50,6 +50,7 @@ def self_text(
     context: int,
     seed: int = 0,
     batch: int | None = None,
+    after_bos: bool = False,
     progress: Report = unheard,
 ) -> np.ndarray:
     """Draws windows that the model writes, x_t ~ softmax(logits(x_<t)).
@@ -63,6 +64,7 @@ def self_text(
         context: tokens per window.
         batch: windows drawn together; None: as many as CACHE_BYTES hold keys and values of, at most
             BATCH.
+        after_bos: BOS stands before all windows, in place of any token.
 
     Returns:
         int32 [tokens // context, context].
@@ -72,7 +74,8 @@ def self_text(
             model's logits are not finite.
     """
     windows = _window_count(model.max_context, tokens, context, seed, batch)
-    first, uniforms = draws(start_ids(model.vocabulary, tokenizer), windows, context, seed)
+    starts = start_ids(model.vocabulary, tokenizer, after_bos)
+    first, uniforms = draws(starts, windows, context, seed)
     if batch is None:
         slots = jax.tree.leaves(model.new_cache(1, 1).blocks)
         batch = min(BATCH, CACHE_BYTES // (context * sum(slot.nbytes for slot in slots)))
@@ -105,6 +108,7 @@ def cached_self_text(
     context: int,
     seed: int = 0,
     cache: Cache | None = None,
+    after_bos: bool = False,
     progress: Report = unheard,
 ) -> np.ndarray:
     """Returns `self_text` of a checkpoint or graph, drawn once and kept in the cache.
@@ -124,13 +128,14 @@ def cached_self_text(
     sources = [ref.source for _, ref in graph.weights()]
     key = None
     if cache is not None and all(sources):
-        starts = tokens_digest(start_ids(graph.vocabulary, tokenizer))
+        starts = tokens_digest(start_ids(graph.vocabulary, tokenizer, after_bos))
         made_from = [VERSION, numerics(), str(graph), sources, starts, windows, context, seed]
         key = cache_key("self-text", made_from)
         if (kept := cache.load(key)) is not None:
             return kept["windows"]
     model = load(graph, backend="xla-unpacked")
-    text = self_text(model, tokenizer, tokens=tokens, context=context, seed=seed, progress=progress)
+    sizes = {"tokens": tokens, "context": context, "seed": seed, "after_bos": after_bos}
+    text = self_text(model, tokenizer, **sizes, progress=progress)
     if cache is not None and key is not None:
         cache.save(key, {"windows": text})
     return text
@@ -152,8 +157,10 @@ def special_ids(tokenizer: Tokenizer | None) -> frozenset[int]:
     )
 
 
-def start_ids(vocabulary: int, tokenizer: Tokenizer | None) -> np.ndarray:
-    """Returns the ids that may stand before a window."""
+def start_ids(vocabulary: int, tokenizer: Tokenizer | None, after_bos: bool = False) -> np.ndarray:
+    """Returns the ids that may stand before a window: any that stand for text, or BOS alone."""
+    if after_bos and tokenizer is not None and tokenizer.bos_id is not None:
+        return np.array([tokenizer.bos_id])
     known = vocabulary if tokenizer is None else min(vocabulary, tokenizer.vocabulary_size)
     starts = np.setdiff1d(np.arange(known), list(special_ids(tokenizer)))
     return starts if len(starts) else np.arange(vocabulary)

@@ -12,6 +12,7 @@ from atd.checkpoint.files import read_text
 from atd.checkpoint.reader import open_tokenizer
 from atd.errors import BadInput, about
 from atd.ir import Graph
+from atd.models.config import AFTER_BOS
 from atd.models.tokens import check_tokens
 from atd.progress import Report, Say, unheard
 
@@ -43,6 +44,8 @@ def calibration_text(
 ) -> np.ndarray:
     """Cuts windows from texts: `tokens` tokens in equal parts from each, in turns.
 
+    Of families that expect BOS in front of a text, each window begins with it.
+
     Args:
         texts: files, or SELF for text that the model writes.
         source: the checkpoint, for its tokenizer.
@@ -63,9 +66,10 @@ def calibration_text(
     count = tokens // len(texts)
     sizes = {"tokens": count, "context": context}
     tokenizer, parts = open_tokenizer(source), {}
+    after_bos = graph.config["model_type"] in AFTER_BOS and tokenizer.bos_id is not None
     for text in sorted(texts, key=lambda text: text == SELF):  # files are refused before it writes
         if text == SELF:
-            options = {"seed": seed, "cache": cache, "progress": progress}
+            options = {"seed": seed, "cache": cache, "after_bos": after_bos, "progress": progress}
             parts[text] = cached_self_text(graph, tokenizer, **sizes, **options)
         else:
             parts[text] = cut_windows(tokenizer.encode(read_text(text)), count, context, text)
@@ -73,11 +77,15 @@ def calibration_text(
             check_tokens(parts[text], graph.vocabulary)
     windows = np.stack([parts[text] for text in texts], axis=1)  # one of each in turns
     windows = windows.reshape(-1, context)
+    if after_bos:
+        bos = np.full((len(windows), 1), tokenizer.bos_id, np.int32)
+        windows = np.concatenate([bos, windows[:, :-1]], axis=1)
     if sha256 not in ("", digest := tokens_digest(windows)):
         raise BadInput(
             f"the recipe was calibrated on other text: {', '.join(texts)} gives tokens of sha256 "
             f"{digest[:12]}..., it names {sha256[:12]}...; give that text with --calib, or remove "
             f"calibration_sha256 from the recipe"
         )
-    say(f"calibration: {len(windows)} windows of {context} tokens, {' and '.join(texts)}")
+    front = ", BOS in front" if after_bos else ""
+    say(f"calibration: {len(windows)} windows of {context} tokens{front}, {' and '.join(texts)}")
     return windows

@@ -164,3 +164,13 @@ def say_assumed(words, quiet: bool) -> None:
     """Says on stderr what the file of a tokenizer does not say."""
     if words.assumed and not quiet:
         print(f"note: {words.assumed}", file=sys.stderr)
+
+
+def say_expected_bos(graph, words, quiet: bool) -> None:
+    """Says on stderr that a model is evaluated on texts that it does not expect."""
+    from atd.models.config import AFTER_BOS
+
+    family = graph.config["model_type"]
+    if family in AFTER_BOS and words.bos_id is not None and not quiet:
+        note = f"models of type {family} expect BOS in front of a text: give --bos"
+        print(f"note: {note}", file=sys.stderr)

@@ -26,6 +26,7 @@ from atd.cli.options import (
     check_writable,
     command,
     say_assumed,
+    say_expected_bos,
 )
 from atd.errors import BadInput
 
@@ -141,6 +142,8 @@ def evaluate(
     texts = {data.name: read_tokens(data, words, tokens)}
     in_front = bos or (convention == "llama.cpp" and words.adds_bos)
     bos_id = words.bos_id if in_front else None
+    if bos_id is None:
+        say_expected_bos(graphs[0], words, quiet)
     windows, _ = cut(texts[data.name], context, bos_id, convention)
     check_models(graphs, windows)
     options = {"context": context, "batch": batch, "bos_id": bos_id, "convention": convention}

@@ -28,6 +28,9 @@ from atd.models.layer_config import read_ropes, read_windows
 from atd.models.rope_config import read_rope, read_ropes_by_layer, read_rotary
 
 GEMMA2, GEMMA3, PHI3, GRANITE, OLMO2 = "gemma2", "gemma3_text", "phi3", "granite", "olmo2"
+# Families that have learned nothing of texts without BOS in front: gemma-3-270m has a perplexity of
+# 51 without and 15 with it.
+AFTER_BOS = (GEMMA2, GEMMA3)
 GEMMAS = (GEMMA2, GEMMA3)
 FAMILIES = (
     *("llama", "mistral", "qwen2", "qwen3", "smollm3", PHI3, GRANITE, OLMO2, "bitnet"),

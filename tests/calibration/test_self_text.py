@@ -118,6 +118,7 @@ def test_no_special_token_is_put_in_front(stories260k):
     assert {0, 1, 2} <= special
     assert not special & set(start_ids(512, words).tolist())
     assert len(start_ids(512, words)) == 512 - len(special)
+    assert start_ids(512, words, after_bos=True).tolist() == [words.bos_id]
     assert len(start_ids(600, words)) == 512 - len(special)  # rows of padding stand for no token
 
 
@@ -141,7 +142,7 @@ def test_the_cache_is_written_once_and_read(stories260k, tmp_path, monkeypatch):
     words, folder = open_tokenizer(stories260k), tmp_path / "a" / "b"
     calls = []
 
-    def fake(model, words, *, tokens, context, seed, progress):
+    def fake(model, words, *, tokens, context, seed, after_bos, progress):
         calls.append((tokens, context, seed))
         return np.full((tokens // context, context), seed, np.int32)
 

@@ -44,6 +44,16 @@ def test_windows_of_all_texts_take_turns(get, small, written):
     assert windows[1::2].any(axis=1).all()
 
 
+def test_windows_of_families_that_expect_bos_begin_with_it(get, small, monkeypatch):
+    plain = [get(text) for text in ("self", str(small.calibration))]
+    monkeypatch.setattr(module, "AFTER_BOS", ("llama",))
+    own, file = (get(text) for text in ("self", str(small.calibration)))
+    assert (own[:, 0] == 1).all()
+    assert (own != plain[0]).any()
+    assert (file[:, 0] == 1).all()
+    np.testing.assert_array_equal(file[:, 1:], plain[1][:, :-1])
+
+
 def test_files_are_refused_before_the_model_writes(get, small, written, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("Once")

@@ -114,6 +114,9 @@ def test_the_convention_of_llama_cpp_has_bos_where_the_tokenizer_adds_it(
         for more in (("--convention", "llama.cpp"), ("--bos",), ()):
             atd(*evaluation, "--tokenizer", other, *more)
     assert seen == [1, 1, None, None, 1, None]
+    monkeypatch.setattr("atd.models.config.AFTER_BOS", ("llama",))
+    notes = [atd(*evaluation, *more)[2] for more in (("--bos",), ("--quiet",), ())]
+    assert ["give --bos" in note for note in notes] == [False, False, True]
 
 
 def test_figures_are_written_before_they_are_printed(atd, stories260k, text, tmp_path, monkeypatch):
