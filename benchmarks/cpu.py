@@ -9,7 +9,8 @@ memory. All models take turns within each repeat; each turn is a process of its 
 nothing but its model and may use all cores that this one may. Figures are medians over the turns.
 
 packed
-    `load(OUT, backend="cpu")`; of --random, N = 2 with tied scales, and with a trellis code.
+    `load(OUT, backend="cpu")`; of --random, N = 2 with tied scales, and with a trellis code. With
+    --activations int8 also with activations that are rounded to 8 bits.
 unpacked
     The first of the packed ones by `backend="xla-unpacked"`, in float32.
 dense
@@ -47,7 +48,9 @@ import numpy as np
 from atd.checkpoint.files import write_json
 from atd.decomposition.trellis_codes import known_code
 from atd.errors import AtdError
+from atd.ir.rewrite import with_activations
 from atd.kernels.tuning.timing import columns
+from atd.models import frontend
 from atd.models.model import Model, load
 from atd.models.random_model import SHAPES, random_graph
 from atd.runtime import bench
@@ -99,7 +102,7 @@ class Row:
 # --- atd --------------------------------------------------------------------------------------
 
 
-def load_random(name: str, kind: str, backend: str, dtype: str) -> Model:
+def load_random(name: str, kind: str, backend: str, dtype: str, activations="model") -> Model:
     """Loads a model of random weights in some SHAPES: dense, tied or trellis."""
     shape = SHAPES[name]
     if kind == "dense":
@@ -108,7 +111,12 @@ def load_random(name: str, kind: str, backend: str, dtype: str) -> Model:
         graph = random_graph(shape, 2, layout="aligned")
     else:
         graph = random_graph(shape, code=known_code(2, "default"), layout="aligned")
-    return load(graph, backend=backend, dtype=dtype)
+    return load(with_activations(graph, activations), backend=backend, dtype=dtype)
+
+
+def load_folder(path: Path, backend: str, dtype: str, activations="model") -> Model:
+    """Loads a converted model."""
+    return load(with_activations(frontend.open(path), activations), backend=backend, dtype=dtype)
 
 
 def our_models(options: argparse.Namespace) -> dict[str, Callable[[], Model]]:
@@ -120,12 +128,13 @@ def our_models(options: argparse.Namespace) -> dict[str, Callable[[], Model]]:
         }
         dense: Callable[..., Model] = partial(load_random, options.random, "dense")
     else:
-        packed = {folder.name: partial(load, folder) for folder in options.converted}
+        packed = {folder.name: partial(load_folder, folder) for folder in options.converted}
         dense = partial(load, options.model)
-    models = {
-        f"packed {name}": partial(loader, backend=options.backend, dtype="float32")
-        for name, loader in packed.items()
-    }
+    how = {"backend": options.backend, "dtype": "float32"}
+    models = {f"packed {name}": partial(loader, **how) for name, loader in packed.items()}
+    if options.activations == "int8":
+        for name, loader in packed.items():
+            models[f"packed {name} int8"] = partial(loader, **how, activations="int8")
     for loader in list(packed.values())[:1]:
         models["unpacked float32"] = partial(loader, backend="xla-unpacked", dtype="float32")
     for dtype in ("float32", "bfloat16"):
@@ -295,6 +304,12 @@ def parse() -> argparse.Namespace:
         "--converted", type=Path, nargs="+", default=[], help="folders that atd converted from it"
     )
     parser.add_argument("--backend", default="cpu", help="of the packed models (cpu)")
+    parser.add_argument(
+        "--activations",
+        choices=("model", "int8"),
+        default="model",
+        help="int8: also measure packed models with 8-bit activations",
+    )
     types = llama_tools.TYPES
     parser.add_argument("--types", nargs="*", default=list(types), metavar="TYPE",
                         help=f"of llama.cpp ({' '.join(types)}); none: leave it out")  # fmt: skip

@@ -26,7 +26,7 @@ from atd.errors import BadInput
 from atd.kernels import packed, xla
 from atd.kernels.cpu.backend import Cpu
 from atd.kernels.mosaic.backend import Mosaic
-from atd.kernels.packed import Norm, Part
+from atd.kernels.packed import Norm, Part, rounded
 from atd.kernels.triton.backend import Triton
 from atd.weights import Dense, Weight
 
@@ -66,10 +66,13 @@ def resolve(x, weight: Weight, backend: str | None = None):
     return BACKENDS[backend]
 
 
-def matmul(x: jax.Array, weight: Weight, *, backend: str | None = None) -> jax.Array:
+def matmul(
+    x: jax.Array, weight: Weight, *, int8: bool = False, backend: str | None = None
+) -> jax.Array:
     """Multiplies x [..., in] by weight [out, in], summed in float32.
 
     Args:
+        int8: whether x is `rounded` to 8 bits per token.
         backend: a name of BACKENDS; by default the first of PREFERENCE that can.
 
     Returns:
@@ -84,7 +87,13 @@ def matmul(x: jax.Array, weight: Weight, *, backend: str | None = None) -> jax.A
             f"x has {x.shape[-1]} features, the weight {weight.type} takes {weight.type.shape[1]}"
         )
     rows = x.reshape(-1, x.shape[-1])  # [M, in]
-    y = resolve(rows, weight, backend).matmul(rows, weight)
+    chosen = resolve(rows, weight, backend)
+    if not int8:
+        y = chosen.matmul(rows, weight)
+    elif isinstance(chosen, packed.Backend) and chosen.rounds:
+        y = chosen.matmul(rows, weight, int8=True)
+    else:
+        y = chosen.matmul(rounded(rows), weight)
     return y.reshape(*x.shape[:-1], -1)
 
 
@@ -95,6 +104,7 @@ def fused(
     residual: jax.Array | None = None,
     gated: bool = False,
     *,
+    int8: bool = False,
     backend: str | None = None,
 ) -> jax.Array | None:
     """Multiplies as `matmul` does, with what comes before and after in the same kernels.
@@ -106,6 +116,7 @@ def fused(
         residual: [..., out], added to the product.
         gated: whether the weight is a gate above an up matrix, of which silu(gate) * up is
             computed.
+        int8: whether x is `rounded` to 8 bits per token, behind the norm.
 
     Returns:
         [..., out], or [..., out / 2] where it is gated, in x's dtype; None where the backend has no
@@ -116,7 +127,13 @@ def fused(
     if not isinstance(chosen, packed.Backend) or not chosen.fuses(rows, weight, gated):
         return None
     added = None if residual is None else residual.reshape(rows.shape[0], -1)
-    y = chosen.matmul(rows, weight, norm=norm, residual=added, gated=gated)
+    options = {"norm": norm, "residual": added, "gated": gated}
+    if int8 and chosen.rounds:
+        options["int8"] = True
+    elif int8:
+        rows = rounded(norm(rows).astype(x.dtype) if norm else rows)
+        options["norm"] = None
+    y = chosen.matmul(rows, weight, **options)
     return y.reshape(*x.shape[:-1], -1)
 
 

@@ -41,6 +41,25 @@ class Norm:
         return wide * jax.lax.rsqrt(mean_square + self.eps) * self.gain.astype(jnp.float32)
 
 
+def rounded(x: jax.Array) -> jax.Array:
+    """Returns x rounded to 8 bits per token, as BitNet's linears read it:
+
+        clip(round(s x), -128, 127) / s,   s = 127 / max(max |x|, 1e-5)
+
+    with the maximum over the last axis, and halves rounded to even. The gradient is that of x.
+
+    Args:
+        x: float [..., features].
+
+    Source: transformers 5.24, `ActQuant` and `BitLinear.activation_quant`.
+    """
+    wide = x.astype(jnp.float32)
+    scale = 127 / jnp.maximum(jnp.max(jnp.abs(wide), axis=-1, keepdims=True), 1e-5)
+    nearest = jnp.clip(jnp.round(wide * scale), -128, 127) / scale
+    fixed = jax.lax.stop_gradient
+    return fixed(nearest).astype(x.dtype) + (x - fixed(x))
+
+
 @dataclass(frozen=True)
 class Backend:
     """A backend of `atd.kernels.matmul` that has kernels for packed weights.
@@ -51,12 +70,14 @@ class Backend:
     Attributes:
         interpret: whether its kernels run on a CPU, in jax's interpreter, with twins of what that
             does not have.
+        rounds: whether `multiply` takes int8, and then rounds activations as `rounded` does.
     """
 
     interpret: bool = False
     name = ""
     layout = "words"
     needs = ""
+    rounds = False
 
     def allows(self, capability: tuple[int, int]) -> bool:
         """Returns whether the kernels run on a GPU of this compute capability, (8, 0) for 8.0."""

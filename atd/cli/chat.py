@@ -77,7 +77,7 @@ def chat(
     """
     from atd.checkpoint.hub import hub_id
     from atd.checkpoint.reader import open_tokenizer
-    from atd.ir.rewrite import float_activations
+    from atd.ir.rewrite import with_activations
     from atd.models import frontend
     from atd.models.model import load
     from atd.models.placement import use_device
@@ -95,7 +95,7 @@ def chat(
     first = first_prompt(words, [{"role": "system", "content": system}] if system else [])
     graph = frontend.open(model, ignore_extra=ignore_extra)
     room(graph, words.encode(first), max_new_tokens)
-    graph = float_activations(graph) if activations == "float" else graph
+    graph = with_activations(graph, activations)
     with shown(quiet=quiet) as (_, progress):
         loaded = load(graph, backend=backend, dtype=dtype, progress=progress)
     options = {"system": system, "max_new_tokens": max_new_tokens, "chunk": chunk}

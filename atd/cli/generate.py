@@ -78,7 +78,7 @@ def generate(
     """
     from atd.checkpoint.files import read_prompts, write_json_lines
     from atd.checkpoint.reader import open_tokenizer
-    from atd.ir.rewrite import float_activations
+    from atd.ir.rewrite import with_activations
     from atd.models import frontend
     from atd.models.model import load
     from atd.models.placement import use_device
@@ -105,7 +105,7 @@ def generate(
         with about(f"{file}: prompt {number}") if file else nullcontext():
             ids.append(_prompt_ids(words, text, chat))
             room(graph, ids[-1], max_new_tokens)
-    graph = float_activations(graph) if activations == "float" else graph
+    graph = with_activations(graph, activations)
     loaded = load(graph, backend=backend, dtype=dtype)
     made = partial(
         run,

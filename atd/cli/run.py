@@ -159,7 +159,11 @@ def evaluate(
         sizes = {"bits_per_weight": bits, "bytes": size, "dtype": dtype}
         write_json(json, made_of | {"data": str(data)} | sizes | result.to_json())
     if card:
-        note = "inputs of linears not rounded" if activations == "float" else ""
+        notes = {
+            "float": "inputs of linears not rounded",
+            "int8": "inputs of linears rounded to 8 bits",
+        }
+        note = notes.get(activations, "")
         named = str(hub_id(against) or against.name) if against else None
         add_figures(model, figures(result, text=data.name, against=named, note=note))
     console.print(evaluation_table([EvaluatedModel(loaded.name, bits, size, result)]))
@@ -181,6 +185,7 @@ def bench(
         tyro.conf.arg(metavar="{float32,bfloat16,float16}"),
     ] = None,
     device: Device = None,
+    activations: Activations = "model",
     prompt: int = 128,
     steps: int = 64,
     repeats: int = 5,
@@ -217,6 +222,7 @@ def bench(
     import jax
 
     from atd.checkpoint.files import write_json
+    from atd.ir.rewrite import with_activations
     from atd.models import frontend
     from atd.models.model import load
     from atd.models.placement import use_device
@@ -237,6 +243,7 @@ def bench(
     chosen = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     graph = frontend.open(model, ignore_extra=ignore_extra)
     check_room(model.name, graph, prompt, steps, one_jit)
+    graph = with_activations(graph, activations)
     loaders = {model.name: partial(load, graph, backend=backend, dtype=chosen)}
     if against:
         name = f"{against.name} (dense)" if against.name in loaders else against.name
@@ -249,7 +256,8 @@ def bench(
     if json:
         write_json(json, [asdict(row) for row in rows])
     device = jax.devices()[0].device_kind
-    print(f"prompt {prompt}, {steps} tokens, {chosen}, {device}, jax {jax.__version__}")
+    how = "" if activations == "model" else f", activations {activations}"
+    print(f"prompt {prompt}, {steps} tokens, {chosen}{how}, {device}, jax {jax.__version__}")
     print(speed_table(rows, rows[1].model if against else None))
 
 

@@ -23,7 +23,7 @@ def evaluate_tasks(
     bos: bool,
     backend: str,
     dtype: str,
-    activations: Literal["model", "float"],
+    activations: Literal["model", "float", "int8"],
     tokenizer: Path | None,
     ignore_extra: bool,
     json: Path | None,
@@ -31,7 +31,7 @@ def evaluate_tasks(
 ) -> None:
     """Runs the tasks on each model in turn, and prints one table.
 
-    Options are those of the command.
+    Options are those of the command; activations are those of the first model.
     """
     from atd.checkpoint.files import write_json
     from atd.checkpoint.reader import open_tokenizer
@@ -63,7 +63,7 @@ def evaluate_tasks(
                 path,
                 backend=backend,
                 dtype=dtype,
-                activations=activations,
+                activations=activations if path == models[0] else "model",
                 ignore_extra=ignore_extra,
                 progress=progress,
             )

@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from atd.errors import BadInput
+from atd.errors import BadInput, nearest
 from atd.ir.graph import Block, Graph, Node, WeightRef
 from atd.ir.notes import UNIT_GAIN, without
+from atd.ir.ops import INT8
 from atd.weights import DTYPES, Dense, DenseType
 
 
@@ -81,12 +82,31 @@ def slices(value: str, widths: Mapping[str, int]) -> list[Node]:
     return nodes
 
 
-def float_activations(graph: Graph) -> Graph:
-    """Returns the graph whose linears take their inputs as they are, not rounded to 8 bits."""
-    return graph.with_units(tuple(map(float_inputs, graph.units)))
+def with_activations(graph: Graph, activations: str) -> Graph:
+    """Returns the graph whose linears read their inputs in this way.
+
+    Args:
+      activations: "model", as the graph says; "float", as they are; "int8", rounded to 8 bits per
+        token.
+
+    Raises BadInput for another word.
+    """
+    ways = {"model": lambda unit: unit, "float": float_inputs, "int8": int8_inputs}
+    if activations not in ways:
+        raise BadInput(f"unknown activations {activations!r}{nearest(activations, ways)}")
+    return graph.with_units(tuple(map(ways[activations], graph.units)))
 
 
 def float_inputs(unit: Block) -> Block:
     """Returns the unit whose linears take their inputs as they are, not rounded to 8 bits."""
     nodes = (replace(node, attrs=without(node.attrs, "activations")) for node in unit.nodes)
+    return replace(unit, nodes=tuple(nodes))
+
+
+def int8_inputs(unit: Block) -> Block:
+    """Returns the unit whose linears round their inputs to 8 bits per token."""
+    nodes = (
+        replace(node, attrs=node.attrs | {"activations": INT8}) if node.op == "linear" else node
+        for node in unit.nodes
+    )
     return replace(unit, nodes=tuple(nodes))

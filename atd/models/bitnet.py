@@ -5,7 +5,7 @@
     AutoBitLinear, online     dense W; s = 1 / mean |W|, T = clip(round(s W), -1, 1),
                               y = (T q(x)) / s
 
-with q of `atd.models.ops.rounded`. They become ternary weights with one scale per tensor, in
+with q of `atd.kernels.packed.rounded`. They become ternary weights with one scale per tensor, in
 linears with the attr activations="int8". With `use_rms_norm` each has an RMS norm of its own in
 front.
 

@@ -180,8 +180,8 @@ def _product(
         gain = jnp.asarray(weights[product.norm.name]["weight"].dequantize())
         norm = kernels.Norm(gain, product.norm.attrs["eps"])
     residual = None if product.residual is None else values[product.residual]
-    x = ops.linear_input(product.linear, x)
-    y = kernels.fused(x, weight, norm, residual, product.gated, backend=backend)
+    how = {"int8": ops.reads_int8(product.linear), "backend": backend}
+    y = kernels.fused(x, weight, norm, residual, product.gated, **how)
     return y if y is None or "bias" not in mine else y + mine["bias"].dequantize().astype(y.dtype)
 
 

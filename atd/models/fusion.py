@@ -72,11 +72,7 @@ def _product(block: Block, linear: Node, mine: Mapping, taken: Container[str]) -
 
 
 def _norm_before(block: Block, linear: Node) -> Node | None:
-    """The norm that makes the linear's input and is read by linears alone; None where the linear
-    rounds its input.
-    """
-    if "activations" in linear.attrs:
-        return None
+    """The norm that makes the linear's input and is read by linears alone."""
     made = _maker(block, linear.inputs[0])
     if made is None or made.op != "rms_norm" or "head_dim" in made.attrs:
         return None

@@ -129,12 +129,12 @@ def embed(tokens, weight: Weight, dtype=jnp.float32):
     return kernels.take_rows(weight, tokens).astype(dtype)
 
 
-def linear_input(node: Node, x):
-    """Returns what a linear multiplies by its weight: x, or x `rounded` where its attrs say so."""
-    return rounded(x) if node.attrs.get("activations") == INT8 else x
+def reads_int8(node: Node) -> bool:
+    """Returns whether a linear rounds its input to 8 bits per token: `kernels.rounded`."""
+    return node.attrs.get("activations") == INT8
 
 
-def linear(x, weight: Weight, bias=None, backend: str | None = None):
+def linear(x, weight: Weight, bias=None, backend: str | None = None, int8: bool = False):
     """Returns x W' + b.
 
     Args:
@@ -142,28 +142,10 @@ def linear(x, weight: Weight, bias=None, backend: str | None = None):
         weight: W [out, in].
         bias: b float [out].
         backend: of `atd.kernels.matmul`, for weights that are not dense.
+        int8: whether x is rounded to 8 bits per token.
     """
-    y = kernels.matmul(x, weight, backend=None if isinstance(weight, Dense) else backend)
+    y = kernels.matmul(x, weight, int8=int8, backend=None if isinstance(weight, Dense) else backend)
     return y if bias is None else y + bias.astype(y.dtype)
-
-
-def rounded(x):
-    """Returns x rounded to 8 bits per token, as BitNet's linears read it:
-
-        clip(round(s x), -128, 127) / s,   s = 127 / max(max |x|, 1e-5)
-
-    with the maximum over the last axis, and halves rounded to even. The gradient is that of x.
-
-    Args:
-        x: float [..., features].
-
-    Source: transformers 5.24, `ActQuant` and `BitLinear.activation_quant`.
-    """
-    wide = x.astype(jnp.float32)
-    scale = 127 / jnp.maximum(jnp.max(jnp.abs(wide), axis=-1, keepdims=True), 1e-5)
-    nearest = jnp.clip(jnp.round(wide * scale), -128, 127) / scale
-    fixed = jax.lax.stop_gradient
-    return fixed(nearest).astype(x.dtype) + (x - fixed(x))
 
 
 def silu_mul(gate, up):
@@ -253,7 +235,7 @@ def run_node(
             weight = weights.get("weight") or embedding
             assert weight is not None, f"{node.name} is tied to an embedding that was not given"
             bias = weights["bias"].dequantize() if "bias" in weights else None
-            return linear(linear_input(node, inputs[0]), weight, bias, backend), None
+            return linear(inputs[0], weight, bias, backend, reads_int8(node)), None
         case "rope":
             options = attrs["head_dim"], attrs["theta"], attrs["scaling"], attrs.get("rotary")
             length = inputs[0].shape[1] if cache is None else cache[0].shape[2]

@@ -19,7 +19,7 @@ from atd.checkpoint.files import read_text
 from atd.checkpoint.tokenizer import Tokenizer
 from atd.errors import BadInput, about
 from atd.ir import Graph
-from atd.ir.rewrite import float_activations
+from atd.ir.rewrite import with_activations
 from atd.models import frontend
 from atd.models.model import Model, load
 from atd.progress import Report, unheard
@@ -41,16 +41,17 @@ def load_checkpoint(
     *,
     backend: str = "auto",
     dtype: str = "float32",
-    activations: Literal["model", "float"] = "model",
+    activations: Literal["model", "float", "int8"] = "model",
     ignore_extra: bool = False,
     progress: Report = unheard,
 ) -> LoadedCheckpoint:
     """Loads the model of a Hugging Face folder, a GGUF file or a converted folder.
 
-    With float activations, linears take their inputs as they are, where the model rounds them.
+    Linears take their inputs as the model says; as they are, with float activations; or rounded to
+    8 bits per token, with int8.
     """
     graph = frontend.open(path, ignore_extra=ignore_extra)
-    graph = float_activations(graph) if activations == "float" else graph
+    graph = with_activations(graph, activations)
     model = load(graph, backend=backend, dtype=dtype, progress=progress)
     return LoadedCheckpoint(path.name, model, *graph_size(graph))
 

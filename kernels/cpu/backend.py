@@ -3,11 +3,13 @@
     gemv.h        up to MAX_TOKENS tokens: integers on prefixes, from the packed bytes; with the
                   norm before, and the residual stream or SwiGLU behind
     gemm.h        more tokens, and groups: rows decoded to float32, some at a time
+    gemm8.h       more tokens of 8 bits: rows decoded to bytes
     attention.h   one new token of each sequence
 
 Activations become integers: of 14 bits where the bases of a weight are summed apart (free scales,
 trellis codes), and of 19 to 27 bits, in two parts, elsewhere. Neither costs anything that can be
-measured. Results do not depend on the number of threads. See `prefixes.h` for the mathematics.
+measured. Where 8 bits are asked for, they have 8, in prompts as well. Results do not depend on the
+number of threads. See `prefixes.h` for the mathematics.
 """
 
 from dataclasses import dataclass
@@ -31,6 +33,7 @@ class Cpu(packed.Backend):
 
     name = "cpu"
     layout = "aligned"
+    rounds = True
 
     def device_refuses(self) -> str | None:
         platform = jax.default_backend()
@@ -55,25 +58,30 @@ class Cpu(packed.Backend):
         norm: packed.Norm | None = None,
         residual: jax.Array | None = None,
         gated: bool = False,
+        int8: bool = False,
     ) -> jax.Array:
         """Multiplies x [M, in] by weight [out, in] -> [M, out] in x's dtype.
 
         Args:
             norm, residual, gated: as in `atd.kernels.matmul.fused`, only where it `fuses`.
+            int8: whether activations are `packed.rounded`.
         """
         held, type = self.prepare(weight), weight.type.ternary
         assert isinstance(held, Packed)
         matrix = jnp.asarray(held.codes), jnp.asarray(held.scales)
         attributes, wide = _attributes(type), x.astype(jnp.float32)
+        if int8 and type.scales_shape[1] > 1:  # sums over groups are no integers
+            wide, int8 = packed.rounded(wide), False
         result = jax.ShapeDtypeStruct((x.shape[0], type.shape[0] // (1 + gated)), jnp.float32)
         if not self._few(x, type):
             assert (norm, residual, gated) == (None, None, False), "see `Cpu.fuses`"
-            return jax.ffi.ffi_call("atd_gemm", result)(*matrix, wide, **attributes).astype(x.dtype)
+            call = jax.ffi.ffi_call("atd_gemm", result)
+            return call(*matrix, wide, **attributes, int8=int8).astype(x.dtype)
         none = jnp.zeros(0, jnp.float32)
         gain = none if norm is None else norm.gain.astype(jnp.float32)
         added = none if residual is None else residual.astype(jnp.float32)
         options = {
-            "parts": np.int64(parts_of(type)),
+            "parts": np.int64(0 if int8 else parts_of(type)),
             "eps": np.float32(0 if norm is None else norm.eps),
             "gated": gated,
         }

@@ -29,6 +29,7 @@ SOURCES = (
     "calls.cc",
     "gemv.h",
     "gemm.h",
+    "gemm8.h",
     "attention.h",
     "matrix.h",
     "prefixes.h",

@@ -7,6 +7,7 @@
 
 #include "attention.h"
 #include "gemm.h"
+#include "gemm8.h"
 #include "gemv.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -41,17 +42,21 @@ ffi::Error call_gemv(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> codes, ffi::AnyB
       matrix_of(codes, scales, rows, bases, tied, period, length, taps, group_size);
   const Around around{gain.element_count() ? gain.typed_data() : nullptr, eps,
                       residual.element_count() ? residual.typed_data() : nullptr, gated};
-  return gemv(pool, x.typed_data(), x.dimensions()[0], x.dimensions()[1], int(parts), matrix,
-              around, y->typed_data());
+  const int64_t tokens = x.dimensions()[0], inputs = x.dimensions()[1];
+  if (!parts && tokens * matrix.sums() >= kMany)
+    return gemm8(pool, x.typed_data(), tokens, inputs, matrix, around, y->typed_data());
+  return gemv(pool, x.typed_data(), tokens, inputs, int(parts), matrix, around, y->typed_data());
 }
 
 ffi::Error call_gemm(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> codes, ffi::AnyBuffer scales,
                      int64_t rows, int64_t bases, bool tied, int64_t period, int64_t length,
                      ffi::Span<const float> taps, int64_t group_size, ffi::Buffer<ffi::F32> x,
-                     ffi::ResultBuffer<ffi::F32> y) {
+                     bool int8, ffi::ResultBuffer<ffi::F32> y) {
   const Matrix matrix =
       matrix_of(codes, scales, rows, bases, tied, period, length, taps, group_size);
-  return gemm(pool, x.typed_data(), x.dimensions()[0], x.dimensions()[1], matrix, y->typed_data());
+  const int64_t tokens = x.dimensions()[0], inputs = x.dimensions()[1];
+  if (int8) return gemm8(pool, x.typed_data(), tokens, inputs, matrix, {}, y->typed_data());
+  return gemm(pool, x.typed_data(), tokens, inputs, matrix, y->typed_data());
 }
 
 // keys, values [batch, kv_heads, length, head_dim] are written where they lie: the results are they.
@@ -102,9 +107,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(atd_gemv, call_gemv,
                                   .Attr<bool>("gated")
                                   .Ret<ffi::Buffer<ffi::F32>>());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    atd_gemm, call_gemm,
-    with_matrix().Arg<ffi::Buffer<ffi::F32>>().Ret<ffi::Buffer<ffi::F32>>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(atd_gemm, call_gemm,
+                              with_matrix()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Attr<bool>("int8")
+                                  .Ret<ffi::Buffer<ffi::F32>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(atd_attend, call_attend,
                               ffi::Ffi::Bind()

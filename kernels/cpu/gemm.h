@@ -242,13 +242,20 @@ inline void multiply_some(ffi::ThreadPool& pool, const float* x, int64_t tokens,
   });
 }
 
-// y [tokens, rows].
-inline ffi::Error gemm(ffi::ThreadPool& pool, const float* x, int64_t tokens, int64_t inputs,
-                       const Matrix& matrix, float* y) {
+// y [tokens, rows], by `multiply` some tokens at a time.
+template <typename Multiply>
+inline void by_runs(int64_t tokens, int64_t inputs, int64_t rows, const float* x, float* y,
+                          Multiply multiply) {
   const int64_t runs = (tokens + kTokens - 1) / kTokens;
   const int64_t step = ((tokens + runs - 1) / runs + kTile - 1) / kTile * kTile;
   for (int64_t m = 0; m < tokens; m += step)
-    multiply_some(pool, x + m * inputs, std::min(step, tokens - m), inputs, matrix,
-                  y + m * matrix.rows);
+    multiply(x + m * inputs, std::min(step, tokens - m), y + m * rows);
+}
+
+inline ffi::Error gemm(ffi::ThreadPool& pool, const float* x, int64_t tokens, int64_t inputs,
+                       const Matrix& matrix, float* y) {
+  by_runs(tokens, inputs, matrix.rows, x, y, [&](const float* of, int64_t some, float* to) {
+    multiply_some(pool, of, some, inputs, matrix, to);
+  });
   return ffi::Error::Success();
 }

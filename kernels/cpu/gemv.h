@@ -14,17 +14,6 @@ constexpr int kColumns = 8;       // products that one reading of the codes make
 constexpr int kCache = 24 << 10;  // bytes of coefficients that stay in a core's first cache
 constexpr int kSmall = 64 << 10;  // bytes of codes that are not worth a second thread
 
-// Calls body(0), ..., body(N - 1) with numbers that the compiler knows: arrays that they index stay
-// in registers.
-template <typename Body, size_t... I>
-[[gnu::always_inline]] inline void repeat(Body body, std::index_sequence<I...>) {
-  (body(std::integral_constant<size_t, I>()), ...);
-}
-template <int N, typename Body>
-[[gnu::always_inline]] inline void repeat(Body body) {
-  repeat(body, std::make_index_sequence<N>());
-}
-
 // Adds the products of bytes from..to of R rows with C columns to sums[column, row].
 template <int R, int C>
 void multiply(const Plan& plan, const uint8_t* codes, int64_t bytes, int64_t from, int64_t to,
@@ -116,6 +105,21 @@ inline const float* normed(const float* x, int64_t tokens, int64_t inputs, const
   return into.data();
 }
 
+// Puts products, and behind them what belongs there, into `rows` places of y from `first` on; up:
+// those of the up matrix, read only where it is gated.
+inline void finish(const Around& around, int64_t first, int64_t rows, const float* from,
+                   const float* up, int64_t stride, float* y) {
+  float* to = y + first;
+  if (around.gated) {
+    for (int64_t r = 0; r < rows; ++r) to[r] = silu(from[r * stride]) * up[r * stride];
+  } else if (around.residual) {
+    const float* more = around.residual + first;
+    for (int64_t r = 0; r < rows; ++r) to[r] = from[r * stride] + more[r];
+  } else {
+    for (int64_t r = 0; r < rows; ++r) to[r] = from[r * stride];
+  }
+}
+
 // --- the product ------------------------------------------------------------------------------
 
 // What all tasks of a product read: the coefficients of its activations.
@@ -131,7 +135,7 @@ inline void values_of(const Matrix& matrix, const Activations& a, int64_t first,
                       std::vector<float>& values) {
   static const auto of_columns = choices(std::make_index_sequence<kColumns>());
   thread_local std::vector<int32_t> found;  // [column, row of codes]
-  thread_local std::vector<float> z, scales;
+  thread_local std::vector<float> z;
   const int64_t sums = a.plan.sums, tokens = a.tokens;
   found.resize(a.columns * count);
   for (int64_t c = 0; c < a.columns; c += kColumns)
@@ -156,29 +160,21 @@ inline void values_of(const Matrix& matrix, const Activations& a, int64_t first,
           to[r * tokens] = float((low[r] + radix * upper[r] - all) * unit);
       }
     }
-  const auto [row, rows] = matrix.made_of(first, count);
-  values.resize(rows * tokens);
-  scales.resize(rows);
-  if (matrix.coded()) filter(matrix.code, z.data(), sums, rows, tokens, values.data());
-  for (int64_t f = 0; f < (matrix.coded() ? 1 : sums); ++f) {
-    matrix.scales_of(row, rows, 0, f, scales.data());
-    const float* from = matrix.coded() ? values.data() : &z[f * count * tokens];
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t m = 0; m < tokens; ++m) {
-        const float value = from[r * tokens + m] * scales[r];
-        values[r * tokens + m] = f ? values[r * tokens + m] + value : value;
-      }
-  }
+  matrix.values_of(z.data(), first, count, tokens, values);
 }
 
-// y [tokens, rows], or [tokens, rows / 2] where it is gated.
+// y [tokens, rows], or [tokens, rows / 2] where it is gated. parts: of an activation's integer; 0
+// rounds it to 8 bits.
 inline ffi::Error gemv(ffi::ThreadPool& pool, const float* x, int64_t tokens, int64_t inputs,
                        int parts, const Matrix& matrix, const Around& around, float* y) {
   thread_local std::vector<float> held;
   thread_local std::vector<int16_t> buffer;
   const Plan& plan = plan_of(matrix.bases, matrix.tied);
   thread_local Integers integers;
-  to_integers(plan, normed(x, tokens, inputs, around, held), tokens, inputs, parts, integers);
+  const float* read = normed(x, tokens, inputs, around, held);
+  if (parts) to_integers(plan, read, tokens, inputs, parts, integers);
+  else to_bytes(read, tokens, inputs, integers);
+  parts = std::max(parts, 1);
   const int64_t sums = plan.sums, runs = tokens * parts, columns = runs * sums;
   const int64_t size = (matrix.bytes + kBlock - 1) / kBlock * plan.block(columns);
   buffer.assign(size + kBlock, 0);
@@ -199,18 +195,8 @@ inline ffi::Error gemv(ffi::ThreadPool& pool, const float* x, int64_t tokens, in
     values_of(matrix, a, first, count, values);
     if (around.gated) values_of(matrix, a, code_rows + first, count, up);
     const auto [row, rows] = matrix.made_of(first, count);
-    for (int64_t m = 0; m < tokens; ++m) {
-      float* to = y + m * out + row;
-      const float* from = &values[m];
-      if (around.gated) {
-        for (int64_t r = 0; r < rows; ++r) to[r] = silu(from[r * tokens]) * up[r * tokens + m];
-      } else if (around.residual) {
-        const float* more = around.residual + m * out + row;
-        for (int64_t r = 0; r < rows; ++r) to[r] = from[r * tokens] + more[r];
-      } else {
-        for (int64_t r = 0; r < rows; ++r) to[r] = from[r * tokens];
-      }
-    }
+    for (int64_t m = 0; m < tokens; ++m)
+      finish(around, m * out + row, rows, &values[m], around.gated ? &up[m] : nullptr, tokens, y);
   });
   return ffi::Error::Success();
 }

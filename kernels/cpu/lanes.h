@@ -4,6 +4,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if !defined(ATD_PORTABLE) && (defined(__AVX512BW__) || defined(__AVX2__))
 #include <immintrin.h>
@@ -12,6 +13,8 @@
 // load: from any address. load_some: n bytes of it, at most a register, and zeros.
 // even, odd: these bytes, each in the upper half of a lane. high: the upper halves of products.
 // dot: sums of 32 bits plus products of two neighbours, which wrap around. add: all sums.
+// every: the same four bytes in each 32 bits. dot4: sums plus products of four neighbours, bytes of
+// a up to 80 without a sign with bytes of b from -127 on.
 #if !defined(ATD_PORTABLE) && defined(__AVX512BW__)
 constexpr int kWidth = 64;  // bytes
 using Lanes = __m512i;
@@ -31,6 +34,14 @@ inline Sum dot(Sum s, Lanes a, Lanes b) {
 #endif
 }
 inline int32_t add(Sum s) { return _mm512_reduce_add_epi32(s); }
+inline Lanes every(int32_t four) { return _mm512_set1_epi32(four); }
+inline Sum dot4(Sum s, Lanes a, Lanes b) {
+#ifdef __AVX512VNNI__
+  return _mm512_dpbusd_epi32(s, a, b);
+#else  // two products of 80 and 127 fit into 16 bits
+  return _mm512_add_epi32(s, _mm512_madd_epi16(_mm512_maddubs_epi16(a, b), _mm512_set1_epi16(1)));
+#endif
+}
 #elif !defined(ATD_PORTABLE) && defined(__AVX2__)
 constexpr int kWidth = 32;
 using Lanes = __m256i;
@@ -51,6 +62,14 @@ inline int32_t add(Sum s) {
   std::memcpy(each, &s, sizeof(s));
   for (uint32_t e : each) total += e;
   return int32_t(total);
+}
+inline Lanes every(int32_t four) { return _mm256_set1_epi32(four); }
+inline Sum dot4(Sum s, Lanes a, Lanes b) {
+#ifdef __AVXVNNI__
+  return _mm256_dpbusd_avx_epi32(s, a, b);
+#else
+  return _mm256_add_epi32(s, _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1)));
+#endif
 }
 #else
 constexpr int kWidth = 16;
@@ -85,6 +104,19 @@ inline Sum dot(Sum s, Lanes a, Lanes b) {
   return s;
 }
 inline int32_t add(Sum s) { return int32_t(s.at[0] + s.at[1] + s.at[2] + s.at[3]); }
+inline Lanes every(int32_t four) {
+  Lanes v;
+  for (int i = 0; i < 4; ++i) std::memcpy(&v.at[2 * i], &four, sizeof(four));
+  return v;
+}
+inline Sum dot4(Sum s, Lanes a, Lanes b) {
+  uint8_t of_a[kWidth];
+  int8_t of_b[kWidth];
+  std::memcpy(of_a, &a, kWidth);
+  std::memcpy(of_b, &b, kWidth);
+  for (int i = 0; i < kWidth; ++i) s.at[i / 4] += uint32_t(of_a[i] * of_b[i]);
+  return s;
+}
 #endif
 
 // A register of floats, in the compiler's own arithmetic.
@@ -100,4 +132,15 @@ inline Vector load_as(const void* p) {
 template <typename Vector>
 inline void store(void* p, Vector v) {
   std::memcpy(p, &v, sizeof(v));
+}
+
+// Calls body(0), ..., body(N - 1) with numbers that the compiler knows: arrays that they index stay
+// in registers.
+template <typename Body, size_t... I>
+[[gnu::always_inline]] inline void repeat(Body body, std::index_sequence<I...>) {
+  (body(std::integral_constant<size_t, I>()), ...);
+}
+template <int N, typename Body>
+[[gnu::always_inline]] inline void repeat(Body body) {
+  repeat(body, std::make_index_sequence<N>());
 }

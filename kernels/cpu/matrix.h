@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <utility>
+#include <vector>
 
 #include "floats.h"
 
@@ -43,6 +44,14 @@ struct Matrix {
   std::pair<int64_t, int64_t> made_of(int64_t first, int64_t step) const {
     return {first * code.period, std::min(step, code_rows - first) * code.period};
   }
+
+  // Sums over activations that make a weight's product.
+  int64_t sums() const { return tied ? 1 : bases; }
+
+  // Products z [sum, row of codes, width] of `count` rows of codes from `first` on, with one scale
+  // or one per base: values[row, width].
+  void values_of(const float* z, int64_t first, int64_t count, int64_t width,
+                 std::vector<float>& values) const;
 
   // Rows of the codes in a task: a segment, or some for each thread.
   int64_t step(int64_t threads) const {
@@ -86,4 +95,22 @@ inline void filter(const Code& code, const float* z, int64_t planes, int64_t row
           run((r * code.period + below) % rows * width, r * width, width);
       }
     }
+}
+
+inline void Matrix::values_of(const float* z, int64_t first, int64_t count, int64_t width,
+                              std::vector<float>& values) const {
+  thread_local std::vector<float> scales;
+  const auto [row, rows] = made_of(first, count);
+  values.resize(rows * width);
+  scales.resize(rows);
+  if (coded()) filter(code, z, sums(), rows, width, values.data());
+  for (int64_t f = 0; f < (coded() ? 1 : sums()); ++f) {
+    scales_of(row, rows, 0, f, scales.data());
+    const float* from = coded() ? values.data() : z + f * count * width;
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t m = 0; m < width; ++m) {
+        const float value = from[r * width + m] * scales[r];
+        values[r * width + m] = f ? values[r * width + m] + value : value;
+      }
+  }
 }

@@ -94,6 +94,14 @@ struct Integers {
   std::vector<double> unit;     // NaN for a token that is not finite
 };
 
+// The sum of at most 65,536 numbers of 15 bits.
+template <typename Integer>
+inline int32_t total_of(const Integer* a, int64_t count) {
+  int32_t total = 0;
+  for (int64_t k = 0; k < count; ++k) total += a[k];
+  return total;
+}
+
 inline void to_integers(const Plan& plan, const float* x, int64_t tokens, int64_t inputs, int parts,
                         Integers& to) {
   to.inputs = (inputs + kDigits - 1) / kDigits * kDigits;
@@ -119,11 +127,31 @@ inline void to_integers(const Plan& plan, const float* x, int64_t tokens, int64_
         low[k] = int32_t(whole - above * to.radix);
         upper[k] = int32_t(above);
       }
-    for (int h = 0; h < parts; ++h, low += to.inputs) {
-      int32_t total = 0;  // of at most 65,536 numbers of 15 bits
-      for (int64_t k = 0; k < inputs; ++k) total += low[k];
-      to.totals.push_back(total);
-    }
+    for (int h = 0; h < parts; ++h, low += to.inputs) to.totals.push_back(total_of(low, inputs));
+  }
+}
+
+// Rounds a token to 8 bits, round(127 x / max(largest |x|, 1e-5)), and returns what one is worth:
+// NaN, and zeros, where x is not finite. As `atd.kernels.packed.rounded` does.
+template <typename Integer>
+inline double to_bytes(const float* x, int64_t inputs, Integer* to) {
+  const float largest = largest_of(x, inputs);
+  const bool finite = std::isfinite(largest);
+  const float scale = finite ? 127.f / std::max(largest, 1e-5f) : 0.f;
+  for (int64_t k = 0; k < inputs; ++k) to[k] = finite ? Integer(std::rint(x[k] * scale)) : 0;
+  return finite ? 1. / scale : NAN;
+}
+
+// Tokens, of one part.
+inline void to_bytes(const float* x, int64_t tokens, int64_t inputs, Integers& to) {
+  to.inputs = (inputs + kDigits - 1) / kDigits * kDigits;
+  to.values.assign(tokens * to.inputs, 0);
+  to.totals.assign(tokens, 0);
+  to.unit.resize(tokens);
+  for (int64_t m = 0; m < tokens; ++m) {
+    int32_t* mine = &to.values[m * to.inputs];
+    to.unit[m] = to_bytes(x + m * inputs, inputs, mine);
+    to.totals[m] = total_of(mine, inputs);
   }
 }
 

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from atd.errors import BadInput
-from atd.ir.rewrite import float_activations
+from atd.ir.rewrite import with_activations
 from atd.models import frontend
 from atd.models.bitnet import is_converted
 from atd.models.model import load
@@ -31,7 +31,7 @@ def distance(graph, kind: str, **options) -> float:
 def test_logits_are_those_of_transformers(kind):
     graph = frontend.open(GOLDEN / kind)
     assert distance(graph, kind) < TOLERANCE
-    assert distance(float_activations(graph), kind) > 50 * TOLERANCE
+    assert distance(with_activations(graph, "float"), kind) > 50 * TOLERANCE
 
 
 def test_packed_codes_give_the_same():

@@ -150,6 +150,85 @@ def test_groups_and_more_tokens_than_a_tile_or_a_run(tokens, tied):
     assert difference(activations(tokens, 700), weight) < 1e-5
 
 
+@needs_compiler
+@pytest.mark.parametrize("tokens", [1, 3, MAX_TOKENS, MAX_TOKENS + 1, 65, 1100])
+@pytest.mark.parametrize(
+    "type",
+    [
+        *(TernaryType((9, 319), n, "row", True, "f32") for n in (1, 2, 3, 4)),
+        *(TernaryType((67, 321), n, "tensor", False, "f16") for n in (1, 2, 3)),
+        TernaryType((1, 1), 3, "row", True, "f16"),
+        TernaryType((70, 1601), 2, "row", True, "bf16"),
+        TernaryType((19, 700), 2, 128, True, "f16"),
+        TrellisType((100, 131), known_code(2), 40, "f16"),
+        TrellisType((160, 644), known_code(1.25), 80, "f16"),
+    ],
+    ids=str,
+)
+def test_activations_of_8_bits_are_those_of_the_reference(type, tokens):
+    """Integers have the same sums everywhere: what is left are roundings of float32."""
+    weight, x = packed_of(type), np.array(activations(tokens, type.shape[1]))
+    x[-1] *= 1e-7  # a token below the least scale
+    wide = np.asarray(kernels.rounded(jnp.asarray(x)), np.float64)
+    wanted = wide @ np.asarray(weight.dequantize(), np.float64).T
+    found = np.asarray(kernels.matmul(jnp.asarray(x), weight, int8=True, backend="cpu"))
+    size = np.abs(wide) @ np.abs(np.asarray(weight.dequantize(), np.float64)).T
+    assert found.shape == wanted.shape
+    assert (np.abs(found - wanted) <= 1e-6 * size + 1e-30).all()
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("known", TABLE, ids=lambda known: f"{known.bases}-{known.kind}")
+def test_every_code_times_activations_of_8_bits(known):
+    weight = packed_of(TrellisType((100, 131), known_code(known.bases, known.kind), 40, "f16"))
+    for tokens in (2, MAX_TOKENS + 1):
+        x = jnp.asarray(activations(tokens, 131))
+        wanted = xla.matmul(kernels.rounded(x), weight)
+        found = kernels.matmul(x, weight, int8=True, backend="cpu")
+        assert float(jnp.abs(found - wanted).max() / jnp.sqrt(jnp.mean(wanted**2))) < 1e-5
+
+
+@needs_compiler
+def test_a_prompt_of_8_bits_has_the_bytes_of_its_tokens():
+    weight = packed_of(TrellisType((80, 131), known_code(2), 40, "f16"))
+    x = jnp.asarray(activations(MAX_TOKENS + 1, 131))
+    together = kernels.matmul(x, weight, int8=True, backend="cpu")
+    alone = jnp.stack([kernels.matmul(row, weight, int8=True, backend="cpu") for row in x])
+    np.testing.assert_allclose(together, alone, rtol=2e-6, atol=1e-6)
+
+
+@needs_compiler
+@pytest.mark.parametrize("tokens", [3, MAX_TOKENS + 1])
+def test_a_token_of_8_bits_that_is_not_finite_leaves_the_others_alone(tokens):
+    weight = packed_of(TernaryType((9, 64), 2, "row", True, "f16"))
+    x = np.array(activations(tokens, 64))
+    x[0, 5], x[1, 6] = np.inf, np.nan
+    y = np.asarray(kernels.matmul(jnp.asarray(x), weight, int8=True, backend="cpu"))
+    assert np.isnan(y[:2]).all()
+    assert np.isfinite(y[2:]).all()
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "backend", ["cpu", pytest.param("triton-interpret", marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("tokens", [3, MAX_TOKENS])
+def test_a_norm_and_rounding_before_swiglu_and_a_residual(tokens, backend):
+    type = TrellisType((160, 131), known_code(2), 40, "f16")
+    weight, x = packed_of(type), jnp.asarray(activations(tokens, 131))
+    norm = kernels.Norm(jnp.asarray(activations(1, 131, seed=3)[0]), 1e-5)
+    residual = jnp.asarray(activations(tokens, 160, seed=4))
+    products = xla.matmul(kernels.rounded(norm(x)), weight)
+    gate, up = jnp.split(products, 2, axis=1)
+    size = float(jnp.sqrt(jnp.mean(products**2)))
+    how = {"int8": True, "backend": backend}
+    gated = np.asarray(kernels.fused(x, weight, norm, gated=True, **how))
+    added = np.asarray(kernels.fused(x, weight, norm, residual, **how))
+    np.testing.assert_allclose(gated, jax.nn.silu(gate) * up, atol=1e-4 * size**2)
+    np.testing.assert_allclose(added, products + residual, atol=1e-4 * size)
+
+
 def test_what_it_refuses_by_name():
     backend, float32 = kernels.PACKED["cpu"], jnp.dtype(jnp.float32)
     wide = PackedType(TernaryType((4, MAX_INPUTS + 1), 2, "row", True, "f16"), "aligned")
@@ -194,8 +273,9 @@ def digest() -> str:
     ):
         for tokens in (1, 5, MAX_TOKENS + 1):
             x = activations(tokens, type.shape[1])
-            y = kernels.matmul(x, packed_of(type), backend="cpu")
-            hashed.update(np.asarray(y).tobytes())
+            for int8 in (False, True):
+                y = kernels.matmul(x, packed_of(type), int8=int8, backend="cpu")
+                hashed.update(np.asarray(y).tobytes())
     return hashed.hexdigest()
 
 
