@@ -36,6 +36,13 @@ def test_convert(tmp_path):
     assert 1e8 < row["peak_bytes"] < 3e9
 
 
+def test_families():
+    row = next(line for line in run("families.py", "qwen3").splitlines() if "qwen3" in line)
+    _, _, error, kl, _, _ = (cell.strip() for cell in row.split("│"))
+    assert float(error) < 1e-5
+    assert 0 < float(kl) < 1
+
+
 def test_decompose_with_trellis_codes(tmp_path):
     out = run("decompose.py", "--trellis", "--tiny", "--json", tmp_path / "f.json")
     rows = json.loads((tmp_path / "f.json").read_text())
