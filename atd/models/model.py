@@ -22,6 +22,7 @@ from flax import nnx
 from jax.core import Tracer
 
 from atd.errors import BadInput, nearest
+from atd.host import return_freed_from_now_on
 from atd.ir import Block, Graph
 from atd.models import execute
 from atd.models.cache import Cache, check_room, padded_width
@@ -30,6 +31,8 @@ from atd.models.placement import BACKENDS, DTYPES, backend_here, check_backend, 
 from atd.models.tokens import check_tokens
 from atd.progress import Report, unheard
 from atd.weights import Weight
+
+LARGE = 256 << 20  # bytes of weights; their products take far longer than to give memory back
 
 
 def load(
@@ -41,7 +44,8 @@ def load(
 ) -> "Model":
     """Loads the model of a checkpoint (a folder or a GGUF file) or of a graph.
 
-    Peak memory is the model and one tensor.
+    Peak memory is the model and one tensor. From a LARGE model on a CPU on, this process gives
+    freed arrays back to the system at once (`atd.host.return_freed_from_now_on`).
 
     Args:
         path_or_graph: a checkpoint, or a graph at any stage of a pipeline.
@@ -73,6 +77,9 @@ def load(
         from atd.models.frontend import open
 
         graph = open(path_or_graph)
+    stored = sum(ref.type.nbytes for _, ref in graph.weights())
+    if stored >= LARGE and jax.default_backend() == "cpu":
+        return_freed_from_now_on()
     if backend == "auto":
         chosen = backend_here(graph)
         return Model(graph, chosen, chosen if chosen == "cpu" else None, dtype, progress)
