@@ -142,13 +142,13 @@ def attend(
     k: Part,
     v: Part,
     positions: jax.Array,
-    cache: tuple[jax.Array, jax.Array],
+    cache: tuple[jax.Array, ...],
     frequencies: np.ndarray,
     heads: int,
     window: int,
     *,
     backend: str | None = None,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]] | None:
+) -> tuple[jax.Array, tuple[jax.Array, ...]] | None:
     """Attends to one new token of each sequence as `packed.Backend.attend` does.
 
     None where the backend has no such kernel.

@@ -97,11 +97,11 @@ class Backend:
         k: Part,
         v: Part,
         positions: jax.Array,
-        cache: tuple[jax.Array, jax.Array],
+        cache: tuple[jax.Array, ...],
         frequencies: np.ndarray,
         heads: int,
         window: int,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]] | None:
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]] | None:
         """Attends to one new token of each sequence in a kernel; None where there is none.
 
         `atd.models.ops.attention`, `rope` and `update_cache` define the result.
@@ -109,7 +109,8 @@ class Backend:
         Args:
             q, k, v: heads side by side, before rope; k and v of kv_heads.
             positions: of the new tokens, int32 [B, 1].
-            cache: k and v [B, kv_heads, length, head_dim], which are written in place.
+            cache: k and v [B, kv_heads, length, head_dim], which are written in place; of those
+                that are codes int8 the scales of k and of v, float32 [B, kv_heads, length], too.
             frequencies: angles per position, float32 [head_dim / 2].
             heads: of queries.
             window: places that a token attends to, its own included; 0: all up to its own.

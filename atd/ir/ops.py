@@ -4,7 +4,7 @@
 
 from dataclasses import dataclass
 
-INT8 = "int8"  # the value of a linear's attr `activations`
+INT8 = "int8"  # the value of a linear's attr `activations`, and of an attention's `kv`
 # Names of the linears by which `rotate` turns the residual stream into another basis and back.
 ROTATIONS = ("rotate_in", "rotate_out", "rotate_head")
 GATED = ("silu_mul", "relu2_mul", "gelu_mul")  # ops of gate and up, linear in up
@@ -34,11 +34,12 @@ OPS = {
     # Over the first `rotary` features of each head; without the attr over all of them.
     "rope": Op(1, attrs=("head_dim", "theta", "scaling"), optional_attrs=("rotary",)),
     # Causal, over the last `window` positions; 0: over all of the past. Scores are scale q k', with
-    # 1 / sqrt(head_dim) without the attr, and with `softcap` softcap tanh(scores / softcap).
+    # 1 / sqrt(head_dim) without the attr, and with `softcap` softcap tanh(scores / softcap). With
+    # kv="int8" keys and values are rounded to 8 bits, with a scale per KV head and position.
     "attention": Op(
         3,
         attrs=("heads", "kv_heads", "head_dim", "window"),
-        optional_attrs=("scale", "softcap"),
+        optional_attrs=("scale", "softcap", "kv"),
     ),
     "silu_mul": Op(2),  # silu(a) * b
     "relu2_mul": Op(2),  # max(a, 0)^2 * b

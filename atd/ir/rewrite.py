@@ -110,3 +110,13 @@ def int8_inputs(unit: Block) -> Block:
         for node in unit.nodes
     )
     return replace(unit, nodes=tuple(nodes))
+
+
+def int8_kv(graph: Graph) -> Graph:
+    """Returns the graph whose attentions round keys and values to 8 bits, and cache them so."""
+
+    def rounds(unit: Block, node: Node) -> Node:
+        kv = {"kv": INT8} if node.op == "attention" else {}
+        return replace(node, attrs=node.attrs | kv)
+
+    return map_nodes(graph, rounds)

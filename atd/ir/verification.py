@@ -57,6 +57,7 @@ _VALID: dict[str, Callable[[Any], bool]] = {
     "cap": _is_positive,
     "block": _is_block,
     "activations": lambda value: value == INT8,
+    "kv": lambda value: value == INT8,
     "start": _is_index,
     "stop": _is_count,
 }

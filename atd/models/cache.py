@@ -18,7 +18,8 @@ class Cache:
     A call that returns a new cache uses up the one it was given.
     """
 
-    # By block and attention node: k, v [B, kv_heads, length, head_dim].
+    # By block and attention node: k, v [B, kv_heads, length, head_dim], and of those in 8 bits the
+    # scales of k and of v [B, kv_heads, length].
     blocks: tuple[dict[str, ops.Cache], ...]
     positions: jax.Array  # int32 [B, 1]: where the next token of each sequence stands
     filled: int  # positions taken by the longest sequence, known on the host
@@ -26,9 +27,12 @@ class Cache:
 
     def longer(self, length: int) -> "Cache":
         """Returns the cache with room for `length` tokens, at least as many as it has now."""
-        room = ((0, 0), (0, 0), (0, length - self.length), (0, 0))
-        blocks = jax.tree.map(lambda slots: jnp.pad(slots, room), self.blocks)
-        return replace(self, blocks=blocks, length=length)
+        more = length - self.length
+
+        def padded(slots: jax.Array) -> jax.Array:
+            return jnp.pad(slots, [(0, more if axis == 2 else 0) for axis in range(slots.ndim)])
+
+        return replace(self, blocks=jax.tree.map(padded, self.blocks), length=length)
 
     def back_to(self, tokens: int) -> "Cache":
         """Returns the cache of the first `tokens` tokens of each sequence.
@@ -40,6 +44,18 @@ class Cache:
             raise BadInput(f"a cache of {self.filled} tokens has no first {tokens}")
         positions = jnp.minimum(self.positions, tokens)
         return replace(self, positions=positions, filled=tokens)
+
+
+def empty_slots(shape: tuple[int, int, int, int], dtype, in_8_bits: bool) -> ops.Cache:
+    """Returns the empty cache of an attention node.
+
+    Args:
+        shape: (B, kv_heads, length, head_dim).
+        dtype: of keys and values that are not in 8 bits.
+        in_8_bits: whether they are.
+    """
+    codes = [jnp.zeros(shape, jnp.int8 if in_8_bits else dtype) for _ in "kv"]
+    return (*codes, *(jnp.zeros(shape[:3], jnp.float32) for _ in "kv" if in_8_bits))
 
 
 def bucket(length: int) -> int:

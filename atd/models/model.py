@@ -10,8 +10,6 @@ block. A call costs tens of microseconds on the host, which runs ahead of the de
     logits, cache = model.decode(token, cache)     # int32 [B] -> logits float32 [B, V]
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -23,16 +21,26 @@ from jax.core import Tracer
 
 from atd.errors import BadInput, nearest
 from atd.host import return_freed_from_now_on
-from atd.ir import Block, Graph
+from atd.ir import INT8, Block, Graph
+from atd.ir.rewrite import int8_kv
 from atd.models import execute
-from atd.models.cache import Cache, check_room, padded_width
-from atd.models.ops import Weights
+from atd.models.cache import Cache, check_room, empty_slots, padded_width
 from atd.models.placement import BACKENDS, DTYPES, backend_here, check_backend, placed_weights
+from atd.models.programs import (
+    Plan,
+    Program,
+    attention_shapes,
+    logits_of,
+    one_step,
+    steps_at_once,
+    whole_step,
+)
 from atd.models.tokens import check_tokens
 from atd.progress import Report, unheard
 from atd.weights import Weight
 
 LARGE = 256 << 20  # bytes of weights; their products take far longer than to give memory back
+KV = ("model", INT8)  # how keys and values are cached
 
 
 def load(
@@ -40,6 +48,7 @@ def load(
     *,
     backend: str = "auto",
     dtype: str = "float32",
+    kv: str = "model",
     progress: Report = unheard,
 ) -> "Model":
     """Loads the model of a checkpoint (a folder or a GGUF file) or of a graph.
@@ -61,16 +70,18 @@ def load(
             `backend` says which, the logger `atd.kernels` why.
         dtype: float32, bfloat16 or float16, of the dense matrices and the cache. Activations, gains
             and biases are float32.
+        kv: keys and values. `int8` rounds them to 8 bits, with a scale per KV head and position,
+            and caches them so: half the memory of bfloat16. `model` caches them in dtype.
         progress: hears of each tensor that was read.
 
     Raises:
-        BadInput: the backend or dtype is unknown, the backend does not take a weight or the device,
-            or the checkpoint cannot be opened or read.
+        BadInput: the backend, dtype or kv is unknown, the backend does not take a weight or the
+            device, or the checkpoint cannot be opened or read.
     """
-    if backend not in BACKENDS:
-        raise BadInput(f"unknown backend {backend!r}{nearest(backend, BACKENDS)}")
-    if dtype not in DTYPES:
-        raise BadInput(f"unknown dtype {dtype!r}{nearest(dtype, DTYPES)}")
+    given = ("backend", backend, BACKENDS), ("dtype", dtype, DTYPES), ("kv", kv, KV)
+    for what, value, known in given:
+        if value not in known:
+            raise BadInput(f"unknown {what} {value!r}{nearest(value, known)}")
     if isinstance(path_or_graph, Graph):
         graph = path_or_graph
     else:
@@ -80,63 +91,12 @@ def load(
     stored = sum(ref.type.nbytes for _, ref in graph.weights())
     if stored >= LARGE and jax.default_backend() == "cpu":
         return_freed_from_now_on()
+    graph = int8_kv(graph) if kv == INT8 else graph
     if backend == "auto":
         chosen = backend_here(graph)
         return Model(graph, chosen, chosen if chosen == "cpu" else None, dtype, progress)
     check_backend(graph, backend)
     return Model(graph, backend, None if backend == "xla-unpacked" else backend, dtype, progress)
-
-
-class Program:
-    """The compiled functions of all blocks that read the same.
-
-    forward     (weights, x) -> output
-    step        (weights, x, positions, cache) -> (output, new cache); positions None: 0 ... T-1
-    logits      (weights, hidden [..., D], embedding or None) -> logits float32 [..., V]
-    """
-
-    def __init__(self, block: Block, kernel: str | None):
-        """kernel: backend of `atd.kernels.matmul`; None: what suits each weight."""
-        block = execute.structure_of(block).block
-
-        def forward(weights, x):
-            return execute.output(block, weights, x, backend=kernel)
-
-        def step(weights, x, positions, cache):
-            values, cache = execute.run(
-                block, weights, {"x": x}, positions=positions, cache=cache, backend=kernel
-            )
-            return values[block.output], cache
-
-        def logits(weights, hidden, embedding):
-            x = hidden.reshape(1, -1, hidden.shape[-1])  # [1, positions, D]
-            value = execute.output(block, weights, x, embedding=embedding, backend=kernel)
-            return value.reshape(*hidden.shape[:-1], -1).astype(jnp.float32)
-
-        self.forward = jax.jit(forward)
-        self.step = jax.jit(step, donate_argnames=("cache",))
-        self.logits = jax.jit(logits)
-
-
-def _attention_shapes(block: Block) -> tuple[tuple[str, int, int], ...]:
-    """(name, kv_heads, head_dim) of the attention nodes, which need a cache."""
-    attrs = {node.name: node.attrs for node in block.nodes if node.op == "attention"}
-    return tuple((name, attr["kv_heads"], attr["head_dim"]) for name, attr in attrs.items())
-
-
-@dataclass(frozen=True, eq=False)
-class _Plan:
-    """The part of a model that is no array; hashed by identity, so that jit takes the model."""
-
-    config: dict
-    backend: str
-    dtype: str
-    prologue: Program
-    blocks: tuple[Program, ...]
-    epilogue: Program
-    embed: str  # the prologue's embed node
-    tied: bool  # the epilogue takes the embedding's weight
-    attention: tuple[tuple[tuple[str, int, int], ...], ...]  # by block: `_attention_shapes`
 
 
 class Model(nnx.Module):
@@ -174,7 +134,7 @@ class Model(nnx.Module):
         self.prologue = units[0]
         self.blocks = nnx.List(units[1:-1])
         self.epilogue = units[-1]
-        self._plan = _Plan(
+        self.plan = Plan(
             config=graph.config,
             backend=backend,
             dtype=dtype,
@@ -183,18 +143,18 @@ class Model(nnx.Module):
             epilogue=program(graph.epilogue),
             embed=next(node.name for node in graph.prologue.nodes if node.op == "embed"),
             tied=graph.is_tied,
-            attention=tuple(_attention_shapes(block) for block in graph.blocks),
+            attention=tuple(attention_shapes(block) for block in graph.blocks),
         )
 
     @property
     def config(self) -> dict:
         """The Hugging Face config.json that the model came with."""
-        return self._plan.config
+        return self.plan.config
 
     @property
     def backend(self) -> str:
         """How weights are held: what `load` was given, or chose."""
-        return self._plan.backend
+        return self.plan.backend
 
     @property
     def weights_nbytes(self) -> int:
@@ -215,23 +175,36 @@ class Model(nnx.Module):
         """Returns the logits float32 [B, T, V] of whole sequences of token ids int32 [B, T]."""
         return self.logits(self.hidden(tokens))
 
-    def hidden(self, tokens) -> jax.Array:
+    def hidden(self, tokens, chunk: int | None = None) -> jax.Array:
         """Returns what enters the epilogue, float32 [B, T, D], of whole sequences int32 [B, T].
+
+        Args:
+            tokens: ids.
+            chunk: tokens of a sequence that are read at a time, into a cache, which bounds the
+                memory of activations; None: all.
 
         Raises BadInput for ids outside the vocabulary (not where jax traces the call).
         """
         if not isinstance(tokens, Tracer):
             check_tokens(tokens, self.vocabulary)
         tokens = jnp.asarray(tokens, jnp.int32)
-        x = self._plan.prologue.forward(self.prologue.get_raw_value(), tokens)
-        for program, weights in zip(self._plan.blocks, self.blocks, strict=True):
+        batch, width = tokens.shape
+        if chunk and chunk < width:
+            cache, parts = self.new_cache(batch, width), []
+            for start in range(0, width, chunk):
+                part = tokens[:, start : start + chunk]
+                x, cache = self.append(part, np.full(batch, part.shape[1]), cache)
+                parts.append(x)
+            return jnp.concatenate(parts, axis=1)
+        x = self.plan.prologue.forward(self.prologue.get_raw_value(), tokens)
+        for program, weights in zip(self.plan.blocks, self.blocks, strict=True):
             x = program.forward(weights.get_raw_value(), x)
         return x
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Returns the logits float32 [..., V] of what `hidden` returned, or rows of it [..., D]."""
-        return _logits(
-            self._plan, self.prologue.get_raw_value(), self.epilogue.get_raw_value(), hidden
+        return logits_of(
+            self.plan, self.prologue.get_raw_value(), self.epilogue.get_raw_value(), hidden
         )
 
     def new_cache(self, batch: int, length: int) -> Cache:
@@ -240,13 +213,13 @@ class Model(nnx.Module):
             raise BadInput(
                 f"a cache of {batch} sequences of {length} tokens: both must be at least 1"
             )
-
-        def slots(kv_heads: int, head_dim: int):
-            return jnp.zeros((batch, kv_heads, length, head_dim), DTYPES[self._plan.dtype])
-
+        dtype = DTYPES[self.plan.dtype]
         blocks = tuple(
-            {name: (slots(*shape), slots(*shape)) for name, *shape in nodes}
-            for nodes in self._plan.attention
+            {
+                name: empty_slots((batch, kv_heads, length, head_dim), dtype, in_8_bits)
+                for name, kv_heads, head_dim, in_8_bits in nodes
+            }
+            for nodes in self.plan.attention
         )
         return Cache(blocks, jnp.zeros((batch, 1), jnp.int32), 0, length)
 
@@ -306,12 +279,12 @@ class Model(nnx.Module):
             What enters the epilogue, float32 [B, T, D], and the new cache.
         """
         positions = _places(cache.positions, tokens.shape[1]) if cache.filled else None
-        x = self._plan.prologue.forward(
+        x = self.plan.prologue.forward(
             self.prologue.get_raw_value(), jnp.asarray(tokens, jnp.int32)
         )
         blocks = []
         for program, weights, slots in zip(
-            self._plan.blocks, self.blocks, cache.blocks, strict=True
+            self.plan.blocks, self.blocks, cache.blocks, strict=True
         ):
             x, slots = program.step(weights.get_raw_value(), x, positions, slots)
             blocks.append(slots)
@@ -340,45 +313,12 @@ class Model(nnx.Module):
                 f"make a longer one with new_cache"
             )
         weights = [unit.get_raw_value() for unit in (self.prologue, *self.blocks, self.epilogue)]
-        step = _whole_step if steps_at_once(self.backend) else _step
-        logits, positions, blocks = step(self._plan, weights, token, cache.positions, cache.blocks)
+        step = whole_step if steps_at_once(self.backend) else one_step
+        logits, positions, blocks = step(self.plan, weights, token, cache.positions, cache.blocks)
         return logits, Cache(blocks, positions, cache.filled + 1, cache.length)
 
     def _embedding(self) -> Weight:
-        return self.prologue.get_raw_value()[self._plan.embed]["weight"]
-
-
-def steps_at_once(backend: str) -> bool:
-    """Returns whether a step is one compiled function, rather than one per block.
-
-    A GPU is done with a block before the host has called the next, and so are the kernels of
-    backend `cpu`; XLA's products on a CPU take longer to compile than this gains.
-    """
-    return jax.default_backend() == "gpu" or backend == "cpu"
-
-
-def _step(plan: _Plan, weights: Sequence[Weights], token, positions: jax.Array, blocks):
-    """One step of decoding: (logits float32 [B, V], the next positions, the blocks' caches)."""
-    x = plan.prologue.forward(weights[0], _as_column(token))
-    filled = []
-    for program, of_block, slots in zip(plan.blocks, weights[1:-1], blocks, strict=True):
-        x, slots = program.step(of_block, x, positions, slots)
-        filled.append(slots)
-    return _only_row(_logits(plan, weights[0], weights[-1], x)), _next(positions), tuple(filled)
-
-
-def _logits(plan: _Plan, prologue: Weights, epilogue: Weights, hidden: jax.Array) -> jax.Array:
-    """`Model.logits`, of the weights of prologue and epilogue."""
-    embedding = prologue[plan.embed]["weight"] if plan.tied else None
-    return plan.epilogue.logits(epilogue, hidden, embedding)
-
-
-_whole_step = jax.jit(_step, static_argnames="plan", donate_argnames="blocks")
-
-
-_as_column = jax.jit(lambda token: jnp.asarray(token, jnp.int32)[:, None])  # [B] -> [B, 1]
-_only_row = jax.jit(lambda logits: logits[:, 0])  # [B, 1, V] -> [B, V]
-_next = jax.jit(lambda positions: positions + 1)
+        return self.prologue.get_raw_value()[self.plan.embed]["weight"]
 
 
 @partial(jax.jit, static_argnames="width")

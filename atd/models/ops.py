@@ -5,8 +5,10 @@ features. Normalization, rotary angles and softmax are computed in float32, what
 the values, as Hugging Face transformers does.
 
 A cache of an attention node is (k, v), each [B, kv_heads, length, head_dim]; the key of position t
-lies in place t. Places that hold no position yet, or the padding of a prompt, are never attended
-to: a query at position t sees places 0 ... t, and each of these has been written by then.
+lies in place t. In 8 bits it is (k, v, scales of k, scales of v): codes int8, and a scale float32
+[B, kv_heads, length] per KV head and position (`codes_of`). Places that hold no position yet, or
+the padding of a prompt, are never attended to: a query at position t sees places 0 ... t, and each
+of these has been written by then.
 """
 
 import math
@@ -22,7 +24,7 @@ from atd.kernels import matmul as kernels
 from atd.models.rope import rope
 from atd.weights import Dense, Weight
 
-Cache = tuple[jax.Array, jax.Array]
+Cache = tuple[jax.Array, ...]
 Weights = dict[str, dict[str, Weight]]  # node name -> slot -> weight
 
 QUERIES, RUNS = 128, 16  # of whole sequences: least queries per run, most runs
@@ -56,10 +58,13 @@ def attention(
     window: int = 0,
     scale: float | None = None,
     softcap: float | None = None,
+    scales: Sequence[jax.Array] = (),
 ):
     """Returns causal softmax(scale q k') v, heads / kv_heads query heads per key head.
 
     A query at position t sees the keys at positions s <= t, and with a window only s > t - window.
+    Scales of keys multiply the scores, and those of values the weights of the softmax, so that no
+    keys or values exist but as codes.
 
     Args:
         q: float [B, T, heads, head_dim].
@@ -69,6 +74,7 @@ def attention(
         scale: of the scores; None: 1 / sqrt(head_dim).
         softcap: bound of the scores, cap tanh(scores / cap) before the softmax; None: there is
             none.
+        scales: of k and of v, float32 [B, kv_heads, S] each, where these are codes.
 
     Returns:
         float [B, T, heads, head_dim].
@@ -78,10 +84,14 @@ def attention(
     distance = positions[:, :, None] - jnp.arange(k.shape[2], dtype=jnp.int32)  # [B, T, S]
     seen = (distance >= 0) & (distance < window) if window else distance >= 0
 
+    k_scales, v_scales = (x[:, :, None, None] for x in scales) if scales else (None, None)
+
     def softmax(scores):  # [B, kv_heads, group, T, S]
+        scores = scores if k_scales is None else scores * k_scales
         scores = scores / math.sqrt(head_dim) if scale is None else scores * scale
         scores = capped(scores, softcap) if softcap else scores
-        return jax.nn.softmax(jnp.where(seen[:, None, None], scores, -jnp.inf), axis=-1)
+        weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, -jnp.inf), axis=-1)
+        return weights if v_scales is None else weights * v_scales
 
     if queries > 1:
         # Heads of a group and their queries are one dimension m of products: on a CPU twice as
@@ -101,7 +111,16 @@ def attention(
     return mixed.reshape(batch, queries, heads, head_dim).astype(q.dtype)
 
 
-def sequence_attention(q, k, v, positions, window: int = 0, whole: bool = True, **options):
+def sequence_attention(
+    q,
+    k,
+    v,
+    positions,
+    window: int = 0,
+    whole: bool = True,
+    scales: Sequence[jax.Array] = (),
+    **options,
+):
     """Returns `attention` run by run of queries; of whole sequences each over the keys it may see.
 
     Half of the products are never made, and the scores of a run stay in a CPU's cache: at T = 512
@@ -109,7 +128,7 @@ def sequence_attention(q, k, v, positions, window: int = 0, whole: bool = True, 
     than RUNS of them, because each is compiled by itself.
 
     Args:
-        q, k, v, positions, window: as in `attention`.
+        q, k, v, positions, window, scales: as in `attention`.
         whole: positions are 0 ... T-1, and there are T keys.
         options: scale and softcap of `attention`.
     """
@@ -117,11 +136,13 @@ def sequence_attention(q, k, v, positions, window: int = 0, whole: bool = True, 
     step = max(QUERIES, -(-queries // RUNS))
     runs = [slice(start, min(start + step, queries)) for start in range(0, queries, step)]
     keys = [r.stop if whole else k.shape[2] for r in runs]
-    parts = [
-        attention(q[:, r], k[:, :, :stop], v[:, :, :stop], positions[:, r], window, **options)
-        for r, stop in zip(runs, keys, strict=True)
-    ]
-    return jnp.concatenate(parts, axis=1)
+
+    def part(r: slice, stop: int):
+        mine = [x[:, :, :stop] for x in scales]
+        to = k[:, :, :stop], v[:, :, :stop], positions[:, r], window
+        return attention(q[:, r], *to, scales=mine, **options)
+
+    return jnp.concatenate(list(map(part, runs, keys)), axis=1)
 
 
 def embed(tokens, weight: Weight, dtype=jnp.float32):
@@ -189,14 +210,42 @@ def hadamard(x, block: int):
     return mixed.reshape(x.shape).astype(x.dtype)
 
 
+def in_8_bits(k, v) -> Cache:
+    """Returns k, v [B, kv_heads, T, head_dim] as a cache in 8 bits of T places."""
+    (k, k_scales), (v, v_scales) = codes_of(k), codes_of(v)
+    return k, v, k_scales, v_scales
+
+
+def codes_of(x) -> tuple[jax.Array, jax.Array]:
+    """Returns x as (codes, scales), x about codes * scales:
+
+        scales = max |x| / 127,   codes = round(x / scales)
+
+    with the maximum over the last axis, and halves rounded to even; codes of zeros are zeros.
+
+    Args:
+        x: float [..., features].
+
+    Returns:
+        Codes int8 [..., features] from -127 to 127, and scales float32 [...].
+    """
+    wide = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(wide), axis=-1)
+    inverse = jnp.where(largest > 0, 127 / largest, 0)
+    codes = jnp.round(wide * inverse[..., None])
+    return codes.astype(jnp.int8), largest / 127
+
+
 def update_cache(cache: Cache, k, v, positions) -> Cache:
     """Writes k, v [B, kv_heads, T, head_dim] into places positions[:, 0] ... + T - 1 of a cache."""
 
-    def write(places, new, start):  # [kv_heads, length, head_dim], [kv_heads, T, head_dim], []
+    def write(places, new, start):  # [kv_heads, length, ...], [kv_heads, T, ...], []
         return jax.lax.dynamic_update_slice_in_dim(places, new.astype(places.dtype), start, axis=1)
 
-    write_all = jax.vmap(write)
-    return write_all(cache[0], k, positions[:, 0]), write_all(cache[1], v, positions[:, 0])
+    new = (k, v) if len(cache) == 2 else in_8_bits(k, v)
+    return tuple(
+        jax.vmap(write)(*places, positions[:, 0]) for places in zip(cache, new, strict=True)
+    )
 
 
 def run_node(
@@ -244,11 +293,14 @@ def run_node(
             # [B, T, heads, head_dim] each
             q, k, v = (a.reshape(*a.shape[:2], -1, attrs["head_dim"]) for a in inputs)
             k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, kv_heads, T, head_dim]
+            seen: Cache = in_8_bits(k, v) if attrs.get("kv") == INT8 else (k, v)
             if cache is not None:
                 cache = update_cache(cache, k, v, positions)
-                k, v = (k, v) if begins else cache
+                seen = seen if begins else cache
+            k, v, *scales = seen
             options = {key: attrs[key] for key in ("scale", "softcap") if key in attrs}
-            mixed = sequence_attention(q, k, v, positions, attrs["window"], begins, **options)
+            options |= {"window": attrs["window"], "whole": begins, "scales": scales}
+            mixed = sequence_attention(q, k, v, positions, **options)
             return mixed.reshape(inputs[0].shape), cache
         case "silu_mul":
             return silu_mul(*inputs), None

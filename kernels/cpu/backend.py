@@ -94,7 +94,7 @@ class Cpu(packed.Backend):
         batch, _, _, head_dim = cache[0].shape
         result = jax.ShapeDtypeStruct((batch, 1, heads * head_dim), jnp.float32)
         places = [jax.ShapeDtypeStruct(part.shape, part.dtype) for part in cache]
-        aliases = {4: 1, 5: 2}
+        aliases = {4 + i: 1 + i for i in range(len(cache))}
         call = jax.ffi.ffi_call("atd_attend", (result, *places), input_output_aliases=aliases)
         out, *cache = call(
             positions,

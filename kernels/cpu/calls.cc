@@ -59,24 +59,37 @@ ffi::Error call_gemm(ffi::ThreadPool pool, ffi::Buffer<ffi::U8> codes, ffi::AnyB
   return gemm(pool, x.typed_data(), tokens, inputs, matrix, y->typed_data());
 }
 
-// keys, values [batch, kv_heads, length, head_dim] are written where they lie: the results are they.
+// keys, values [batch, kv_heads, length, head_dim], and the scales of those in 8 bits, are written
+// where they lie: the results are they.
 ffi::Error call_attend(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> positions,
                        ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::F32> k, ffi::Buffer<ffi::F32> v,
-                       ffi::AnyBuffer keys, ffi::AnyBuffer values,
+                       ffi::AnyBuffer keys, ffi::AnyBuffer values, ffi::RemainingArgs,
                        ffi::Span<const float> frequencies, ffi::Span<const int64_t> starts,
                        int64_t heads, int64_t window, ffi::ResultBuffer<ffi::F32> out,
                        ffi::Result<ffi::AnyBuffer> new_keys,
-                       ffi::Result<ffi::AnyBuffer> new_values) {
+                       ffi::Result<ffi::AnyBuffer> new_values, ffi::RemainingRets new_scales) {
   const auto sizes = keys.dimensions();
   const Heads h{sizes[0], heads, sizes[1], sizes[3], sizes[2], window, frequencies.begin()};
   auto part = [&](ffi::Buffer<ffi::F32>& x, int64_t start) {
     return Part{x.typed_data() + start, int64_t(x.element_count()) / h.batch};
   };
-  with_type(keys.element_type(), new_keys->untyped_data(), [&](auto* k_cache) {
+  auto with = [&](auto* k_cache, float* k_scales, float* v_scales) {
     auto* v_cache = static_cast<decltype(k_cache)>(new_values->untyped_data());
+    using Element = std::remove_pointer_t<decltype(k_cache)>;
     attend(pool, h, part(q, starts[0]), part(k, starts[1]), part(v, starts[2]),
-           positions.typed_data(), k_cache, v_cache, out->typed_data());
-  });
+           positions.typed_data(), Places<Element>{k_cache, k_scales},
+           Places<Element>{v_cache, v_scales}, out->typed_data());
+  };
+  if (keys.element_type() == ffi::S8) {
+    const auto k_scales = new_scales.get<ffi::Buffer<ffi::F32>>(0);
+    const auto v_scales = new_scales.get<ffi::Buffer<ffi::F32>>(1);
+    if (!k_scales || !v_scales) return ffi::Error::InvalidArgument("keys in 8 bits have no scales");
+    with(static_cast<int8_t*>(new_keys->untyped_data()), (*k_scales)->typed_data(),
+         (*v_scales)->typed_data());
+  } else {
+    with_type(keys.element_type(), new_keys->untyped_data(),
+              [&](auto* k_cache) { with(k_cache, nullptr, nullptr); });
+  }
   return ffi::Error::Success();
 }
 
@@ -122,10 +135,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(atd_attend, call_attend,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .RemainingArgs()
                                   .Attr<ffi::Span<const float>>("frequencies")
                                   .Attr<ffi::Span<const int64_t>>("starts")
                                   .Attr<int64_t>("heads")
                                   .Attr<int64_t>("window")
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>());
+                                  .Ret<ffi::AnyBuffer>()
+                                  .RemainingRets());

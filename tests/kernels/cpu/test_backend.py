@@ -76,7 +76,7 @@ def test_a_token_that_is_not_finite_is_not_a_number_and_leaves_the_others_alone(
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])
 @pytest.mark.parametrize(("heads", "kv_heads", "window"), [(6, 2, 0), (4, 4, 3)])
 def test_attention_is_that_of_the_reference(dtype, heads, kv_heads, window):
     """Two sequences at positions of their own, q, k and v side by side in one array."""
@@ -85,7 +85,8 @@ def test_attention_is_that_of_the_reference(dtype, heads, kv_heads, window):
     joined = joined.astype(jnp.float32)
     ends = heads * dim, (heads + kv_heads) * dim
     shape = batch, kv_heads, length, dim
-    cache = jnp.asarray(random.standard_normal(shape), dtype), jnp.ones(shape, dtype)
+    cache = jnp.asarray(random.standard_normal(shape), jnp.float32), jnp.ones(shape)
+    cache = ops.in_8_bits(*cache) if dtype == "int8" else tuple(x.astype(dtype) for x in cache)
     positions = jnp.asarray([[4], [8]], jnp.int32)
     frequencies = rope.rope_frequencies(dim, 10000.0, ())
     q, k, v = jnp.split(joined, ends, axis=2)
@@ -93,7 +94,9 @@ def test_attention_is_that_of_the_reference(dtype, heads, kv_heads, window):
     new_k, new_v = (part.reshape(batch, 1, -1, dim).swapaxes(1, 2) for part in (turned[1], v))
     wanted_cache = ops.update_cache(cache, new_k, new_v, positions)
     query = turned[0].reshape(batch, 1, heads, dim)
-    wanted = ops.attention(query, *wanted_cache, positions, window).reshape(batch, 1, -1)
+    keys, values, *scales = wanted_cache
+    wanted = ops.attention(query, keys, values, positions, window, scales=scales)
+    wanted = wanted.reshape(batch, 1, -1)
     q, k, v = ((joined, start) for start in (0, *ends))
 
     @jax.jit
@@ -105,11 +108,11 @@ def test_attention_is_that_of_the_reference(dtype, heads, kv_heads, window):
     np.testing.assert_allclose(found, wanted, atol=2e-6)
     for found_part, wanted_part in zip(found_cache, wanted_cache, strict=True):
         # a sum that lies between two numbers of 16 bits may be rounded to either
-        steps = {"float32": 2e-6, "bfloat16": 2**-7, "float16": 2**-10}[dtype]
+        steps = {"float32": 2e-6, "bfloat16": 2**-7, "float16": 2**-10, "int8": 2e-6}[dtype]
         np.testing.assert_allclose(
             np.asarray(found_part, np.float32), np.asarray(wanted_part, np.float32), atol=steps
         )
-        assert found_part.dtype == dtype
+        assert found_part.dtype == wanted_part.dtype
 
 
 @needs_compiler
