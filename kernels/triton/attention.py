@@ -14,6 +14,9 @@ So rows, and the warps that hold them, need nothing of one another until the end
 joined, together with the new token. That one never comes out of the cache, where another block may
 not have written it yet. Tiles beyond the position are not read.
 
+A cache in 8 bits is read as it lies: codes, and a scale per place. Scales of keys multiply scores,
+and those of values the weights. The new token's are rounded as `atd.models.ops.codes_of` does.
+
 In a long cache several blocks share the places of a head; what they find is joined by a second,
 small kernel.
 """
@@ -29,7 +32,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from atd.kernels.packed import Part
-from atd.kernels.triton.floats import cos_sin, multiply_add, power_of_2, wide
+from atd.kernels.triton.floats import cos_sin, multiply_add, nearest, power_of_2, wide
 from atd.kernels.triton.ptx import plt
 
 WARPS = 8
@@ -40,11 +43,11 @@ LEAST_SHARE = 512  # places for each of several blocks
 FLOOR = -1e30  # of the largest score: finite, so that a row without a place weighs 0 and not NaN
 
 
-def refuses(cache: tuple[jax.Array, jax.Array]) -> str | None:
+def refuses(cache: tuple[jax.Array, ...]) -> str | None:
     """Returns why the kernel cannot attend to this cache, or None."""
     head_dim = cache[0].shape[-1]
-    if cache[0].dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        return f"it reads caches in float32, bfloat16 or float16, not {cache[0].dtype}"
+    if cache[0].dtype not in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8):
+        return f"it reads caches in float32, bfloat16, float16 or int8, not {cache[0].dtype}"
     if head_dim % 2 or head_dim > 256:
         return f"it takes even sizes of heads up to 256, not {head_dim}"
     if cache[0].size >= 2**31:
@@ -66,6 +69,7 @@ class Geometry:
             array.
         splits: blocks of threads that share the places of a head.
         rows: places of a tile.
+        codes: whether the cache is in 8 bits.
         interpret: whether jax's interpreter runs the kernel, in which PTX is replaced by its twins
             in jnp.
     """
@@ -80,6 +84,7 @@ class Geometry:
     widths: tuple[int, int, int]
     splits: int
     rows: int
+    codes: bool = False
     interpret: bool = False
 
     @property
@@ -95,7 +100,8 @@ class Geometry:
     @property
     def tiles(self) -> int:
         """Tiles that a block reads in one turn of its loop."""
-        return max(1, min(4 if self.queries == 1 else 2, 128 // self.rows))
+        most = (4 if self.queries == 1 else 2) // (1 + self.codes)  # with codes tiles are larger
+        return max(1, min(most, 128 // self.rows))
 
     @property
     def padded_dim(self) -> int:
@@ -107,14 +113,14 @@ def attend(
     k: Part,
     v: Part,
     positions: jax.Array,
-    cache: tuple[jax.Array, jax.Array],
+    cache: tuple[jax.Array, ...],
     frequencies: np.ndarray,
     heads: int,
     window: int = 0,
     *,
     splits: int | None = None,
     interpret: bool = False,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Computes softmax(q k^T / sqrt(head_dim)) v, and updates the cache where it lies.
 
     Args:
@@ -128,7 +134,8 @@ def attend(
     g = Geometry(
         batch=batch, heads=heads, kv_heads=kv_heads, head_dim=head_dim, length=length,
         window=window, starts=(q[1], k[1], v[1]), widths=tuple(x.shape[-1] for x, _ in (q, k, v)),
-        splits=splits, rows=max(1, at_once // pl.next_power_of_2(head_dim)), interpret=interpret,
+        splits=splits, rows=max(1, at_once // pl.next_power_of_2(head_dim)),
+        codes=cache[0].dtype == jnp.int8, interpret=interpret,
     )  # fmt: skip
     shape = jax.ShapeDtypeStruct
     cache_shapes = [shape((c.size,), c.dtype) for c in cache]
@@ -139,24 +146,25 @@ def attend(
         found_shapes = [shape((size,), jnp.float32) for size in (parts * head_dim, parts, parts)]
     angles = jnp.asarray(np.concatenate([frequencies, frequencies]))  # of both features of a pair
     inputs = [positions, angles, q[0], k[0], v[0], *cache]
-    caches_in, caches_out = len(inputs) - 2, len(found_shapes)
-    *found, new_k, new_v = pl.pallas_call(
+    caches_in, caches_out = len(inputs) - len(cache), len(found_shapes)
+    results = pl.pallas_call(
         functools.partial(_kernel, g=g),
         out_shape=[*found_shapes, *cache_shapes],
         grid=(batch, heads // g.queries, splits),
-        input_output_aliases={caches_in + i: caches_out + i for i in range(2)},
+        input_output_aliases={caches_in + i: caches_out + i for i in range(len(cache))},
         compiler_params=plt.CompilerParams(num_warps=WARPS, num_stages=1),
         interpret=interpret,
-        name=name(head_dim),
+        name=name(head_dim, g.codes),
     )(*(x.reshape(-1) for x in inputs))
+    found, new = results[:caches_out], results[caches_out:]
     mixed = found[0] if splits == 1 else _joined(g, found, q[0].dtype)
     mixed = mixed.reshape(batch, 1, heads * head_dim)
-    return mixed, (new_k.reshape(cache[0].shape), new_v.reshape(cache[1].shape))
+    return mixed, tuple(part.reshape(old.shape) for part, old in zip(new, cache, strict=True))
 
 
-def name(head_dim: int) -> str:
+def name(head_dim: int, codes: bool = False) -> str:
     """Returns the kernel's name in traces and dumps."""
-    return f"attention_d{head_dim}"
+    return f"attention_d{head_dim}{'_int8' if codes else ''}"
 
 
 def splits_of(kv_programs: int, length: int) -> int:
@@ -182,10 +190,9 @@ def queries_of(heads: int, group: int, splits: int) -> int:
     return next(few, divisors[-1]) if splits == 1 else divisors[-1]
 
 
-def _kernel(
-    positions_ref, angles_ref, q_ref, k_ref, v_ref, k_cache_ref, v_cache_ref, *out_refs, g: Geometry
-):
-    *found_refs, new_k_ref, new_v_ref = out_refs
+def _kernel(positions_ref, angles_ref, q_ref, k_ref, v_ref, *refs, g: Geometry):
+    parts = 4 if g.codes else 2  # of a cache
+    cache_refs, found_refs, new_refs = refs[:parts], refs[parts:-parts], refs[-parts:]
     batch, part, split = (pl.program_id(axis) for axis in range(3))
     first_head = part * g.queries
     kv_head = lax.div(first_head, g.group)
@@ -212,14 +219,19 @@ def _kernel(
 
     def read(turn) -> list[list[jax.Array]]:
         """k of each tile of a turn, and v of each: [rows, features], 0 where nothing is attended
-        to."""
+        to; with codes their scales [rows] too."""
 
         def load(ref, tile: int) -> jax.Array:
             place, mine = seen(row, turn, tile)
             at, mask = (cache_at + place) * g.head_dim + column, mine & (column < g.head_dim)
             return plt.load(ref.at[at], mask=mask, other=jnp.zeros((), ref.dtype))
 
-        return [[load(ref, tile) for tile in range(g.tiles)] for ref in (k_cache_ref, v_cache_ref)]
+        def load_scales(ref, tile: int) -> jax.Array:
+            place, mine = seen(lax.iota(jnp.int32, g.rows), turn, tile)
+            return plt.load(ref.at[cache_at + place], mask=mine, other=0.0)
+
+        loads = zip((load, load, load_scales, load_scales), cache_refs, strict=False)
+        return [[of(ref, tile) for tile in range(g.tiles)] for of, ref in loads]
 
     ahead = read(0)  # on its way while q and k are rotated
 
@@ -241,14 +253,19 @@ def _kernel(
     # One block of those with this head writes.
     writes = (first_head == kv_head * g.group) & (split == 0) & (position < g.length)
 
-    def stored(ref, new: jax.Array) -> jax.Array:
-        """The new token's k or v as the cache holds it."""
-        new = new.astype(ref.dtype)
-        plt.store(ref.at[(cache_at + position) * g.head_dim + feature], new, mask=used & writes)
-        return new.astype(jnp.float32)
+    def stored(part: int, new: jax.Array) -> jax.Array:
+        """The new token's k (part 0) or v (1) as the cache holds it."""
+        codes, scale = _codes_of(new, g.interpret) if g.codes else (new, 1.0)
+        ref, place = new_refs[part], cache_at + position
+        codes = codes.astype(ref.dtype)
+        plt.store(ref.at[place * g.head_dim + feature], codes, mask=used & writes)
+        if not g.codes:
+            return codes.astype(jnp.float32)
+        plt.store(new_refs[2 + part].at[place], scale, mask=writes)
+        return codes.astype(jnp.float32) * scale
 
-    new_k = stored(new_k_ref, rotated(k_ref, 1, kv_head))
-    new_v = stored(new_v_ref, load_new(v_ref, 2, kv_head, feature))
+    new_k = stored(0, rotated(k_ref, 1, kv_head))
+    new_v = stored(1, load_new(v_ref, 2, kv_head, feature))
     factor = math.log2(math.e) / math.sqrt(g.head_dim)  # weights are powers of 2
     qs = [rotated(q_ref, 0, first_head + i) * factor for i in range(g.queries)]
     new_scores = [jnp.where(split == 0, jnp.sum(q * new_k), -jnp.inf) for q in qs]
@@ -257,8 +274,9 @@ def _kernel(
         states, now = carry
         ahead = read(i + 1)
         mine = [seen(lax.iota(jnp.int32, g.rows), i, tile)[1] for tile in range(g.tiles)]
-        ks, vs = ([wide(tile, g.interpret) for tile in tiles] for tiles in now)
-        attended = functools.partial(_attended, ks=ks, vs=vs, mine=mine, interpret=g.interpret)
+        ks, vs = ([wide(tile, g.interpret) for tile in tiles] for tiles in now[:2])
+        tiles = {"ks": ks, "vs": vs, "scales": now[2:], "mine": mine}
+        attended = functools.partial(_attended, **tiles, interpret=g.interpret)
         return tuple(attended(q, state) for q, state in zip(qs, states, strict=True)), ahead
 
     nothing = (
@@ -283,26 +301,44 @@ def _kernel(
         plt.store(found_refs[0].at[head * g.head_dim + feature], found, mask=used)
 
 
+def _codes_of(x: jax.Array, interpret: bool) -> tuple[jax.Array, jax.Array]:
+    """(codes int32, scale) of x float32 [features]."""
+    largest = jnp.max(jnp.abs(x))
+    inverse = jnp.where(largest > 0, 127 / largest, 0.0)
+    return nearest(x * inverse, interpret).astype(jnp.int32), largest / 127
+
+
 def _attended(
-    q, state, *, ks: list[jax.Array], vs: list[jax.Array], mine: list[jax.Array], interpret: bool
+    q,
+    state,
+    *,
+    ks: list[jax.Array],
+    vs: list[jax.Array],
+    scales: list[list[jax.Array]],
+    mine: list[jax.Array],
+    interpret: bool,
 ):
     """The state of one query after more tiles.
 
     Args:
         state: (largest score [rows], sum of weights [rows], weighted values [rows, features]).
         ks, vs: [rows, features] of each tile.
+        scales: of ks and of vs, [rows] of each tile; of those without codes none.
         mine: which rows count, [rows] of each tile.
     """
     largest, total, mixed = state
-    scores = [
-        jnp.where(m, jnp.sum(q[None] * k, axis=1), -jnp.inf) for k, m in zip(ks, mine, strict=True)
-    ]
+    sums = [jnp.sum(q[None] * k, axis=1) for k in ks]
+    if scales:
+        sums = [s * scale for s, scale in zip(sums, scales[0], strict=True)]
+    scores = [jnp.where(m, s, -jnp.inf) for s, m in zip(sums, mine, strict=True)]
     new_largest = functools.reduce(jnp.maximum, scores, largest)
     scale = power_of_2(largest - new_largest, interpret)
     total, mixed = total * scale, mixed * scale[:, None]
-    for v, score in zip(vs, scores, strict=True):
+    for i, (v, score) in enumerate(zip(vs, scores, strict=True)):
         weight = power_of_2(score - new_largest, interpret)
-        total, mixed = total + weight, multiply_add(weight[:, None], v, mixed, interpret)
+        total = total + weight
+        weight = weight * scales[1][i] if scales else weight
+        mixed = multiply_add(weight[:, None], v, mixed, interpret)
     return new_largest, total, mixed
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from atd.kernels.triton import attention
 from atd.kernels.triton.backend import Triton
+from atd.models import ops
 from atd.models.rope import rope_frequencies
 from tests.kernels.matrices import lowered_for, unoptimized
 
@@ -25,16 +26,21 @@ CASES = [
     (8, 1, 8, 40, (17, 39), "float32", {}),  # the size of heads of test models
     (3, 1, 80, 300, (299, 100), "bfloat16", {"window": 130, "splits": 2}),
     (4, 2, 64, 2048, (1500,), "bfloat16", {}),  # a long cache
+    (4, 1, 64, 300, (0, 150, 299), "int8", {}),
+    (6, 2, 80, 300, (299, 100), "int8", {"window": 130, "splits": 2}),
 ]
 SLOW_CASES = [
     (6, 2, 128, 70, (69,), "float32", {}),
     (4, 1, 64, 300, (3, 257), "bfloat16", {"window": 5}),
     (8, 1, 64, 300, (0, 299, 130), "bfloat16", {"splits": 3}),
+    (4, 2, 128, 2048, (1500,), "int8", {}),
+    (8, 1, 8, 40, (17, 39), "int8", {}),
 ]
 
 
 def operands(heads, kv_heads, head_dim, length, positions, dtype):
-    """(q, k, v in one array, positions, a cache with NaN from each position on)."""
+    """(q, k, v in one array, positions, a cache with NaN from each position on, in its scales where
+    it is in 8 bits)."""
     random = np.random.default_rng(0)
     batch = len(positions)
     qkv = random.standard_normal((batch, 1, (heads + 2 * kv_heads) * head_dim)).astype(np.float32)
@@ -42,7 +48,9 @@ def operands(heads, kv_heads, head_dim, length, positions, dtype):
     for sequence, position in enumerate(positions):
         cache[:, sequence, :, position:] = np.nan
     positions = jnp.asarray(positions, jnp.int32)[:, None]
-    return jnp.asarray(qkv), positions, (jnp.asarray(cache[0], dtype), jnp.asarray(cache[1], dtype))
+    parts = map(jnp.asarray, cache)
+    held = ops.in_8_bits(*parts) if dtype == "int8" else tuple(x.astype(dtype) for x in parts)
+    return jnp.asarray(qkv), positions, held
 
 
 def attend(qkv, positions, cache, *, heads, window=0, splits=None, interpret=False):
@@ -58,6 +66,16 @@ def interpreted(*operands, **options):
     options = partial(attend, interpret=True, **options)
     with jax.default_device(jax.devices("cpu")[0]):
         return unoptimized(options)(*jax.tree.map(np.asarray, operands))
+
+
+def epsilon_of(dtype: str) -> float:
+    """Relative rounding of numbers in a cache; of codes none."""
+    return 0.0 if dtype == "int8" else float(jnp.finfo(dtype).eps)
+
+
+def assert_near(found: np.ndarray, wanted: np.ndarray, atol: np.ndarray, rtol: float):
+    """As `assert_allclose`, with a bound for each row."""
+    assert (np.abs(found - wanted) <= atol + rtol * np.abs(wanted)).all()
 
 
 def rotated(x: np.ndarray, position: int) -> np.ndarray:
@@ -78,6 +96,15 @@ def wanted(q: np.ndarray, k: np.ndarray, v: np.ndarray, position: int, window: i
     return np.einsum("hs,hsd->hd", weights / weights.sum(axis=1, keepdims=True), v)
 
 
+def dequantized(cache) -> list[np.ndarray]:
+    """k and v as the cache holds them, float32."""
+    k, v, *scales = (np.asarray(part, np.float32) for part in cache)
+    if not scales:
+        return [k, v]
+    with np.errstate(invalid="ignore"):  # scales of places that hold nothing
+        return [codes * scale[..., None] for codes, scale in zip((k, v), scales, strict=True)]
+
+
 @pytest.mark.parametrize(
     NAMES, [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES)]
 )
@@ -89,18 +116,15 @@ def test_it_attends(heads, kv_heads, head_dim, length, positions, dtype, options
         np.asarray(qkv).reshape(len(positions), -1, head_dim), [heads, heads + kv_heads], axis=1
     )
     for sequence, position in enumerate(positions):
-        for before, after, value in zip(
-            cache, new, (rotated(k[sequence], position), v[sequence]), strict=True
-        ):
-            before, after = (
-                np.array(before[sequence], np.float32),
-                np.asarray(after[sequence], np.float32),
-            )
-            epsilon = float(jnp.finfo(dtype).eps)
-            np.testing.assert_allclose(after[:, position], value, atol=1e-5, rtol=epsilon)
+        for before, after in zip(cache, new, strict=True):
+            before, after = (np.array(x[sequence], np.float32) for x in (before, after))
             before[:, position] = after[:, position]
             np.testing.assert_array_equal(after, before)  # nothing else was written
-        keys, values = (np.asarray(x[sequence]) for x in new)
+        keys, values = (x[sequence] for x in dequantized(new))
+        for after, value in ((keys, rotated(k[sequence], position)), (values, v[sequence])):
+            half = np.abs(value).max(axis=1, keepdims=True) / 254  # of a code
+            near = {"atol": 1e-5 + half * (dtype == "int8"), "rtol": epsilon_of(dtype)}
+            assert_near(after[:, position], value, **near)
         expected = wanted(
             rotated(q[sequence], position), keys, values, position, options.get("window", 0)
         )
@@ -114,11 +138,12 @@ def test_a_gpu_finds_the_same():
         given = operands(heads, kv_heads, head_dim, length, positions, dtype)
         mixed, new = jax.jit(partial(attend, heads=heads, **options))(*given)
         expected, expected_new = interpreted(*given, heads=heads, **options)
-        np.testing.assert_allclose(mixed, expected, atol=2e-5 * np.abs(np.asarray(expected)).max())
-        epsilon = float(jnp.finfo(dtype).eps)
+        near = 2e-3 if dtype == "int8" else 2e-5
+        np.testing.assert_allclose(mixed, expected, atol=near * np.abs(np.asarray(expected)).max())
         for found, wanted in zip(new, expected_new, strict=True):
+            off = 1 if found.dtype == jnp.int8 else 1e-5  # a code may be its neighbour
             found, wanted = (np.asarray(x, np.float32) for x in (found, wanted))
-            np.testing.assert_allclose(found, wanted, atol=1e-5, rtol=2 * epsilon)
+            np.testing.assert_allclose(found, wanted, atol=off, rtol=2 * epsilon_of(dtype))
 
 
 @pytest.mark.parametrize(
@@ -153,21 +178,24 @@ def test_what_it_refuses():
         return (jax.ShapeDtypeStruct(shape, dtype),) * 2
 
     assert attention.refuses(cache(1, 2, 10, 96)) is None
+    assert attention.refuses(cache(1, 2, 10, 96, dtype=jnp.int8)) is None
     assert "not float64" in (attention.refuses(cache(1, 2, 10, 64, dtype=np.float64)) or "")
     assert "not 512" in (attention.refuses(cache(1, 2, 10, 512)) or "")
     assert "32 bits" in (attention.refuses(cache(64, 8, 32768, 128)) or "")
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "int8"])
 def test_lowers_for_cuda(dtype):
     """One kernel, which writes into the cache that it is given; a second one where blocks share a
     long cache."""
     shape = jax.ShapeDtypeStruct
     for head_dim, length, kernels in ((128, 1024, 1), (96, 200, 1), (64, 4096, 2)):
-        cache = shape((2, 2, length, head_dim), dtype)
+        cache = (shape((2, 2, length, head_dim), dtype),) * 2
+        codes = dtype == "int8"
+        cache += (shape((2, 2, length), jnp.float32),) * 2 * codes
         qkv = shape((2, 1, 10 * head_dim), jnp.float32)
         function = partial(attend, heads=6, window=50)
-        text = lowered_for("NVIDIA H200", function, qkv, shape((2, 1), jnp.int32), (cache, cache))
+        text = lowered_for("NVIDIA H200", function, qkv, shape((2, 1), jnp.int32), cache)
         assert text.count("custom_call @") == kernels
-        assert attention.name(head_dim) in text
-        assert text.count("output_operand_alias<") == 2
+        assert attention.name(head_dim, codes) in text
+        assert text.count("output_operand_alias<") == len(cache)

@@ -24,7 +24,7 @@ from atd.kernels.tuning import aot
 from atd.weights import PackedType, TernaryType, Trellis, TrellisType
 from atd.weights.layouts import LAYOUTS
 from tests.kernels.ptx.pallas import emulated_pallas_call
-from tests.kernels.triton.test_attention import attend, interpreted, operands
+from tests.kernels.triton.test_attention import attend, epsilon_of, interpreted, operands
 
 if reason := aot.missing():
     pytest.skip(reason, allow_module_level=True)
@@ -296,29 +296,37 @@ def test_folding_does_not_spill(bases, tied, group, normed):
         ("H200", 1, 32, 8, 128, 8192, "bfloat16"),
         ("L4", 1, 9, 3, 64, 1024, "float16"),
         ("A10", 1, 32, 8, 80, 256, "float32"),
+        ("H200", 1, 32, 8, 128, 256, "int8"),
+        ("H200", 1, 32, 8, 128, 8192, "int8"),
+        ("L4", 1, 9, 3, 64, 1024, "int8"),
     ],
 )
 def test_attention_reads_sixteen_bytes_at_a_time(
     device, batch, heads, kv_heads, head_dim, length, dtype
 ):
     shape = jax.ShapeDtypeStruct
+    codes = dtype == "int8"
     compiled = aot.compile_for(
         device,
-        lambda qkv, positions, k, v: attend(qkv, positions, (k, v), heads=heads),
+        lambda qkv, positions, *cache: attend(qkv, positions, cache, heads=heads),
         shape((batch, 1, (heads + 2 * kv_heads) * head_dim), jnp.float32),
         shape((batch, 1), jnp.int32),
         *[shape((batch, kv_heads, length, head_dim), dtype)] * 2,
-        kernel=attention.name(head_dim),
+        *[shape((batch, kv_heads, length), jnp.float32)] * 2 * codes,
+        kernel=attention.name(head_dim, codes),
     )
     loop = aot.main_loop_instructions(compiled.sass)
     assert compiled.spill_bytes == 0
-    assert {name for name in loop if name.startswith("LDG")} == {"LDG.E.128"}
+    scales = {"LDG.E"} if codes else set()
+    assert {name for name in loop if name.startswith("LDG")} == {"LDG.E.128", *scales}
     assert "BAR.SYNC.DEFER_BLOCKING" not in loop  # warps wait for one another at the end alone
     assert compiled.registers <= 160
 
 
-@pytest.mark.parametrize("length", [256, 4096])
-def test_attention_writes_where_the_cache_lies(length):
+@pytest.mark.parametrize(
+    ("length", "dtype"), [(256, "bfloat16"), (4096, "bfloat16"), (4096, "int8")]
+)
+def test_attention_writes_where_the_cache_lies(length, dtype):
     """Step by step in one program: no copy of the cache, and no memory for one."""
     shape = jax.ShapeDtypeStruct
 
@@ -330,15 +338,17 @@ def test_attention_writes_where_the_cache_lies(length):
 
         return jax.lax.scan(step, (positions, cache), length=8)
 
-    cache = shape((1, 8, length, 128), jnp.bfloat16)
-    arguments = shape((1, 1, 6144), jnp.float32), shape((1, 1), jnp.int32), (cache, cache)
+    part = shape((1, 8, length, 128), dtype)
+    cache = (part, part, *[shape((1, 8, length), jnp.float32)] * 2 * (dtype == "int8"))
+    arguments = shape((1, 1, 6144), jnp.float32), shape((1, 1), jnp.int32), cache
     program = aot.program_for("H200", steps, *arguments, donate_argnums=2)
     text = program.as_text() or ""
-    assert "bf16[" in text
-    assert not [line for line in text.splitlines() if " copy(" in line and "bf16[" in line]
+    of_cache = {"bfloat16": "bf16[", "int8": "s8["}[dtype]
+    assert of_cache in text
+    assert not [line for line in text.splitlines() if " copy(" in line and of_cache in line]
     memory = program.memory_analysis()
     assert memory is not None
-    assert memory.temp_size_in_bytes < cache.size  # half of one
+    assert memory.temp_size_in_bytes < part.size  # half of one in bfloat16
 
 
 @pytest.mark.parametrize(
@@ -348,6 +358,7 @@ def test_attention_writes_where_the_cache_lies(length):
         (4, 1, 128, 100, 99, "bfloat16", {"splits": 2}),
         (2, 1, 48, 100, 90, "float16", {"window": 20}),
         (2, 2, 16, 40, 0, "float32", {}),
+        (3, 1, 64, 200, 190, "int8", {}),
     ],
 )
 def test_attention_as_ptx(heads, kv_heads, head_dim, length, position, dtype, options, monkeypatch):
@@ -358,4 +369,4 @@ def test_attention_as_ptx(heads, kv_heads, head_dim, length, position, dtype, op
     np.testing.assert_allclose(mixed, expected, atol=2e-6 * np.abs(np.asarray(expected)).max())
     for found, wanted in zip(new, expected_new, strict=True):
         found, wanted = (np.asarray(x, np.float32)[0, :, position] for x in (found, wanted))
-        np.testing.assert_allclose(found, wanted, atol=1e-6, rtol=float(jnp.finfo(dtype).eps))
+        np.testing.assert_allclose(found, wanted, atol=1e-6, rtol=epsilon_of(dtype))
