@@ -21,6 +21,7 @@ from atd.cli.options import (
     Device,
     Dtype,
     IgnoreExtra,
+    Kv,
     MaxNewTokens,
     Model,
     Quiet,
@@ -60,6 +61,7 @@ def chat(
     chunk: Chunk = 512,
     backend: Backend = "auto",
     dtype: Dtype = "float32",
+    kv: Kv = "model",
     device: Device = None,
     activations: Activations = "model",
     tokenizer: Tokenizer = None,
@@ -97,7 +99,7 @@ def chat(
     room(graph, words.encode(first), max_new_tokens)
     graph = with_activations(graph, activations)
     with shown(quiet=quiet) as (_, progress):
-        loaded = load(graph, backend=backend, dtype=dtype, progress=progress)
+        loaded = load(graph, backend=backend, dtype=dtype, kv=kv, progress=progress)
     options = {"system": system, "max_new_tokens": max_new_tokens, "chunk": chunk}
     name = str(hub_id(model) or model.absolute().name)
     terminal = Terminal(Chat(loaded, words, sampling, **options), name, quiet)

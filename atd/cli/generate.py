@@ -20,6 +20,7 @@ from atd.cli.options import (
     Device,
     Dtype,
     IgnoreExtra,
+    Kv,
     MaxNewTokens,
     Model,
     Quiet,
@@ -57,6 +58,7 @@ def generate(
     chunk: Chunk = 512,
     backend: Backend = "auto",
     dtype: Dtype = "float32",
+    kv: Kv = "model",
     device: Device = None,
     activations: Activations = "model",
     tokenizer: Tokenizer = None,
@@ -106,7 +108,7 @@ def generate(
             ids.append(_prompt_ids(words, text, chat))
             room(graph, ids[-1], max_new_tokens)
     graph = with_activations(graph, activations)
-    loaded = load(graph, backend=backend, dtype=dtype)
+    loaded = load(graph, backend=backend, dtype=dtype, kv=kv)
     made = partial(
         run,
         loaded,

@@ -38,6 +38,13 @@ Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"],
     tyro.conf.arg(help="The dtype of dense matrices and of the cache of keys and values."),
 ]
+Kv = Annotated[
+    Literal["model", "int8"],
+    tyro.conf.arg(
+        help="How keys and values are cached: model, in --dtype; int8, in 8 bits with a scale per "
+        "KV head and position."
+    ),
+]
 Device = Annotated[
     str | None,
     tyro.conf.arg(

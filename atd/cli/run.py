@@ -6,7 +6,7 @@ Heavy imports stay inside the commands, so that `atd --help` answers at once.
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional
@@ -14,10 +14,12 @@ from tyro.conf import Positional
 from atd.cli.options import (
     Activations,
     Backend,
+    Chunk,
     Device,
     Dtype,
     IgnoreExtra,
     Json,
+    Kv,
     Model,
     Quiet,
     Tokenizer,
@@ -47,8 +49,10 @@ def evaluate(
     convention: Literal["standard", "llama.cpp"] = "standard",
     backend: Backend = "auto",
     dtype: Dtype = "float32",
+    kv: Kv = "model",
     device: Device = None,
     activations: Activations = "model",
+    chunk: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None,
     batch: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None,
     tokenizer: Tokenizer = None,
     ignore_extra: IgnoreExtra = False,
@@ -78,6 +82,8 @@ def evaluate(
             in front of each question, also where the tokenizer does not.
         convention: standard scores whole windows; llama.cpp scores only the second half of each,
             BOS in front where the tokenizer adds one, as llama-perplexity does.
+        chunk: The number of tokens of a window that are read at a time, into the cache: fewer take
+            less memory. By default the whole window at once, without a cache.
         batch: The number of windows that run together: 8 by default, and for tasks as many as make
             2,048 tokens.
         card: Write the figures into the model card of MODEL, its README.md, as well. MODEL is a
@@ -98,7 +104,7 @@ def evaluate(
     from atd.runtime.evaluate import check_models, cut
 
     check_least(2, context=context)
-    check_least(1, batch=batch, tokens=tokens, limit=limit)
+    check_least(1, batch=batch, tokens=tokens, limit=limit, chunk=chunk)
     check_least(0, num_fewshot=num_fewshot)
     check_writable("--json", json)
     if device:
@@ -110,7 +116,7 @@ def evaluate(
     }
     if tasks is not None:
         of_texts = {"data": data, "tokens": tokens, "convention": convention != "standard"}
-        _refuse("--tasks", of_texts | {"card": card})
+        _refuse("--tasks", of_texts | {"card": card, "chunk": chunk})
         evaluate_tasks(
             [path for path in (model, against) if path],
             [name.strip() for name in tasks.split(",") if name.strip()],
@@ -120,6 +126,7 @@ def evaluate(
             bos=bos,
             backend=backend,
             dtype=dtype,
+            kv=kv,
             activations=activations,
             tokenizer=tokenizer,
             ignore_extra=ignore_extra,
@@ -147,23 +154,25 @@ def evaluate(
     windows, _ = cut(texts[data.name], context, bos_id, convention)
     check_models(graphs, windows)
     options = {"context": context, "batch": batch, "bos_id": bos_id, "convention": convention}
+    options |= {"chunk": chunk}
     with shown(quiet=quiet) as (_, progress):
         how = {"backend": backend, "dtype": dtype, "ignore_extra": ignore_extra}
         load = partial(load_checkpoint, **how, progress=progress)
-        loaded = load(model, activations=activations)
+        loaded = load(model, activations=activations, kv=kv)
         dense = load(against) if against else None
         (result,) = compare(loaded, texts, against=dense, **options, progress=progress).values()
     bits, size = loaded.bits_per_weight, loaded.nbytes
     if json:
         made_of = {"model": str(model), "against": str(against) if against else None}
-        sizes = {"bits_per_weight": bits, "bytes": size, "dtype": dtype}
+        sizes = {"bits_per_weight": bits, "bytes": size, "dtype": dtype, "kv": kv}
         write_json(json, made_of | {"data": str(data)} | sizes | result.to_json())
     if card:
         notes = {
-            "float": "inputs of linears not rounded",
-            "int8": "inputs of linears rounded to 8 bits",
+            "inputs of linears not rounded": activations == "float",
+            "inputs of linears rounded to 8 bits": activations == "int8",
+            "keys and values in 8 bits": kv == "int8",
         }
-        note = notes.get(activations, "")
+        note = ", ".join(note for note, holds in notes.items() if holds)
         named = str(hub_id(against) or against.name) if against else None
         add_figures(model, figures(result, text=data.name, against=named, note=note))
     console.print(evaluation_table([EvaluatedModel(loaded.name, bits, size, result)]))
@@ -184,12 +193,17 @@ def bench(
         Literal["float32", "bfloat16", "float16"] | None,
         tyro.conf.arg(metavar="{float32,bfloat16,float16}"),
     ] = None,
+    kv: Kv = "model",
     device: Device = None,
     activations: Activations = "model",
+    random: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None,
     prompt: int = 128,
+    chunk: Chunk = 512,
     steps: int = 64,
     repeats: int = 5,
     one_jit: bool = False,
+    context: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None,
+    budget: Annotated[str, tyro.conf.arg(metavar="SIZE")] = "4GB",
     ignore_extra: IgnoreExtra = False,
     json: Json = None,
     tune: bool = False,
@@ -199,19 +213,25 @@ def bench(
     """Measure the speed and memory of a model, or tune the kernels for this GPU.
 
     The figures are time to first token, tokens per second and peak memory: medians, where two
-    models take turns. With --tune, kernel settings are measured on the GPU of this machine, and the
+    models take turns. With --context, the bytes of buffers are counted, and nothing is run. With
+    --tune, kernel settings are measured on the GPU of this machine, and the
     fastest are kept for all later runs.
 
     Args:
-        model: The model to measure; not needed with --tune.
+        model: The model to measure; not needed with --random and --tune.
         against: The dense model to compare with.
         dtype: The dtype of dense matrices and of the cache; by default bfloat16 on a GPU and
             float32 on a CPU.
+        random: Measure random weights in the shapes of a model instead: llama3-8b, llama-3.2-1b,
+            smollm2-135m or tiny. Each matrix has two bases and a trellis code.
         prompt: The number of tokens of the prompt.
         steps: The number of tokens to decode after it, one sequence, greedy.
         repeats: How many times each model is measured.
         one_jit: Also decode in one compiled loop, to see what the calls from the host cost. It
             takes a while to compile.
+        context: Count the memory of a sequence of this many tokens instead: weights, cache, and
+            what XLA says of prefill and of a step, beside --budget. No weight is read.
+        budget: The memory that --context is compared with.
         tune: Search for the fastest kernel settings of this GPU and keep them.
         minutes: The time limit of --tune in minutes. What was left out is listed; a run with more
             minutes measures it.
@@ -222,12 +242,15 @@ def bench(
     import jax
 
     from atd.checkpoint.files import write_json
+    from atd.decomposition.allocation import parse_bytes
     from atd.ir.rewrite import with_activations
     from atd.models import frontend
     from atd.models.model import load
     from atd.models.placement import use_device
+    from atd.models.random_model import named_graph
     from atd.reports.progress import shown
     from atd.runtime.bench import check_room, measure, speed_table
+    from atd.runtime.memory import count, memory_table
 
     if device:
         use_device(device)
@@ -236,28 +259,43 @@ def bench(
             raise BadInput(f"--minutes is {minutes}; expected a number above 0")
         _tune(minutes)
         return
-    if model is None:
-        raise BadInput("give a MODEL to measure, or --tune")
-    check_least(1, prompt=prompt, steps=steps, repeats=repeats)
+    if (model is None) == (random is None):
+        raise BadInput("give a MODEL to measure, --random NAME or --tune, one of them")
+    check_least(1, prompt=prompt, steps=steps, repeats=repeats, chunk=chunk, context=context)
     check_writable("--json", json)
     chosen = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    graph = frontend.open(model, ignore_extra=ignore_extra)
-    check_room(model.name, graph, prompt, steps, one_jit)
+    device = jax.devices()[0].device_kind
+    if model:
+        name, graph = model.name, frontend.open(model, ignore_extra=ignore_extra)
+    else:
+        assert random is not None
+        name, graph = random, named_graph(random)
+    how: dict[str, Any] = {"backend": backend, "dtype": chosen, "kv": kv}
     graph = with_activations(graph, activations)
-    loaders = {model.name: partial(load, graph, backend=backend, dtype=chosen)}
+    if context:
+        _refuse("--context", {"against": against, "one_jit": one_jit})
+        beside = parse_bytes(budget)
+        memory = count(load(graph, **how, shapes=True), context, chunk)
+        if json:
+            write_json(json, {"model": name, **how, **asdict(memory), "total": memory.total})
+        print(f"{name}, {context:,} tokens, {chosen}, kv {kv}, {device}, jax {jax.__version__}")
+        print(memory_table(memory, chunk, beside))
+        return
+    check_room(name, graph, prompt, steps, one_jit)
+    loaders = {name: partial(load, graph, **how)}
     if against:
         name = f"{against.name} (dense)" if against.name in loaders else against.name
         graph = frontend.open(against, ignore_extra=ignore_extra)
         check_room(name, graph, prompt, steps, one_jit)
         loaders[name] = partial(load, graph, dtype=chosen)
-    sizes = {"prompt": prompt, "steps": steps, "repeats": repeats}
+    sizes = {"prompt": prompt, "chunk": chunk, "steps": steps, "repeats": repeats}
     with shown(quiet=quiet) as (_, progress):
         rows = measure(loaders, **sizes, one_jit=one_jit, progress=progress)
     if json:
         write_json(json, [asdict(row) for row in rows])
-    device = jax.devices()[0].device_kind
-    how = "" if activations == "model" else f", activations {activations}"
-    print(f"prompt {prompt}, {steps} tokens, {chosen}{how}, {device}, jax {jax.__version__}")
+    settings = {"kv": kv, "activations": activations}
+    more = "".join(f", {name} {how}" for name, how in settings.items() if how != "model")
+    print(f"prompt {prompt}, {steps} tokens, {chosen}{more}, {device}, jax {jax.__version__}")
     print(speed_table(rows, rows[1].model if against else None))
 
 

@@ -44,6 +44,7 @@ class AtdLM(TemplateLM):
         *,
         backend: str = "auto",
         dtype: str = "float32",
+        kv: str = "model",
         tokenizer: str | Path | Tokenizer | None = None,
         batch_size: int | str = "auto",
         max_length: int | None = None,
@@ -58,7 +59,7 @@ class AtdLM(TemplateLM):
         Args:
             pretrained: a folder, a .gguf file or a name of the hub, as `atd.open` takes it, or what
                 `atd.load` returned; that one comes with a tokenizer.
-            backend: as in `atd.load`, and so is dtype.
+            backend: as in `atd.load`, and so are dtype and kv.
             tokenizer: what to take the tokenizer from, where `pretrained` has none.
             batch_size: rows that run together. "auto" takes as many as make 2,048 tokens, and so
                 does 1, which the harness gives where its user gave none.
@@ -79,7 +80,7 @@ class AtdLM(TemplateLM):
             self.model = pretrained
         else:
             graph = frontend.open(pretrained, ignore_extra=ignore_extra)
-            self.model = load(graph, backend=backend, dtype=dtype)
+            self.model = load(graph, backend=backend, dtype=dtype, kv=kv)
         found = pretrained if tokenizer is None else tokenizer
         if isinstance(found, Model):
             raise BadInput("a loaded model needs a tokenizer beside it")

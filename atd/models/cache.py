@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from atd.errors import BadInput
+from atd.ir import INT8
 from atd.models import ops
 
 APPENDED = 16  # tokens appended to a filled cache are padded to at least this many
@@ -24,6 +25,12 @@ class Cache:
     positions: jax.Array  # int32 [B, 1]: where the next token of each sequence stands
     filled: int  # positions taken by the longest sequence, known on the host
     length: int
+
+    @property
+    def kv(self) -> str:
+        """The setting of `load` that it was made for: model, or int8."""
+        slots = (slots for nodes in self.blocks for slots in nodes.values())
+        return INT8 if any(len(parts) > 2 for parts in slots) else "model"
 
     def longer(self, length: int) -> "Cache":
         """Returns the cache with room for `length` tokens, at least as many as it has now."""
@@ -67,6 +74,15 @@ def padded_width(width: int, cache: Cache) -> int:
     """Returns to how many tokens `width` new ones of each sequence are padded."""
     least = APPENDED if cache.filled and width > 1 else 1
     return min(max(bucket(width), least), cache.length - cache.filled)
+
+
+def check_kv(cache: Cache, kv: str) -> None:
+    """Raises BadInput where a cache holds keys and values in another way than a model's."""
+    if cache.kv != kv:
+        raise BadInput(
+            f"the cache is one of a model with kv {cache.kv!r}, and this model's is {kv!r}; "
+            "make one with its new_cache"
+        )
 
 
 def check_room(cache: Cache, batch: int, width: int) -> None:

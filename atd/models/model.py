@@ -24,7 +24,8 @@ from atd.host import return_freed_from_now_on
 from atd.ir import INT8, Block, Graph
 from atd.ir.rewrite import int8_kv
 from atd.models import execute
-from atd.models.cache import Cache, check_room, empty_slots, padded_width
+from atd.models.cache import Cache, check_kv, check_room, empty_slots, padded_width
+from atd.models.ops import Weights
 from atd.models.placement import BACKENDS, DTYPES, backend_here, check_backend, placed_weights
 from atd.models.programs import (
     Plan,
@@ -49,6 +50,7 @@ def load(
     backend: str = "auto",
     dtype: str = "float32",
     kv: str = "model",
+    shapes: bool = False,
     progress: Report = unheard,
 ) -> "Model":
     """Loads the model of a checkpoint (a folder or a GGUF file) or of a graph.
@@ -72,6 +74,8 @@ def load(
             and biases are float32.
         kv: keys and values. `int8` rounds them to 8 bits, with a scale per KV head and position,
             and caches them so: half the memory of bfloat16. `model` caches them in dtype.
+        shapes: whether the model holds the shapes of its weights alone, to compile it and not to
+            run it. Nothing is read.
         progress: hears of each tensor that was read.
 
     Raises:
@@ -94,9 +98,11 @@ def load(
     graph = int8_kv(graph) if kv == INT8 else graph
     if backend == "auto":
         chosen = backend_here(graph)
-        return Model(graph, chosen, chosen if chosen == "cpu" else None, dtype, progress)
+        kernel = chosen if chosen == "cpu" else None
+        return Model(graph, chosen, kernel, dtype, progress, shapes)
     check_backend(graph, backend)
-    return Model(graph, backend, None if backend == "xla-unpacked" else backend, dtype, progress)
+    kernel = None if backend == "xla-unpacked" else backend
+    return Model(graph, backend, kernel, dtype, progress, shapes)
 
 
 class Model(nnx.Module):
@@ -112,6 +118,7 @@ class Model(nnx.Module):
         kernel: str | None,
         dtype: str,
         progress: Report = unheard,
+        shapes: bool = False,
     ):
         """Fills the slots with the graph's weights.
 
@@ -121,6 +128,7 @@ class Model(nnx.Module):
             kernel: backend of `atd.kernels.matmul`; None: what suits each weight.
             dtype: of dense matrices and the cache, a key of `placement.DTYPES`.
             progress: hears of each tensor that was read.
+            shapes: as in `load`.
         """
         programs: dict[str, Program] = {}
 
@@ -130,7 +138,8 @@ class Model(nnx.Module):
                 programs[text] = Program(block, kernel)
             return programs[text]
 
-        units = [nnx.Param(unit) for unit in placed_weights(graph, backend, dtype, progress)]
+        weights = placed_weights(graph, backend, dtype, progress, shapes)
+        units = [nnx.Param(unit) for unit in weights]
         self.prologue = units[0]
         self.blocks = nnx.List(units[1:-1])
         self.epilogue = units[-1]
@@ -157,9 +166,15 @@ class Model(nnx.Module):
         return self.plan.backend
 
     @property
+    def units(self) -> list[Weights]:
+        """The weights of prologue, blocks and epilogue, by node and slot."""
+        return [unit.get_raw_value() for unit in (self.prologue, *self.blocks, self.epilogue)]
+
+    @property
     def weights_nbytes(self) -> int:
         """Bytes of all weights as they lie in memory; a tied embedding counts once."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(self, nnx.Param)))
+        leaves = jax.tree.leaves(nnx.state(self, nnx.Param))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
     @property
     def max_context(self) -> int | None:
@@ -244,7 +259,7 @@ class Model(nnx.Module):
 
         Raises:
             BadInput: a row is empty, holds ids outside the vocabulary, or does not fit into the
-                cache.
+                cache; or this is one of a model with another kv.
         """
         tokens = np.asarray(tokens)
         batch, width = tokens.shape
@@ -256,6 +271,7 @@ class Model(nnx.Module):
             )
         read = np.where(np.arange(width) < lengths[:, None], tokens, 0)  # [B, T]
         check_tokens(read, self.vocabulary)
+        check_kv(cache, self.plan.kv)
         check_room(cache, batch, width)
         last, step = None, chunk or width
         for start in range(0, width, step):
@@ -303,8 +319,10 @@ class Model(nnx.Module):
             Logits float32 [B, V] of the next token, and the new cache.
 
         Raises:
-            BadInput: the cache is full, or ids lie outside the vocabulary.
+            BadInput: the cache is full, or one of a model with another kv, or ids lie outside the
+                vocabulary.
         """
+        check_kv(cache, self.plan.kv)
         if not isinstance(token, jax.Array):
             check_tokens(token, self.vocabulary)
         if cache.filled >= cache.length:
@@ -312,9 +330,10 @@ class Model(nnx.Module):
                 f"the cache is full: it was made for {cache.length} tokens; "
                 f"make a longer one with new_cache"
             )
-        weights = [unit.get_raw_value() for unit in (self.prologue, *self.blocks, self.epilogue)]
         step = whole_step if steps_at_once(self.backend) else one_step
-        logits, positions, blocks = step(self.plan, weights, token, cache.positions, cache.blocks)
+        logits, positions, blocks = step(
+            self.plan, self.units, token, cache.positions, cache.blocks
+        )
         return logits, Cache(blocks, positions, cache.filled + 1, cache.length)
 
     def _embedding(self) -> Weight:

@@ -12,6 +12,7 @@ from atd.kernels.matmul import PACKED
 from atd.models.ops import Weights
 from atd.progress import Progress, Report
 from atd.weights import Dense, DenseType, Weight, WeightType
+from atd.weights.values import shapes_of
 
 BACKENDS = ("auto", "xla", "xla-unpacked", *PACKED)
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -72,27 +73,35 @@ def check_backend(graph: Graph, backend: str) -> None:
         raise BadInput(f"backend {backend}: {'; '.join(told)}")
 
 
-def placed_weights(graph: Graph, backend: str, dtype: str, progress: Report) -> Iterator[Weights]:
+def placed_weights(
+    graph: Graph, backend: str, dtype: str, progress: Report, shapes: bool = False
+) -> Iterator[Weights]:
     """Yields the weights of each unit on the device, read one tensor at a time.
 
     Args:
         backend: one of BACKENDS but `auto`: which weights stay packed, and in which layout.
         dtype: of dense matrices, a key of DTYPES; gains and biases are float32.
+        progress: hears of each tensor.
+        shapes: whether to yield shapes in place of arrays, and read nothing.
     """
+    placed = partial(_place, backend=backend, dtype=DTYPES[dtype])
+
+    def place(ref: WeightRef) -> Weight:
+        return jax.eval_shape(placed, shapes_of(ref.type)) if shapes else placed(ref.load())
+
     done, total = 0, sum(len(node.weights) for _, node in graph.nodes())
     for block in graph.units:
         weights: Weights = {}
         for node in block.nodes:
             slots = weights[node.name] = {}
             for slot, ref in sorted(node.weights.items()):
-                slots[slot] = _place(ref, backend, DTYPES[dtype])
+                slots[slot] = place(ref)
                 done += 1
                 progress(Progress("loading", done, total, "tensors"))
         yield weights
 
 
-def _place(ref: WeightRef, backend: str, dtype) -> Weight:
-    value = ref.load()
+def _place(value: Weight, backend: str, dtype) -> Weight:
     if backend in PACKED:
         value = PACKED[backend].prepare(value)
     weight = jax.tree.map(jnp.asarray, value)

@@ -62,6 +62,11 @@ class Plan:
     tied: bool  # the epilogue takes the embedding's weight
     attention: tuple[tuple[tuple[str, int, int, bool], ...], ...]  # by block: `attention_shapes`
 
+    @property
+    def kv(self) -> str:
+        """How keys and values are cached: int8, or model."""
+        return INT8 if any(node[-1] for nodes in self.attention for node in nodes) else "model"
+
 
 def steps_at_once(backend: str) -> bool:
     """Returns whether a step is one compiled function, rather than one per block.

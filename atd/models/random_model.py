@@ -8,6 +8,8 @@ them.
 import numpy as np
 
 from atd.decomposition.options import trellis_type
+from atd.decomposition.trellis_codes import known_code
+from atd.errors import BadInput, nearest
 from atd.ir import Graph, WeightRef, in_memory
 from atd.kernels.tuning.samples import random_weight
 from atd.models.config import parse_config
@@ -68,6 +70,16 @@ SHAPES: dict[str, dict] = {  # what config.json says of each
         "tie_word_embeddings": False,
     },
 }
+
+
+def named_graph(name: str) -> Graph:
+    """Returns a model in the shapes of SHAPES[name], two bases and a trellis code in each matrix.
+
+    Raises BadInput for an unknown name.
+    """
+    if name not in SHAPES:
+        raise BadInput(f"there are no shapes of {name!r}{nearest(name, SHAPES)}")
+    return random_graph(SHAPES[name], code=known_code(2))
 
 
 def random_graph(

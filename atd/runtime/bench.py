@@ -30,6 +30,7 @@ from atd.ir import Graph
 from atd.kernels.tuning.timing import columns
 from atd.models.model import Cache, Model
 from atd.progress import Progress, Report, unheard
+from atd.runtime.generate import CHUNK
 
 _TITLES = [
     "model",
@@ -70,6 +71,7 @@ def measure(
     steps: int,
     repeats: int,
     one_jit: bool,
+    chunk: int = CHUNK,
     progress: Report = unheard,
 ) -> list[Speed]:
     """Measures models, in the order of the loaders.
@@ -81,6 +83,7 @@ def measure(
         steps: tokens that are decoded after them.
         repeats: rounds over all models.
         one_jit: whether the steps are measured compiled as one as well.
+        chunk: tokens of the prompt that are read at a time.
         progress: hears of models that are compiled and of rounds.
 
     Raises:
@@ -98,7 +101,7 @@ def measure(
         models[name] = load()
         check_room(name, models[name], prompt, steps, one_jit)
         started = time.perf_counter()
-        _samples(models[name], tokens, steps, one_jit)
+        _samples(models[name], tokens, steps, one_jit, chunk)
         first[name] = time.perf_counter() - started
         peaks[name] = _peak_since(before)
     progress(Progress("compiling", len(loaders), len(loaders), "models"))
@@ -108,7 +111,7 @@ def measure(
         vocabulary = min(model.vocabulary for model in models.values())
         tokens = random.integers(0, vocabulary, (1, prompt)).astype(np.int32)
         for name, model in models.items():
-            samples[name].append(_samples(model, tokens, steps, one_jit))
+            samples[name].append(_samples(model, tokens, steps, one_jit, chunk))
         progress(Progress("measuring", repeat + 1, repeats, "repeats"))
     return [
         _speed(name, models[name], peaks[name], first[name], samples[name], prompt, steps)
@@ -148,9 +151,15 @@ def speed_table(rows: Sequence[Speed], against: str | None = None) -> str:
 
 
 def prefill_seconds(
-    model: Model, prompt: np.ndarray, length: int
+    model: Model, prompt: np.ndarray, length: int, chunk: int | None = None
 ) -> tuple[float, Cache, jax.Array]:
     """Measures one prefill of a prompt int32 [1, T] into a new cache of `length` positions.
+
+    Args:
+        model: what `atd.load` returns.
+        prompt: ids.
+        length: of the cache.
+        chunk: tokens that are read at a time; None: all.
 
     Returns:
         Seconds, the cache, and the likeliest next token [1].
@@ -158,7 +167,7 @@ def prefill_seconds(
     cache = model.new_cache(1, length)
     jax.block_until_ready(cache.blocks)
     started = time.perf_counter()
-    logits, cache = model.prefill(prompt, cache)
+    logits, cache = model.prefill(prompt, cache, chunk=chunk)
     token = jax.block_until_ready(logits.argmax(axis=-1))
     return time.perf_counter() - started, cache, token
 
@@ -221,11 +230,11 @@ def decode_steps(
 
 
 def _samples(
-    model: Model, tokens: np.ndarray, steps: int, one_jit: bool
+    model: Model, tokens: np.ndarray, steps: int, one_jit: bool, chunk: int
 ) -> tuple[float, float, float, float | None]:
     """Seconds of (prefill, decode, host, one jit)."""
     length = tokens.shape[1] + 2 * steps
-    prefill, cache, token = prefill_seconds(model, tokens, length)
+    prefill, cache, token = prefill_seconds(model, tokens, length, chunk)
     decode, host, cache, token = decode_seconds(model, token, cache, steps)
     return prefill, decode, host, one_jit_seconds(model, token, cache, steps) if one_jit else None
 

@@ -41,6 +41,7 @@ def load_checkpoint(
     *,
     backend: str = "auto",
     dtype: str = "float32",
+    kv: Literal["model", "int8"] = "model",
     activations: Literal["model", "float", "int8"] = "model",
     ignore_extra: bool = False,
     progress: Report = unheard,
@@ -48,11 +49,11 @@ def load_checkpoint(
     """Loads the model of a Hugging Face folder, a GGUF file or a converted folder.
 
     Linears take their inputs as the model says; as they are, with float activations; or rounded to
-    8 bits per token, with int8.
+    8 bits per token, with int8. Backend, dtype and kv are as in `atd.load`.
     """
     graph = frontend.open(path, ignore_extra=ignore_extra)
     graph = with_activations(graph, activations)
-    model = load(graph, backend=backend, dtype=dtype, progress=progress)
+    model = load(graph, backend=backend, dtype=dtype, kv=kv, progress=progress)
     return LoadedCheckpoint(path.name, model, *graph_size(graph))
 
 
@@ -78,7 +79,7 @@ def compare(
 
     Args:
       texts: name -> token ids int [n].
-      options: of `atd.evaluate`: context, bos_id, batch, convention.
+      options: of `atd.evaluate`: context, bos_id, batch, chunk, convention.
 
     Returns the evaluations by the names of the texts.
     """

@@ -57,7 +57,7 @@ class Model(Protocol):
     def hidden(self, tokens, /) -> Any:
         """Computes the residual stream in front of the head: int32 [B, T] -> float32 [B, T, D].
 
-        It sees to its own compilation.
+        It sees to its own compilation. It has an option `chunk` where `evaluate` is to be given it.
         """
 
     def logits(self, hidden, /) -> Any:
@@ -103,6 +103,7 @@ def evaluate(
     against: Model | None = None,
     bos_id: int | None = None,
     batch: int = 8,
+    chunk: int | None = None,
     positions: int = 256,
     convention: str = "standard",
     progress: Report = unheard,
@@ -116,6 +117,8 @@ def evaluate(
       against: the dense model to compare with.
       bos_id: the token to put in front of each window; None: no BOS.
       batch: windows that run together. The last batch is padded, so that nothing compiles twice.
+      chunk: tokens of a window that are read at a time, into a cache, which bounds the memory of
+        activations; None: the whole window at once.
       positions: positions whose logits exist at a time.
       convention: "standard" or "llama.cpp", see the module.
       progress: hears of the tokens done after each batch.
@@ -127,19 +130,24 @@ def evaluate(
     """
     if batch < 1 or positions < 1:
         raise BadInput(f"batch is {batch} and positions is {positions}; both must be at least 1")
+    if chunk is not None and chunk < 1:
+        raise BadInput(f"chunk is {chunk}; expected at least 1")
     begin = time.perf_counter()
     tokens = np.asarray(tokens)
     windows, first = cut(tokens, context, bos_id, convention)
     batch = min(batch, len(windows))
     check_models([m for m in (model, against) if m is not None], windows)
 
+    how: dict[str, Any] = {} if chunk is None else {"chunk": chunk}
     batches = []
     laps = [time.perf_counter()]
     for start in range(0, len(windows), batch):
         part = windows[start : start + batch]
         padded = np.pad(part, ((0, batch - len(part)), (0, 0)))
         # [batch, scored, D] each
-        hidden, against_hidden = (m and m.hidden(padded)[:, first:-1] for m in (model, against))
+        hidden, against_hidden = (
+            m and m.hidden(padded, **how)[:, first:-1] for m in (model, against)
+        )
         scores = _score(
             model, against, hidden, against_hidden, padded[:, first + 1 :], positions=positions
         )

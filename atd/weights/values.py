@@ -11,7 +11,7 @@ import numpy as np
 from atd.weights.codes import values_of
 from atd.weights.groups import spread_scales
 from atd.weights.layouts import LAYOUTS
-from atd.weights.types import DTYPE_NAMES, DenseType, PackedType, TernaryType, TrellisType
+from atd.weights.types import DTYPE_NAMES, DTYPES, DenseType, PackedType, TernaryType, TrellisType
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=[])
@@ -124,6 +124,18 @@ class Packed:
 
 
 Weight = Dense | Ternary | Trellis | Packed
+
+
+def shapes_of(type: DenseType | TernaryType | TrellisType | PackedType) -> Weight:
+    """Returns a weight of this type with shapes (`jax.ShapeDtypeStruct`) in place of arrays."""
+    shape: Any = jax.ShapeDtypeStruct
+    if isinstance(type, DenseType):
+        return Dense(shape(type.shape, DTYPES[type.dtype]))
+    if isinstance(type, PackedType):
+        scales = shape(type.ternary.scales_shape, DTYPES[type.ternary.dtype])
+        return Packed(shape(type.codes_shape, LAYOUTS[type.layout].dtype), scales, type)
+    scales = shape(type.scales_shape, DTYPES[type.dtype])
+    return summed(shape(type.trits_shape, np.int8), scales, type)
 
 
 def broken(weight: Weight) -> str | None:

@@ -1,5 +1,6 @@
 """Options that several commands share."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,19 @@ def test_eval_computes_in_the_dtype(atd, stories260k, text, tmp_path):
     code, _, err = atd("eval", stories260k, *sizes, "--dtype", "bfloat16", "--json", file)
     assert (code, err) == (0, "")
     assert '"dtype": "bfloat16"' in file.read_text()
+
+
+def test_eval_and_generate_round_keys_and_values(atd, stories260k, text, tmp_path):
+    sizes = ("--data", text, "--context", 64, "--tokens", 512, "--quiet")
+    file = tmp_path / "figures.json"
+    rounded = ("--kv", "int8", "--chunk", 24, "--against", stories260k, "--json", file)
+    code, _, err = atd("eval", stories260k, *sizes, *rounded)
+    assert (code, err) == (0, "")
+    figures = json.loads(file.read_text())
+    assert figures["kv"] == "int8"
+    assert 0 < figures["kl_mean"] < 0.002
+    write = ("generate", stories260k, "--max-new-tokens", 4, "--quiet", "--kv", "int8")
+    assert atd(*write)[0] == 0
 
 
 def test_quiet_prints_results_alone(atd, converted, text):

@@ -138,6 +138,10 @@ BROKEN_NODES = {  # all in model.layers.0
         change("attention", attrs=ATTENTION | {"scale": 0}),
         "attention: the attr 'scale' cannot be 0",
     ),
+    "kv": (
+        change("attention", attrs=ATTENTION | {"kv": "int4"}),
+        "attention: the attr 'kv' cannot be 'int4'",
+    ),
     "softcap": (
         change("attention", attrs=ATTENTION | {"softcap": -1.0}),
         "attention: the attr 'softcap' cannot be -1.0",

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from atd.errors import BadInput
-from atd.models.cache import Cache, bucket, check_room, padded_width
+from atd.models.cache import Cache, bucket, check_kv, check_room, empty_slots, padded_width
 
 
 def cache(filled: int, length: int = 64, rows: int = 2) -> Cache:
@@ -25,6 +25,18 @@ def test_a_longer_cache_keeps_what_it_has():
     keys, _ = grown.blocks[0]["attention"]
     assert (grown.filled, grown.length, keys.shape) == (7, 100, (2, 1, 100, 4))
     assert np.array_equal(keys.sum(axis=(0, 1, 3)), [8] * 64 + [0] * 36)
+
+
+def test_a_cache_in_8_bits_grows_with_its_scales():
+    shape = 2, 1, 8, 4
+    slots = {"attention": empty_slots(shape, jnp.bfloat16, in_8_bits=True)}
+    grown = Cache((slots,), jnp.zeros((2, 1), jnp.int32), 0, 8).longer(12)
+    assert grown.kv == "int8"
+    shapes = [part.shape for part in grown.blocks[0]["attention"]]
+    assert shapes == [(2, 1, 12, 4)] * 2 + [(2, 1, 12)] * 2
+    check_kv(grown, "int8")
+    with pytest.raises(BadInput, match="a model with kv 'int8', and this model's is 'model'"):
+        check_kv(grown, "model")
 
 
 def test_going_back_takes_no_sequence_forward():

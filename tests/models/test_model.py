@@ -190,7 +190,7 @@ def test_whole_sequences_read_in_chunks_are_the_same():
 
 
 def test_a_cache_in_8_bits_holds_codes_and_scales():
-    """Half a logit's thousandth away from the cache in float32, and a quarter of its bytes."""
+    """Logits are near those of the cache in float32, and not the same."""
     model, plain = (load(tiny_graph(layers=1), kv=kv) for kv in ("int8", "model"))
     (slots,) = model.new_cache(2, 16).blocks
     shape = 2, 2, 16, 8
@@ -203,6 +203,8 @@ def test_a_cache_in_8_bits_holds_codes_and_scales():
     tokens = tokens_of(2, 9)
     logits, rounded = np.asarray(plain(tokens)), np.asarray(model(tokens))
     assert 0 < np.abs(logits - rounded).max() < 0.02 * np.abs(logits).max()
+    with pytest.raises(BadInput, match="the cache is one of a model with kv 'int8'"):
+        plain.decode([1, 2], model.new_cache(2, 16))
     with pytest.raises(BadInput, match="unknown kv 'int4'"):
         load(tiny_graph(layers=1), kv="int4")
 
@@ -546,6 +548,19 @@ def test_sequences_run_by_run_attend_as_if_all_at_once(monkeypatch, queries, win
         jax.jit(attend, static_argnums=4)(q, k, v, positions, window)
         for attend in (ops.attention, ops.sequence_attention)
     )
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_runs_over_a_cache_attend_as_if_all_at_once(monkeypatch):
+    """Two runs, each a turn of a loop, of a cache in 8 bits."""
+    monkeypatch.setattr(ops, "QUERIES", 4)
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.standard_normal((2, 8, 6, 8)), jnp.float32)
+    k, v = (jnp.asarray(rng.standard_normal((2, 3, 20, 8)), jnp.float32) for _ in range(2))
+    k, v, *scales = ops.in_8_bits(k, v)
+    positions = ops.from_start(q) + jnp.asarray([[3], [12]])
+    expected = ops.attention(q, k, v, positions, 5, scales=scales)
+    found = ops.sequence_attention(q, k, v, positions, 5, whole=False, scales=scales)
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 

@@ -128,7 +128,10 @@ def test_the_command_compares_and_writes(atd, stories260k, tmp_path):
 
 def test_the_command_refuses(atd):
     code, _, err = atd("bench")
-    assert (code, err) == (2, "error: give a MODEL to measure, or --tune\n")
+    assert (code, err) == (
+        2,
+        "error: give a MODEL to measure, --random NAME or --tune, one of them\n",
+    )
     if reason := PACKED["triton"].device_refuses():
         assert atd("bench", "--tune") == (
             2,

@@ -4,6 +4,7 @@ models.
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -253,6 +254,21 @@ def test_cut_leaves_the_text_it_was_given_alone():
 # --- real models ----------------------------------------------------------------------------------
 
 
+def test_windows_in_chunks_and_8_bits(stories260k):
+    """Chunks change nothing, 8 bits little; the same of windows that are read at once."""
+    load_it = partial(load_checkpoint, stories260k)
+    dense, rounded = load_it(), load_it(kv="int8")
+    tokens = np.random.default_rng(0).integers(3, 500, 128)
+    options: dict[str, Any] = {"context": 64, "against": dense.model}
+    whole, chunks = (evaluate(dense.model, tokens, chunk=n, **options) for n in (None, 24))
+    assert chunks.perplexity == pytest.approx(whole.perplexity, rel=1e-5)
+    found = [evaluate(rounded.model, tokens, chunk=n, **options).kl_mean or 0 for n in (None, 24)]
+    assert 1e-7 < found[0] < 0.002
+    assert found[1] == pytest.approx(found[0], rel=0.1)
+    with pytest.raises(BadInput, match="chunk is 0; expected at least 1"):
+        evaluate(dense.model, tokens, context=64, chunk=0)
+
+
 @pytest.mark.parametrize("bos", [False, True])
 def test_a_real_model_has_its_known_perplexity(trained, bos):
     """The packaged model's are from make_stories.py, stories15M's were measured with PyTorch."""
@@ -266,6 +282,17 @@ def test_a_real_model_has_its_known_perplexity(trained, bos):
     assert result.bos == bos
     tolerance = 0.01 if bos else 0.002
     assert result.perplexity == pytest.approx(known[trained.name][int(bos)], abs=tolerance)
+
+
+@pytest.mark.slow
+def test_smollm2_with_its_cache_in_8_bits_is_near_that_in_16(smollm2, shared_data):
+    """Windows are read in chunks, so that most positions read the cache."""
+    ids = open_tokenizer(smollm2).encode(read_text(shared_data / "text" / "wikitext2_raw_test.txt"))
+    model, dense = (load(smollm2, dtype="bfloat16", kv=kv) for kv in ("int8", "model"))
+    options: dict[str, Any] = {"context": 2048, "batch": 1, "chunk": 512}
+    result = evaluate(model, ids[:4096], against=dense, **options)
+    assert result.kl_mean is not None
+    assert 0 < result.kl_mean < 0.002
 
 
 @pytest.mark.slow

@@ -320,7 +320,8 @@ def test_attention_reads_sixteen_bytes_at_a_time(
     scales = {"LDG.E"} if codes else set()
     assert {name for name in loop if name.startswith("LDG")} == {"LDG.E.128", *scales}
     assert "BAR.SYNC.DEFER_BLOCKING" not in loop  # warps wait for one another at the end alone
-    assert compiled.registers <= 160
+    # Either way a block per multiprocessor; of codes a thread holds 16 floats per tile and query.
+    assert compiled.registers <= (248 if codes else 160)
 
 
 @pytest.mark.parametrize(
