@@ -43,6 +43,15 @@ def test_families():
     assert 0 < float(kl) < 1
 
 
+def test_calibration_memory():
+    sizes = ["--hidden", 128, "--mlp", 256, "--tokens", 1024, "--limits", "1GB"]
+    less = ["--set", "decompose.trellis=", "--set", "decompose.sweeps=0"]
+    rows = [r for r in run("calibration_memory.py", *sizes, *less).splitlines() if "1,024" in r]
+    assert [row.split("│")[3].strip() for row in rows] == ["none", "1GB"]
+    peaks = [float(row.split("│")[5].split()[0]) for row in rows]  # GB
+    assert all(0.1 < peak < 1 for peak in peaks)
+
+
 def test_decompose_with_trellis_codes(tmp_path):
     out = run("decompose.py", "--trellis", "--tiny", "--json", tmp_path / "f.json")
     rows = json.loads((tmp_path / "f.json").read_text())

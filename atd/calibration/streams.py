@@ -2,14 +2,16 @@
 
 Two streams of the same tokens stand in front of the unit that is being worked on: `dense`, the
 residual stream of the model in front of the first pass that asks, and `quantized`, that of the
-model with all earlier units as they will be written. Within the unit, values are computed when they
-are asked for and dropped when nothing can ask again.
+model with all earlier units as they will be written. Within the unit, values are computed batch by
+batch when they are asked for. What will be read again is kept where there is room for all batches
+of it (`atd.calibration.room`), and computed again where there is none; a residual stream that finds
+no room is kept in files.
 
 Inputs of a linear in the quantized stream are made by the unit's own earlier linears as they were
 just quantized, so a unit's linears are worked on in order of execution.
 """
 
-from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
 
@@ -17,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from atd.calibration.room import Batches, Room
 from atd.calibration.windows import tokens_digest
 from atd.host import return_freed
 from atd.ir import Block
@@ -43,15 +46,17 @@ class Moments:
 class Calibration:
     """The two streams of a run over calibration text."""
 
-    def __init__(self, tokens: np.ndarray):
-        """tokens: int32 [windows, context]."""
+    def __init__(self, tokens: np.ndarray, room: Room | None = None):
+        """tokens: int32 [windows, context]; room: for the values, without a limit by default."""
         self.tokens = tokens
         self.digest = tokens_digest(tokens)
         windows = max(1, BATCH // tokens.shape[1])
         batches = [
             np.asarray(tokens[i : i + windows], np.int32) for i in range(0, len(tokens), windows)
         ]
-        self._dense, self._quantized = _Stream(batches), _Stream(batches)
+        room = room or Room()
+        self._dense = _Stream("dense", batches, room)
+        self._quantized = _Stream("quantized", batches, room)
         self._moments: dict[str, Moments] = {}
 
     def begin(self, dense: Block, quantized: Block) -> Block:
@@ -89,51 +94,87 @@ class Calibration:
         node = next(node for node in unit.nodes if unit.full_name(node) == full_name)
         (value,) = node.inputs
         if value not in self._moments:
-            self._moments[value] = _moments(self._dense.value(value), self._quantized.value(value))
+            found = _moments(self._dense.each(value), self._quantized.each(value))
+            self._moments[value] = found
+            if found.hessian.nbytes > LARGE:
+                return_freed()
         return self._moments[value]
 
 
 class _Stream:
-    """One model's values in all batches: its input, and the watched ones inside the unit."""
+    """One model's values in all batches: its input, and those inside the unit that are kept."""
 
-    def __init__(self, batches: list):
-        self.x = batches
+    def __init__(self, name: str, batches: list[np.ndarray], room: Room):
+        self._name, self._room = name, room
+        self._x = Batches(batches)
+        self._taken = 0  # bytes of room
         self.block = Block("", ())
-        self._values: dict[str, list] = {}
-        self._readers: Counter = Counter()
+        self._values: dict[str, list[np.ndarray]] = {}
+        self._run: set[str] = set()  # nodes that need not run again for others' sake
 
     def enter(self, block: Block) -> None:
-        self.block, self._values = block, {"x": self.x}
-        self._readers = Counter(value for node in block.nodes for value in node.inputs)
+        self.block, self._run = block, set()
 
     def leave(self) -> None:
-        self.x, self._values = self.value(self.block.output), {}
+        """Puts the unit's output in the place of its input."""
+        for i, output in enumerate(self.each(self.block.output)):
+            if i == 0:
+                self._make_room(output.nbytes * len(self._x))
+            self._x[i] = output
+        for name in [*self._values]:
+            self._drop(name)
 
-    def value(self, name: str) -> list[jax.Array]:
-        """Returns the value of a node in each batch, [B, T, features].
+    def _make_room(self, bytes: int) -> None:
+        """Has the residual stream in memory where there is room for it, else in files."""
+        if self._taken or self._x.folder is not None:
+            return  # it is as wide as it was
+        if self._room.take(bytes):
+            self._taken = bytes
+        else:
+            assert self._room.folder is not None
+            self._x = Batches([*self._x], self._room.folder / self._name)
 
-        What it needs is computed with it, batch by batch: of what nobody reads afterwards, as an
-        MLP's gate and up, one batch is there at a time.
+    def each(self, name: str) -> Iterator[np.ndarray]:
+        """Yields the value of a node in each batch, [B, T, features].
+
+        It and what is computed on the way are kept, if others will read them and there is room.
         """
-        if name not in self._values:
-            nodes = needed(self.block, self._values, [name])
-            for node in nodes:
-                self._readers.subtract(node.inputs)
-            known = {source for node in nodes for source in node.inputs if source in self._values}
-            kept = [node.name for node in nodes if node.name == name or self._readers[node.name]]
-            weights, found = dense_weights(nodes), {value: [] for value in kept}
-            for i in range(len(self.x)):
-                values = {source: self._values[source][i] for source in known}
-                values, _ = run(self.block, weights, values, kept, run_node=compiled_node)
-                for value in kept:
-                    found[value].append(values[value])
-            self._values |= found
-            for source in known - {"x"}:
-                if not self._readers[source]:
-                    del self._values[source]
-            if sum(batch.nbytes for batch in found[name]) > LARGE:
-                return_freed()
-        return self._values[name]
+        if name in self._values:
+            yield from self._values[name]
+            return
+        nodes = needed(self.block, {"x", *self._values}, [name])
+        weights = dense_weights(nodes)
+        sources = {source for node in nodes for source in node.inputs}
+        known, self._run = sources & self._values.keys(), self._run | {node.name for node in nodes}
+        wanted = [node.name for node in nodes if node.name != name and self._is_read(node.name)]
+        kept: dict[str, list[np.ndarray]] = {}
+        for i in range(len(self._x)):
+            values = {source: self._values[source][i] for source in known}
+            if "x" in sources:
+                values["x"] = self._x[i]
+            found, _ = run(self.block, weights, values, [*wanted, name], run_node=compiled_node)
+            if i == 0:
+                asked = [*wanted, name] if self._is_read(name) else wanted
+                kept = {v: [] for v in asked if self._room.take(found[v].nbytes * len(self._x))}
+            for value, arrays in kept.items():
+                arrays.append(np.asarray(found[value]))
+            yield np.asarray(found[name])
+        self._values |= kept
+        for source in known:
+            if not self._is_read(source):
+                self._drop(source)
+
+    def _is_read(self, value: str) -> bool:
+        """Whether a node that has not run reads it."""
+        return any(node.name not in self._run for node in self.block.readers(value))
+
+    def _drop(self, name: str) -> None:
+        """Forgets a value that is kept."""
+        bytes = self._values[name][0].nbytes * len(self._x)
+        del self._values[name]
+        self._room.give_back(bytes)
+        if bytes > LARGE:
+            return_freed()
 
 
 def _loaded_once(block: Block) -> Block:
@@ -149,11 +190,15 @@ def _products(dense, quantized):
     return product(quantized.T, quantized), product(dense.T, quantized)
 
 
-def _moments(dense: list, quantized: list) -> Moments:
-    width = quantized[0].shape[-1]
-    sums = np.zeros((2, width, width))
+def _moments(dense: Iterator[np.ndarray], quantized: Iterator[np.ndarray]) -> Moments:
+    sums, positions = None, 0
     for d, q in zip(dense, quantized, strict=True):
-        sums += np.stack([np.asarray(product, np.float64) for product in _products(d, q)])
-    positions = sum(q.shape[0] * q.shape[1] for q in quantized)
-    hessian, cross = (sums / positions).astype(np.float32)
+        if sums is None:
+            sums = np.zeros((2, q.shape[-1], q.shape[-1]))
+        for total, product in zip(sums, _products(d, q), strict=True):
+            total += np.asarray(product)
+        positions += q.shape[0] * q.shape[1]
+    assert sums is not None
+    sums /= positions
+    hessian, cross = sums.astype(np.float32)
     return Moments(hessian, cross, positions)

@@ -70,6 +70,7 @@ def convert(
     bits: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None,
     budget: Annotated[str | None, tyro.conf.arg(metavar="BYTES")] = None,
     seed: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None,
+    memory: Annotated[str | None, tyro.conf.arg(metavar="BYTES")] = None,
     device: Device = None,
     ignore_extra: IgnoreExtra = False,
     quiet: Quiet = False,
@@ -98,11 +99,15 @@ def convert(
             75MB.
         seed: The seed of what is drawn at random: rotations, and the text that the model writes. By
             default what the recipe says. The same seed gives the same bytes.
+        memory: The memory that calibration keeps to, such as 16GB; by default three quarters of
+            what is available. What finds no room is computed again or goes to files beside OUT, and
+            the result is the same.
     """
     from dataclasses import replace
     from shlex import quote
 
     from atd.checkpoint.folder import read_report
+    from atd.decomposition.allocation import parse_bytes
     from atd.models.placement import use_device
     from atd.pipeline.convert import convert as run
     from atd.pipeline.recipe import under_budget
@@ -115,8 +120,10 @@ def convert(
     chosen = under_budget(recipe, overrides, bits=bits, budget=budget)
     given = {"nonfinite": nonfinite, "calibration_tokens": calibration_tokens, "seed": seed}
     chosen = replace(chosen, **{name: value for name, value in given.items() if value is not None})
+    limit = None if memory is None else parse_bytes(memory, "--memory")
     with shown(quiet=quiet) as (say, progress):
         options = {"calib": calib, "overwrite": overwrite, "ignore_extra": ignore_extra}
+        options |= {"limit": limit}
         folder = run(model, out, chosen, **options, say=say, progress=progress)
     allocates = any(step.name == "allocate" for step in chosen.pipeline.passes)
     if allocates:

@@ -33,15 +33,15 @@ _UNITS = {
 }
 
 
-def parse_bytes(text: str) -> int:
+def parse_bytes(text: str, what: str = "budget") -> int:
     """Reads a size in bytes, rounded down: "3.9GB" is 3,900,000,000, "2GiB" 2,147,483,648, "75" 75.
 
     Raises:
-        BadInput: the text is no size above 0.
+        BadInput: the text, which the message calls `what`, is no size above 0.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", text.lower())
     if match is None or (match[2] or "b") not in _UNITS or float(match[1]) == 0:
-        raise BadInput(f"budget {text!r} is no size; write e.g. '3.9GB', '75MB' or '2GiB'")
+        raise BadInput(f"{what} {text!r} is no size; write e.g. '3.9GB', '75MB' or '2GiB'")
     whole, _, fraction = match[1].partition(".")
     unit = _UNITS[match[2] or "b"]
     return int(whole + fraction or "0") * unit // 10 ** len(fraction)  # exact: no float between

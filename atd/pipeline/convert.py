@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from atd.calibration.memory import SHARE, available, memory
+from atd.calibration.room import Room
 from atd.calibration.streams import Calibration
 from atd.calibration.text import SELF, calibration_text, window_count, window_length
 from atd.calibration.windows import tokens_digest
@@ -33,6 +35,8 @@ from atd.pipeline.pipeline import Pipeline, Stage
 from atd.pipeline.recipe import Recipe, read_recipe, suited, with_overrides
 from atd.progress import Progress, Report, Say, unheard
 
+STREAMS = "streams"  # in the partial folder: what calibration has no room for in memory
+
 
 def convert(
     model: str | Path,
@@ -44,6 +48,7 @@ def convert(
     overwrite: bool = False,
     ignore_extra: bool = False,
     cache: Path | None = None,
+    limit: int | None = None,
     say: Say = print,
     progress: Report = unheard,
 ) -> Path:
@@ -60,6 +65,8 @@ def convert(
       ignore_extra: leave out tensors of `model` that are not part of its architecture.
       cache: folder for what other runs can use again; by default
         `atd.host.default_cache()`.
+      limit: bytes of memory that calibration keeps to; by default three quarters of what is
+        available. The result is the same.
       say: takes lines for people.
       progress: hears how far the conversion is.
 
@@ -86,8 +93,9 @@ def convert(
         if recipe.pipeline.calibrated:
             windows = _calibration_windows(recipe, source, graph, store, say, progress)
             recipe = replace(recipe, calibration_sha256=tokens_digest(windows))
+        room = _room(graph, windows, limit, result.parent / STREAMS, say)
         context = Context(recipe.seed, cache=store, say=say, progress=progress)
-        entries = _run_stages(graph, stages, context, recipe, windows, tokenizer, result)
+        entries = _run_stages(graph, stages, context, recipe, windows, room, tokenizer, result)
         check_unchanged(contents)
         files = write_summary(result, source, recipe, entries, tokenizer, windows)
         finish(target, result, files, overwrite)
@@ -151,6 +159,17 @@ def _check_calibration(recipe: Recipe, graph: Graph) -> None:
             read_text(text)
 
 
+def _room(
+    graph: Graph, windows: np.ndarray | None, limit: int | None, folder: Path, say: Say
+) -> Room:
+    """Room for the values of calibration; says what is taken."""
+    if windows is None:
+        return Room()
+    needed, most = memory(graph, windows.size, windows.shape[1]), limit or SHARE * available()
+    say(needed.under(most))
+    return Room(needed.left(most) if limit else max(0, most - needed.work), folder)
+
+
 def _least_windows(step: Pass) -> int:
     """How many windows a pass needs: one where it reads activations and says no number."""
     return step.least_windows or int("activations" in step.needs)
@@ -162,6 +181,7 @@ def _run_stages(
     context: Context,
     recipe: Recipe,
     windows: np.ndarray | None,
+    room: Room,
     tokenizer: dict[str, bytes],
     result: Path,
 ) -> tuple[JournalEntry, ...]:
@@ -175,7 +195,7 @@ def _run_stages(
         folder = result if i == len(stages) - 1 else result.with_name(f"stage-{i}")
         folder.mkdir(exist_ok=True)
         # The streams of a new calibration start in front of the model.
-        calibration = None if windows is None else Calibration(windows)
+        calibration = None if windows is None else Calibration(windows, room)
         context = replace(context, calibration=calibration)
         done = run_stage(
             graph,

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from atd.calibration.room import Room
 from atd.calibration.streams import Calibration
 from atd.calibration.windows import cut_windows
 from atd.checkpoint.files import read_text
@@ -82,6 +83,32 @@ def test_inputs_inside_a_unit_are_those_of_its_quantized_linears():
         q.cross, q.hessian, atol=1e-5
     )  # nothing before the first norm is quantized
     assert np.abs(o.cross - o.hessian).max() > 1e-3
+
+
+@pytest.mark.exact
+@pytest.mark.parametrize("bytes", [0, 11 * 16 * 32 * 4, 60_000, 1 << 30])
+def test_what_has_no_room_is_the_same(tmp_path, bytes):
+    """Streams in files, and inner values that are computed again, give equal moments."""
+    dense = tiny_graph()
+    rough = Pipeline([Decompose(bases=1, group="row")])(dense)
+    tokens = np.random.default_rng(0).integers(0, 40, (11, 400)).astype(np.int32)  # two batches
+    room = Room(bytes, tmp_path / "streams")
+    small, large = Calibration(tokens, room), Calibration(tokens)
+    for before, after in zip(dense.units[:-1], rough.units[:-1], strict=True):
+        for calibration in (small, large):
+            calibration.begin(before, after)
+        for node in before.nodes:
+            if node.op == "linear":
+                name = before.full_name(node)
+                one, other = (calibration.moments(name) for calibration in (small, large))
+                np.testing.assert_array_equal(one.hessian, other.hessian)
+                np.testing.assert_array_equal(one.cross, other.cross)
+        small.finish()
+        large.finish()
+        assert 0 <= room.left <= bytes
+    streams = 2 * tokens.size * 32 * 4
+    files = list((tmp_path / "streams").rglob("*.npy")) if bytes < streams else []
+    assert len(files) == (0 if bytes > streams else 4 if bytes < streams // 2 else 2)
 
 
 @pytest.fixture(scope="module")

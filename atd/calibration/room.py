@@ -1,0 +1,61 @@
+"""Room for the values of a calibration run: how many bytes of them are kept, and what else is on
+disk.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+
+class Room:
+    """Bytes that values may take together.
+
+    What finds no room is computed again or kept in files: the results are the same.
+    """
+
+    def __init__(self, bytes: float = float("inf"), folder: Path | None = None):
+        """bytes: of all values; folder: for files, needed where the bytes are limited."""
+        self.left, self.folder = bytes, folder
+
+    def take(self, bytes: int) -> bool:
+        """Returns whether there is room for this many bytes, and takes it if so."""
+        if bytes > self.left:
+            return False
+        self.left -= bytes
+        return True
+
+    def give_back(self, bytes: int) -> None:
+        """Has bytes that were taken for others again."""
+        self.left += bytes
+
+
+class Batches:
+    """A value in all batches: in memory, or one file each."""
+
+    def __init__(self, arrays: Sequence[np.ndarray], folder: Path | None = None):
+        """folder: for the files; None: in memory."""
+        self.folder, self._arrays = folder, list(arrays)
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        array = self._arrays[i]
+        return np.load(self._path(i)) if array is None else array
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self[i] for i in range(len(self)))
+
+    def __setitem__(self, i: int, array: np.ndarray) -> None:
+        if self.folder is None:
+            self._arrays[i] = array
+        else:
+            np.save(self._path(i), array)
+            self._arrays[i] = None
+
+    def _path(self, i: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{i}.npy"
