@@ -14,7 +14,7 @@ from atd.calibration.streams import BATCH
 from atd.errors import BadInput
 from atd.ir import Graph
 
-PROCESS = 0.4e9  # Python, jax and compiled programs
+PROCESS = 0.5e9  # Python, jax and compiled programs
 WEIGHTS = 3  # float32 copies of a unit's weights: of the dense stream, the quantized one, to write
 SQUARES = 12  # matrices float32 [n, n] that exist at a time: 11.3 were measured at n = 4096
 VALUES = 2  # times what linears put out: all values of a batch in a unit
