@@ -90,7 +90,7 @@ def main() -> None:
 
     console, figures = Console(), {}
     clock = time.perf_counter()
-    predicted, _ = fisher_losses(graph, windows, candidates, few)
+    predicted = fisher_losses(graph, windows, candidates, few).losses
     seconds = {"predicted": time.perf_counter() - clock}
     losses = {"predicted": np.array([predicted[name] for name in candidates])}  # [linears, options]
     if not options.budgets_only:

@@ -15,7 +15,11 @@ faster on few, busy cores.
 
 --bits and --budgets convert with the recipe `adaptive`, once each. Calibrated recipes are
 calibrated on text that the model writes itself, or on --calib. --slices 3 repeats each with seeds
-0, 1, 2: other calibration text, other rotation; means are shown, and the spread.
+0, 1, 2: other calibration text, other rotation; each is shown, and their mean.
+
+The 95 % interval of a KL says how far it depends on the windows of the text: a bootstrap draws as
+many windows as there are, with replacement (Efron 1979). Seeds share their windows, so that the
+interval of their mean does not hold how far the seeds spread.
 """
 
 import argparse
@@ -40,6 +44,7 @@ from atd.reports.progress import shown
 from atd.reports.tables import sizes
 from atd.runtime.compare import compare, load_checkpoint, read_tokens
 
+DRAWS = 10_000  # of the bootstrap
 SHARED = Path(os.environ.get("ATD_SHARED_DATA") or Path(__file__).parents[1] / "data")
 TINYSTORIES, WIKITEXT = (
     SHARED / "text/tinystories_valid_30k.txt",
@@ -163,7 +168,7 @@ def measured(name, recipe, model, dense, ids, context, calib, folder, say, progr
 
 
 def table(rows: list[dict], texts: list[str]) -> Table:
-    """A row for each recipe: means over slices, and how far the KL spreads."""
+    """A row for each conversion, and one for the mean of the seeds of a recipe."""
     made = Table(
         box=SIMPLE_HEAD,
         show_edge=False,
@@ -176,7 +181,7 @@ def table(rows: list[dict], texts: list[str]) -> Table:
         "size",
         "perplexity",
         "KL",
-        "min..max",
+        "95 %",
         "KL median",
         "KL 99 %",
         "top-1",
@@ -186,25 +191,40 @@ def table(rows: list[dict], texts: list[str]) -> Table:
         made.add_column(title, justify="left" if title == "recipe" else "right", no_wrap=True)
     for name in dict.fromkeys(row["recipe"] for row in rows):
         same = [row for row in rows if row["recipe"] == name]
-
-        def mean(key: str, text: str = texts[0], same=same) -> float:
-            return float(np.mean([row[text][key] for row in same]))
-
-        kls = [row[texts[0]]["kl_mean"] for row in same]
-        made.add_row(
-            name,
-            f"{np.mean([row['bits'] for row in same]):.3f}",
-            sizes(same[0]["bytes"]),
-            f"{mean('perplexity'):.3f}",
-            f"{mean('kl_mean'):.4f}",
-            f"{min(kls):.4f}..{max(kls):.4f}" if len(kls) > 1 else "",
-            f"{mean('kl_median'):.4f}",
-            f"{mean('kl_99'):.3f}",
-            f"{mean('top1_agreement'):.1%}",
-            f"{mean('kl_mean', texts[-1]):.4f}",
-            f"{np.mean([row['seconds'] for row in same]):.0f}",
-        )
+        if len(same) > 1:
+            for row in same:
+                made.add_row(f"{name}, seed {row['seed']}", *figures([row], texts))
+        made.add_row(f"{name}, mean" if len(same) > 1 else name, *figures(same, texts))
     return made
+
+
+def figures(rows: list[dict], texts: list[str]) -> list[str]:
+    """The cells of a row behind its name: means over conversions of one recipe."""
+
+    def mean(key: str, text: str = texts[0]) -> float:
+        return float(np.mean([row[text][key] for row in rows]))
+
+    low, high = interval([row[texts[0]]["kl_windows"] for row in rows])
+    return [
+        f"{np.mean([row['bits'] for row in rows]):.3f}",
+        sizes(rows[0]["bytes"]),
+        f"{mean('perplexity'):.3f}",
+        f"{mean('kl_mean'):.4f}",
+        f"{low:.4f}..{high:.4f}",
+        f"{mean('kl_median'):.4f}",
+        f"{mean('kl_99'):.3f}",
+        f"{mean('top1_agreement'):.1%}",
+        f"{mean('kl_mean', texts[-1]):.4f}",
+        f"{np.mean([row['seconds'] for row in rows]):.0f}",
+    ]
+
+
+def interval(by_window: list[list[float]]) -> tuple[float, float]:
+    """95 % interval of the mean KL by a bootstrap over windows, KL [conversions, windows]."""
+    kl = np.mean(by_window, axis=0)
+    drawn = np.random.default_rng(0).integers(len(kl), size=(DRAWS, len(kl)))
+    low, high = np.quantile(kl[drawn].mean(axis=1), [0.025, 0.975])
+    return float(low), float(high)
 
 
 if __name__ == "__main__":

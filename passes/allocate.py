@@ -16,7 +16,8 @@ loses least.
    equal types alone; `fused = false` lets each have its own.
 5. The decision stays in the graph: the attr `ternary` of every dense matrix says "n=2 g=row tied
    f16" or "dense", and `decompose`, which must follow, does that. An embedding, which reads no
-   activations, gets the attr `moments`: second moments that its errors are weighted by.
+   activations, gets the attr `moments`: second moments that its errors are weighted by. Linears get
+   the attr `fisher`: squared gradients at their outputs, by which rows of a trellis code count.
 6. Without calibration (the check before a conversion reads data) feasibility is checked in the same
    way, and types come from a stand-in (`atd.decomposition.budget.stand_in_loss`)."""
 
@@ -46,16 +47,19 @@ from atd.decomposition.options import (
 from atd.decomposition.trellis_codes import BASES, KINDS
 from atd.errors import BadInput
 from atd.ir import Block, Graph, Node
-from atd.ir.notes import DECISION, MOMENTS, SecondMoments
+from atd.ir.notes import DECISION, FISHER, MOMENTS, SecondMoments
 from atd.ir.rewrite import map_nodes
 from atd.models.numerics import numerics
 from atd.pipeline import Context, Pass, checks
+from atd.progress import Say
 from atd.version import __version__
 from atd.weights import DenseType, Group
 from atd.weights.layouts import DEFAULT_LAYOUT, LAYOUTS
 
 SENSITIVITIES = ("fisher", "measured")
-VERSION = 4  # of the sensitivities in the cache
+VERSION = 5  # of the sensitivities in the cache
+
+Notes = Mapping[str, Mapping[str, np.ndarray]]  # attr -> name of a node -> its second moments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,12 +138,13 @@ class Allocate(Pass):
 
     def rewrite(self, graph: Graph, context: Context) -> Graph | None:
         problem = self.problem(graph)
-        losses, moments = self.sensitivities(problem, graph, context)
+        losses, notes = self.sensitivities(problem, graph, context)
         decided = problem.solved(losses)
         context.say(f"allocate: {decided}")
         for name, loss in decided.shares.items():
             context.record(name, predicted_kl=loss)
-        return _noted(graph, decided, moments)
+        squares = _usable(notes.get(FISHER, {}), context.say)
+        return _noted(graph, decided, {**notes, FISHER: squares})
 
     # --- what there is to decide ---
 
@@ -245,12 +250,12 @@ class Allocate(Pass):
 
     def sensitivities(
         self, problem: Problem, graph: Graph, context: Context
-    ) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
+    ) -> tuple[list[np.ndarray], Notes]:
         """Returns what options lose, from the cache where another run has found it.
 
         Returns:
-            KL of each choice, nats per position, [nodes, options]; second moments float32 [in, in]
-            of an embedding among the candidates, by its name.
+            KL of each choice, nats per position, [nodes, options]; what `decompose` weighs errors
+            by: the moments of an embedding among the candidates, and E[g^2] of linears.
         """
         if context.calibration is None:
             return problem.stand_in_losses(), {}
@@ -267,14 +272,13 @@ class Allocate(Pass):
 
     def _find(
         self, problem: Problem, graph: Graph, windows: np.ndarray, context: Context
-    ) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
+    ) -> tuple[list[np.ndarray], Notes]:
         """What `sensitivities` returns, found on the windows int32 [windows, context]."""
         if self.sensitivity == "fisher":
             options = {"seed": context.seed, "progress": context.progress}
-            by_node, moments = fisher_losses(
-                graph, windows, problem.candidates, self.tokens, **options
-            )
-            return [np.array([by_node[n] for n in names]) for names in problem.choices], moments
+            found = fisher_losses(graph, windows, problem.candidates, self.tokens, **options)
+            losses = [np.array([found.losses[n] for n in names]) for names in problem.choices]
+            return losses, {MOMENTS: found.moments, FISHER: found.squares}
         together = measured_losses(
             graph, windows, problem.choices, problem.candidates, self.tokens, context.progress
         )
@@ -324,42 +328,52 @@ def _ends(graph: Graph) -> dict[str, Node]:
     return {name: node for name, node in named.items() if node.is_dense_matrix}
 
 
-def _noted(graph: Graph, decided: Allocation, moments: Mapping[str, np.ndarray]) -> Graph:
-    """The graph with the decision noted at every dense matrix."""
+def _usable(squares: Mapping[str, np.ndarray], say: Say) -> dict[str, np.ndarray]:
+    """E[g^2] of the linears whose rows it can weigh; says of the others why it cannot."""
+    found = {}
+    for name, square in squares.items():
+        if not np.isfinite(square).all():
+            say(f"allocate: {name}: gradients at its outputs overflow; its rows count alike")
+        elif not square.any():
+            say(f"allocate: {name}: gradients at its outputs are all zero; its rows count alike")
+        else:
+            found[name] = square
+    return found
+
+
+def _noted(graph: Graph, decided: Allocation, notes: Notes) -> Graph:
+    """The graph with the decision noted at every dense matrix, and what else there is of it."""
 
     def noted(unit: Block, node: Node) -> Node:
         if not node.is_dense_matrix:
             return node
         name = unit.full_name(node)
         type = decided.types.get(name, node.weights["weight"].type)
-        notes: dict[str, Any] = {DECISION: decision(type)}
-        if name in moments:
-            notes[MOMENTS] = SecondMoments(moments[name])
-        return replace(node, attrs=node.attrs | notes)
+        mine: dict[str, Any] = {DECISION: decision(type)}
+        mine |= {attr: SecondMoments(of[name]) for attr, of in notes.items() if name in of}
+        return replace(node, attrs=node.attrs | mine)
 
     return map_nodes(graph, noted)
 
 
-def _packed(
-    losses: Sequence[np.ndarray], moments: Mapping[str, np.ndarray], problem: Problem
-) -> dict[str, np.ndarray]:
+def _packed(losses: Sequence[np.ndarray], notes: Notes, problem: Problem) -> dict[str, np.ndarray]:
     """Sensitivities as named arrays for the cache."""
     by_node = {
         f"losses {name}": loss
         for names, found in zip(problem.choices, losses, strict=True)
         for name, loss in zip(names, found, strict=True)
     }
-    return by_node | {f"moments {name}": matrix for name, matrix in moments.items()}
+    return by_node | {
+        f"{attr} {name}": array for attr, of in notes.items() for name, array in of.items()
+    }
 
 
-def _unpacked(
-    kept: Mapping[str, np.ndarray], problem: Problem
-) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
+def _unpacked(kept: Mapping[str, np.ndarray], problem: Problem) -> tuple[list[np.ndarray], Notes]:
     """What `_packed` made named arrays of."""
     losses = [np.stack([kept[f"losses {name}"] for name in names]) for names in problem.choices]
-    moments = {
-        name.removeprefix("moments "): array
-        for name, array in kept.items()
-        if name.startswith("moments ")
-    }
-    return losses, moments
+    notes: dict[str, dict[str, np.ndarray]] = {MOMENTS: {}, FISHER: {}}
+    for key, array in kept.items():
+        attr, name = key.split(" ", 1)
+        if attr in notes:
+            notes[attr][name] = array
+    return losses, notes

@@ -18,8 +18,10 @@
    noted at them (the attr `moments`), and by als where there are none.
 5. Where `allocate` has noted a decision (the attr `ternary`), that alone says which nodes are
    decomposed, and into which bases, groups, scales or code, and dtype: rules are refused. The
-   method is still this pass's. Both notes are taken away.
-6. `als` weights errors with `context.feature_weights[node]` where there are any.
+   method is still this pass's. All notes are taken away.
+6. Rows that share the trits of a trellis code count by the squared gradients at their outputs,
+   where `allocate` noted them (the attr `fisher`); `fisher = false` lets all count alike.
+7. `als` weights errors with `context.feature_weights[node]` where there are any.
 """
 
 import re
@@ -36,7 +38,7 @@ from atd.decomposition.rmse import relative_error
 from atd.decomposition.second_moments import asymmetric_target
 from atd.errors import BadInput, about
 from atd.ir import Graph, Node, WeightRef
-from atd.ir.notes import DECISION, MOMENTS, SecondMoments, without
+from atd.ir.notes import DECISION, FISHER, MOMENTS, SecondMoments, without
 from atd.ir.rewrite import with_weight
 from atd.pipeline import Context, Pass, checks
 from atd.weights import (
@@ -50,6 +52,7 @@ from atd.weights import (
 )
 
 METHODS = ("als", "greedy", "hessian")
+FLOOR = 0.1  # of the mean E[g^2], which is added for each row: an estimate of some thousand tokens
 TOLERATED = 1.5  # times the error on Gaussians, before a code's error is worth a warning
 
 
@@ -77,6 +80,7 @@ class Decompose(Pass):
     damping: float = 0.3
     order: bool = True  # visit inputs by descending second moment (act-order)
     asymmetric: float = 1.0  # share of the correction toward the dense model's outputs; 0: none
+    fisher: bool = True  # rows that share trits weigh E[g^2] of their outputs, as allocate noted it
 
     def __post_init__(self):
         checks.check_known("decompose.method", self.method, METHODS)
@@ -171,7 +175,7 @@ class Decompose(Pass):
         """What `allocate` decided for the node; its notes are taken away."""
         type = decided_type(node.attrs[DECISION], node.weights["weight"].type.shape)
         if type is None:
-            return replace(node, attrs=without(node.attrs, DECISION, MOMENTS))
+            return replace(node, attrs=without(node.attrs, DECISION, MOMENTS, FISHER))
         return self._decomposed(name, node, type, context)
 
     def _type(self, name: str, node: Node) -> TernaryType | TrellisType:
@@ -193,6 +197,7 @@ class Decompose(Pass):
     ) -> Node:
         """The node with a ternary weight of this type; its notes are taken away."""
         ref, moments = node.weights["weight"], node.attrs.get(MOMENTS)
+        importance = _importance(node.attrs.get(FISHER)) if self.fisher else None
 
         def load() -> Ternary | Trellis:
             dense = ref.load()
@@ -204,7 +209,7 @@ class Decompose(Pass):
                     found = greedy(weight, type.bases, DTYPES[type.dtype], type.group)
                     made = Ternary(*found, type)
                 elif self.method == "hessian" and (node.op == "linear" or moments is not None):
-                    made = self._calibrated(name, weight, type, moments, context)
+                    made = self._calibrated(name, weight, type, moments, importance, context)
                 else:
                     made = quantize.nearest(weight, type, context.feature_weights.get(name))
             if isinstance(type, TrellisType):
@@ -213,7 +218,9 @@ class Decompose(Pass):
             return made
 
         weight = WeightRef(ref.tensor, type, load, ref.source)
-        return replace(with_weight(node, weight), attrs=without(node.attrs, DECISION, MOMENTS))
+        return replace(
+            with_weight(node, weight), attrs=without(node.attrs, DECISION, MOMENTS, FISHER)
+        )
 
     def _calibrated(
         self,
@@ -221,6 +228,7 @@ class Decompose(Pass):
         weight: np.ndarray,
         type: TernaryType | TrellisType,
         given: SecondMoments | None,
+        importance: np.ndarray | None,
         context: Context,
     ) -> Ternary | Trellis:
         """The weight under the given moments, or those of the node's inputs."""
@@ -238,10 +246,16 @@ class Decompose(Pass):
             if self.asymmetric:
                 corrected = asymmetric_target(weight, hessian, moments.cross, self.damping)
                 target = weight + self.asymmetric * (np.asarray(corrected) - weight)
-        made = quantize.calibrated(target, type, factor, hessian, self.sweeps, self.refits)
+        visits = self.sweeps, self.refits
+        made = quantize.calibrated(target, type, factor, hessian, *visits, importance)
         if factor.damping > self.damping:
             context.record(name, damping=factor.damping)
         return made
+
+
+def _importance(squares: SecondMoments | None) -> np.ndarray | None:
+    """What errors of each row cost, float32 [out]: E[g^2] + FLOOR of its mean, or None."""
+    return None if squares is None else squares.matrix + FLOOR * squares.matrix.mean()
 
 
 def _warn_of_other_weights(

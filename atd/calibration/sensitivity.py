@@ -25,6 +25,7 @@ Sources: Babai's view of GPTQ 2507.18553; Fisher weights as in SqueezeLLM 2306.0
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +58,20 @@ LEFT_BY_CODES = 0.98
 Candidates = Mapping[str, Sequence[Candidate]]  # full name of a node -> what its matrix may become
 
 
+class Sensitivities(NamedTuple):
+    """What `fisher_losses` found, by node.
+
+    Attributes:
+        losses: nats per position that each candidate costs, float64 [candidates].
+        moments: M float32 [D, D] of the embedding, if it is among the candidates.
+        squares: E[g^2] float32 [out] of the gradients at the outputs of each linear.
+    """
+
+    losses: dict[str, np.ndarray]
+    moments: dict[str, np.ndarray]
+    squares: dict[str, np.ndarray]
+
+
 def fisher_losses(
     graph: Graph,
     windows: np.ndarray,
@@ -64,7 +79,7 @@ def fisher_losses(
     tokens: int = 2048,
     seed: int = 0,
     progress: Report = unheard,
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+) -> Sensitivities:
     """Predicts what each candidate costs: 1/2 sum_o E[g_o^2] (dW H dW')_oo, one base times BEYOND.
 
     An embedding is read in two ways. At a position of token v its error costs 1/2 (g dE_v')^2, g
@@ -83,10 +98,6 @@ def fisher_losses(
         tokens: of the windows, at least one window, for gradients.
         seed: of the labels.
         progress: hears of each unit, forward and backward.
-
-    Returns:
-        Nats per position, float64 [candidates], by node; and M float32 [D, D] of the embedding by
-        its name, if it is among the candidates.
     """
     errors, inputs, tied = _errors(graph, windows, candidates, tokens, progress)
     squares, gradient = output_gradients(graph, inputs, candidates, seed, progress)
@@ -94,9 +105,10 @@ def fisher_losses(
         name: 0.5 * np.array([_beyond(type) for type in candidates[name]]) * (error @ squares[name])
         for name, error in errors.items()
     }
+    noted = {name: squares[name].astype(np.float32) for name in losses}
     embed, head = graph.prologue.nodes[0], graph.epilogue.full_name(graph.head)
     if (name := graph.prologue.full_name(embed)) not in candidates:
-        return losses, {}
+        return Sensitivities(losses, {}, noted)
     flat = gradient.reshape(-1, gradient.shape[-1]).astype(np.float64)
     moments = flat.T @ flat / len(flat)
     if head in tied:
@@ -105,7 +117,7 @@ def fisher_losses(
     share, matrix = squares[head] / squares[head].sum(), embed.weights["weight"].dense()
     with about(name):
         rows = feedback_losses(matrix, candidates[name], moments, pivots)
-    return losses | {name: 0.5 * rows @ share}, {name: moments}
+    return Sensitivities(losses | {name: 0.5 * rows @ share}, {name: moments}, noted)
 
 
 def feedback_losses(

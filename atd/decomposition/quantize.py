@@ -40,19 +40,22 @@ def calibrated(
     hessian: np.ndarray,
     sweeps: int = 2,
     refits: int = 0,
+    importance: np.ndarray | None = None,
 ) -> Ternary | Trellis:
-    """Minimises sum_rows (w - q) H (w - q)' by error feedback, `sweeps` of coordinate descent and
-    `refits` rounds of (scales in closed form, one more sweep).
+    """Minimises sum_o c_o (w_o - q_o) H (w_o - q_o)' by error feedback, `sweeps` of coordinate
+    descent and `refits` rounds of (scales in closed form, one more sweep).
 
     Args:
         weight: float32 [out, in].
         type: what the matrix becomes.
         factor: that of `hessian`.
         hessian: H float32 [in, in].
+        importance: c float32 [out] of the rows, which matters to trellis codes alone: without one,
+            the trits of a row are no other row's.
     """
     options = {"dtype": DTYPES[type.dtype], "sweeps": sweeps, "refits": refits}
     if isinstance(type, TrellisType):
-        options |= {"code": type.code, "length": type.segment}
+        options |= {"code": type.code, "length": type.segment, "importance": importance}
         return Trellis(*trellis_feedback.decompose(weight, factor, hessian, **options), type)
     options |= {"bases": type.bases, "group": type.group, "tied": type.tied}
     return Ternary(*error_feedback.decompose(weight, factor, hessian, **options), type)

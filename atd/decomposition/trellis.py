@@ -145,9 +145,9 @@ def best_way(target, weight, seam, steps: tuple[Phase, ...]) -> Way:
 
 
 def snap(
-    x, scale, code: Code, length: int, seam=None, search: Search = best_way
+    x, scale, code: Code, length: int, seam=None, search: Search = best_way, importance=None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Finds the trits of a column whose values come nearest to x: min sum_o (x[o] - w[o])^2.
+    """Finds the trits of a column whose values come nearest to x: min sum_o c[o] (x[o] - w[o])^2.
 
     Args:
         x: float32 [rows], rows a multiple of `length`: whole segments.
@@ -158,13 +158,15 @@ def snap(
             the one behind its last. None: a free run over the last and first SEAM_ROWS rows finds
             it.
         search: `best_way`, or what does the same.
+        importance: c float32 [rows], what an error of each row costs; None: the same in all rows.
 
     Returns:
         (trits int8 [rows / period, code.trits], those of a period's rows side by side;
         values float32 [rows]; seam int32 [segments]).
     """
     steps = phases(code)
-    weight = scale * scale / jnp.maximum(jnp.mean(scale * scale), 1e-30)
+    weight = scale * scale if importance is None else importance * scale * scale
+    weight /= jnp.maximum(jnp.mean(weight), 1e-30)
     target = x * jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1.0), 0.0)
     target, weight = (a.reshape(-1, length).T for a in (target, weight))  # [L, segments]
     segments = target.shape[1]
@@ -188,7 +190,9 @@ def snap(
     return trits.reshape(-1, trits.shape[-1]), value.reshape(-1) * scale, seam
 
 
-def snap_column(x, scale, code: Code, length: int, seam=None, search: Search = best_way):
+def snap_column(
+    x, scale, code: Code, length: int, seam=None, search: Search = best_way, importance=None
+):
     """`snap` of a column of any number of rows: behind the whole segments, the rest of the rows is
     a segment of its own.
     """
@@ -199,7 +203,8 @@ def snap_column(x, scale, code: Code, length: int, seam=None, search: Search = b
         if stop > start:
             first = start // length
             known = None if seam is None else seam[first : first + (stop - start) // rows]
-            found.append(snap(x[start:stop], scale[start:stop], code, rows, known, search))
+            costs = None if importance is None else importance[start:stop]
+            found.append(snap(x[start:stop], scale[start:stop], code, rows, known, search, costs))
     trits, values, seams = (jnp.concatenate(arrays) for arrays in zip(*found, strict=True))
     return trits, values, seams
 

@@ -47,8 +47,10 @@ def decompose(
     dtype: DTypeLike = np.float16,
     sweeps: int = 1,
     refits: int = 2,
+    importance=None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Minimises sum_rows (w - q) H (w - q)' over what the code can make of one scale per row.
+    """Minimises sum_o c_o (w_o - q_o) H (w_o - q_o)' over what the code can make of one scale per
+    row.
 
     Feedback, `sweeps` of coordinate descent, then `refits` rounds of (scales in closed form, one
     more sweep). The scales that are stored then give each row's outputs the energy of the weights'.
@@ -60,6 +62,8 @@ def decompose(
         code: the code; its period divides `out` and `length`.
         length: rows per segment.
         dtype: of the scales that are stored.
+        importance: c float32 [out], what errors of each row cost; None: the same in all rows. A
+            trit counts in several rows, and is chosen for those that count most.
 
     Returns:
         (trits int8 [out / period, in, code.trits], scales `dtype` [out, 1, 1]).
@@ -78,12 +82,14 @@ def decompose(
     def carry(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         rows, scale = weight[start:stop], scales[start:stop]
         target = visit_order(rows, factor.order)
-        found = sweep(target, target, None, matrix=factor.feedback, scale=scale, **options)
+        costs = None if importance is None else jnp.asarray(importance[start:stop], jnp.float32)
+        visit = partial(sweep, target, importance=costs, **options)
+        found = visit(target, None, matrix=factor.feedback, scale=scale)
         for _ in range(sweeps):
-            found = sweep(target, *found[:2], matrix=descent, scale=scale, **options)
+            found = visit(*found[:2], matrix=descent, scale=scale)
         for _ in range(refits):
             quantized, scale = _refit(rows, found[0], scale, hessian, factor.order, np.dtype(dtype))
-            found = sweep(target, quantized, found[1], matrix=descent, scale=scale, **options)
+            found = visit(quantized, found[1], matrix=descent, scale=scale)
         scale = _equal_energy(rows, found[0], scale, hessian, factor.order, np.dtype(dtype))
         return np.asarray(stored_order(found[2], factor.order)), np.asarray(scale)
 
@@ -180,7 +186,18 @@ def _chunks(out: int, length: int) -> list[tuple[int, int]]:
 
 
 @partial(jax.jit, static_argnames=("code", "length", "search"))
-def sweep(target, quantized, seams, *, matrix, scale, code: Code, length: int, search: Search):
+def sweep(
+    target,
+    quantized,
+    seams,
+    *,
+    matrix,
+    scale,
+    code: Code,
+    length: int,
+    search: Search,
+    importance=None,
+):
     """Does one sweep over all columns: `sweep_columns`, with trits of the code.
 
     Args:
@@ -188,6 +205,7 @@ def sweep(target, quantized, seams, *, matrix, scale, code: Code, length: int, s
         seams: int32 [in, segments], which are kept; None: they are found.
         scale: float32 [rows].
         search: `atd.decomposition.trellis.best_way`, or what does the same.
+        importance: float32 [rows], or None.
 
     Returns:
         (quantized [in, rows], seams, trits int8 [in, rows / P, M]).
@@ -199,7 +217,7 @@ def sweep(target, quantized, seams, *, matrix, scale, code: Code, length: int, s
 
     def nearest(x, j, column):
         known = None if seams is None else column[0]
-        found, value, seam = snap_column(x, scale, code, length, known, search)
+        found, value, seam = snap_column(x, scale, code, length, known, search, importance)
         return value, (seam, found)
 
     quantized, kept = sweep_columns(

@@ -82,6 +82,7 @@ class Evaluation:
     tokens: int  # given, before the cut into windows
     seconds: float  # all of it, compilation included
     tokens_per_second: float  # through all models; not counting the first batch, which compiles
+    kl_windows: tuple[float, ...] = ()  # kl_mean of each window; none without another model
 
     def conditions(self) -> str:
         """Returns "30 windows of 256 tokens, no BOS, 7,650 positions scored" and the like."""
@@ -174,6 +175,7 @@ def evaluate(
         tokens_per_second=(len(windows) - compiling * batch)
         * context
         / (laps[-1] - laps[compiling]),
+        kl_windows=_by_window(len(windows), *compared),
     )
 
 
@@ -209,6 +211,11 @@ def _distance(against_nll=None, kl=None, same=None) -> dict[str, float | None]:
         "kl_99": float(np.quantile(kl, 0.99)),
         "top1_agreement": float(same.mean()),
     }
+
+
+def _by_window(windows: int, against_nll=None, kl=None, same=None) -> tuple[float, ...]:
+    """The mean KL of each window, from float64 [positions]; () where no models are compared."""
+    return () if kl is None else tuple(kl.reshape(windows, -1).mean(axis=1).tolist())
 
 
 def cut(

@@ -155,7 +155,7 @@ def test_a_tied_embedding_under_its_moments(stories260k, small):
     name = "model.embed_tokens"
     candidates = candidates_of(graph, [name], (3,) if small.name == "packaged" else (3, 4))
     heard = []
-    predicted, moments = sensitivity.fisher_losses(
+    predicted, moments, _ = sensitivity.fisher_losses(
         graph, windows, candidates, progress=lambda now: heard.append((now.done, now.total))
     )
     units = len(graph.units)
@@ -204,7 +204,7 @@ def test_measured_and_predicted_rank_alike(stories260k, small):
     windows = windows_of(stories260k, small.calibration, 32)
     names = linears_of(graph)
     candidates = candidates_of(graph, names)
-    predicted, _ = sensitivity.fisher_losses(graph, windows, candidates)
+    predicted = sensitivity.fisher_losses(graph, windows, candidates).losses
     found = measured_losses(graph, windows, [[name] for name in names], candidates, tokens=1024)
     table = np.array([predicted[name] for name in names])
     assert np.asarray(spearmanr(table.ravel(), np.array(found).ravel()))[0] > 0.85
@@ -216,6 +216,6 @@ def test_dense_loses_nothing():
     windows = np.random.default_rng(0).integers(0, 40, (2, 16)).astype(np.int32)
     name = "lm_head"
     types = [*candidates_of(graph, [name])[name], DenseType((40, 32), "f32")]
-    assert sensitivity.fisher_losses(graph, windows, {name: types})[0][name][-1] == 0
+    assert sensitivity.fisher_losses(graph, windows, {name: types}).losses[name][-1] == 0
     (found,) = measured_losses(graph, windows, [[name]], {name: types})
     assert found[-1] == pytest.approx(0, abs=1e-7)

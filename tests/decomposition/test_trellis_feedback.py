@@ -89,6 +89,29 @@ def test_the_outputs_of_a_row_have_the_energy_of_the_weights(problem):
     assert least < lost(weight, values, moments) < 1.01 * least
 
 
+def weighted(weight, quantized, hessian, importance) -> float:
+    return float(np.asarray(proxy_loss(weight - quantized, hessian)) @ importance)
+
+
+def test_trits_are_chosen_for_the_rows_that_count_most(problem):
+    """At the same bytes: rows share trits, and those whose errors cost much get the better ones."""
+    weight, hessian, factor = problem
+    importance = np.exp(np.random.default_rng(1).standard_normal(OUT)).astype(np.float32)
+    code, moments = known_code(2, "fast"), damped(hessian, factor)
+    make = partial(trellis_feedback.decompose, weight, factor, hessian, code=code, length=LENGTH)
+    alike, chosen = (weights_of(*make(importance=c), code) for c in (None, importance))
+    cost = weighted(weight, alike, moments, importance)
+    assert weighted(weight, chosen, moments, importance) < 0.92 * cost
+    assert lost(weight, chosen, moments) > lost(weight, alike, moments)
+
+
+def test_equal_importance_changes_nothing(problem):
+    weight, hessian, factor = problem
+    make = partial(trellis_feedback.decompose, weight, factor, hessian, code=known_code(2, "fast"))
+    found, alike = (make(length=LENGTH, importance=c) for c in (None, np.ones(OUT)))
+    np.testing.assert_array_equal(found[0], alike[0])
+
+
 def test_without_second_moments(problem):
     weight, hessian, factor = problem
     code = known_code(2, "fast")

@@ -237,6 +237,44 @@ def test_sensitivities_are_kept_and_used_again(windows, tmp_path, monkeypatch):
         Allocate(bits=3.4)(graph, context_of(windows, cache=Cache(tmp_path)))
 
 
+def test_squared_gradients_of_outputs_are_left_for_decompose_and_kept(windows, tmp_path):
+    step = Allocate(bits=3.4)
+
+    def squares() -> dict[str, np.ndarray]:
+        after = step(tiny_graph(), context_of(windows, cache=Cache(tmp_path)))
+        assert "fisher" not in str(Decompose(method="hessian")(after))
+        noted = {
+            name: node.attrs["fisher"] for name, node in after.nodes() if "fisher" in node.attrs
+        }
+        return {name: moments.matrix for name, moments in noted.items()}
+
+    first, kept = squares(), squares()
+    assert len(first) == 14
+    for name, found in first.items():
+        assert (found > 0).all()
+        np.testing.assert_array_equal(kept[name], found)
+
+
+def test_gradients_that_overflow_or_vanish_are_named_and_left_out(windows, monkeypatch):
+    real, lines = module.fisher_losses, []
+    q, k = (f"model.layers.0.self_attn.{name}_proj" for name in "qk")
+
+    def damaged(*arguments, **options):
+        found = real(*arguments, **options)
+        wrong = {q: np.full_like(found.squares[q], np.inf), k: np.zeros_like(found.squares[k])}
+        return found._replace(squares=found.squares | wrong)
+
+    monkeypatch.setattr(module, "fisher_losses", damaged)
+    after = Allocate(bits=3.4)(tiny_graph(), context_of(windows, say=lines.append))
+    assert lines[1:] == [
+        f"allocate: {q}: gradients at its outputs overflow; its rows count alike",
+        f"allocate: {k}: gradients at its outputs are all zero; its rows count alike",
+    ]
+    linears = {name: node for name, node in after.nodes() if node.op == "linear"}
+    left = [name for name in linears if name != "lm_head" and "fisher" not in linears[name].attrs]
+    assert left == [q, k]
+
+
 @pytest.mark.exact
 def test_an_embeddings_moments_are_left_for_decompose_and_kept(windows, tmp_path):
     graph, step = tiny_graph(tied=True), Allocate(budget="30kB")

@@ -10,8 +10,8 @@ from atd.calibration.streams import Calibration, Moments
 from atd.decomposition.second_moments import proxy_loss
 from atd.errors import BadInput
 from atd.ir import in_memory
-from atd.ir.notes import DECISION, MOMENTS, SecondMoments
-from atd.ir.rewrite import with_weight
+from atd.ir.notes import DECISION, FISHER, MOMENTS, SecondMoments
+from atd.ir.rewrite import map_nodes, with_weight
 from atd.models import frontend
 from atd.passes.decompose import Decompose
 from atd.pipeline import Context, Figures, Pipeline, parse_pass
@@ -100,6 +100,34 @@ def test_an_embedding_is_rounded_under_the_moments_left_for_it():
     """Error feedback under them loses less than als, which any embedding without them gets."""
     without, under = embedding_losses(refits=1)
     assert under < 0.7 * without
+
+
+def test_rows_of_a_code_weigh_the_squared_gradients_that_were_noted():
+    """The row whose outputs matter most gets closer; `fisher = false` treats all alike."""
+    graph, name = tiny_graph(), "model.layers.0.mlp.up_proj"
+    (node,) = (node for n, node in graph.nodes() if n == name)
+    squares = np.full(node.weights["weight"].type.shape[0], 1e-3, np.float32)
+    squares[20] = 1.0
+    noted = map_nodes(
+        graph,
+        lambda unit, n: (
+            replace(n, attrs=n.attrs | {FISHER: SecondMoments(squares)})
+            if unit.full_name(n) == name
+            else n
+        ),
+    )
+    moments = Moments(np.eye(32, dtype=np.float32), np.eye(32, dtype=np.float32), 400)
+    context = Context(calibration=SimpleNamespace(moments=lambda name: moments))  # type: ignore[arg-type]
+    weight = node.weights["weight"].dense()
+
+    def error(fisher: bool) -> np.ndarray:
+        step = Decompose(method="hessian", trellis="fast", group="row", nodes=name, fisher=fisher)
+        after = step(noted, context)
+        made = np.asarray(dict(after.weights())[name].load().dequantize())
+        return np.square(made - weight).sum(axis=1)
+
+    assert error(True)[20] < 0.5 * error(False)[20]
+    assert error(True).sum() > error(False).sum()
 
 
 def test_damping_holds_for_the_correction_as_well():

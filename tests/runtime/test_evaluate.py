@@ -84,6 +84,7 @@ def reference(model: Toy, dense: Toy, windows, first: int = 0) -> dict:
         "kl_median": np.median(kl),
         "kl_99": np.quantile(kl, 0.99),
         "top1_agreement": np.mean(same),
+        "kl_windows": np.mean(np.reshape(kl, (len(windows), -1)), axis=1),
         "positions": len(nll),
     }
 
