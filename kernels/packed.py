@@ -41,7 +41,7 @@ class Norm:
         return wide * jax.lax.rsqrt(mean_square + self.eps) * self.gain.astype(jnp.float32)
 
 
-def rounded(x: jax.Array) -> jax.Array:
+def rounded(x: jax.Array, over: str | None = None) -> jax.Array:
     """Returns x rounded to 8 bits per token, as BitNet's linears read it:
 
         clip(round(s x), -128, 127) / s,   s = 127 / max(max |x|, 1e-5)
@@ -50,11 +50,13 @@ def rounded(x: jax.Array) -> jax.Array:
 
     Args:
         x: float [..., features].
+        over: axis of a mesh whose devices have shares of the features.
 
     Source: transformers 5.24, `ActQuant` and `BitLinear.activation_quant`.
     """
     wide = x.astype(jnp.float32)
-    scale = 127 / jnp.maximum(jnp.max(jnp.abs(wide), axis=-1, keepdims=True), 1e-5)
+    largest = jnp.max(jnp.abs(wide), axis=-1, keepdims=True)
+    scale = 127 / jnp.maximum(jax.lax.pmax(largest, over) if over else largest, 1e-5)
     nearest = jnp.clip(jnp.round(wide * scale), -128, 127) / scale
     fixed = jax.lax.stop_gradient
     return fixed(nearest).astype(x.dtype) + (x - fixed(x))

@@ -17,7 +17,7 @@ FLOORS = [
     {"errors", "host", "progress", "version"},
     {"weights"},
     {"ir", "kernels"},
-    {"decomposition"},
+    {"decomposition", "parallel"},
     {"checkpoint"},
     {"models"},
     {"calibration", "runtime"},

@@ -27,11 +27,13 @@ from atd.cli.options import (
     Quiet,
     Seed,
     Temperature,
+    TensorParallel,
     Tokenizer,
     TopK,
     TopP,
     check_least,
     command,
+    mesh_of,
     say_assumed,
 )
 from atd.errors import AtdError, BadInput, nearest
@@ -63,6 +65,7 @@ def chat(
     dtype: Dtype = "float32",
     kv: Kv = "model",
     device: Device = None,
+    tensor_parallel: TensorParallel = 1,
     activations: Activations = "model",
     tokenizer: Tokenizer = None,
     ignore_extra: IgnoreExtra = False,
@@ -82,15 +85,13 @@ def chat(
     from atd.ir.rewrite import with_activations
     from atd.models import frontend
     from atd.models.model import load
-    from atd.models.placement import use_device
     from atd.reports.progress import shown
     from atd.runtime.chat import Chat, first_prompt
     from atd.runtime.generate import room
     from atd.runtime.sampling import Sampling
 
     check_least(1, max_new_tokens=max_new_tokens, chunk=chunk)
-    if device:
-        use_device(device)
+    mesh = mesh_of(device, tensor_parallel)
     sampling = Sampling(temperature, top_k, top_p, seed)
     words = open_tokenizer(tokenizer or model)
     say_assumed(words, quiet)
@@ -99,7 +100,7 @@ def chat(
     room(graph, words.encode(first), max_new_tokens)
     graph = with_activations(graph, activations)
     with shown(quiet=quiet) as (_, progress):
-        loaded = load(graph, backend=backend, dtype=dtype, kv=kv, progress=progress)
+        loaded = load(graph, backend=backend, dtype=dtype, kv=kv, mesh=mesh, progress=progress)
     options = {"system": system, "max_new_tokens": max_new_tokens, "chunk": chunk}
     name = str(hub_id(model) or model.absolute().name)
     terminal = Terminal(Chat(loaded, words, sampling, **options), name, quiet)

@@ -26,12 +26,14 @@ from atd.cli.options import (
     Quiet,
     Seed,
     Temperature,
+    TensorParallel,
     Tokenizer,
     TopK,
     TopP,
     check_least,
     check_writable,
     command,
+    mesh_of,
     say_assumed,
 )
 from atd.errors import BadInput, about
@@ -60,6 +62,7 @@ def generate(
     dtype: Dtype = "float32",
     kv: Kv = "model",
     device: Device = None,
+    tensor_parallel: TensorParallel = 1,
     activations: Activations = "model",
     tokenizer: Tokenizer = None,
     ignore_extra: IgnoreExtra = False,
@@ -83,7 +86,6 @@ def generate(
     from atd.ir.rewrite import with_activations
     from atd.models import frontend
     from atd.models.model import load
-    from atd.models.placement import use_device
     from atd.reports.progress import shown
     from atd.runtime.generate import generate as run
     from atd.runtime.generate import room
@@ -95,8 +97,7 @@ def generate(
         raise BadInput("give --prompt or --file, not both")
     if file and json and file.resolve() == json.resolve():
         raise BadInput(f"--json {json}: is the file of the prompts; give another name")
-    if device:
-        use_device(device)
+    mesh = mesh_of(device, tensor_parallel)
     Sampling(temperature, top_k, top_p, seed)
     prompts = read_prompts(file) if file else ["Once upon a time" if prompt is None else prompt]
     words = open_tokenizer(tokenizer or model)
@@ -108,7 +109,7 @@ def generate(
             ids.append(_prompt_ids(words, text, chat))
             room(graph, ids[-1], max_new_tokens)
     graph = with_activations(graph, activations)
-    loaded = load(graph, backend=backend, dtype=dtype, kv=kv)
+    loaded = load(graph, backend=backend, dtype=dtype, kv=kv, mesh=mesh)
     made = partial(
         run,
         loaded,

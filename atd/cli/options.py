@@ -6,12 +6,15 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Literal, get_origin, get_type_hints
 
 import tyro
 from tyro.conf import Positional, UseAppendAction
 
 from atd.errors import BadInput
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 app = tyro.extras.SubcommandApp()
 _repeatable: dict[str, set[str]] = {}  # command -> its options that may be given again
@@ -51,6 +54,15 @@ Device = Annotated[
         metavar="PLATFORM[:N]",
         help="Where to compute: cpu, gpu or tpu, or one of several by its number, such as gpu:1. "
         "By default what jax chooses.",
+    ),
+]
+TensorParallel = Annotated[
+    int,
+    tyro.conf.arg(
+        metavar="N",
+        help="The number of devices that share one model: each has an equal part of the weights, "
+        "of the heads and of their cache. It must divide the sizes of MODEL; an error says which "
+        "numbers do.",
     ),
 ]
 Quiet = Annotated[
@@ -153,6 +165,34 @@ def check_least(least: int, **options: int | None) -> None:
     for name, value in options.items():
         if value is not None and value < least:
             raise BadInput(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+
+
+def mesh_of(
+    device: str | None, tensor_parallel: int, devices: int | None = None, spread: bool = False
+) -> "Mesh | None":
+    """Returns the devices that a command runs on, and has jax compute on --device; None: one.
+
+    Args:
+        device, tensor_parallel, devices: options of the command.
+        spread: without --devices all are taken, rather than as many as share a model.
+    """
+    from atd.models.placement import use_device
+    from atd.parallel.devices import make_mesh, process_devices
+
+    check_least(1, tensor_parallel=tensor_parallel, devices=devices)
+    if device:
+        use_device(device)
+        if ":" in device:
+            if max(tensor_parallel, devices or 1) > 1:
+                raise BadInput(
+                    f"--device {device} is one device; give --device {device.partition(':')[0]} "
+                    "to run on several"
+                )
+            return None
+    if spread and devices is None:
+        here = len(process_devices())
+        devices = max(here // tensor_parallel, 1) * tensor_parallel
+    return make_mesh(tensor_parallel, devices)
 
 
 def check_writable(option: str, file: Path | None) -> None:

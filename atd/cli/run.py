@@ -22,11 +22,13 @@ from atd.cli.options import (
     Kv,
     Model,
     Quiet,
+    TensorParallel,
     Tokenizer,
     Tokens,
     check_least,
     check_writable,
     command,
+    mesh_of,
     say_assumed,
     say_expected_bos,
 )
@@ -51,6 +53,8 @@ def evaluate(
     dtype: Dtype = "float32",
     kv: Kv = "model",
     device: Device = None,
+    tensor_parallel: TensorParallel = 1,
+    devices: Annotated[int | None, tyro.conf.arg(metavar="N")] = None,
     activations: Activations = "model",
     chunk: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None,
     batch: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None,
@@ -84,8 +88,11 @@ def evaluate(
             BOS in front where the tokenizer adds one, as llama-perplexity does.
         chunk: The number of tokens of a window that are read at a time, into the cache: fewer take
             less memory. By default the whole window at once, without a cache.
-        batch: The number of windows that run together: 8 by default, and for tasks as many as make
-            2,048 tokens.
+        devices: The number of devices to run on: windows are spread over them, or over groups of
+            them where --tensor-parallel has several share a model. By default all of this process;
+            for tasks, as many as share a model.
+        batch: The number of windows that run together on a device: 8 by default, and for tasks as
+            many as make 2,048 tokens.
         card: Write the figures into the model card of MODEL, its README.md, as well. MODEL is a
             folder that atd made; it counts as unchanged afterwards if it did so before.
     """
@@ -96,7 +103,8 @@ def evaluate(
     from atd.checkpoint.reader import open_tokenizer
     from atd.cli.tasks import evaluate_tasks
     from atd.models import frontend
-    from atd.models.placement import use_device
+    from atd.parallel.devices import MODEL
+    from atd.parallel.partition import partition
     from atd.pipeline.card_figures import add_figures, check_card, figures
     from atd.reports.progress import shown
     from atd.reports.tables import EvaluatedModel, console, evaluation_table, print_line
@@ -107,8 +115,7 @@ def evaluate(
     check_least(1, batch=batch, tokens=tokens, limit=limit, chunk=chunk)
     check_least(0, num_fewshot=num_fewshot)
     check_writable("--json", json)
-    if device:
-        use_device(device)
+    mesh = mesh_of(device, tensor_parallel, devices, spread=tasks is None)
     of_tasks = {
         "num_fewshot": num_fewshot,
         "limit": limit,
@@ -128,6 +135,7 @@ def evaluate(
             dtype=dtype,
             kv=kv,
             activations=activations,
+            mesh=mesh,
             tokenizer=tokenizer,
             ignore_extra=ignore_extra,
             json=json,
@@ -142,6 +150,8 @@ def evaluate(
         check_card(model)
     # What can be refused is, before a model is loaded.
     graphs = [frontend.open(p, ignore_extra=ignore_extra) for p in (model, against) if p]
+    for graph in graphs:
+        partition(graph, tensor_parallel, MODEL)
     words = open_tokenizer(tokenizer or model)
     say_assumed(words, quiet)
     if bos and words.bos_id is None:
@@ -156,7 +166,7 @@ def evaluate(
     options = {"context": context, "batch": batch, "bos_id": bos_id, "convention": convention}
     options |= {"chunk": chunk}
     with shown(quiet=quiet) as (_, progress):
-        how = {"backend": backend, "dtype": dtype, "ignore_extra": ignore_extra}
+        how = {"backend": backend, "dtype": dtype, "ignore_extra": ignore_extra, "mesh": mesh}
         load = partial(load_checkpoint, **how, progress=progress)
         loaded = load(model, activations=activations, kv=kv)
         dense = load(against) if against else None
@@ -195,6 +205,7 @@ def bench(
     ] = None,
     kv: Kv = "model",
     device: Device = None,
+    tensor_parallel: TensorParallel = 1,
     activations: Activations = "model",
     random: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None,
     prompt: int = 128,
@@ -246,14 +257,12 @@ def bench(
     from atd.ir.rewrite import with_activations
     from atd.models import frontend
     from atd.models.model import load
-    from atd.models.placement import use_device
     from atd.models.random_model import named_graph
     from atd.reports.progress import shown
     from atd.runtime.bench import check_room, measure, speed_table
     from atd.runtime.memory import count, memory_table
 
-    if device:
-        use_device(device)
+    mesh = mesh_of(device, tensor_parallel)
     if tune:
         if not 0 < minutes < math.inf:
             raise BadInput(f"--minutes is {minutes}; expected a number above 0")
@@ -273,7 +282,8 @@ def bench(
     how: dict[str, Any] = {"backend": backend, "dtype": chosen, "kv": kv}
     graph = with_activations(graph, activations)
     if context:
-        _refuse("--context", {"against": against, "one_jit": one_jit})
+        several = {"tensor_parallel": tensor_parallel > 1}
+        _refuse("--context", {"against": against, "one_jit": one_jit} | several)
         beside = parse_bytes(budget)
         memory = count(load(graph, **how, shapes=True), context, chunk)
         if json:
@@ -282,12 +292,12 @@ def bench(
         print(memory_table(memory, chunk, beside))
         return
     check_room(name, graph, prompt, steps, one_jit)
-    loaders = {name: partial(load, graph, **how)}
+    loaders = {name: partial(load, graph, mesh=mesh, **how)}
     if against:
         name = f"{against.name} (dense)" if against.name in loaders else against.name
         graph = frontend.open(against, ignore_extra=ignore_extra)
         check_room(name, graph, prompt, steps, one_jit)
-        loaders[name] = partial(load, graph, dtype=chosen)
+        loaders[name] = partial(load, graph, dtype=chosen, mesh=mesh)
     sizes = {"prompt": prompt, "chunk": chunk, "steps": steps, "repeats": repeats}
     with shown(quiet=quiet) as (_, progress):
         rows = measure(loaders, **sizes, one_jit=one_jit, progress=progress)
@@ -295,6 +305,7 @@ def bench(
         write_json(json, [asdict(row) for row in rows])
     settings = {"kv": kv, "activations": activations}
     more = "".join(f", {name} {how}" for name, how in settings.items() if how != "model")
+    device = f"{tensor_parallel} x {device}" if mesh else device
     print(f"prompt {prompt}, {steps} tokens, {chosen}{more}, {device}, jax {jax.__version__}")
     print(speed_table(rows, rows[1].model if against else None))
 

@@ -5,10 +5,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from atd.cli.options import say_assumed
 from atd.errors import BadInput
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 
 def evaluate_tasks(
@@ -25,6 +28,7 @@ def evaluate_tasks(
     dtype: str,
     kv: Literal["model", "int8"],
     activations: Literal["model", "float", "int8"],
+    mesh: "Mesh | None",
     tokenizer: Path | None,
     ignore_extra: bool,
     json: Path | None,
@@ -67,6 +71,7 @@ def evaluate_tasks(
                 kv=kv if path == models[0] else "model",
                 activations=activations if path == models[0] else "model",
                 ignore_extra=ignore_extra,
+                mesh=mesh,
                 progress=progress,
             )
         model = AtdLM(

@@ -25,9 +25,9 @@ class Op:
 
 OPS = {
     # Token ids -> rows of the table.
-    "embed": Op(1, ("weight",)),
+    "embed": Op(1, ("weight",), optional_attrs=("over",)),
     # Over the last axis, or over each run of `head_dim` features of it.
-    "rms_norm": Op(1, ("weight",), attrs=("eps",), optional_attrs=("head_dim",)),
+    "rms_norm": Op(1, ("weight",), attrs=("eps",), optional_attrs=("head_dim", "over")),
     # x @ weight.T + bias. Without a weight but with the attr tied_to="model.embed_tokens": the
     # embedding's weight. With activations="int8" x is rounded to 8 bits per token first.
     "linear": Op(1, (), ("weight", "bias"), optional_attrs=("activations",)),
@@ -49,4 +49,13 @@ OPS = {
     "softcap": Op(1, attrs=("cap",)),  # cap tanh(x / cap)
     "add": Op(2),
     "slice": Op(1, attrs=("start", "stop")),  # features [start, stop)
+    # What the devices of a mesh's axis `over` have, added up, and with features side by side; and
+    # of features that all have a device's equal share. Only graphs of one of several devices have
+    # these, and others' attrs `over` (`atd.parallel`): an embed has zeros for the rows of others,
+    # and the mean of an rms_norm is over the features of all, as is the maximum of `rounded`, which
+    # rounds to 8 bits per token in place of a linear.
+    "all_sum": Op(1, attrs=("over",)),
+    "all_gather": Op(1, attrs=("over",)),
+    "share": Op(1, attrs=("over",)),
+    "rounded": Op(1, attrs=("over",)),
 }

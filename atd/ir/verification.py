@@ -60,6 +60,7 @@ _VALID: dict[str, Callable[[Any], bool]] = {
     "kv": lambda value: value == INT8,
     "start": _is_index,
     "stop": _is_count,
+    "over": lambda value: False,  # in graphs of one of several devices alone, and in no file
 }
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Sharding
 
 from atd.errors import BadInput
 from atd.ir import INT8
@@ -53,16 +54,20 @@ class Cache:
         return replace(self, positions=positions, filled=tokens)
 
 
-def empty_slots(shape: tuple[int, int, int, int], dtype, in_8_bits: bool) -> ops.Cache:
+def empty_slots(
+    shape: tuple[int, int, int, int], dtype, in_8_bits: bool, places: Sharding | None = None
+) -> ops.Cache:
     """Returns the empty cache of an attention node.
 
     Args:
         shape: (B, kv_heads, length, head_dim).
         dtype: of keys and values that are not in 8 bits.
         in_8_bits: whether they are.
+        places: where they lie; None: on one device.
     """
-    codes = [jnp.zeros(shape, jnp.int8 if in_8_bits else dtype) for _ in "kv"]
-    return (*codes, *(jnp.zeros(shape[:3], jnp.float32) for _ in "kv" if in_8_bits))
+    codes = [jnp.zeros(shape, jnp.int8 if in_8_bits else dtype, device=places) for _ in "kv"]
+    scales = [jnp.zeros(shape[:3], jnp.float32, device=places) for _ in "kv" if in_8_bits]
+    return (*codes, *scales)
 
 
 def bucket(length: int) -> int:

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from atd.ir import Block, Node
 from atd.models.rope import rope_factor
 
+_NOT_IN_KERNELS = ("head_dim", "over")  # attrs of a norm
+
 
 @dataclass(frozen=True)
 class Product:
@@ -74,7 +76,7 @@ def _product(block: Block, linear: Node, mine: Mapping, taken: Container[str]) -
 def _norm_before(block: Block, linear: Node) -> Node | None:
     """The norm that makes the linear's input and is read by linears alone."""
     made = _maker(block, linear.inputs[0])
-    if made is None or made.op != "rms_norm" or "head_dim" in made.attrs:
+    if made is None or made.op != "rms_norm" or not made.attrs.keys().isdisjoint(_NOT_IN_KERNELS):
         return None
     return made if all(node.op == "linear" for node in block.readers(made.name)) else None
 

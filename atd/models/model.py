@@ -10,6 +10,7 @@ block. A call costs tens of microseconds on the host, which runs ahead of the de
     logits, cache = model.decode(token, cache)     # int32 [B] -> logits float32 [B, V]
 """
 
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.core import Tracer
+from jax.sharding import Mesh
 
 from atd.errors import BadInput, nearest
 from atd.host import return_freed_from_now_on
@@ -37,8 +39,9 @@ from atd.models.programs import (
     whole_step,
 )
 from atd.models.tokens import check_tokens
+from atd.parallel.devices import CACHE, MODEL, Devices, devices_of
+from atd.parallel.partition import partition
 from atd.progress import Report, unheard
-from atd.weights import Weight
 
 LARGE = 256 << 20  # bytes of weights; their products take far longer than to give memory back
 KV = ("model", INT8)  # how keys and values are cached
@@ -50,6 +53,7 @@ def load(
     backend: str = "auto",
     dtype: str = "float32",
     kv: str = "model",
+    mesh: Mesh | None = None,
     shapes: bool = False,
     progress: Report = unheard,
 ) -> "Model":
@@ -74,13 +78,16 @@ def load(
             and biases are float32.
         kv: keys and values. `int8` rounds them to 8 bits, with a scale per KV head and position,
             and caches them so: half the memory of bfloat16. `model` caches them in dtype.
+        mesh: the devices to run on, with the axes "model", over which weights and heads are cut,
+            and "data", over which sequences are spread; one of them will do. None: one device.
         shapes: whether the model holds the shapes of its weights alone, to compile it and not to
-            run it. Nothing is read.
+            run it. Nothing is read. Of one device.
         progress: hears of each tensor that was read.
 
     Raises:
         BadInput: the backend, dtype or kv is unknown, the backend does not take a weight or the
-            device, or the checkpoint cannot be opened or read.
+            device, the mesh has other axes, the model's sizes do not divide by its devices, or the
+            checkpoint cannot be opened or read.
     """
     given = ("backend", backend, BACKENDS), ("dtype", dtype, DTYPES), ("kv", kv, KV)
     for what, value, known in given:
@@ -96,13 +103,14 @@ def load(
     if stored >= LARGE and jax.default_backend() == "cpu":
         return_freed_from_now_on()
     graph = int8_kv(graph) if kv == INT8 else graph
+    devices = None if mesh is None else devices_of(mesh)
     if backend == "auto":
         chosen = backend_here(graph)
         kernel = chosen if chosen == "cpu" else None
-        return Model(graph, chosen, kernel, dtype, progress, shapes)
+        return Model(graph, chosen, kernel, dtype, progress, shapes, devices)
     check_backend(graph, backend)
     kernel = None if backend == "xla-unpacked" else backend
-    return Model(graph, backend, kernel, dtype, progress, shapes)
+    return Model(graph, backend, kernel, dtype, progress, shapes, devices)
 
 
 class Model(nnx.Module):
@@ -119,6 +127,7 @@ class Model(nnx.Module):
         dtype: str,
         progress: Report = unheard,
         shapes: bool = False,
+        devices: Devices | None = None,
     ):
         """Fills the slots with the graph's weights.
 
@@ -129,17 +138,20 @@ class Model(nnx.Module):
             dtype: of dense matrices and the cache, a key of `placement.DTYPES`.
             progress: hears of each tensor that was read.
             shapes: as in `load`.
+            devices: those to run on; None: one.
         """
-        programs: dict[str, Program] = {}
+        programs: dict[tuple, Program] = {}
+        part = partition(graph, devices.model if devices else 1, MODEL)
 
-        def program(block: Block) -> Program:
-            text = execute.structure_of(block).text
-            if text not in programs:
-                programs[text] = Program(block, kernel)
-            return programs[text]
+        def program(block: Block, cuts: Collection[str]) -> Program:
+            key = execute.structure_of(block).text, tuple(sorted(cuts))
+            if key not in programs:
+                programs[key] = Program(block, kernel, cuts, devices)
+            return programs[key]
 
-        weights = placed_weights(graph, backend, dtype, progress, shapes)
+        weights = placed_weights(graph, backend, dtype, progress, shapes, part, devices)
         units = [nnx.Param(unit) for unit in weights]
+        prologue, *of_blocks, epilogue = map(program, part.graph.units, part.cuts)
         self.prologue = units[0]
         self.blocks = nnx.List(units[1:-1])
         self.epilogue = units[-1]
@@ -147,9 +159,11 @@ class Model(nnx.Module):
             config=graph.config,
             backend=backend,
             dtype=dtype,
-            prologue=program(graph.prologue),
-            blocks=tuple(program(block) for block in graph.blocks),
-            epilogue=program(graph.epilogue),
+            devices=devices,
+            vocabulary=graph.vocabulary,
+            prologue=prologue,
+            blocks=tuple(of_blocks),
+            epilogue=epilogue,
             embed=next(node.name for node in graph.prologue.nodes if node.op == "embed"),
             tied=graph.is_tied,
             attention=tuple(attention_shapes(block) for block in graph.blocks),
@@ -184,7 +198,12 @@ class Model(nnx.Module):
     @property
     def vocabulary(self) -> int:
         """V, the number of tokens: 0 <= id < V."""
-        return self._embedding().type.shape[0]
+        return self.plan.vocabulary
+
+    @property
+    def devices(self) -> Devices | None:
+        """The devices that it runs on; None: one."""
+        return self.plan.devices
 
     def __call__(self, tokens) -> jax.Array:
         """Returns the logits float32 [B, T, V] of whole sequences of token ids int32 [B, T]."""
@@ -228,10 +247,11 @@ class Model(nnx.Module):
             raise BadInput(
                 f"a cache of {batch} sequences of {length} tokens: both must be at least 1"
             )
-        dtype = DTYPES[self.plan.dtype]
+        dtype, devices = DTYPES[self.plan.dtype], self.devices
+        places = devices and devices.sharding(CACHE, batch)
         blocks = tuple(
             {
-                name: empty_slots((batch, kv_heads, length, head_dim), dtype, in_8_bits)
+                name: empty_slots((batch, kv_heads, length, head_dim), dtype, in_8_bits, places)
                 for name, kv_heads, head_dim, in_8_bits in nodes
             }
             for nodes in self.plan.attention
@@ -335,9 +355,6 @@ class Model(nnx.Module):
             self.plan, self.units, token, cache.positions, cache.blocks
         )
         return logits, Cache(blocks, positions, cache.filled + 1, cache.length)
-
-    def _embedding(self) -> Weight:
-        return self.prologue.get_raw_value()[self.plan.embed]["weight"]
 
 
 @partial(jax.jit, static_argnames="width")

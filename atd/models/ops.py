@@ -35,7 +35,7 @@ def from_start(x) -> jax.Array:
     return jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
 
 
-def rms_norm(x, gain, eps: float, head_dim: int | None = None):
+def rms_norm(x, gain, eps: float, head_dim: int | None = None, over: str | None = None):
     """Returns x / sqrt(mean(x^2) + eps) * gain, the mean over the last axis.
 
     Args:
@@ -43,10 +43,12 @@ def rms_norm(x, gain, eps: float, head_dim: int | None = None):
         gain: float [features], or [head_dim].
         eps: added to the mean square.
         head_dim: normalizes each run of this many features by itself (Qwen3's q and k).
+        over: axis of the mesh whose devices have equal shares of the features.
     """
     width = head_dim or x.shape[-1]
     wide = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, width)
-    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    mean = jnp.mean(wide * wide, axis=-1, keepdims=True)
+    normed = wide * jax.lax.rsqrt((jax.lax.pmean(mean, over) if over else mean) + eps)
     return (normed.astype(x.dtype) * gain.astype(x.dtype)).reshape(x.shape)
 
 
@@ -156,9 +158,19 @@ def sequence_attention(
     return jnp.concatenate(list(map(part, runs, keys)), axis=1)
 
 
-def embed(tokens, weight: Weight, dtype=jnp.float32):
-    """Returns the embeddings [..., D] of tokens int32 [...]: rows of the weight [V, D]."""
-    return kernels.take_rows(weight, tokens).astype(dtype)
+def embed(tokens, weight: Weight, dtype=jnp.float32, over: str | None = None):
+    """Returns the embeddings [..., D] of tokens int32 [...]: rows of the weight [V, D].
+
+    over: axis of the mesh whose devices have V rows each, in their order. Of the tokens of others
+    there are zeros.
+    """
+    if over is None:
+        return kernels.take_rows(weight, tokens).astype(dtype)
+    count = weight.type.shape[0]
+    rows = tokens - count * jax.lax.axis_index(over)
+    mine = (rows >= 0) & (rows < count)
+    taken = kernels.take_rows(weight, jnp.where(mine, rows, 0))
+    return jnp.where(mine[..., None], taken, 0).astype(dtype)
 
 
 def reads_int8(node: Node) -> bool:
@@ -287,10 +299,11 @@ def run_node(
     positions = from_start(inputs[0]) if positions is None else positions
     match node.op:
         case "embed":
-            return embed(inputs[0], weights["weight"]), None
+            return embed(inputs[0], weights["weight"], over=attrs.get("over")), None
         case "rms_norm":
             gain = weights["weight"].dequantize()
-            return rms_norm(inputs[0], gain, attrs["eps"], attrs.get("head_dim")), None
+            options = attrs["eps"], attrs.get("head_dim"), attrs.get("over")
+            return rms_norm(inputs[0], gain, *options), None
         case "linear":
             weight = weights.get("weight") or embedding
             assert weight is not None, f"{node.name} is tied to an embedding that was not given"
@@ -325,6 +338,17 @@ def run_node(
             return capped(inputs[0], attrs["cap"]), None
         case "add":
             return inputs[0] + inputs[1], None
+        case "all_sum":
+            return jax.lax.psum(inputs[0], attrs["over"]), None
+        case "all_gather":
+            axis = inputs[0].ndim - 1
+            return jax.lax.all_gather(inputs[0], attrs["over"], axis=axis, tiled=True), None
+        case "rounded":
+            return kernels.rounded(inputs[0], attrs["over"]), None
+        case "share":
+            width = inputs[0].shape[-1] // jax.lax.axis_size(attrs["over"])
+            start = jax.lax.axis_index(attrs["over"]) * width
+            return jax.lax.dynamic_slice_in_dim(inputs[0], start, width, inputs[0].ndim - 1), None
         case "slice":
             return inputs[0][..., attrs["start"] : attrs["stop"]], None
     raise ValueError(f"{node.name}: op {node.op!r} has no implementation")

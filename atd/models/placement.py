@@ -10,6 +10,9 @@ from atd.errors import BadInput
 from atd.ir import Graph, WeightRef
 from atd.kernels.matmul import PACKED
 from atd.models.ops import Weights
+from atd.parallel.cuts import Cut, shares
+from atd.parallel.devices import Devices
+from atd.parallel.partition import Partition
 from atd.progress import Progress, Report
 from atd.weights import Dense, DenseType, Weight, WeightType
 from atd.weights.values import shapes_of
@@ -74,7 +77,13 @@ def check_backend(graph: Graph, backend: str) -> None:
 
 
 def placed_weights(
-    graph: Graph, backend: str, dtype: str, progress: Report, shapes: bool = False
+    graph: Graph,
+    backend: str,
+    dtype: str,
+    progress: Report,
+    shapes: bool = False,
+    partition: Partition | None = None,
+    devices: Devices | None = None,
 ) -> Iterator[Weights]:
     """Yields the weights of each unit on the device, read one tensor at a time.
 
@@ -83,19 +92,29 @@ def placed_weights(
         dtype: of dense matrices, a key of DTYPES; gains and biases are float32.
         progress: hears of each tensor.
         shapes: whether to yield shapes in place of arrays, and read nothing.
+        partition: how weights are cut for several devices.
+        devices: these; the shares of a weight lie one after another along axis 0, and its type is
+            that of a share.
     """
     placed = partial(_place, backend=backend, dtype=DTYPES[dtype])
 
-    def place(ref: WeightRef) -> Weight:
-        return jax.eval_shape(placed, shapes_of(ref.type)) if shapes else placed(ref.load())
+    def place(ref: WeightRef, cut: Cut | None) -> Weight:
+        if shapes:
+            return jax.eval_shape(placed, shapes_of(ref.type))
+        if devices is None:
+            return placed(ref.load())
+        whole = ref.load()
+        parts = [whole] if cut is None else shares(whole, cut, devices.model)
+        return devices.placed([placed(part) for part in parts])
 
+    cuts = partition.cuts if partition else [{}] * len(graph.units)
     done, total = 0, sum(len(node.weights) for _, node in graph.nodes())
-    for block in graph.units:
+    for block, cuts_here in zip(graph.units, cuts, strict=True):
         weights: Weights = {}
-        for node in block.nodes:
+        for node in filter(lambda node: node.weights, block.nodes):
             slots = weights[node.name] = {}
             for slot, ref in sorted(node.weights.items()):
-                slots[slot] = place(ref)
+                slots[slot] = place(ref, cuts_here.get(node.name))
                 done += 1
                 progress(Progress("loading", done, total, "tensors"))
         yield weights

@@ -1,6 +1,6 @@
 """What a model runs: the compiled functions of its units, and one step of decoding made of them."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -9,18 +9,33 @@ import jax.numpy as jnp
 from atd.ir import INT8, Block
 from atd.models import execute
 from atd.models.ops import Weights
+from atd.parallel.devices import CACHE, ROWS, SHARES, WHOLE, Devices
 
 
 class Program:
-    """The compiled functions of all blocks that read the same.
+    """The compiled functions of all blocks that read the same and lie on the devices alike.
 
     forward     (weights, x) -> output
     step        (weights, x, positions, cache) -> (output, new cache); positions None: 0 ... T-1
     logits      (weights, hidden [..., D], embedding or None) -> logits float32 [..., V]
     """
 
-    def __init__(self, block: Block, kernel: str | None):
-        """kernel: backend of `atd.kernels.matmul`; None: what suits each weight."""
+    def __init__(
+        self,
+        block: Block,
+        kernel: str | None,
+        cuts: Collection[str] = (),
+        devices: Devices | None = None,
+    ):
+        """Compiles nothing yet.
+
+        Args:
+            block: what a device runs.
+            kernel: backend of `atd.kernels.matmul`; None: what suits each weight.
+            cuts: nodes of whose weights a device has a share.
+            devices: those that run it; None: one.
+        """
+        with_weights = [node.name for node in block.nodes if node.weights]
         block = execute.structure_of(block).block
 
         def forward(weights, x):
@@ -37,8 +52,14 @@ class Program:
             value = execute.output(block, weights, x, embedding=embedding, backend=kernel)
             return value.reshape(*hidden.shape[:-1], -1).astype(jnp.float32)
 
+        if devices is not None:
+            weights = {name: SHARES if name in cuts else WHOLE for name in with_weights}
+            embedding = SHARES if devices.model > 1 else WHOLE
+            forward = devices.over(forward, (weights, ROWS), ROWS)
+            step = devices.over(step, (weights, ROWS, ROWS, CACHE), (ROWS, CACHE))
+            logits = devices.over(logits, (weights, ROWS, embedding), ROWS)
         self.forward = jax.jit(forward)
-        self.step = jax.jit(step, donate_argnames=("cache",))
+        self.step = jax.jit(step, donate_argnums=3)
         self.logits = jax.jit(logits)
 
 
@@ -58,6 +79,8 @@ class Plan:
     prologue: Program
     blocks: tuple[Program, ...]
     epilogue: Program
+    devices: Devices | None
+    vocabulary: int
     embed: str  # the prologue's embed node
     tied: bool  # the epilogue takes the embedding's weight
     attention: tuple[tuple[tuple[str, int, int, bool], ...], ...]  # by block: `attention_shapes`

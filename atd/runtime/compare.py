@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from jax.sharding import Mesh
 
 from atd.checkpoint.files import read_text
 from atd.checkpoint.tokenizer import Tokenizer
@@ -44,16 +45,18 @@ def load_checkpoint(
     kv: Literal["model", "int8"] = "model",
     activations: Literal["model", "float", "int8"] = "model",
     ignore_extra: bool = False,
+    mesh: Mesh | None = None,
     progress: Report = unheard,
 ) -> LoadedCheckpoint:
-    """Loads the model of a Hugging Face folder, a GGUF file or a converted folder.
+    """Loads the model of a Hugging Face folder, a GGUF file or a converted folder, on one device or
+    on those of a mesh.
 
     Linears take their inputs as the model says; as they are, with float activations; or rounded to
     8 bits per token, with int8. Backend, dtype and kv are as in `atd.load`.
     """
     graph = frontend.open(path, ignore_extra=ignore_extra)
     graph = with_activations(graph, activations)
-    model = load(graph, backend=backend, dtype=dtype, kv=kv, progress=progress)
+    model = load(graph, backend=backend, dtype=dtype, kv=kv, mesh=mesh, progress=progress)
     return LoadedCheckpoint(path.name, model, *graph_size(graph))
 
 

@@ -42,7 +42,8 @@ CONVENTIONS = ("standard", "llama.cpp")
 
 
 class Model(Protocol):
-    """A pytree that can be evaluated, such as what `atd.load` returns."""
+    """A pytree that can be evaluated, such as what `atd.load` returns. One on several devices says
+    so by `devices`, as an `atd.models.model.Model` does."""
 
     @property
     def vocabulary(self) -> int:
@@ -61,7 +62,11 @@ class Model(Protocol):
         """
 
     def logits(self, hidden, /) -> Any:
-        """Applies the head: float32 [P, D] -> float32 [P, V]."""
+        """Applies the head: float32 [P, D] -> float32 [P, V].
+
+        Of a model on several devices also [devices, P, D], the first axis over those of the data
+        axis.
+        """
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,8 @@ def evaluate(
       context: tokens per window, BOS included.
       against: the dense model to compare with.
       bos_id: the token to put in front of each window; None: no BOS.
-      batch: windows that run together. The last batch is padded, so that nothing compiles twice.
+      batch: windows that run together; of a model on several devices on each of the data axis. The
+        last batch is padded, so that nothing compiles twice.
       chunk: tokens of a window that are read at a time, into a cache, which bounds the memory of
         activations; None: the whole window at once.
       positions: positions whose logits exist at a time.
@@ -136,7 +142,9 @@ def evaluate(
     begin = time.perf_counter()
     tokens = np.asarray(tokens)
     windows, first = cut(tokens, context, bos_id, convention)
-    batch = min(batch, len(windows))
+    devices = getattr(model, "devices", None)
+    spread = devices.data if devices else 1  # each device runs what it would run if it were alone
+    batch = min(batch, len(windows)) * spread
     check_models([m for m in (model, against) if m is not None], windows)
 
     how: dict[str, Any] = {} if chunk is None else {"chunk": chunk}
@@ -150,7 +158,13 @@ def evaluate(
             m and m.hidden(padded, **how)[:, first:-1] for m in (model, against)
         )
         scores = _score(
-            model, against, hidden, against_hidden, padded[:, first + 1 :], positions=positions
+            model,
+            against,
+            hidden,
+            against_hidden,
+            padded[:, first + 1 :],
+            positions=positions,
+            spread=spread,
         )
         batches.append([np.asarray(score)[: len(part)].ravel() for score in scores])
         laps.append(time.perf_counter())
@@ -275,36 +289,43 @@ def check_models(models: Sequence[Model | Graph], windows: np.ndarray) -> None:
             )
 
 
-@partial(jax.jit, static_argnames=("positions",))
-def _score(model, against, hidden, against_hidden, targets, positions: int):
+@partial(jax.jit, static_argnames=("positions", "spread"))
+def _score(model, against, hidden, against_hidden, targets, positions: int, spread: int = 1):
     """Scores positions: hidden [B, S, D] of either model, targets int32 [B, S] -> float32s [B, S].
 
     They are the negative log-likelihood, and where there is another model its own, KL(against ||
-    model), and whether the top-1 is the same.
+    model), and whether the top-1 is the same. `spread` devices take as many runs of windows, each
+    `positions` of its own at a time.
     """
-    count = targets.size
+    count = targets.size // spread  # of a device
     positions = min(positions, count)
     chunks = -(-count // positions)
 
     def chunked(values):
-        """Cuts [B, S, ...] into [chunks, positions, ...], with zeros at the end."""
-        flat = values.reshape(count, *values.shape[2:])
-        flat = jnp.pad(flat, ((0, chunks * positions - count), *((0, 0),) * (flat.ndim - 1)))
-        return flat.reshape(chunks, positions, *flat.shape[1:])
+        """Cuts [B, S, ...] into [chunks, spread, positions, ...], with zeros at the end."""
+        flat = values.reshape(spread, count, *values.shape[2:])
+        room = (0, 0), (0, chunks * positions - count), *((0, 0),) * (flat.ndim - 2)
+        whole = jnp.pad(flat, room).reshape(spread, chunks, positions, *flat.shape[2:])
+        return whole.swapaxes(0, 1)
+
+    def log_softmax(model, hidden):  # [spread, P, D] -> [spread, P, V]
+        logits = model.logits(hidden) if spread > 1 else model.logits(hidden[0])[None]
+        return jax.nn.log_softmax(logits.astype(jnp.float32))
 
     def score(inputs):
-        target, hidden, against_hidden = inputs
-        log_p = jax.nn.log_softmax(model.logits(hidden).astype(jnp.float32))  # [P, V]
-        nll = -jnp.take_along_axis(log_p, target[:, None], axis=1)[:, 0]
+        target, hidden, against_hidden = inputs  # [spread, P] and [spread, P, D]
+        log_p = log_softmax(model, hidden)
+        nll = -jnp.take_along_axis(log_p, target[..., None], axis=-1)[..., 0]
         if against is None:
             return (nll,)
-        log_q = jax.nn.log_softmax(against.logits(against_hidden).astype(jnp.float32))
-        against_nll = -jnp.take_along_axis(log_q, target[:, None], axis=1)[:, 0]
-        kl = jnp.sum(jnp.exp(log_q) * (log_q - log_p), axis=1)
-        same = jnp.argmax(log_p, axis=1) == jnp.argmax(log_q, axis=1)
+        log_q = log_softmax(against, against_hidden)
+        against_nll = -jnp.take_along_axis(log_q, target[..., None], axis=-1)[..., 0]
+        kl = jnp.sum(jnp.exp(log_q) * (log_q - log_p), axis=-1)
+        same = jnp.argmax(log_p, axis=-1) == jnp.argmax(log_q, axis=-1)
         return nll, against_nll, kl, same.astype(jnp.float32)
 
     # None for the hidden states of a model that is not there.
     inputs = jax.tree.map(chunked, (targets, hidden, against_hidden))
-    scores = jax.lax.map(score, inputs)  # each [chunks, positions]
-    return tuple(s.reshape(-1)[:count].reshape(targets.shape) for s in scores)
+    scores = jax.lax.map(score, inputs)  # each [chunks, spread, positions]
+    rows = (s.swapaxes(0, 1).reshape(spread, -1)[:, :count] for s in scores)
+    return tuple(s.reshape(targets.shape) for s in rows)

@@ -59,7 +59,8 @@ def test_text_of_other_types_and_attrs():
 
 def test_a_good_graph_has_every_op_and_passes():
     graph = tiny()
-    assert {node.op for _, node in graph.nodes()} == set(OPS)
+    of_several_devices = {"all_sum", "all_gather", "share", "rounded"}
+    assert {node.op for _, node in graph.nodes()} == set(OPS) - of_several_devices
     verify(graph)
 
 
