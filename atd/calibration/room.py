@@ -35,7 +35,8 @@ class Batches:
 
     def __init__(self, arrays: Sequence[np.ndarray], folder: Path | None = None):
         """folder: for the files; None: in memory."""
-        self.folder, self._arrays = folder, list(arrays)
+        self.folder = folder
+        self._arrays: list[np.ndarray | None] = list(arrays)  # None: in its file
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
 
