@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -187,9 +188,9 @@ def test_quality(stories260k, small, tmp_path):
     greedy, again, als, _ = (row[text.stem] for row in rows)
     assert als["kl_mean"] < 0.2 * greedy["kl_mean"]
     assert greedy["kl_mean"] == again["kl_mean"]  # these recipes draw nothing at random
-    means = [line.split() for line in out.splitlines() if ", mean" in line]
-    low, high = map(float, means[0][means[0].index("B") + 3].split(".."))
-    assert low < greedy["kl_mean"] < high
+    mean = next(line for line in out.splitlines() if line.startswith("greedy3, mean"))
+    low, high = re.findall(r"(\d+\.\d{4})\.\.(\d+\.\d{4})", mean)[0]
+    assert float(low) < greedy["kl_mean"] < float(high)
 
 
 def test_input_rotation(stories260k, small, tmp_path):
