@@ -45,7 +45,7 @@ def test_families():
 
 
 def test_calibration_memory():
-    sizes = ["--hidden", 128, "--mlp", 256, "--tokens", 1024, "--limits", "1GB"]
+    sizes = ["--hidden", 256, "--mlp", 512, "--tokens", 1024, "--limits", "1GB"]
     less = ["--set", "decompose.trellis=", "--set", "decompose.sweeps=0"]
     rows = [r for r in run("calibration_memory.py", *sizes, *less).splitlines() if "1,024" in r]
     assert [row.split("│")[3].strip() for row in rows] == ["none", "1GB"]
