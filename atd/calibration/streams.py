@@ -107,7 +107,7 @@ class _Stream:
     def __init__(self, name: str, batches: list[np.ndarray], room: Room):
         self._name, self._room = name, room
         self._x = Batches(batches)
-        self._taken = 0  # bytes of room
+        self._placed = False  # whether the stream has its room, or its files
         self.block = Block("", ())
         self._values: dict[str, list[np.ndarray]] = {}
         self._run: set[str] = set()  # nodes that need not run again for others' sake
@@ -126,13 +126,10 @@ class _Stream:
 
     def _make_room(self, bytes: int) -> None:
         """Has the residual stream in memory where there is room for it, else in files."""
-        if self._taken or self._x.folder is not None:
-            return  # it is as wide as it was
-        if self._room.take(bytes):
-            self._taken = bytes
-        else:
+        if not self._placed and not self._room.take(bytes):
             assert self._room.folder is not None
             self._x = Batches([*self._x], self._room.folder / self._name)
+        self._placed = True  # it stays as wide as it is
 
     def each(self, name: str) -> Iterator[np.ndarray]:
         """Yields the value of a node in each batch, [B, T, features].

@@ -80,8 +80,10 @@ def convert(
     recipe = suited(recipe, opened, say)
     final = recipe.pipeline.preflight(opened)
     check_target(target, local(source), overwrite)
+    bytes = float("inf")
     if recipe.pipeline.calibrated:
         _check_calibration(recipe, final)
+        bytes = _bytes_for_values(opened, recipe, limit, say)
     tokenizer = tokenizer_files(source, say)
     store = Cache(default_cache() if cache is None else cache)
     stages, windows = recipe.pipeline.stages(), None
@@ -93,7 +95,7 @@ def convert(
         if recipe.pipeline.calibrated:
             windows = _calibration_windows(recipe, source, graph, store, say, progress)
             recipe = replace(recipe, calibration_sha256=tokens_digest(windows))
-        room = _room(graph, windows, limit, result.parent / STREAMS, say)
+        room = Room(bytes, result.parent / STREAMS)
         context = Context(recipe.seed, cache=store, say=say, progress=progress)
         entries = _run_stages(graph, stages, context, recipe, windows, room, tokenizer, result)
         check_unchanged(contents)
@@ -159,15 +161,16 @@ def _check_calibration(recipe: Recipe, graph: Graph) -> None:
             read_text(text)
 
 
-def _room(
-    graph: Graph, windows: np.ndarray | None, limit: int | None, folder: Path, say: Say
-) -> Room:
-    """Room for the values of calibration; says what is taken."""
-    if windows is None:
-        return Room()
-    needed, most = memory(graph, windows.size, windows.shape[1]), limit or SHARE * available()
+def _bytes_for_values(graph: Graph, recipe: Recipe, limit: int | None, say: Say) -> float:
+    """How many bytes the values of calibration may take; says what is taken before any work.
+
+    Raises BadInput for a limit below what the work takes.
+    """
+    length = window_length(graph, recipe.calibration_context)
+    count = window_count(recipe.calibration, recipe.calibration_tokens, length)
+    needed, most = memory(graph, count * length, length), limit or SHARE * available()
     say(needed.under(most))
-    return Room(needed.left(most) if limit else max(0, most - needed.work), folder)
+    return needed.left(most) if limit else max(0, most - needed.work)
 
 
 def _least_windows(step: Pass) -> int:

@@ -75,5 +75,7 @@ def test_a_limit_changes_no_byte(stories260k, small, tmp_path):
     said = [line for line in lines if line.startswith("memory: ")]
     assert ["in files" in line for line in said] == [False, True]
     assert not (tmp_path / "tight.partial").exists()
+    lines.clear()
     with pytest.raises(BadInput, match="memory are too little"):
         made("less", limit=needed.work - 1000, say=lines.append)
+    assert not any(line.startswith("calibration: ") for line in lines)  # before text is there

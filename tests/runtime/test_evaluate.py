@@ -4,7 +4,7 @@ models.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -311,22 +311,19 @@ def test_smollm2_has_its_known_perplexity(
     assert result.perplexity == pytest.approx(perplexity, abs=0.005)
 
 
-def test_activations_of_bitnet_are_rounded_unless_they_are_to_be_floats():
+def logits_of_bitnet(*ways: Literal["model", "float", "int8"]) -> list[np.ndarray]:
+    """Logits of a golden model whose linears round their inputs, one for each of `activations`."""
     golden = GOLDEN / "bitnet_llama"
     tokens = np.load(golden / "logits.npz")["tokens"]
-    rounded, floats = (
-        np.asarray(load_checkpoint(golden, activations=how).model(tokens))
-        for how in ("model", "float")
-    )
+    return [np.asarray(load_checkpoint(golden, activations=how).model(tokens)) for how in ways]
+
+
+def test_activations_of_bitnet_are_rounded_unless_they_are_to_be_floats():
+    rounded, floats = logits_of_bitnet("model", "float")
     assert np.abs(rounded - floats).max() > 1e-3 * np.abs(rounded).max()
 
 
 def test_activations_of_any_model_are_rounded_where_it_is_asked_for():
-    golden = GOLDEN / "bitnet_llama"
-    tokens = np.load(golden / "logits.npz")["tokens"]
-    model, rounded = (
-        np.asarray(load_checkpoint(golden, activations=how).model(tokens))
-        for how in ("model", "int8")
-    )
+    model, rounded = logits_of_bitnet("model", "int8")
     size = np.abs(model).max()  # its head is the one linear that the model itself does not round
     assert 1e-5 * size < np.abs(rounded - model).max() < 0.05 * size
