@@ -17,6 +17,7 @@ from atd.ir import Graph
 PROCESS = 0.5e9  # Python, jax and compiled programs
 WEIGHTS = 3  # float32 copies of a unit's weights: of the dense stream, the quantized one, to write
 SQUARES = 12  # matrices float32 [n, n] that exist at a time: 11.3 were measured at n = 4096
+COPIES = 3  # of these, those that each further device has: its factor, H and the descent's
 VALUES = 2  # times what linears put out: all values of a batch in a unit
 SHARE = 0.75  # of the memory that is available, where no limit is given
 
@@ -56,13 +57,15 @@ class Memory:
         return f"memory: {'; '.join(parts)}"
 
 
-def memory(graph: Graph, tokens: int, context: int) -> Memory:
+def memory(graph: Graph, tokens: int, context: int, devices: int = 1) -> Memory:
     """Returns what calibration on this many tokens of text takes.
 
     Args:
         graph: the model.
         tokens: of all windows.
         context: tokens per window.
+        devices: that batches and rows are spread over. Each beyond the first has a batch, weights
+            and matrices of its own, as devices of a CPU have them in the same memory.
     """
     work, inner, batch = 0, 0, min(tokens, max(BATCH, context))
     for unit in graph.units:
@@ -73,7 +76,8 @@ def memory(graph: Graph, tokens: int, context: int) -> Memory:
         weights, widest = sum(prod(ref.type.shape) for ref in refs), max(widths.values(), default=0)
         heads = max((n.attrs["heads"] for n in unit.nodes if n.op == "attention"), default=0)
         values = batch * (VALUES * outputs + heads * context)  # with the scores of attention
-        work = max(work, WEIGHTS * weights + SQUARES * widest**2 + values)
+        each = weights + COPIES * widest**2 + values
+        work = max(work, WEIGHTS * weights + SQUARES * widest**2 + values + (devices - 1) * each)
         inner = max(inner, sum(widths.values()))
     width = graph.prologue.nodes[0].weights["weight"].type.shape[1]
     return Memory(int(PROCESS + 4 * work), 2 * 4 * tokens * width, 2 * 4 * tokens * inner)

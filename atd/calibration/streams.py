@@ -14,6 +14,7 @@ just quantized, so a unit's linears are worked on in order of execution.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import batched
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from atd.host import return_freed
 from atd.ir import Block
 from atd.models.execute import compiled_node, dense_weights, needed, run
 from atd.models.tokens import check_tokens
+from atd.parallel.workers import on_each_device, spread, workers
 
 LARGE = 128 << 20  # bytes of a value, behind which freed memory is given back, which takes time
 BATCH = 4096  # most positions that run together, unless one window has more
@@ -140,23 +142,29 @@ class _Stream:
             yield from self._values[name]
             return
         nodes = needed(self.block, {"x", *self._values}, [name])
-        weights = dense_weights(nodes)
+        weights = on_each_device(dense_weights(nodes))
         sources = {source for node in nodes for source in node.inputs}
         known, self._run = sources & self._values.keys(), self._run | {node.name for node in nodes}
         wanted = [node.name for node in nodes if node.name != name and self._is_read(node.name)]
-        kept: dict[str, list[np.ndarray]] = {}
-        for i in range(len(self._x)):
+        asked = [*wanted, name] if self._is_read(name) else wanted
+
+        def values_of(i: int) -> dict[str, np.ndarray]:
             values = {source: self._values[source][i] for source in known}
             if "x" in sources:
                 values["x"] = self._x[i]
-            found, _ = run(self.block, weights, values, [*wanted, name], run_node=compiled_node)
-            if i == 0:
-                asked = [*wanted, name] if self._is_read(name) else wanted
-                kept = {v: [] for v in asked if self._room.take(found[v].nbytes * len(self._x))}
-            for value, arrays in kept.items():
-                arrays.append(np.asarray(found[value]))
-            yield np.asarray(found[name])
-        self._values |= kept
+            found, _ = run(self.block, weights(), values, [*wanted, name], run_node=compiled_node)
+            return {v: np.asarray(found[v]) for v in {*(asked if kept is None else kept), name}}
+
+        kept: dict[str, list[np.ndarray]] | None = None
+        for batches in batched(range(len(self._x)), workers().count):
+            for found in spread(values_of, batches):
+                if kept is None:
+                    room = {v: found[v].nbytes * len(self._x) for v in asked}
+                    kept = {value: [] for value, bytes in room.items() if self._room.take(bytes)}
+                for value, arrays in kept.items():
+                    arrays.append(found[value])
+                yield found[name]
+        self._values |= kept or {}
         for source in known:
             if not self._is_read(source):
                 self._drop(source)
@@ -188,13 +196,18 @@ def _products(dense, quantized):
 
 
 def _moments(dense: Iterator[np.ndarray], quantized: Iterator[np.ndarray]) -> Moments:
-    sums, positions = None, 0
-    for d, q in zip(dense, quantized, strict=True):
-        if sums is None:
-            sums = np.zeros((2, q.shape[-1], q.shape[-1]))
-        for total, product in zip(sums, _products(d, q), strict=True):
-            total += np.asarray(product)
-        positions += q.shape[0] * q.shape[1]
+    def products(values: tuple[np.ndarray, np.ndarray]) -> tuple[int, list[np.ndarray]]:
+        return values[1][..., 0].size, [np.asarray(product) for product in _products(*values)]
+
+    sums: np.ndarray | None = None
+    positions = 0
+    for batches in batched(zip(dense, quantized, strict=True), workers().count):
+        for count, found in spread(products, batches):
+            if sums is None:
+                sums = np.zeros((2, *found[0].shape))
+            for total, product in zip(sums, found, strict=True):
+                total += product
+            positions += count
     assert sums is not None
     sums /= positions
     hessian, cross = sums.astype(np.float32)

@@ -13,11 +13,13 @@ from atd.cli.options import (
     Calib,
     Context,
     Device,
+    Devices,
     IgnoreExtra,
     Model,
     Quiet,
     check_writable,
     command,
+    mesh_of,
 )
 from atd.exports.formats import To
 
@@ -72,6 +74,7 @@ def convert(
     seed: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None,
     memory: Annotated[str | None, tyro.conf.arg(metavar="BYTES")] = None,
     device: Device = None,
+    devices: Devices = None,
     ignore_extra: IgnoreExtra = False,
     quiet: Quiet = False,
 ) -> None:
@@ -108,22 +111,20 @@ def convert(
 
     from atd.checkpoint.folder import read_report
     from atd.decomposition.allocation import parse_bytes
-    from atd.models.placement import use_device
     from atd.pipeline.convert import convert as run
     from atd.pipeline.recipe import under_budget
     from atd.reports.allocation import allocation_table
     from atd.reports.progress import shown
     from atd.reports.tables import console, sizes
 
-    if device:
-        use_device(device)
+    mesh = mesh_of(device, 1, devices, spread=True)
     chosen = under_budget(recipe, overrides, bits=bits, budget=budget)
     given = {"nonfinite": nonfinite, "calibration_tokens": calibration_tokens, "seed": seed}
     chosen = replace(chosen, **{name: value for name, value in given.items() if value is not None})
     limit = None if memory is None else parse_bytes(memory, "--memory")
     with shown(quiet=quiet) as (say, progress):
         options = {"calib": calib, "overwrite": overwrite, "ignore_extra": ignore_extra}
-        options |= {"limit": limit}
+        options |= {"limit": limit, "mesh": mesh}
         folder = run(model, out, chosen, **options, say=say, progress=progress)
     allocates = any(step.name == "allocate" for step in chosen.pipeline.passes)
     if allocates:

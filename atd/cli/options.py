@@ -56,6 +56,14 @@ Device = Annotated[
         "By default what jax chooses.",
     ),
 ]
+Devices = Annotated[
+    int | None,
+    tyro.conf.arg(
+        metavar="N",
+        help="The number of devices that the work is spread over: batches of text, and rows of "
+        "matrices. By default all of this process. The result is the same, on devices of one kind.",
+    ),
+]
 TensorParallel = Annotated[
     int,
     tyro.conf.arg(

@@ -13,6 +13,7 @@ from atd.cli.options import (
     Calib,
     Context,
     Device,
+    Devices,
     IgnoreExtra,
     Model,
     Quiet,
@@ -20,6 +21,7 @@ from atd.cli.options import (
     check_least,
     check_writable,
     command,
+    mesh_of,
 )
 
 
@@ -38,6 +40,7 @@ def study(
     tokens: Tokens = None,
     keep: bool = False,
     device: Device = None,
+    devices: Devices = None,
     ignore_extra: IgnoreExtra = False,
     quiet: Quiet = False,
 ) -> None:
@@ -56,7 +59,6 @@ def study(
         keep: Keep the weights of each point. By default they are deleted once they are evaluated;
             the recipe.toml that stays makes them again, to the byte.
     """
-    from atd.models.placement import use_device
     from atd.reports.plots import check_picture
     from atd.reports.progress import shown
     from atd.reports.tables import console, print_line
@@ -66,10 +68,9 @@ def study(
     check_least(2, context=context)
     check_least(1, tokens=tokens)
     check_picture(out / PICTURE)
-    if device:
-        use_device(device)
+    mesh = mesh_of(device, 1, devices, spread=True)
     options = {"calib": calib, "context": context, "tokens": tokens, "keep": keep}
-    options["ignore_extra"] = ignore_extra
+    options |= {"ignore_extra": ignore_extra, "mesh": mesh}
     with shown(quiet=quiet) as (say, progress):
         rows, failed = run_study(
             model, out, recipe, vary, data=data, **options, say=say, progress=progress

@@ -29,14 +29,12 @@ under the diagonal of H), and may be refitted in closed form under all of H.
 How it is made fast: matrices lie transposed, [in, rows], so that a column is contiguous and rows
 are the vector; columns go in blocks, whose targets take in all errors outside by one matrix
 product, so that the loop over columns looks inside the block alone; rows are cut into chunks of
-equal shape, one per core, so that all matrices of one input width share compilations.
+equal shape, one per core or device, so that all matrices of one input width share compilations.
 
 Sources: GPTQ 2210.17323, QuantEase 2309.01885, LNQ in GuidedQuant 2505.07004; Babai's view of GPTQ
 2507.18553.
 """
 
-import os
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
@@ -66,6 +64,7 @@ from atd.decomposition.second_moments import (
     matmul,
 )
 from atd.errors import BadInput
+from atd.parallel.workers import on_each_device, spread, workers
 from atd.weights import Group
 from atd.weights.groups import group_inputs
 
@@ -173,9 +172,11 @@ def decompose(
     hessian = damped(hessian, factor.damping)
     descent = descent_matrix(hessian, factor.order)
     options = {"bases": bases, "size": group_size(weight, group), "tied": tied}
-    count = ROWS if jax.default_backend() == "cpu" else out
+    count = ROWS if jax.default_backend() == "cpu" else -(-out // workers().count)
+    shared = on_each_device((factor, hessian, descent))
 
     def carry(start: int) -> tuple[np.ndarray, np.ndarray]:
+        factor, hessian, descent = shared()
         chunk = slice(start, start + count)
         rows, scale = take(weight, chunk), take(scales, chunk)
         target = visit_order(rows, factor.order)
@@ -192,8 +193,7 @@ def decompose(
             scale
         )
 
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        parts = list(threads.map(carry, range(0, out, count)))
+    parts = spread(carry, range(0, out, count))
     trits, fitted = (np.concatenate(arrays)[:out] for arrays in zip(*parts, strict=True))
     return trits, stored_scales(fitted, weight, dtype)
 

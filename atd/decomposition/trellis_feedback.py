@@ -8,7 +8,6 @@ the row's root mean square, for which the taps were made."""
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import jax
@@ -30,6 +29,7 @@ from atd.decomposition.levels import round_scales
 from atd.decomposition.second_moments import checked_moment, damped, matmul
 from atd.decomposition.trellis import Search, snap_column
 from atd.decomposition.trellis_kernel import fastest_search
+from atd.parallel.workers import on_each_device, spread, workers
 from atd.weights.codes import Code
 
 ROWS = 1024  # of a chunk on a CPU, about: wide enough for vectors, small enough for the cache
@@ -78,11 +78,13 @@ def decompose(
     hessian = damped(hessian, factor.damping)
     descent = descent_matrix(hessian, factor.order)
     options = {"code": code, "length": length, "search": fastest_search(code)}
+    shared = on_each_device((factor, hessian, descent))
 
-    def carry(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        rows, scale = weight[start:stop], scales[start:stop]
+    def carry(chunk: slice) -> tuple[np.ndarray, np.ndarray]:
+        factor, hessian, descent = shared()
+        rows, scale = weight[chunk], scales[chunk]
         target = visit_order(rows, factor.order)
-        costs = None if importance is None else jnp.asarray(importance[start:stop], jnp.float32)
+        costs = None if importance is None else jnp.asarray(importance[chunk], jnp.float32)
         visit = partial(sweep, target, importance=costs, **options)
         found = visit(target, None, matrix=factor.feedback, scale=scale)
         for _ in range(sweeps):
@@ -109,8 +111,8 @@ def nearest(
     options = {"code": code, "length": length, "dtype": np.dtype(dtype), "refits": refits}
     search = fastest_search(code)
 
-    def carry(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        trits, scale = _nearest(weight[start:stop], scales[start:stop], search=search, **options)
+    def carry(chunk: slice) -> tuple[np.ndarray, np.ndarray]:
+        trits, scale = _nearest(weight[chunk], scales[chunk], search=search, **options)
         return np.asarray(trits), np.asarray(scale)
 
     return _in_chunks(carry, weight, length, dtype)
@@ -156,33 +158,33 @@ def _better_scale(right, gram, scale, dtype):
 
 
 def _in_chunks(
-    carry: Callable[[int, int], tuple[np.ndarray, np.ndarray]],
+    carry: Callable[[slice], tuple[np.ndarray, np.ndarray]],
     weight: np.ndarray,
     length: int,
     dtype: DTypeLike,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """carry(start, stop) -> (trits, scales [rows]) for all chunks of rows, a core each, joined."""
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        parts = list(threads.map(carry, *zip(*_chunks(len(weight), length), strict=True)))
+    """carry(chunk) -> (trits, scales [rows]) of all chunks, a core or device each, joined."""
+    parts = spread(carry, _chunks(len(weight), length))
     trits, fitted = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     return trits, stored_scales(fitted, weight, dtype)[:, None, None]
 
 
-def _chunks(out: int, length: int) -> list[tuple[int, int]]:
-    """(start, stop) of rows that are worked on together: whole segments, as many in each chunk
-    where that can be, since each number of rows is compiled anew.
+def _chunks(out: int, length: int) -> list[slice]:
+    """Rows that are worked on together: whole segments, as many in each chunk where that can be,
+    since each number of rows is compiled anew; on GPUs a chunk for each.
     """
-    if jax.default_backend() != "cpu":
-        return [(0, out)]
     segments = max(1, out // length)
-    most = max(1, ROWS // length)
-    least = min(LEAST_SEGMENTS, segments)
-    cores = os.cpu_count() or 1
-    fewest = max(-(-segments // most), min(cores, segments // least))
-    counts = range(fewest, max(fewest, segments // least) + 1)
-    chunks = next((n for n in counts if segments % n == 0), fewest)
+    if jax.default_backend() == "cpu":
+        most = max(1, ROWS // length)
+        least = min(LEAST_SEGMENTS, segments)
+        cores = os.cpu_count() or 1
+        fewest = max(-(-segments // most), min(cores, segments // least))
+        counts = range(fewest, max(fewest, segments // least) + 1)
+        chunks = next((n for n in counts if segments % n == 0), fewest)
+    else:
+        chunks = min(workers().count, segments)
     starts = [*range(0, segments * length, -(-segments // chunks) * length)]
-    return list(zip(starts, [*starts[1:], out], strict=True))
+    return [slice(*ends) for ends in zip(starts, [*starts[1:], out], strict=True)]
 
 
 @partial(jax.jit, static_argnames=("code", "length", "search"))

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from jax.sharding import Mesh
 
 from atd.calibration.memory import SHARE, available, memory
 from atd.calibration.room import Room
@@ -26,6 +27,7 @@ from atd.errors import BadInput
 from atd.host import default_cache
 from atd.ir import Graph
 from atd.models import frontend
+from atd.parallel.workers import check_mesh, working
 from atd.pipeline.base import Pass
 from atd.pipeline.context import Context
 from atd.pipeline.driver import reopened, rewrite_written, run_stage
@@ -49,6 +51,7 @@ def convert(
     ignore_extra: bool = False,
     cache: Path | None = None,
     limit: int | None = None,
+    mesh: Mesh | None = None,
     say: Say = print,
     progress: Report = unheard,
 ) -> Path:
@@ -67,6 +70,9 @@ def convert(
         `atd.host.default_cache()`.
       limit: bytes of memory that calibration keeps to; by default three quarters of what is
         available. The result is the same.
+      mesh: devices of this process, with the axis "data": batches of calibration text and rows of
+        matrices are spread over them. None: the one that jax computes on by default. The bytes are
+        the same.
       say: takes lines for people.
       progress: hears how far the conversion is.
 
@@ -74,6 +80,7 @@ def convert(
       BadInput: before any weight is read, for whatever cannot work.
       RunFailed: for a full disk, a failed verification, or a model that was changed meanwhile.
     """
+    check_mesh(mesh)
     recipe = _resolved(recipe, overrides, calib, say)
     source, target = Path(model), Path(out).absolute()
     opened = frontend.open(source, ignore_extra=ignore_extra)
@@ -83,11 +90,11 @@ def convert(
     bytes = float("inf")
     if recipe.pipeline.calibrated:
         _check_calibration(recipe, final)
-        bytes = _bytes_for_values(opened, recipe, limit, say)
+        bytes = _bytes_for_values(opened, recipe, limit, mesh, say)
     tokenizer = tokenizer_files(source, say)
     store = Cache(default_cache() if cache is None else cache)
     stages, windows = recipe.pipeline.stages(), None
-    with open_result(target) as result:
+    with working(mesh), open_result(target) as result:
         check_space(result.parent, _bytes_to_write(stages, final) - _bytes_written(result.parent))
         contents = checkpoint_contents(source, progress)
         graph = frontend.open(source, ignore_extra=ignore_extra, digests=contents.digests)
@@ -161,14 +168,18 @@ def _check_calibration(recipe: Recipe, graph: Graph) -> None:
             read_text(text)
 
 
-def _bytes_for_values(graph: Graph, recipe: Recipe, limit: int | None, say: Say) -> float:
+def _bytes_for_values(
+    graph: Graph, recipe: Recipe, limit: int | None, mesh: Mesh | None, say: Say
+) -> float:
     """How many bytes the values of calibration may take; says what is taken before any work.
 
     Raises BadInput for a limit below what the work takes.
     """
     length = window_length(graph, recipe.calibration_context)
     count = window_count(recipe.calibration, recipe.calibration_tokens, length)
-    needed, most = memory(graph, count * length, length), limit or SHARE * available()
+    devices = 1 if mesh is None else mesh.size
+    needed = memory(graph, count * length, length, devices)
+    most = limit or SHARE * available()
     say(needed.under(most))
     return needed.left(most) if limit else max(0, most - needed.work)
 

@@ -17,6 +17,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from jax.sharding import Mesh
+
 from atd.checkpoint.folder import MANIFEST, REPORT, check_target, locked, read_manifest
 from atd.checkpoint.hub import local
 from atd.checkpoint.writer import is_intact
@@ -44,6 +46,7 @@ def run_study(
     tokens: int | None = None,
     keep: bool = False,
     ignore_extra: bool = False,
+    mesh: Mesh | None = None,
     say: Say = print,
     progress: Report = unheard,
 ) -> tuple[list[StudyRow], list[str]]:
@@ -63,6 +66,7 @@ def run_study(
       tokens: how many tokens of each text to use; None: all.
       ignore_extra: leaves out tensors of the model that are not part of its architecture.
       keep: keeps whole checkpoints; else a point's weights are deleted once it is evaluated.
+      mesh: devices of this process, with the axis "data", that each point is spread over.
       say, progress: where lines and progress go.
 
     Returns (all finished rows of the same model, texts and settings, those of former grids in `out`
@@ -87,11 +91,11 @@ def run_study(
         by_key = {row["key"]: row for row in rows}
         todo = [p for p in points if by_key.get(setting.key(p), {"error": "new"})["error"]]
         say(f"{len(points)} points, {len(points) - len(todo)} of them done already")
-        options = {"ignore_extra": ignore_extra, "progress": progress}
+        options = {"ignore_extra": ignore_extra, "mesh": mesh, "progress": progress}
         dense = load_checkpoint(model, **options) if todo else None
         for i, point in enumerate(todo):
             progress(Progress("study", i, len(todo), "points", point.label))
-            row = _done(setting, point, out, dense, say, progress)
+            row = _done(setting, point, out, dense, mesh, say, progress)
             by_key[row["key"]] = row
             write_results(out / RESULTS, list(by_key.values()))
             if not keep and not row["error"]:
@@ -124,13 +128,14 @@ def _done(
     point: Point,
     out: Path,
     dense: LoadedCheckpoint | None,
+    mesh: Mesh | None,
     say: Say,
     progress: Report,
 ) -> StudyRow:
     """Converts and evaluates a point; its row, which holds the error where it failed."""
     row = setting.row(point)
     try:
-        row |= _figures(setting, point, out / row["folder"], dense, say, progress)
+        row |= _figures(setting, point, out / row["folder"], dense, mesh, say, progress)
         say(f"{point.label}: {_summary(row, setting)}")
     except AtdError as error:
         row["error"] = str(error)
@@ -143,12 +148,13 @@ def _figures(
     point: Point,
     folder: Path,
     dense: LoadedCheckpoint | None,
+    mesh: Mesh | None,
     say: Say,
     progress: Report,
 ) -> StudyRow:
     """Converts and evaluates a point; the columns that hold what came out."""
-    seconds = _convert(setting, point, folder, say, progress)
-    converted = load_checkpoint(folder, progress=progress)
+    seconds = _convert(setting, point, folder, mesh, say, progress)
+    converted = load_checkpoint(folder, mesh=mesh, progress=progress)
     results = compare(
         converted,
         {name: text.tokens for name, text in setting.texts.items()},
@@ -179,7 +185,7 @@ def _figures(
 
 
 def _convert(
-    setting: Setting, point: Point, folder: Path, say: Say, progress: Report
+    setting: Setting, point: Point, folder: Path, mesh: Mesh | None, say: Say, progress: Report
 ) -> float | None:
     """Makes the checkpoint of a point; the seconds it took, or None where a whole one was there."""
     if _is_whole(folder):
@@ -192,6 +198,7 @@ def _convert(
         calib=setting.calib if point.calibrated else (),
         overwrite=folder.exists(),
         ignore_extra=setting.ignore_extra,
+        mesh=mesh,
         say=say,
         progress=progress,
     )

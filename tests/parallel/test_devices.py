@@ -1,4 +1,4 @@
-"""Models on several devices: this process has one, so `on_eight_devices.py` runs in another."""
+"""Several devices: this process has one, so the tests of FILES run in another."""
 
 import os
 import subprocess
@@ -13,15 +13,16 @@ from jax.sharding import Mesh
 from atd.errors import BadInput
 from atd.parallel.devices import devices_of, make_mesh
 
+FILES = ("on_eight_devices.py", "spread_conversions.py")
 EIGHT = "--xla_force_host_platform_device_count=8"
 
 
 @pytest.mark.parametrize("marked", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_on_eight_devices(marked):
     flags = f"{os.environ.get('XLA_FLAGS', '')} {EIGHT}"
-    file = Path(__file__).with_name("on_eight_devices.py")
+    files = [str(Path(__file__).with_name(name)) for name in FILES]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", marked, str(file)],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", marked, *files],
         env=os.environ
         | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "ATD_OUTER_CACHE": os.environ["ATD_CACHE"]},
         cwd=Path(__file__).parents[2],
