@@ -14,7 +14,7 @@ just quantized, so a unit's linears are worked on in order of execution.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from itertools import batched
+from itertools import batched, islice
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,8 @@ from atd.host import return_freed
 from atd.ir import Block
 from atd.models.execute import compiled_node, dense_weights, needed, run
 from atd.models.tokens import check_tokens
-from atd.parallel.workers import on_each_device, spread, workers
+from atd.parallel.hosts import hosts
+from atd.parallel.workers import on_each_device, spread_here, together, workers
 
 LARGE = 128 << 20  # bytes of a value, behind which freed memory is given back, which takes time
 BATCH = 4096  # most positions that run together, unless one window has more
@@ -56,9 +57,11 @@ class Calibration:
         batches = [
             np.asarray(tokens[i : i + windows], np.int32) for i in range(0, len(tokens), windows)
         ]
-        room = room or Room()
-        self._dense = _Stream("dense", batches, room)
-        self._quantized = _Stream("quantized", batches, room)
+        room, here = room or Room(), hosts()
+        mine = batches[here.process_id :: here.count]
+        self._rounds = -(-len(batches) // workers().of_all)
+        self._dense = _Stream("dense", mine, room)
+        self._quantized = _Stream("quantized", mine, room)
         self._moments: dict[str, Moments] = {}
 
     def begin(self, dense: Block, quantized: Block) -> Block:
@@ -96,7 +99,7 @@ class Calibration:
         node = next(node for node in unit.nodes if unit.full_name(node) == full_name)
         (value,) = node.inputs
         if value not in self._moments:
-            found = _moments(self._dense.each(value), self._quantized.each(value))
+            found = _moments(self._dense.each(value), self._quantized.each(value), self._rounds)
             self._moments[value] = found
             if found.hessian.nbytes > LARGE:
                 return_freed()
@@ -157,7 +160,7 @@ class _Stream:
 
         kept: dict[str, list[np.ndarray]] | None = None
         for batches in batched(range(len(self._x)), workers().count):
-            for found in spread(values_of, batches):
+            for found in spread_here(values_of, batches):
                 if kept is None:
                     room = {v: found[v].nbytes * len(self._x) for v in asked}
                     kept = {value: [] for value, bytes in room.items() if self._room.take(bytes)}
@@ -195,20 +198,28 @@ def _products(dense, quantized):
     return product(quantized.T, quantized), product(dense.T, quantized)
 
 
-def _moments(dense: Iterator[np.ndarray], quantized: Iterator[np.ndarray]) -> Moments:
-    def products(values: tuple[np.ndarray, np.ndarray]) -> tuple[int, list[np.ndarray]]:
-        return values[1][..., 0].size, [np.asarray(product) for product in _products(*values)]
+def _moments(dense: Iterator[np.ndarray], quantized: Iterator[np.ndarray], rounds: int) -> Moments:
+    """The moments over the batches of all processes, of which each has some in every round, unless
+    there are too few.
+    """
 
+    def products(values: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, ...]:
+        hessian, cross = _products(*values)
+        count = np.asarray(values[1][..., 0].size, np.int64)
+        return count, np.asarray(hessian), np.asarray(cross)
+
+    pairs = zip(dense, quantized, strict=True)
     sums: np.ndarray | None = None
     positions = 0
-    for batches in batched(zip(dense, quantized, strict=True), workers().count):
-        for count, found in spread(products, batches):
+    for _ in range(rounds):
+        for count, *found in together(products, [*islice(pairs, workers().count)]):
             if sums is None:
                 sums = np.zeros((2, *found[0].shape))
             for total, product in zip(sums, found, strict=True):
                 total += product
-            positions += count
+            positions += int(count)
     assert sums is not None
+    assert next(pairs, None) is None  # the streams keep what they keep once they are at their end
     sums /= positions
     hessian, cross = sums.astype(np.float32)
     return Moments(hessian, cross, positions)

@@ -12,13 +12,18 @@ from tyro.conf import Positional, UseAppendAction
 from atd.cli.options import (
     Calib,
     Context,
+    Coordinator,
+    CoordinatorTimeout,
     Device,
     Devices,
     IgnoreExtra,
     Model,
+    Processes,
+    ProcessId,
     Quiet,
     check_writable,
     command,
+    joined,
     mesh_of,
 )
 from atd.exports.formats import To
@@ -75,6 +80,10 @@ def convert(
     memory: Annotated[str | None, tyro.conf.arg(metavar="BYTES")] = None,
     device: Device = None,
     devices: Devices = None,
+    coordinator: Coordinator = None,
+    processes: Processes = None,
+    process_id: ProcessId = None,
+    coordinator_timeout: CoordinatorTimeout = 300,
     ignore_extra: IgnoreExtra = False,
     quiet: Quiet = False,
 ) -> None:
@@ -117,15 +126,18 @@ def convert(
     from atd.reports.progress import shown
     from atd.reports.tables import console, sizes
 
+    first = joined(coordinator, processes, process_id, coordinator_timeout)
     mesh = mesh_of(device, 1, devices, spread=True)
     chosen = under_budget(recipe, overrides, bits=bits, budget=budget)
     given = {"nonfinite": nonfinite, "calibration_tokens": calibration_tokens, "seed": seed}
     chosen = replace(chosen, **{name: value for name, value in given.items() if value is not None})
     limit = None if memory is None else parse_bytes(memory, "--memory")
-    with shown(quiet=quiet) as (say, progress):
+    with shown(quiet=quiet or not first) as (say, progress):
         options = {"calib": calib, "overwrite": overwrite, "ignore_extra": ignore_extra}
         options |= {"limit": limit, "mesh": mesh}
         folder = run(model, out, chosen, **options, say=say, progress=progress)
+    if not first:
+        return
     allocates = any(step.name == "allocate" for step in chosen.pipeline.passes)
     if allocates:
         console.print(allocation_table(read_report(folder)))

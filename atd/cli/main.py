@@ -52,14 +52,21 @@ def main(prefix: tuple[str, ...] = ()) -> None:
             "again",
             file=sys.stderr,
         )
-        sys.exit(130)
+        _leave(130)
     except Exception as error:
         if debug:
             raise
         told = _for_people(error)
         print(f"error: {told}", file=sys.stderr)
         _print_no_more()
-        sys.exit(told.exit_code)
+        _leave(told.exit_code)
+
+
+def _leave(exit_code: int) -> None:
+    """Exits, without waiting for other processes that work on the same."""
+    if "atd.parallel.hosts" in sys.modules:
+        sys.modules["atd.parallel.hosts"].leave(exit_code)
+    sys.exit(exit_code)
 
 
 def _run(arguments: list[str]) -> None:

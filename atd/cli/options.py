@@ -64,6 +64,27 @@ Devices = Annotated[
         "matrices. By default all of this process. The result is the same, on devices of one kind.",
     ),
 ]
+Coordinator = Annotated[
+    str | None,
+    tyro.conf.arg(
+        metavar="HOST:PORT",
+        help="Work together with other processes, on other hosts as a rule, that run the same "
+        "command: the address of process 0, the same for all; or auto, where a cluster's "
+        "environment says it (Slurm, Open MPI and others).",
+    ),
+]
+Processes = Annotated[
+    int | None,
+    tyro.conf.arg(metavar="N", help="The number of processes that work together."),
+]
+ProcessId = Annotated[
+    int | None,
+    tyro.conf.arg(metavar="I", help="Which of them this one is, from 0; process 0 writes."),
+]
+CoordinatorTimeout = Annotated[
+    int,
+    tyro.conf.arg(metavar="SECONDS", help="The time to wait until all processes are there."),
+]
 TensorParallel = Annotated[
     int,
     tyro.conf.arg(
@@ -201,6 +222,25 @@ def mesh_of(
         here = len(process_devices())
         devices = max(here // tensor_parallel, 1) * tensor_parallel
     return make_mesh(tensor_parallel, devices)
+
+
+def joined(
+    coordinator: str | None, processes: int | None, process_id: int | None, seconds: int
+) -> bool:
+    """Joins the processes of --coordinator, where it is given; returns whether this one prints.
+
+    Raises BadInput for the other options without it, and as `atd.parallel.hosts.join` does.
+    """
+    check_least(1, processes=processes, coordinator_timeout=seconds)
+    if coordinator is None:
+        given = {"--processes": processes, "--process-id": process_id}
+        if named := [name for name, value in given.items() if value is not None]:
+            raise BadInput(f"{', '.join(named)}: give --coordinator HOST:PORT as well")
+        return True
+    from atd.parallel.hosts import hosts, join
+
+    join(coordinator, processes, process_id, seconds)
+    return hosts().first
 
 
 def check_writable(option: str, file: Path | None) -> None:

@@ -15,12 +15,16 @@ from atd.cli.options import (
     Activations,
     Backend,
     Chunk,
+    Coordinator,
+    CoordinatorTimeout,
     Device,
     Dtype,
     IgnoreExtra,
     Json,
     Kv,
     Model,
+    Processes,
+    ProcessId,
     Quiet,
     TensorParallel,
     Tokenizer,
@@ -28,6 +32,7 @@ from atd.cli.options import (
     check_least,
     check_writable,
     command,
+    joined,
     mesh_of,
     say_assumed,
     say_expected_bos,
@@ -55,6 +60,10 @@ def evaluate(
     device: Device = None,
     tensor_parallel: TensorParallel = 1,
     devices: Annotated[int | None, tyro.conf.arg(metavar="N")] = None,
+    coordinator: Coordinator = None,
+    processes: Processes = None,
+    process_id: ProcessId = None,
+    coordinator_timeout: CoordinatorTimeout = 300,
     activations: Activations = "model",
     chunk: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None,
     batch: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None,
@@ -98,12 +107,15 @@ def evaluate(
     """
     from functools import partial
 
+    from atd.calibration.windows import tokens_digest
     from atd.checkpoint.files import write_json
     from atd.checkpoint.hub import hub_id
-    from atd.checkpoint.reader import open_tokenizer
+    from atd.checkpoint.reader import checkpoint_contents, open_tokenizer
     from atd.cli.tasks import evaluate_tasks
     from atd.models import frontend
+    from atd.models.numerics import surroundings
     from atd.parallel.devices import MODEL
+    from atd.parallel.hosts import agree, agreeing, hosts
     from atd.parallel.partition import partition
     from atd.pipeline.card_figures import add_figures, check_card, figures
     from atd.reports.progress import shown
@@ -115,6 +127,9 @@ def evaluate(
     check_least(1, batch=batch, tokens=tokens, limit=limit, chunk=chunk)
     check_least(0, num_fewshot=num_fewshot)
     check_writable("--json", json)
+    if tasks is not None:
+        _refuse("--tasks", {"coordinator": coordinator})
+    first = joined(coordinator, processes, process_id, coordinator_timeout)
     mesh = mesh_of(device, tensor_parallel, devices, spread=tasks is None)
     of_tasks = {
         "num_fewshot": num_fewshot,
@@ -165,12 +180,21 @@ def evaluate(
     check_models(graphs, windows)
     options = {"context": context, "batch": batch, "bos_id": bos_id, "convention": convention}
     options |= {"chunk": chunk}
-    with shown(quiet=quiet) as (_, progress):
+    with shown(quiet=quiet or not first) as (_, progress):
+        if hosts().count > 1:
+            asked = {"dtype": dtype, "backend": backend, "kv": kv, "activations": activations}
+            asked |= {"tensor parallel": tensor_parallel, "windows": tokens_digest(windows)}
+            agree(surroundings() | asked | options)
+            with agreeing():
+                files = [checkpoint_contents(p, progress) for p in (model, against) if p]
+            agree({"content of the models": [sorted(file.digests.values()) for file in files]})
         how = {"backend": backend, "dtype": dtype, "ignore_extra": ignore_extra, "mesh": mesh}
         load = partial(load_checkpoint, **how, progress=progress)
         loaded = load(model, activations=activations, kv=kv)
         dense = load(against) if against else None
         (result,) = compare(loaded, texts, against=dense, **options, progress=progress).values()
+    if not first:
+        return
     bits, size = loaded.bits_per_weight, loaded.nbytes
     if json:
         made_of = {"model": str(model), "against": str(against) if against else None}

@@ -172,7 +172,7 @@ def decompose(
     hessian = damped(hessian, factor.damping)
     descent = descent_matrix(hessian, factor.order)
     options = {"bases": bases, "size": group_size(weight, group), "tied": tied}
-    count = ROWS if jax.default_backend() == "cpu" else -(-out // workers().count)
+    count = ROWS if jax.default_backend() == "cpu" else -(-out // workers().of_all)
     shared = on_each_device((factor, hessian, descent))
 
     def carry(start: int) -> tuple[np.ndarray, np.ndarray]:

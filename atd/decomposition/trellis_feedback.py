@@ -182,7 +182,7 @@ def _chunks(out: int, length: int) -> list[slice]:
         counts = range(fewest, max(fewest, segments // least) + 1)
         chunks = next((n for n in counts if segments % n == 0), fewest)
     else:
-        chunks = min(workers().count, segments)
+        chunks = min(workers().of_all, segments)
     starts = [*range(0, segments * length, -(-segments // chunks) * length)]
     return [slice(*ends) for ends in zip(starts, [*starts[1:], out], strict=True)]
 

@@ -5,6 +5,8 @@ import os
 import jax
 from jaxlib import version as jaxlib
 
+from atd.version import __version__
+
 
 def numerics() -> dict[str, str]:
     """Returns the versions, the platform and the settings of jax that change what is computed.
@@ -27,3 +29,14 @@ def numerics() -> dict[str, str]:
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
         **{name: str(getattr(jax.config, name, None)) for name in settings},
     }
+
+
+def surroundings() -> dict[str, object]:
+    """Returns what has to be the same in all processes that compute one result."""
+    here = jax.local_devices()
+    devices = f"{len(here)} x {here[0].device_kind}"
+    return {
+        "version of atd": __version__,
+        "devices": devices,
+        "number of cores": os.cpu_count(),
+    } | {f"setting of {name}": value for name, value in numerics().items()}

@@ -1,4 +1,4 @@
-"""Spreads tasks over the devices of a conversion.
+"""Spreads tasks over the devices of a conversion, those of all its processes.
 
 A task is a function that one device runs, as it would if it were the only one: programs and shapes
 are the same for any number of devices, and results come back in the order of the tasks. So the
@@ -20,10 +20,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
-from atd.errors import BadInput
+from atd.errors import AtdError, BadInput
 from atd.parallel.devices import MODEL, devices_of
+from atd.parallel.hosts import hosts, in_turns
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,13 @@ class Workers:
 
     @property
     def count(self) -> int:
-        """How many devices there are."""
+        """How many devices there are in this process."""
         return max(1, len(self.devices))
+
+    @property
+    def of_all(self) -> int:
+        """How many devices there are in all processes."""
+        return self.count * hosts().count
 
 
 _current: ContextVar[Workers | None] = ContextVar("workers", default=None)
@@ -81,8 +88,35 @@ def check_mesh(mesh: Mesh | None) -> tuple[Any, ...]:
     return tuple(devices.mesh.devices.flat)
 
 
-def spread[T, R](task: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
-    """Runs a task on each item, on the devices in turn, and yields the results in order.
+Arrays = tuple[np.ndarray, ...]
+
+
+def spread[T](task: Callable[[T], Arrays], items: Sequence[T]) -> Iterator[Arrays]:
+    """Runs a task on each item, in the processes and on their devices in turn; yields the results
+    in order.
+    """
+    here = hosts()
+    if here.count == 1:
+        yield from spread_here(task, items)
+    else:
+        yield from together(task, items[here.process_id :: here.count])
+
+
+def together[T](task: Callable[[T], Arrays], items: Sequence[T]) -> list[Arrays]:
+    """Runs a task on each of this process's items, and returns the results of all processes.
+
+    All have to call it. The items of a process are each `hosts().count`-th of the work's.
+    """
+    try:
+        results, error = [*spread_here(task, items)], None
+    except AtdError as raised:
+        results, error = [], raised
+    return in_turns(results, error)
+
+
+def spread_here[T, R](task: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+    """Runs a task on each item, on the devices of this process in turn, and yields the results in
+    order.
 
     A device of a CPU takes as many at a time as there are cores.
     """

@@ -4,7 +4,8 @@ Peak memory is one weight plus what its passes need, for a model of any size. A 
 at any point and started again skips the units that are finished and ends in the same bytes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,15 +19,23 @@ from atd.calibration.text import SELF, calibration_text, window_count, window_le
 from atd.calibration.windows import tokens_digest
 from atd.checkpoint.cache import Cache
 from atd.checkpoint.files import read_text
-from atd.checkpoint.folder import check_space, check_target, finish, open_result
+from atd.checkpoint.folder import (
+    check_space,
+    check_target,
+    finish,
+    open_result,
+    result_folder,
+)
 from atd.checkpoint.hub import local
 from atd.checkpoint.identity import check_unchanged
-from atd.checkpoint.journal import JournalEntry
+from atd.checkpoint.journal import JournalEntry, read_journal
 from atd.checkpoint.reader import checkpoint_contents
 from atd.errors import BadInput
 from atd.host import default_cache
 from atd.ir import Graph
 from atd.models import frontend
+from atd.models.numerics import surroundings
+from atd.parallel.hosts import agree, agreeing, alone, from_first, hosts
 from atd.parallel.workers import check_mesh, working
 from atd.pipeline.base import Pass
 from atd.pipeline.context import Context
@@ -80,23 +89,30 @@ def convert(
       BadInput: before any weight is read, for whatever cannot work.
       RunFailed: for a full disk, a failed verification, or a model that was changed meanwhile.
     """
-    check_mesh(mesh)
-    recipe = _resolved(recipe, overrides, calib, say)
-    source, target = Path(model), Path(out).absolute()
-    opened = frontend.open(source, ignore_extra=ignore_extra)
-    recipe = suited(recipe, opened, say)
-    final = recipe.pipeline.preflight(opened)
-    check_target(target, local(source), overwrite)
-    bytes = float("inf")
-    if recipe.pipeline.calibrated:
-        _check_calibration(recipe, final)
-        bytes = _bytes_for_values(opened, recipe, limit, mesh, say)
-    tokenizer = tokenizer_files(source, say)
-    store = Cache(default_cache() if cache is None else cache)
+    with agreeing():
+        check_mesh(mesh)
+        recipe = _resolved(recipe, overrides, calib, say)
+        source, target = Path(model), Path(out).absolute()
+        opened = frontend.open(source, ignore_extra=ignore_extra)
+        recipe = suited(recipe, opened, say)
+        final = recipe.pipeline.preflight(opened)
+        if hosts().first:
+            check_target(target, local(source), overwrite)
+        bytes = float("inf")
+        if recipe.pipeline.calibrated:
+            _check_calibration(recipe, final)
+            bytes = _bytes_for_values(opened, recipe, limit, mesh, say)
+        tokenizer = tokenizer_files(source, say)
+        store = Cache(default_cache() if cache is None else cache)
     stages, windows = recipe.pipeline.stages(), None
-    with working(mesh), open_result(target) as result:
-        check_space(result.parent, _bytes_to_write(stages, final) - _bytes_written(result.parent))
-        contents = checkpoint_contents(source, progress)
+    agree(surroundings() | {"recipe": recipe.to_toml(), "OUT": target})
+    with working(mesh), _opened_by_first(target) as result:
+        with agreeing():
+            if hosts().first:
+                missing = _bytes_to_write(stages, final) - _bytes_written(result.parent)
+                check_space(result.parent, missing)
+            contents = checkpoint_contents(source, progress)
+        agree({"content of MODEL": sorted(contents.digests.values())})
         graph = frontend.open(source, ignore_extra=ignore_extra, digests=contents.digests)
         graph = finite(graph, recipe.nonfinite, say)
         if recipe.pipeline.calibrated:
@@ -105,10 +121,28 @@ def convert(
         room = Room(bytes, result.parent / STREAMS)
         context = Context(recipe.seed, cache=store, say=say, progress=progress)
         entries = _run_stages(graph, stages, context, recipe, windows, room, tokenizer, result)
-        check_unchanged(contents)
-        files = write_summary(result, source, recipe, entries, tokenizer, windows)
-        finish(target, result, files, overwrite)
+        with agreeing():
+            check_unchanged(contents)
+            if hosts().first:
+                files = write_summary(result, source, recipe, entries, tokenizer, windows)
+                finish(target, result, files, overwrite)
     return target
+
+
+@contextmanager
+def _opened_by_first(target: Path) -> Iterator[Path]:
+    """The folder that becomes the target, which the first process opens and the others see."""
+    first, opened = hosts().first, ExitStack()
+    with opened:
+        with agreeing():
+            result = opened.enter_context(open_result(target)) if first else result_folder(target)
+        with agreeing():
+            if not result.is_dir():
+                raise BadInput(
+                    f"{result}: {hosts().names[0]} has made this folder, and it is not seen here; "
+                    "OUT must lie on a file system that all processes share"
+                )
+        yield result
 
 
 def _resolved(
@@ -207,7 +241,8 @@ def _run_stages(
     figures, entries = {}, ()
     for i, (passes, after) in enumerate(stages):
         folder = result if i == len(stages) - 1 else result.with_name(f"stage-{i}")
-        folder.mkdir(exist_ok=True)
+        with agreeing():
+            folder.mkdir(exist_ok=True)
         # The streams of a new calibration start in front of the model.
         calibration = None if windows is None else Calibration(windows, room)
         context = replace(context, calibration=calibration)
@@ -220,14 +255,22 @@ def _run_stages(
             known=figures,
             progress=_part(context.progress, i, len(stages)),
         )
-        write_metadata(folder, done.graph, recipe, done.entries, tokenizer)
+        with agreeing():
+            if hosts().first:
+                write_metadata(folder, done.graph, recipe, done.entries, tokenizer)
         figures, entries = done.figures, done.entries
         graph = reopened(folder, entries)
         context = replace(context, dense=done.dense, written_digests=done.digests)
         for n in range(len(after)):
-            graph = rewrite_written(
-                graph, after[: n + 1], entries, context, recipe, folder / f"after-{n}", tokenizer
-            )
+            beside, written = folder / f"after-{n}", graph
+            with agreeing():
+                if hosts().first:  # one process trains, and the others wait
+                    with alone():
+                        graph = rewrite_written(
+                            graph, after[: n + 1], entries, context, recipe, beside, tokenizer
+                        )
+            if from_first("" if graph is written else "changed") and not hosts().first:
+                graph = reopened(beside, read_journal(beside).values())
     return entries
 
 

@@ -12,7 +12,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from atd.checkpoint.journal import JournalEntry, append_journal, read_journal
@@ -23,6 +23,7 @@ from atd.ir.rewrite import joined_parts
 from atd.models import frontend
 from atd.models.frontend import FORMAT_VERSION
 from atd.models.numerics import numerics
+from atd.parallel.hosts import agree, agreeing, from_first, hosts
 from atd.pipeline.base import Pass, identity
 from atd.pipeline.context import Context, Figures
 from atd.pipeline.output import write_metadata
@@ -95,12 +96,12 @@ def run_stage(
         shard = folder / shard_name(i, len(sizes))
         key = _unit_key(before, after, passes, recipe, previous)
         entry = _finished(journal, shard, key)
+        agree({f"key of {before.name or 'epilogue'}": key, "state of OUT": entry is not None})
         if calibration:
             after = calibration.begin(reference, after if entry is None else written(after, shard))
             previous = key  # what is quantized later depends on what was quantized before
         if entry is None:
-            entry = _write_unit(before.name or "epilogue", after, key, shard, figures)
-            append_journal(folder, entry)
+            entry = _write_unit(before.name or "epilogue", after, key, folder, shard, figures)
         if calibration and i < len(sizes) - 1:
             calibration.finish()
         entries.append(entry)
@@ -218,13 +219,24 @@ def _finished(journal: Mapping[str, JournalEntry], shard: Path, key: str) -> Jou
 
 
 def _write_unit(
-    name: str, unit: Block, key: str, shard: Path, figures: Mapping[str, dict]
+    name: str, unit: Block, key: str, folder: Path, shard: Path, figures: Mapping[str, dict]
 ) -> JournalEntry:
-    """Computes the unit's weights and writes them."""
-    started = time.perf_counter()
-    tensors = write_shard(shard, [ref for node in unit.nodes for ref in node.weights.values()])
-    rows = _report(unit, figures, time.perf_counter() - started)
-    return JournalEntry(name, key, shard.name, file_digest(shard), tensors, rows)
+    """Computes the unit's weights, in all processes, and writes them and their line of the journal
+    in the first.
+    """
+    started, text = time.perf_counter(), ""
+    refs = [ref for node in unit.nodes for ref in node.weights.values()]
+    with agreeing():
+        if hosts().first:
+            tensors = write_shard(shard, refs)
+            rows = _report(unit, figures, time.perf_counter() - started)
+            entry = JournalEntry(name, key, shard.name, file_digest(shard), tensors, rows)
+            append_journal(folder, entry)
+            text = json.dumps(asdict(entry))
+        else:
+            for ref in refs:
+                ref.load()
+    return JournalEntry(**json.loads(from_first(text)))
 
 
 def _report(unit: Block, figures: Mapping[str, dict], seconds: float) -> list[dict]:

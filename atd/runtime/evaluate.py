@@ -36,6 +36,7 @@ import numpy as np
 from atd.errors import BadInput, RunFailed
 from atd.ir import Graph
 from atd.models.tokens import check_tokens
+from atd.parallel.hosts import hosts, in_turns
 from atd.progress import Progress, Report, unheard
 
 CONVENTIONS = ("standard", "llama.cpp")
@@ -145,12 +146,14 @@ def evaluate(
     devices = getattr(model, "devices", None)
     spread = devices.data if devices else 1  # each device runs what it would run if it were alone
     batch = min(batch, len(windows)) * spread
+    here = hosts()
+    starts = [*range(0, len(windows), batch)][here.process_id :: here.count]
     check_models([m for m in (model, against) if m is not None], windows)
 
     how: dict[str, Any] = {} if chunk is None else {"chunk": chunk}
     batches = []
     laps = [time.perf_counter()]
-    for start in range(0, len(windows), batch):
+    for start in starts:
         part = windows[start : start + batch]
         padded = np.pad(part, ((0, batch - len(part)), (0, 0)))
         # [batch, scored, D] each
@@ -168,14 +171,19 @@ def evaluate(
         )
         batches.append([np.asarray(score)[: len(part)].ravel() for score in scores])
         laps.append(time.perf_counter())
-        done = (start + len(part)) * context
+        done = min(start + batch * here.count, len(windows)) * context
         progress(Progress("evaluating", done, windows.size, "tokens"))
+    batches = in_turns(batches)
+    laps = [
+        *laps[: max(1, len(starts))],
+        time.perf_counter(),
+    ]  # with the wait for others
 
     nll, *compared = (
         np.concatenate(column).astype(np.float64) for column in zip(*batches, strict=True)
     )
     _check_finite(nll, compared, len(windows))
-    compiling = min(1, len(laps) - 2)  # batches to leave out of the rate
+    compiling = min(1, max(0, len(laps) - 2))  # batches of each process, left out of the rate
     return Evaluation(
         perplexity=_perplexity(nll),
         **_distance(*compared),
@@ -186,7 +194,7 @@ def evaluate(
         convention=convention,
         tokens=len(tokens),
         seconds=laps[-1] - begin,
-        tokens_per_second=(len(windows) - compiling * batch)
+        tokens_per_second=(len(windows) - compiling * batch * here.count)
         * context
         / (laps[-1] - laps[compiling]),
         kl_windows=_by_window(len(windows), *compared),
