@@ -218,10 +218,14 @@ def agree(facts: Mapping[str, object]) -> None:
     first, *others = (json.loads(said.tobytes()) for (said,) in gathered([text]))
     for name, facts_there in zip(me.names[1:], others, strict=True):
         for fact, value in first.items():
-            if facts_there.get(fact) != value:
+            if (there := facts_there.get(fact)) != value:
+                lines = zip_longest(
+                    str(there).splitlines(), value.splitlines(), fillvalue="nothing"
+                )
+                found, expected = next(pair for pair in lines if pair[0] != pair[1])
                 raise BadInput(
-                    f"{name} has another {fact} than {me.names[0]}: {facts_there.get(fact)}, not "
-                    f"{value}; all processes of a run need the same"
+                    f"{name} has another {fact} than {me.names[0]}: {found}, not {expected}; all "
+                    "processes of a run need the same"
                 )
 
 

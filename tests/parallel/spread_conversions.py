@@ -19,7 +19,7 @@ from atd.decomposition import error_feedback
 from atd.errors import BadInput
 from atd.models.random_model import SHAPES, random_graph
 from atd.parallel.devices import MODEL, make_mesh
-from atd.parallel.workers import on_each_device, spread, workers, working
+from atd.parallel.workers import on_each_device, spread_here, workers, working
 from atd.pipeline.convert import convert
 from atd.pipeline.recipe import read_recipe
 from atd.study.run import run_study
@@ -138,7 +138,7 @@ def test_tasks_run_on_all_devices_in_order():
     with working(make_mesh(1, 4)):
         assert workers().count == 4
         shared = on_each_device(jax.numpy.ones(2))
-        found = list(spread(task, range(10)))
+        found = list(spread_here(task, range(10)))
     assert [item for item, *_ in found] == [*range(10)]
     assert [device for _, device, _ in found] == [jax.devices()[i % 4] for i in range(10)]
     assert all((array == 1 + item).all() for item, _, array in found)

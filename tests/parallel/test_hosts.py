@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from atd.checkpoint.folder import read_manifest
+from atd.checkpoint.folder import partial_folder, read_manifest
 from atd.errors import BadInput, RunFailed
 from atd.parallel import hosts as together
 from atd.parallel.lost import told_of
@@ -124,6 +124,7 @@ def started(command: tuple[str, ...]) -> list[subprocess.Popen]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     there = ("--coordinator", f"127.0.0.1:{port}", "--processes", "2")
+    there += ("--coordinator-timeout", "60")
     return [
         subprocess.Popen(
             [sys.executable, "-m", "atd", *command, *there, "--process-id", str(i)],
@@ -162,18 +163,20 @@ def test_two_processes_make_the_bytes_of_one(model, alone, tmp_path):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_other_and_the_run_goes_on(model, alone, tmp_path, victim):
     out = tmp_path / "out"
-    told = killed(conversion(model, out), victim, random.uniform(4, 9))
+    told = killed(conversion(model, out), out, victim, random.uniform(0, 8))
     assert not told or f"error: process {victim} (" in told
     if not out.exists():
         finished(started(conversion(model, out)))
     assert read_manifest(out) == alone
 
 
-def killed(command: tuple[str, ...], victim: int, seconds: float) -> str:
-    """Kills one of two processes after some time; returns what the other one said on stderr, ""
-    where both were done.
+def killed(command: tuple[str, ...], out: Path, victim: int, seconds: float) -> str:
+    """Kills one of two processes, some time after they began to write; returns what the other one
+    said on stderr, "" where both were done.
     """
     processes = started(command)
+    while not partial_folder(out).exists() and processes[victim].poll() is None:
+        time.sleep(0.05)
     time.sleep(seconds)
     done = processes[victim].poll() is not None
     processes[victim].send_signal(signal.SIGKILL)
