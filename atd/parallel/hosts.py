@@ -271,7 +271,7 @@ def _all(arrays: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
         padded = np.zeros(-(-int(lengths.max()) // 4096) * 4096, np.uint8)
         padded[: len(content)] = np.frombuffer(content, np.uint8)
         contents = multihost_utils.process_allgather(padded)  # [processes, bytes]
-    except jax.errors.JaxRuntimeError as error:
+    except (jax.errors.JaxRuntimeError, ValueError) as error:  # gloo raises both
         time.sleep(2 * HEARTBEAT)  # until it is known which process is lost
         raise RunFailed(f"a process does not answer: {str(error).splitlines()[0]}") from None
     return [
