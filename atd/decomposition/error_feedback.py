@@ -26,9 +26,7 @@ One sweep over the columns with the first matrix starts from q = w, no error at 
 second start from where the one before ended. Scales are fitted beforehand (`least_squares.als`
 under the diagonal of H), and may be refitted in closed form under all of H.
 
-How it is made fast: matrices lie transposed, [in, rows], so that a column is contiguous and rows
-are the vector; columns go in blocks, whose targets take in all errors outside by one matrix
-product, so that the loop over columns looks inside the block alone; rows are cut into chunks of
+How it is made fast: columns go in blocks (`atd.decomposition.sweeps`); rows are cut into chunks of
 equal shape, one per core or device, so that all matrices of one input width share compilations.
 
 Sources: GPTQ 2210.17323, QuantEase 2309.01885, LNQ in GuidedQuant 2505.07004; Babai's view of GPTQ
@@ -46,12 +44,11 @@ from numpy.typing import DTypeLike
 
 from atd.decomposition.chunks import group_size, stored_scales, take
 from atd.decomposition.least_squares import RIDGE, als
+from atd.decomposition.level_walks import Walks, fastest_walks, levels_of, top
 from atd.decomposition.levels import (
-    ascending_levels,
     descending_scales,
     nearest_codes,
     nonzero,
-    ranked_levels,
     round_scales,
     top_level,
     trits_of,
@@ -63,12 +60,12 @@ from atd.decomposition.second_moments import (
     damped,
     matmul,
 )
+from atd.decomposition.sweeps import sweep_columns
 from atd.errors import BadInput
 from atd.parallel.workers import on_each_device, spread, workers
 from atd.weights import Group
 from atd.weights.groups import group_inputs
 
-BLOCK = 64  # columns
 ROWS = 256  # rows of a chunk on a CPU: the errors of a block stay in its cache
 REFIT_FLOATS = 1 << 20  # in the normal equations of the rows in flight: they stay near the core
 
@@ -172,6 +169,7 @@ def decompose(
     hessian = damped(hessian, factor.damping)
     descent = descent_matrix(hessian, factor.order)
     options = {"bases": bases, "size": group_size(weight, group), "tied": tied}
+    walks = fastest_walks(bases, tied)
     count = ROWS if jax.default_backend() == "cpu" else -(-out // workers().of_all)
     shared = on_each_device((factor, hessian, descent))
 
@@ -180,7 +178,7 @@ def decompose(
         chunk = slice(start, start + count)
         rows, scale = take(weight, chunk), take(scales, chunk)
         target = visit_order(rows, factor.order)
-        sweep = partial(_sweep, target, order=factor.order, **options)
+        sweep = partial(_sweep, target, order=factor.order, walks=walks, **options)
         quantized = sweep(target, matrix=factor.feedback, scales=scale)
         for _ in range(sweeps):
             quantized = sweep(quantized, matrix=descent, scales=scale)
@@ -239,91 +237,11 @@ def stored_order(quantized, order):
 # --- one sweep over all columns -------------------------------------------------------------------
 
 
-def sweep_columns(target, quantized, kept, *, matrix, nearest):
-    """Rounds the columns of [in, rows] one after the other, column j to what is nearest to
-
-        target_j + sum_i matrix[j, i] (target_i - quantized_i)
-
-    where quantized_i is new for the columns before it.
-
-    Args:
-        target, quantized: float32 [in, rows] in the order of visits.
-        kept: arrays [in, ...] of what else belongs to a column, or ().
-        matrix: float32 [in, in] with a diagonal of zeros.
-        nearest: (x float32 [rows], j, a column of `kept`) -> (its value float32 [rows], `kept`
-            anew).
-
-    Returns:
-        `quantized` and `kept` after the sweep.
-    """
-    inputs = len(target)
-    block = min(BLOCK, inputs)
-
-    def cut(arrays, start):
-        return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, block), arrays)
-
-    def put(arrays, parts, start):
-        def put_one(array, part):
-            return lax.dynamic_update_slice_in_dim(array, part, start, axis=0)
-
-        return jax.tree.map(put_one, arrays, parts)
-
-    def sweep_block(number, carry):
-        quantized, error, kept = carry
-        # The last block reaches back into the one before it: error feedback finds there what it
-        # found, descent descends once more.
-        start = jnp.minimum(number * block, inputs - block)
-        matrix_rows, old, block_target, columns = cut((matrix, quantized, target, kept), start)
-        within = lax.dynamic_slice_in_dim(matrix_rows, start, block, axis=1)
-        corrected = block_target + matmul(matrix_rows, error)  # by errors before this block's sweep
-
-        def sweep_column(j, carry):
-            new, change, columns = carry  # change of the error: old - new
-            x = corrected[j] + matmul(within[j], change)
-            value, column = nearest(x, start + j, jax.tree.map(lambda a: a[j], columns))
-            columns = jax.tree.map(lambda a, b: a.at[j].set(b), columns, column)
-            return new.at[j].set(value), change.at[j].set(old[j] - value), columns
-
-        first = (old, jnp.zeros_like(old), columns)
-        new, _, columns = lax.fori_loop(0, block, sweep_column, first)
-        return put((quantized, error, kept), (new, block_target - new, columns), start)
-
-    carry = (quantized, target - quantized, kept)
-    quantized, _, kept = lax.fori_loop(0, -(-inputs // block), sweep_block, carry)
-    return quantized, kept
-
-
-@partial(jax.jit, static_argnames=("bases", "size", "tied"))
-def _sweep(target, quantized, *, matrix, scales, order, bases, size, tied):
+@partial(jax.jit, static_argnames=("bases", "size", "tied", "walks"))
+def _sweep(target, quantized, *, matrix, scales, order, bases, size, tied, walks: Walks):
     """Sweeps to the levels of each weight's group; scales are float32 [rows, groups, N or 1]."""
-    group = order // size
-    levels = _levels(scales, tied)
-    round_to = partial(_nearest_tied, top=top_level(bases)) if tied else _nearest_free
-
-    def nearest(x, j, kept):
-        return round_to(x, levels[group[j]]), kept
-
-    return sweep_columns(target, quantized, (), matrix=matrix, nearest=nearest)[0]
-
-
-def _levels(scales, tied):
-    """The steps [groups, rows] where tied, else the levels >= 0 [groups, L, rows]."""
-    rows, groups, bases = scales.shape
-    if tied:
-        return scales[..., 0].T
-    level, _, rank = ranked_levels(scales.reshape(-1, bases).T)  # [L, rows * groups]
-    return ascending_levels(level, rank).reshape(-1, rows, groups).transpose(2, 0, 1)
-
-
-def _nearest_tied(x, step, top):
-    """Rounds x [rows] to a multiple of step [rows]."""
-    return jnp.clip(jnp.round(x / nonzero(step)), -top, top) * step
-
-
-def _nearest_free(x, level):
-    """Rounds x [rows] to the nearest of +-level [L, rows]; levels ascend from 0."""
-    passed = jnp.abs(x) > (level[1:] + level[:-1]) / 2
-    return jnp.where(x < 0, -1.0, 1.0) * jnp.max(jnp.where(passed, level[1:], 0.0), axis=0)
+    walk = walks(levels_of(scales, tied), order // size, top(bases, tied))
+    return sweep_columns(target, quantized, (), matrix=matrix, walk=walk)[0]
 
 
 # --- scales refitted ------------------------------------------------------------------------------

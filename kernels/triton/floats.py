@@ -68,6 +68,13 @@ def multiply_add(x: jax.Array, y: jax.Array, z: jax.Array, interpret: bool) -> j
     return _computed("fma.rn.f32 $0, $1, $2, $3;", *operands, constraints="=r,r,r,r")
 
 
+def quotient(x: jax.Array, y: jax.Array, interpret: bool) -> jax.Array:
+    """Returns x / y, rounded as IEEE rounds it: Triton's own may be off by two units."""
+    if interpret:
+        return x / y
+    return _computed("div.rn.f32 $0, $1, $2;", x, y, constraints="=r,r,r")
+
+
 def _computed(
     text: str, *operands: jax.Array, constraints: str = "=&r,r", pack: int = 1
 ) -> jax.Array:
