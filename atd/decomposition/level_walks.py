@@ -24,9 +24,9 @@ from atd.decomposition.walk_kernel import (
     errs,
     excess_of_sweeps,
     padded,
-    refused,
 )
 from atd.kernels.triton import floats
+from atd.kernels.triton.backend import Triton
 from atd.kernels.triton.ptx import plt
 
 ROWS = 32  # of a block of threads: one warp
@@ -85,7 +85,7 @@ def fastest_walks(bases: int, tied: bool) -> Walks:
     """
     excess = functools.partial(excess_error, bases, tied, in_one_kernel)
     task = f"rounds columns to {bases} {'tied' if tied else 'free'} bases"
-    if refused() or errs(excess, task, "a loop over columns rounds them"):
+    if Triton().device_refuses() or errs(excess, task, "a loop over columns rounds them"):
         return column_by_column
     return in_one_kernel
 

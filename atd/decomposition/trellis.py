@@ -165,29 +165,56 @@ def snap(
         values float32 [rows]; seam int32 [segments]).
     """
     steps = phases(code)
-    weight = scale * scale if importance is None else importance * scale * scale
-    weight /= jnp.maximum(jnp.mean(weight), 1e-30)
-    target = x * jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1.0), 0.0)
-    target, weight = (a.reshape(-1, length).T for a in (target, weight))  # [L, segments]
+    inverse, weight = per_row(scale, importance)
+    target, weight = (a.reshape(-1, length).T for a in (x * inverse, weight))  # [L, segments]
     segments = target.shape[1]
     if seam is None:
         seam = _seam(target, weight, steps, search)
     before, symbols = search(target, weight, seam, steps)
-    parts, values = [], []
+    numbers, values = [], []
     for p, step in enumerate(steps):  # rows of one phase: [periods, segments]
-        state, symbol, wanted = before[p], symbols[p], target[p :: len(steps)]
-        value = jnp.asarray(_by_state(step))[state] + jnp.asarray(step.new)[symbol]
-        number = _nearest(wanted - value, step.loose)
-        mine = jnp.zeros((*state.shape, len(step.coded) + len(step.loose_at)), jnp.int8)
-        mine = mine.at[..., step.coded].set(jnp.asarray(step.coded_trits)[symbol])
-        mine = mine.at[..., step.loose_at].set(jnp.asarray(step.loose_trits)[number])
-        parts.append(mine)
+        value = jnp.asarray(by_state(step))[before[p]] + jnp.asarray(step.new)[symbols[p]]
+        number = _nearest(target[p :: len(steps)] - value, step.loose)
+        numbers.append(number)
         values.append(value + jnp.asarray(step.loose)[number])
-    trits = jnp.concatenate(parts, axis=-1).swapaxes(0, 1)  # [segments, periods, trits]
+    trits = trits_of(symbols, numbers, steps).swapaxes(0, 1)  # [segments, periods, trits]
     value = (
         jnp.stack(values, axis=1).reshape(length, segments).T
     )  # [periods, P, segments] -> [segments, L]
     return trits.reshape(-1, trits.shape[-1]), value.reshape(-1) * scale, seam
+
+
+def per_row(scale, importance=None) -> tuple[jax.Array, jax.Array]:
+    """Returns 1 / s, or 0 for a scale of 0, and the weights c s^2 of errors in units of the scale,
+    relative to their mean: float32 [rows] each.
+    """
+    weight = scale * scale if importance is None else importance * scale * scale
+    weight /= jnp.maximum(jnp.mean(weight), 1e-30)
+    return jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1.0), 0.0), weight
+
+
+def trits_of(symbols, numbers, steps: tuple[Phase, ...]) -> jax.Array:
+    """Returns the trits of periods, int8 [..., trits].
+
+    Args:
+        symbols, numbers: for each phase, the numbers of the new coded trits and of the sum of loose
+            ones, int [...].
+    """
+    parts = []
+    for step, symbol, number in zip(steps, symbols, numbers, strict=True):
+        mine = jnp.zeros((*symbol.shape, len(step.coded) + len(step.loose_at)), jnp.int8)
+        mine = mine.at[..., step.coded].set(jnp.asarray(step.coded_trits)[symbol])
+        parts.append(mine.at[..., step.loose_at].set(jnp.asarray(step.loose_trits)[number]))
+    return jnp.concatenate(parts, axis=-1)
+
+
+def segments_of(rows: int, length: int) -> list[tuple[int, int, int]]:
+    """Returns (first row, row behind the last, rows of a segment): of the whole segments of a
+    column, and of the rest behind them, which is a segment of its own.
+    """
+    whole = rows // length * length
+    parts = [(0, whole, length), (whole, rows, rows - whole)]
+    return [(start, stop, length) for start, stop, length in parts if stop > start]
 
 
 def snap_column(
@@ -196,15 +223,12 @@ def snap_column(
     """`snap` of a column of any number of rows: behind the whole segments, the rest of the rows is
     a segment of its own.
     """
-    whole = len(x) // length * length
-    parts = [(0, whole, length), (whole, len(x), len(x) - whole)]
     found = []
-    for start, stop, rows in parts:
-        if stop > start:
-            first = start // length
-            known = None if seam is None else seam[first : first + (stop - start) // rows]
-            costs = None if importance is None else importance[start:stop]
-            found.append(snap(x[start:stop], scale[start:stop], code, rows, known, search, costs))
+    for start, stop, rows in segments_of(len(x), length):
+        first = start // length
+        known = None if seam is None else seam[first : first + (stop - start) // rows]
+        costs = None if importance is None else importance[start:stop]
+        found.append(snap(x[start:stop], scale[start:stop], code, rows, known, search, costs))
     trits, values, seams = (jnp.concatenate(arrays) for arrays in zip(*found, strict=True))
     return trits, values, seams
 
@@ -213,11 +237,15 @@ def _seam(target, weight, steps: tuple[Phase, ...], search: Search) -> jax.Array
     """The state in front of the first row of each segment, on the best way through the rows around
     the seam.
     """
-    length, period = len(target), len(steps)
-    around = max(period, min(SEAM_ROWS, length // 2) // period * period)
+    period, around = len(steps), rows_around_seam(len(target), len(steps))
     target, weight = (jnp.concatenate([a[-around:], a[:around]]) for a in (target, weight))
     before, _ = search(target, weight, None, steps)
     return before[0][around // period]
+
+
+def rows_around_seam(length: int, period: int) -> int:
+    """Returns how many rows on either side of the seam of a segment a free run looks at."""
+    return max(period, min(SEAM_ROWS, length // 2) // period * period)
 
 
 def _forward(cost, target, weight, steps: tuple[Phase, ...]) -> tuple[jax.Array, list[jax.Array]]:
@@ -317,8 +345,8 @@ def _trace(last, back: list[jax.Array], steps: tuple[Phase, ...]) -> Way:
     return before, symbols
 
 
-def _by_state(step: Phase) -> np.ndarray:
-    """float32 [states]: what the trits in front of a row add to its value."""
+def by_state(step: Phase) -> np.ndarray:
+    """Returns what the trits in front of a row add to its value, float32 [states]."""
     table = np.empty(step.head.size, np.float32)
     table[step.state] = step.head
     return table

@@ -22,13 +22,14 @@ from atd.decomposition.error_feedback import (
     check_widths,
     descent_matrix,
     stored_order,
-    sweep_columns,
     visit_order,
 )
 from atd.decomposition.levels import round_scales
 from atd.decomposition.second_moments import checked_moment, damped, matmul
+from atd.decomposition.sweeps import sweep_columns
 from atd.decomposition.trellis import Search, snap_column
 from atd.decomposition.trellis_kernel import fastest_search
+from atd.decomposition.trellis_walks import Walks, empty, fastest_walks
 from atd.parallel.workers import on_each_device, spread, workers
 from atd.weights.codes import Code
 
@@ -77,7 +78,7 @@ def decompose(
     check_widths(inputs, factor, hessian)
     hessian = damped(hessian, factor.damping)
     descent = descent_matrix(hessian, factor.order)
-    options = {"code": code, "length": length, "search": fastest_search(code)}
+    options = {"code": code, "length": length, "walks": fastest_walks(code)}
     shared = on_each_device((factor, hessian, descent))
 
     def carry(chunk: slice) -> tuple[np.ndarray, np.ndarray]:
@@ -187,7 +188,7 @@ def _chunks(out: int, length: int) -> list[slice]:
     return [slice(*ends) for ends in zip(starts, [*starts[1:], out], strict=True)]
 
 
-@partial(jax.jit, static_argnames=("code", "length", "search"))
+@partial(jax.jit, static_argnames=("code", "length", "walks"))
 def sweep(
     target,
     quantized,
@@ -197,7 +198,7 @@ def sweep(
     scale,
     code: Code,
     length: int,
-    search: Search,
+    walks: Walks,
     importance=None,
 ):
     """Does one sweep over all columns: `sweep_columns`, with trits of the code.
@@ -206,25 +207,16 @@ def sweep(
         target, quantized, matrix: as `sweep_columns` takes them; rows are those of a chunk.
         seams: int32 [in, segments], which are kept; None: they are found.
         scale: float32 [rows].
-        search: `atd.decomposition.trellis.best_way`, or what does the same.
+        walks: `atd.decomposition.trellis_walks.column_by_column`, or what does the same.
         importance: float32 [rows], or None.
 
     Returns:
         (quantized [in, rows], seams, trits int8 [in, rows / P, M]).
     """
-    rows = target.shape[1]
-    segments = max(1, -(-rows // length))
-    kept = jnp.zeros((len(target), segments), jnp.int32) if seams is None else seams
-    trits = jnp.zeros((len(target), rows // code.period, code.trits), jnp.int8)
-
-    def nearest(x, j, column):
-        known = None if seams is None else column[0]
-        found, value, seam = snap_column(x, scale, code, length, known, search, importance)
-        return value, (seam, found)
-
-    quantized, kept = sweep_columns(
-        target, quantized, (kept, trits), matrix=matrix, nearest=nearest
-    )
+    zeros, trits = empty(*target.shape, code, length)
+    kept = zeros if seams is None else seams, trits
+    walk = walks(scale, code, length, importance, keep=seams is not None)
+    quantized, kept = sweep_columns(target, quantized, kept, matrix=matrix, walk=walk)
     return quantized, *kept
 
 

@@ -10,7 +10,8 @@ follows the best way back.
 """
 
 import functools
-import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ from jax.experimental import pallas as pl
 
 from atd.decomposition import trellis
 from atd.decomposition.trellis import FAR, START, Phase, Search, Way, ended_trits, least_cost
+from atd.decomposition.walk_kernel import barrier, errs
 from atd.kernels.triton.backend import Triton
 from atd.kernels.triton.ptx import plt
 from atd.weights.codes import Code
@@ -28,7 +30,6 @@ from atd.weights.codes import Code
 MOST_STATES = 1024  # of which a block's registers hold what it knows of each
 THREADS = 256  # of a block, at most
 TEST_ROWS = 48  # of a segment of the self-test, about
-_log = logging.getLogger("atd.decomposition")
 
 
 @functools.cache
@@ -39,20 +40,21 @@ def fastest_search(code: Code) -> Search:
     On an NVIDIA GPU both search a small column first, once per process and code. Where the kernel
     finds worse trits, a warning says so, and the scan is taken.
     """
-    steps = trellis.phases(code)
-    if Triton().device_refuses() or max(step.behind for step in steps) > MOST_STATES:
-        return trellis.best_way
-    excess = excess_error(code, best_way)
-    if not excess < 1e-3:  # NaN as well
-        _log.warning(
-            "the kernel that searches trellis codes errs on %s with jax %s: the error of its trits "
-            "is %.1e of its size larger; a scan searches instead, which is slow on a GPU",
-            jax.devices()[0].device_kind,
-            jax.__version__,
-            excess,
-        )
+    if refuses(code) or errs(
+        functools.partial(excess_error, code, best_way),
+        task="searches trellis codes",
+        instead="a scan searches",
+    ):
         return trellis.best_way
     return best_way
+
+
+def refuses(code: Code) -> str | None:
+    """Returns why no kernel searches this code on this process's device, or None."""
+    if reason := Triton().device_refuses():
+        return reason
+    states = max(step.behind for step in trellis.phases(code))
+    return f"{states} states, more than {MOST_STATES}" if states > MOST_STATES else None
 
 
 def excess_error(code: Code, search: Search) -> float:
@@ -79,7 +81,7 @@ def best_way(target, weight, seam, steps: tuple[Phase, ...], *, interpret: bool 
         interpret: whether jax's interpreter runs the kernel, on a CPU.
     """
     rows, segments = target.shape
-    width = _width(steps)
+    width = width_of(steps)
     shape = jax.ShapeDtypeStruct
     states, *_ = pl.pallas_call(
         functools.partial(_kernel, steps=steps, rows=rows, width=width, interpret=interpret),
@@ -96,7 +98,7 @@ def best_way(target, weight, seam, steps: tuple[Phase, ...], *, interpret: bool 
         target.T.reshape(-1),
         weight.T.reshape(-1),
         *([] if seam is None else [seam]),
-        *(table for step in steps for table in _tables(step)),
+        *tables(steps),
     )
     states, period = states.reshape(segments, rows + 1).T, len(steps)
     before = [states[p:rows:period] for p in range(period)]
@@ -111,16 +113,21 @@ def name(steps: tuple[Phase, ...]) -> str:
 
 def warps(steps: tuple[Phase, ...]) -> int:
     """Returns the warps of a block: a thread per state, up to THREADS."""
-    return max(1, min(_width(steps), THREADS) // 32)
+    return max(1, min(width_of(steps), THREADS) // 32)
 
 
-def _width(steps: tuple[Phase, ...]) -> int:
-    """States behind any row, up to a power of 2."""
+def width_of(steps: tuple[Phase, ...]) -> int:
+    """Returns the states behind any row, up to a power of 2."""
     return max(pl.next_power_of_2(step.behind) for step in steps)
 
 
+def tables(steps: tuple[Phase, ...]) -> list[jax.Array]:
+    """Returns what `read_tables` reads, three arrays for each phase."""
+    return [table for step in steps for table in _tables(step)]
+
+
 def _tables(step: Phase) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`front` and `head` [D, states], `new` [states] of a _Table, padded to a power of 2."""
+    """`front` and `head` [D, states], `new` [states] of a Table, padded to a power of 2."""
     short = pl.next_power_of_2(step.behind) - step.behind
     front, head = (
         np.pad(np.repeat(a, len(step.new), axis=1), ((0, 0), (0, short)))
@@ -130,7 +137,7 @@ def _tables(step: Phase) -> tuple[jax.Array, jax.Array, jax.Array]:
     return jnp.asarray(front), jnp.asarray(head), jnp.asarray(new)
 
 
-class _Table(NamedTuple):
+class Table(NamedTuple):
     """What a row knows of each state behind it, in registers: arrays [states].
 
     Attributes:
@@ -145,68 +152,127 @@ class _Table(NamedTuple):
     state: jax.Array
 
 
-def _read(front_ref, head_ref, new_ref) -> _Table:
-    """Reads what `_tables` made."""
+def read_tables(refs) -> list[Table]:
+    """Reads what `tables` made."""
+    return [_read(*refs[p : p + 3]) for p in range(0, len(refs), 3)]
+
+
+def _read(front_ref, head_ref, new_ref) -> Table:
     ended = range(front_ref.shape[0])
     state = lax.iota(jnp.int32, new_ref.shape[0])
-    return _Table([front_ref[d] for d in ended], [head_ref[d] for d in ended], new_ref[...], state)
+    return Table([front_ref[d] for d in ended], [head_ref[d] for d in ended], new_ref[...], state)
+
+
+@dataclass(frozen=True)
+class SegmentSearch:
+    """The search in one segment, by a block of threads.
+
+    Attributes:
+        tables: of the phases in `steps`.
+        cost_ref: costs of two rows in turn, float32, this segment's from `first_cost` on.
+        back_ref: where the best way into a state began, int16, from `first_back` on.
+        width: states behind any row, up to a power of 2.
+    """
+
+    steps: tuple[Phase, ...]
+    tables: list[Table]
+    cost_ref: jax.Array
+    back_ref: jax.Array
+    first_cost: jax.Array
+    first_back: jax.Array
+    width: int
+    interpret: bool
+
+    def forward(self, periods: int, read: Callable, seam: jax.Array | None) -> jax.Array:
+        """Goes through rows, and returns the state behind the last, int32.
+
+        Args:
+            read: number of a period -> [(what is wanted of a row, the weight of its error)].
+            seam: the state in front of the first row and behind the last; None: any two.
+        """
+        state = lax.iota(jnp.int32, self.width)
+        if seam is None:
+            cost = jnp.full((self.width,), START, jnp.float32)
+        else:
+            cost = jnp.where(state == seam, np.float32(START), np.float32(FAR))
+        plt.store(self.cost_ref.at[self.first_cost + state], cost)
+        barrier(self.interpret)
+
+        def period(i, given):
+            ahead = read(jnp.minimum(i + 1, periods - 1))  # on its way while this one is worked on
+            for p, (y, w) in enumerate(given):
+                self._row(i * len(self.steps) + p, p, y, w)
+            return ahead
+
+        lax.fori_loop(0, periods, period, read(0))
+        barrier(self.interpret)
+        if seam is not None:
+            return seam
+        rows = periods * len(self.steps)
+        cost = plt.load(self.cost_ref.at[self._costs_in_front(rows) + state])
+        reached = jnp.where(state < self.steps[-1].behind, cost, FAR)
+        return jnp.argmin(reached, axis=0).astype(jnp.int32)
+
+    def _costs_in_front(self, row):
+        return self.first_cost + (row & 1) * self.width
+
+    def _row(self, row, p: int, y, w) -> None:
+        """Row `row`, of phase p."""
+        step, table = self.steps[p], self.tables[p]
+        here, behind = self._costs_in_front(row), self._costs_in_front(row + 1)
+        costs = [plt.load(self.cost_ref.at[here + front]) for front in table.front]
+        best = least_cost(costs, table.head, y - table.new, w, step)
+        plt.store(self.cost_ref.at[behind + table.state], best)
+        barrier(self.interpret)
+        came, ended = table.front[0], ended_trits(best, step)
+        for d, front in enumerate(table.front[1:], start=1):
+            came = jnp.where(ended == d, front, came)
+        at = self.first_back + row * self.width + table.state
+        plt.store(self.back_ref.at[at], came.astype(jnp.int16))
+
+    def back(self, rows: int, stop: int, last: jax.Array, visit: Callable) -> jax.Array:
+        """Follows the best way from the state behind row rows - 1 to that in front of row `stop`.
+
+        Args:
+            visit: (row, state in front of it) -> None.
+
+        Returns:
+            The state in front of row `stop`.
+        """
+
+        def row_before(i, behind):
+            row = rows - 1 - i
+            front = self.back_ref[self.first_back + row * self.width + behind].astype(jnp.int32)
+            visit(row, front)
+            return front
+
+        return lax.fori_loop(0, rows - stop, row_before, last)
 
 
 def _kernel(*refs, steps: tuple[Phase, ...], rows: int, width: int, interpret: bool):
     target_ref, weight_ref, *more_refs, way_ref, cost_ref, back_ref = refs
     seam_ref, table_refs = more_refs[: -3 * len(steps)], more_refs[-3 * len(steps) :]
-    tables = [_read(*table_refs[3 * p : 3 * p + 3]) for p in range(len(steps))]
-    segment, period, periods = pl.program_id(0), len(steps), rows // len(steps)
-    first_cost, first_row = segment * 2 * width, segment * rows
-
-    def barrier() -> None:
-        """Lets each thread read what the others wrote."""
-        if not interpret:
-            plt.debug_barrier()
+    segment, period = pl.program_id(0), len(steps)
+    search = SegmentSearch(
+        steps,
+        read_tables(table_refs),
+        cost_ref,
+        back_ref,
+        segment * 2 * width,
+        segment * rows * width,
+        width,
+        interpret,
+    )
 
     def read(i) -> list[tuple[jax.Array, jax.Array]]:
-        """What is wanted of the rows of a period, and the weights of their errors."""
-        at = first_row + jnp.minimum(i, periods - 1) * period
+        at = segment * rows + i * period
         return [(target_ref[at + p], weight_ref[at + p]) for p in range(period)]
 
-    def forward(i, given):
-        ahead = read(i + 1)  # on its way while this period is worked on
-        for p, (step, table, (y, w)) in enumerate(zip(steps, tables, given, strict=True)):
-            row = i * period + p
-            here, behind = (first_cost + ((row + n) & 1) * width for n in (0, 1))
-            costs = [plt.load(cost_ref.at[here + front]) for front in table.front]
-            best = least_cost(costs, table.head, y - table.new, w, step)
-            plt.store(cost_ref.at[behind + table.state], best)
-            barrier()
-            came, ended = table.front[0], ended_trits(best, step)
-            for d, front in enumerate(table.front[1:], start=1):
-                came = jnp.where(ended == d, front, came)
-            at = (first_row + row) * width + table.state
-            plt.store(back_ref.at[at], came.astype(jnp.int16))
-        return ahead
-
-    state = lax.iota(jnp.int32, width)
-    if seam_ref:
-        cost = jnp.where(state == seam_ref[0][segment], np.float32(START), np.float32(FAR))
-    else:
-        cost = jnp.full((width,), START, jnp.float32)
-    plt.store(cost_ref.at[first_cost + state], cost)
-    barrier()
-    lax.fori_loop(0, periods, forward, read(0))
-    barrier()
-
-    if seam_ref:
-        last = seam_ref[0][segment]
-    else:
-        cost = plt.load(cost_ref.at[first_cost + (rows & 1) * width + state])
-        last = jnp.argmin(jnp.where(state < steps[-1].behind, cost, FAR), axis=0).astype(jnp.int32)
+    last = search.forward(rows // period, read, seam_ref[0][segment] if seam_ref else None)
     way_at = segment * (rows + 1)
     way_ref[way_at + rows] = last
 
-    def back(i, behind):
-        row = rows - 1 - i
-        front = back_ref[(first_row + row) * width + behind].astype(jnp.int32)
+    def write(row, front) -> None:
         way_ref[way_at + row] = front
-        return front
 
-    lax.fori_loop(0, rows, back, last)
+    search.back(rows, 0, last, write)

@@ -15,7 +15,6 @@ import numpy as np
 from jax import lax
 
 from atd.decomposition.sweeps import BLOCK, Walk, sweep_columns
-from atd.kernels.triton.backend import Triton
 from atd.kernels.triton.floats import multiply_add
 from atd.kernels.triton.ptx import plt
 
@@ -136,8 +135,3 @@ def excess_of_sweeps(walk: Walk, reference: Walk, rows: int, kept) -> float:
         return float(np.sum(error * (hessian @ error)))
 
     return lost(walk) / lost(reference) - 1
-
-
-def refused() -> str | None:
-    """Returns why this process's device runs no kernels of Triton, or None."""
-    return Triton().device_refuses()
