@@ -22,6 +22,7 @@ from atd.weights.groups import group_inputs
 
 # Weights per chunk: its intermediates stay in a core's cache, and little is padding
 CHUNK = 1 << 17
+CHUNK_ON_GPU = 1 << 24  # a pass over it takes longer than the launch of its kernel
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def grouped(array, size: int) -> np.ndarray:
 
 def chunks(count: int, size: int) -> list[slice]:
     """Returns the chunks of `count` groups; the last one may reach beyond them."""
-    step = max(1, CHUNK // size)
+    step = max(1, (CHUNK if jax.default_backend() == "cpu" else CHUNK_ON_GPU) // size)
     return [slice(start, start + step) for start in range(0, count, step)]
 
 

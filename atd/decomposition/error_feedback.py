@@ -68,6 +68,7 @@ from atd.weights.groups import group_inputs
 
 ROWS = 256  # rows of a chunk on a CPU: the errors of a block stay in its cache
 REFIT_FLOATS = 1 << 20  # in the normal equations of the rows in flight: they stay near the core
+REFIT_FLOATS_ON_GPU = 1 << 28  # few steps, each of which launches some dozen kernels
 
 _einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
@@ -281,7 +282,8 @@ def _refit(weight, quantized, scales, hessian, order, *, bases, size, tied, dtyp
 
         return jnp.where(cost(new) < cost(current), new, current).reshape(groups, count)
 
-    batch = max(1, REFIT_FLOATS // (groups * count * groups * size))
+    floats = REFIT_FLOATS if jax.default_backend() == "cpu" else REFIT_FLOATS_ON_GPU
+    batch = max(1, floats // (groups * count * groups * size))
     # Divides ROWS: a remainder would be compiled apart.
     batch = min(rows, 1 << batch.bit_length() - 1)
     scales = lax.map(solve, (parts, projected, scales), batch_size=batch)

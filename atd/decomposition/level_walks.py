@@ -97,7 +97,11 @@ def excess_error(bases: int, tied: bool, walks: Walks) -> float:
     groups, random = 2, np.random.default_rng(0)
     scales = random.uniform(0.2, 1.0, (TEST_ROWS, groups, 1 if tied else bases))
     scales = np.sort(scales.astype(np.float32), axis=-1)[..., ::-1] / (top_level(bases) / 2)
-    options = levels_of(jnp.asarray(scales), tied), jnp.arange(TEST_INPUTS) % groups, top(bases, tied)
+    options = (
+        levels_of(jnp.asarray(scales), tied),
+        jnp.arange(TEST_INPUTS) % groups,
+        top(bases, tied),
+    )
     return excess_of_sweeps(walks(*options), column_by_column(*options), TEST_ROWS, ())
 
 

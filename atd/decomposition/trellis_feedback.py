@@ -213,7 +213,8 @@ def sweep(
     Returns:
         (quantized [in, rows], seams, trits int8 [in, rows / P, M]).
     """
-    zeros, trits = empty(*target.shape, code, length)
+    inputs, rows = target.shape
+    zeros, trits = empty(inputs, rows, code, length)
     kept = zeros if seams is None else seams, trits
     walk = walks(scale, code, length, importance, keep=seams is not None)
     quantized, kept = sweep_columns(target, quantized, kept, matrix=matrix, walk=walk)

@@ -12,7 +12,7 @@ follows the best way back.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -176,8 +176,8 @@ class SegmentSearch:
 
     steps: tuple[Phase, ...]
     tables: list[Table]
-    cost_ref: jax.Array
-    back_ref: jax.Array
+    cost_ref: Any
+    back_ref: Any
     first_cost: jax.Array
     first_back: jax.Array
     width: int

@@ -105,16 +105,21 @@ def in_one_kernel(
         interpret: whether jax's interpreter runs the kernel, on a CPU.
     """
 
+    parts = segments_of(len(scale), length)
+    costs = [
+        per_row(scale[first:stop], None if importance is None else importance[first:stop])
+        for first, stop, _ in parts
+    ]
+
     def walk(corrected, within, old, kept, start):
-        parts, within = [], padded(within)
-        for first, stop, rows in segments_of(len(scale), length):
+        found, within = [], padded(within)
+        for (first, stop, rows), of_rows in zip(parts, costs, strict=True):
             segment = first // length
             seams = kept[0][:, segment : segment + (stop - first) // rows] if keep else None
-            mine = scale[first:stop]
-            costs = per_row(mine, None if importance is None else importance[first:stop])
             columns = corrected[:, first:stop], within, old[:, first:stop]
-            parts.append(_walk_segments(*columns, seams, mine, *costs, code, rows, interpret))
-        new, *kept = (jnp.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))
+            of_rows = scale[first:stop], *of_rows
+            found.append(_walk_segments(*columns, seams, of_rows, code, rows, interpret))
+        new, *kept = (jnp.concatenate(arrays, axis=1) for arrays in zip(*found, strict=True))
         return new, tuple(kept)
 
     return walk
@@ -126,11 +131,14 @@ def name(steps: tuple[Phase, ...]) -> str:
 
 
 def _walk_segments(
-    corrected, within, old, seams, scale, inverse, weight, code: Code, length: int, interpret: bool
+    corrected, within, old, seams, of_rows, code: Code, length: int, interpret: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The walk of segments of equal length: (new [block, rows], seams, trits)."""
+    """The walk of segments of equal length: (new [block, rows], seams, trits). `of_rows`: scales,
+    and what `per_row` makes of them.
+    """
     steps = trellis.phases(code)
-    (block, rows), segments, width = old.shape, len(scale) // length, width_of(steps)
+    (block, rows), width = old.shape, width_of(steps)
+    segments = rows // length
     searched = max(length, 2 * trellis.rows_around_seam(length, len(steps)))
     shape = jax.ShapeDtypeStruct
     new, _, found, way, number, *_ = pl.pallas_call(
@@ -141,11 +149,15 @@ def _walk_segments(
             shape((block * rows,), jnp.float32),  # new values
             shape((block * rows,), jnp.float32),  # by how much errors change
             shape((block * segments,), jnp.int32),  # states at the seams
-            shape((block * segments * (length + 1),), jnp.int16),  # in front of each row, behind all
+            shape(
+                (block * segments * (length + 1),), jnp.int16
+            ),  # in front of each row, behind all
             shape((block * rows,), jnp.int8),  # numbers of the sums of loose trits
             shape((rows,), jnp.float32),  # of one column: what is wanted, in units of the scale
             shape((segments * 2 * width,), jnp.float32),  # costs, of two rows in turn
-            shape((segments * searched * width,), jnp.int16),  # where the best way into a state began
+            shape(
+                (segments * searched * width,), jnp.int16
+            ),  # where the best way into a state began
         ],
         grid=(segments,),
         compiler_params=plt.CompilerParams(num_warps=warps(steps), num_stages=1),
@@ -155,9 +167,7 @@ def _walk_segments(
         corrected.reshape(-1),
         within,
         old.reshape(-1),
-        scale,
-        inverse,
-        weight,
+        *of_rows,
         *(jnp.asarray(by_state(step)) for step in steps),
         *tables(steps),
         *([] if seams is None else [seams.reshape(-1)]),
@@ -175,9 +185,7 @@ def _walk_segments(
     )
 
 
-def _kernel(
-    *refs, steps: tuple[Phase, ...], block: int, length: int, width: int, interpret: bool
-):
+def _kernel(*refs, steps: tuple[Phase, ...], block: int, length: int, width: int, interpret: bool):
     period, periods = len(steps), length // len(steps)
     corrected_ref, within_ref, old_ref, scale_ref, inverse_ref, weight_ref, *refs = refs
     of_state_refs, table_refs, refs = refs[:period], refs[period : 4 * period], refs[4 * period :]
@@ -242,10 +250,14 @@ def _kernel(
             front, behind = (
                 plt.load(way_ref.at[at + n], mask=mask, other=0).astype(jnp.int32) for n in (0, 1)
             )
-            value = plt.load(of_state_refs[p].at[front]) + plt.load(table_refs[3 * p + 2].at[behind])
+            value = plt.load(of_state_refs[p].at[front]) + plt.load(
+                table_refs[3 * p + 2].at[behind]
+            )
             wanted = plt.load(wanted_ref.at[row], mask=mask, other=0.0)
             loose, chosen = _nearest(wanted - value, steps[p].loose)
-            plt.store(number_ref.at[j * segments * length + row], chosen.astype(jnp.int8), mask=mask)
+            plt.store(
+                number_ref.at[j * segments * length + row], chosen.astype(jnp.int8), mask=mask
+            )
             scale = plt.load(scale_ref.at[row], mask=mask, other=0.0)
             columns.write(j, row, old, (value + loose) * scale, mask)
         barrier(interpret)

@@ -8,6 +8,7 @@ other, no tensor cores.
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,11 +34,11 @@ class Columns:
         rows: of a column.
     """
 
-    corrected_ref: jax.Array
-    within_ref: jax.Array
-    old_ref: jax.Array
-    new_ref: jax.Array
-    change_ref: jax.Array
+    corrected_ref: Any
+    within_ref: Any
+    old_ref: Any
+    new_ref: Any
+    change_ref: Any
     block: int
     rows: int
     interpret: bool
