@@ -71,7 +71,7 @@ check: $(VENV)/.test
 FOR_GPUS := JAX_PLATFORMS=cpu JAX_ENABLE_COMPILATION_CACHE=false .venv-gpu-check/bin/python -m pytest
 gpu-check: .venv-gpu-check/.ready
 	.venv-gpu-check/bin/python -c 'import sys; from atd.kernels.tuning import aot; sys.exit(aot.missing())'
-	$(FOR_GPUS) -n 2 tests/kernels/tuning/test_aot.py tests/kernels/ptx tests/kernels/triton/test_compiled.py tests/kernels/mosaic tests/decomposition/test_trellis_compiled.py
+	$(FOR_GPUS) -n 2 tests/kernels/tuning/test_aot.py tests/kernels/ptx tests/kernels/triton/test_compiled.py tests/kernels/mosaic tests/decomposition/test_trellis_compiled.py tests/decomposition/test_level_walks_compiled.py
 	$(FOR_GPUS) -n 2 tests/kernels/test_matmul.py tests/kernels/test_trellis.py -k triton-ptx
 
 .venv-gpu-check/.ready: pyproject.toml constraints.txt

@@ -22,7 +22,7 @@ BLOCK = 64  # columns
 # (corrected, within, old, kept, start) -> (new, kept anew): float32 [block, rows] of what is wanted
 # but for errors inside the block, the block of the matrix [block, block], what stands there now;
 # arrays [block, ...] of what else belongs to a column; the number of the first column.
-Walk = Callable[[jax.Array, jax.Array, jax.Array, Any, jax.Array], tuple[jax.Array, Any]]
+Walk = Callable[[jax.Array, jax.Array, jax.Array, Any, jax.Array | int], tuple[jax.Array, Any]]
 
 
 def sweep_columns(target, quantized, kept, *, matrix, walk: Walk):
