@@ -179,14 +179,60 @@ def program_for(device: str, function: Callable, *arguments, **options) -> jax.s
         return lowered.compile(compiler_options=_options())
 
 
+def launches(program: str) -> list[tuple[int, int]]:
+    """Returns (rounds, kernels and copies of a round) of each loop of a program, fewest rounds
+    first; kernels of a loop inside are not counted.
+
+    Args:
+        program: the text of what `program_for` returns.
+
+    Raises:
+        RunFailed: the number of rounds of a loop is not known. The host then waits in each round
+            for the condition; of other loops it launches kernels one after the other.
+    """
+    bodies = {part.lstrip().split(" ")[0]: part for part in program.split("\n\n")}
+    found = []
+    for line in program.splitlines():
+        if not re.search(r" (while|conditional)\(", line):
+            continue
+        body = re.search(r"body=(%[\w.]+)", line)
+        rounds = re.search(r'"known_trip_count":{"n":"(\d+)"}', line)
+        if not body or not rounds:
+            raise RunFailed(f"the host waits in a loop: {line.strip()}")
+        kernels = re.findall(r" (?:fusion|custom-call|copy)\(", bodies[body[1]])
+        found.append((int(rounds[1]), len(kernels)))
+    return sorted(found)
+
+
 def main_loop_instructions(sass: str) -> Counter[str]:
     """Counts the instructions ("LDG.E.128", "IMAD", ...) of the longest loop, or of all the code.
 
     A loop is what lies between the target of a backward branch and the branch.
     """
+    instructions, loops = _loops(sass)
+    start, end = max(loops, key=lambda loop: loop[1] - loop[0], default=(0, len(instructions)))
+    return _counted(instructions[start:end])
+
+
+def inner_loops_instructions(sass: str) -> list[Counter[str]]:
+    """Counts the instructions of each loop that has no other inside."""
+    instructions, loops = _loops(sass)
+    return [
+        _counted(instructions[start:end])
+        for start, end in loops
+        if not any(start <= a and b <= end for a, b in loops if (a, b) != (start, end))
+    ]
+
+
+def _counted(instructions: list[str]) -> Counter[str]:
+    return Counter(opcode for opcode in instructions if opcode != "NOP")
+
+
+def _loops(sass: str) -> tuple[list[str], list[tuple[int, int]]]:
+    """The instructions, and where loops of theirs begin and end."""
     instructions: list[str] = []
     labels: dict[str, int] = {}
-    longest = 0, 0
+    loops = []
     for line in sass.splitlines():
         if label := re.match(r"\s*(\.L_\w+):", line):
             labels[label[1]] = len(instructions)
@@ -198,11 +244,9 @@ def main_loop_instructions(sass: str) -> Counter[str]:
                 continue
             target, end = re.search(r"`\((\.L_\w+)\)", instruction[2]), len(instructions)
             start = labels.get(target[1], end) if target else end
-            # A branch to itself is the trap behind the last EXIT.
-            if end - start > max(longest[1] - longest[0], 1):
-                longest = start, end
-    start, end = longest if longest[1] else (0, len(instructions))
-    return Counter(opcode for opcode in instructions[start:end] if opcode != "NOP")
+            if end - start > 1:  # a branch to itself is the trap behind the last EXIT
+                loops.append((start, end))
+    return instructions, loops
 
 
 def _plugin() -> str | None:

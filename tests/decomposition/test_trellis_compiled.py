@@ -16,7 +16,6 @@ import pytest
 from atd.decomposition import trellis, trellis_feedback, trellis_kernel, trellis_walks
 from atd.decomposition.trellis_codes import TABLE, Known, known_code
 from atd.kernels.tuning import aot
-from tests.decomposition.programs import loops_of
 from tests.decomposition.test_trellis import column
 from tests.decomposition.test_trellis_walks import EXACT, walked
 from tests.kernels.ptx.pallas import emulated_pallas_call
@@ -70,7 +69,8 @@ def test_a_sweep_is_few_kernels_and_waits_for_nothing(first_visit, in_one_kernel
     shape = jax.ShapeDtypeStruct
     columns, seams = shape((inputs, rows), jnp.float32), shape((inputs, rows // length), jnp.int32)
     matrix, scale = shape((inputs, inputs), jnp.float32), shape((rows,), jnp.float32)
-    loops = loops_of(sweep, columns, columns, seams, matrix, scale)
+    program = aot.program_for("H200", sweep, columns, columns, seams, matrix, scale)
+    loops = aot.launches(program.as_text() or "")
     if in_one_kernel:
         assert loops == [(2, 11 if first_visit else 12)]  # over blocks of columns
     else:
