@@ -2,7 +2,7 @@
 and a model of the time.
 
     make gpu-check && JAX_PLATFORMS=cpu JAX_ENABLE_COMPILATION_CACHE=false PYTHONPATH=.
-    .venv-gpu-check/bin/python benchmarks/sweeps.py
+    .venv-gpu-check/bin/python benchmarks/sweeps.py [--codes]
 
 Kernels are counted in programs compiled for an H200: column by column, and with one kernel for a
 block of columns. The time is modelled, nothing has run: LAUNCH seconds for each kernel, and for
@@ -10,6 +10,7 @@ those that take longer the instructions of their warps (one per cycle and schedu
 Matrix products are those of all columns with each other, at the float32 peak.
 """
 
+import argparse
 from functools import partial
 
 import jax
@@ -18,10 +19,11 @@ import jax.numpy as jnp
 from atd.decomposition import error_feedback, level_walks, trellis_feedback, trellis_walks
 from atd.decomposition.sweeps import BLOCK
 from atd.decomposition.trellis import SEAM_ROWS, phases
-from atd.decomposition.trellis_codes import known_code
+from atd.decomposition.trellis_codes import TABLE, known_code
 from atd.decomposition.trellis_kernel import best_way, warps
 from atd.decomposition.walk_kernel import AT_A_TIME
 from atd.kernels.tuning import aot
+from atd.weights.codes import Code
 
 DEVICE, CLOCK, SCHEDULERS = "H200", 1.75e9, 4
 LAUNCH, FLOPS = 3e-6, 67e12  # seconds per kernel; of float32
@@ -40,7 +42,20 @@ shape = jax.ShapeDtypeStruct
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--codes", action="store_true", help="registers of all codes instead")
+    arguments = parser.parse_args()
     print(f"{aot.DEVICES[DEVICE].name}, jax {jax.__version__}: times are modelled\n")
+    if arguments.codes:
+        print_codes()
+    else:
+        print_sweeps()
+
+
+def print_sweeps() -> None:
+    """Prints launches and registers of each kind, and the modelled times of a model's matrices."""
     print("| N = 2 | kernels before | after | registers | spills | µs of the walk |")
     print("|---|---|---|---|---|---|")
     found = {}
@@ -67,6 +82,17 @@ def main() -> None:
     print(row_of("all seven", "", totals))
 
 
+def print_codes() -> None:
+    """Prints the registers and spilled bytes of the walks of all codes."""
+    print("| N | kind | registers | spills | registers, first visit | spills |")
+    print("|---|---|---|---|---|---|")
+    for known in TABLE:
+        walks = (compiled_walk_of(known.code, keep) for keep in (True, False))
+        cells = [f"{known.bases:g}", known.kind]
+        cells += [f"{walk.registers} | {walk.spill_bytes}" for walk in walks]
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
 def row_of(name: str, size: str, times) -> str:
     """Returns a row of the table, of seconds before and after."""
     (products, _), *times = times
@@ -84,20 +110,23 @@ def kernels_of_a_block(kind: str, in_one_kernel: bool) -> int:
         options["walks"] = trellis_walks.in_one_kernel if in_one_kernel else by_column
         more = shape((rows,), jnp.float32), shape((inputs, rows // SEGMENT), jnp.int32)
 
-        def sweep(target, matrix, scale, seams):
+        def of_code(target, matrix, scale, seams):
             known = None if "first" in kind else seams
             given = {"matrix": matrix, "scale": scale} | options
             return trellis_feedback.sweep(target, target, known, **given)
+
+        sweep = of_code
     else:
         options = {"bases": 2, "size": inputs, "tied": kind == "tied"}
         walks = level_walks.in_one_kernel if in_one_kernel else level_walks.column_by_column
         scales = shape((rows, 1, 1 if kind == "tied" else 2), jnp.float32)
         more = scales, shape((inputs,), jnp.int32)
 
-        def sweep(target, matrix, scales, order):
+        def of_levels(target, matrix, scales, order):
             given = {"matrix": matrix, "scales": scales, "order": order, "walks": walks} | options
             return error_feedback._sweep(target, target, **given)
 
+        sweep = of_levels
     program = aot.program_for(DEVICE, sweep, columns, matrix, *more)
     loops = dict(aot.launches(program.as_text() or ""))
     return loops[inputs // BLOCK] + BLOCK * loops.get(BLOCK, 0)
@@ -105,25 +134,33 @@ def kernels_of_a_block(kind: str, in_one_kernel: bool) -> int:
 
 def walk_of(kind: str) -> aot.Compiled:
     """Compiles the kernel that walks through a block."""
+    if "code" in kind:
+        return compiled_walk_of(known_code(2), "first" not in kind)
     rows = 32 * SEGMENT
     columns, within = shape((BLOCK, rows), jnp.float32), shape((BLOCK, BLOCK), jnp.float32)
-    if "code" in kind:
-        code, keep = known_code(2), "first" not in kind
-        more = shape((rows,), jnp.float32), shape((BLOCK, rows // SEGMENT), jnp.int32)
-        name = trellis_walks.name(phases(code))
+    count, top = 1 if kind == "tied" else 5, level_walks.top(2, kind == "tied")
+    levels, group = shape((1, count, rows), jnp.float32), shape((BLOCK,), jnp.int32)
 
-        def walk(corrected, within, old, scale, seams):
-            walk = trellis_walks.in_one_kernel(scale, code, SEGMENT, None, keep)
-            return walk(corrected, within, old, (seams, None), 0)[0]
-    else:
-        count, top = 1 if kind == "tied" else 5, level_walks.top(2, kind == "tied")
-        more = shape((1, count, rows), jnp.float32), shape((BLOCK,), jnp.int32)
-        name = level_walks.name(count, top)
+    def walk(corrected, within, old, levels, group):
+        return level_walks.in_one_kernel(levels, group, top)(corrected, within, old, (), 0)[0]
 
-        def walk(corrected, within, old, levels, group):
-            return level_walks.in_one_kernel(levels, group, top)(corrected, within, old, (), 0)[0]
+    operands, name = (columns, within, columns, levels, group), level_walks.name(count, top)
+    return aot.compile_for(DEVICE, walk, *operands, kernel=name)
 
-    return aot.compile_for(DEVICE, walk, columns, within, columns, *more, kernel=name)
+
+def compiled_walk_of(code: Code, keep: bool) -> aot.Compiled:
+    """Compiles the kernel that walks through a block with a code; `keep`: seams are known."""
+    length = SEGMENT // code.period * code.period
+    rows = 32 * length
+    columns, within = shape((BLOCK, rows), jnp.float32), shape((BLOCK, BLOCK), jnp.float32)
+    scale, seams = shape((rows,), jnp.float32), shape((BLOCK, 32), jnp.int32)
+
+    def walk(corrected, within, old, scale, seams):
+        walk = trellis_walks.in_one_kernel(scale, code, length, None, keep)
+        return walk(corrected, within, old, (seams, None), 0)[0]
+
+    operands, name = (columns, within, columns, scale, seams), trellis_walks.name(phases(code))
+    return aot.compile_for(DEVICE, walk, *operands, kernel=name)
 
 
 def walk_seconds(kind: str, compiled: aot.Compiled) -> float:
