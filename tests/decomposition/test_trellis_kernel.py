@@ -8,7 +8,13 @@ import jax
 import numpy as np
 import pytest
 
-from atd.decomposition import error_feedback, trellis, trellis_feedback, trellis_kernel
+from atd.decomposition import (
+    error_feedback,
+    trellis,
+    trellis_feedback,
+    trellis_kernel,
+    trellis_walks,
+)
 from atd.decomposition.trellis_codes import TABLE, known_code
 from atd.kernels.triton.backend import Triton
 from atd.weights.codes import Code
@@ -73,7 +79,8 @@ def test_error_feedback_takes_it(monkeypatch):
     factor = error_feedback.factor(hessian)
     options = {"code": known_code(2, "fast"), "length": 16, "sweeps": 0, "refits": 0}
     wanted = trellis_feedback.decompose(weight, factor, hessian, **options)
-    monkeypatch.setattr(trellis_feedback, "fastest_search", lambda code: interpreted)
+    walks = partial(trellis_walks.column_by_column, search=interpreted)
+    monkeypatch.setattr(trellis_feedback, "fastest_walks", lambda code: walks)
     assert_same(trellis_feedback.decompose(weight, factor, hessian, **options), wanted)
 
 
