@@ -170,7 +170,7 @@ class SegmentSearch:
     Attributes:
         tables: of the phases in `steps`.
         cost_ref: costs of two rows in turn, float32, this segment's from `first_cost` on.
-        back_ref: where the best way into a state began, int16, from `first_back` on.
+        back_ref: where the best way into a state began, int16, rows of `width` from `first_row` on.
         width: states behind any row, up to a power of 2.
     """
 
@@ -179,7 +179,7 @@ class SegmentSearch:
     cost_ref: Any
     back_ref: Any
     first_cost: jax.Array
-    first_back: jax.Array
+    first_row: jax.Array
     width: int
     interpret: bool
 
@@ -227,7 +227,7 @@ class SegmentSearch:
         came, ended = table.front[0], ended_trits(best, step)
         for d, front in enumerate(table.front[1:], start=1):
             came = jnp.where(ended == d, front, came)
-        at = self.first_back + row * self.width + table.state
+        at = (self.first_row + row) * self.width + table.state
         plt.store(self.back_ref.at[at], came.astype(jnp.int16))
 
     def back(self, rows: int, stop: int, last: jax.Array, visit: Callable) -> jax.Array:
@@ -242,7 +242,8 @@ class SegmentSearch:
 
         def row_before(i, behind):
             row = rows - 1 - i
-            front = self.back_ref[self.first_back + row * self.width + behind].astype(jnp.int32)
+            at = (self.first_row + row) * self.width + behind
+            front = self.back_ref[at].astype(jnp.int32)
             visit(row, front)
             return front
 
@@ -259,7 +260,7 @@ def _kernel(*refs, steps: tuple[Phase, ...], rows: int, width: int, interpret: b
         cost_ref,
         back_ref,
         segment * 2 * width,
-        segment * rows * width,
+        segment * rows,
         width,
         interpret,
     )

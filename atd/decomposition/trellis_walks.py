@@ -202,7 +202,7 @@ def _kernel(*refs, steps: tuple[Phase, ...], block: int, length: int, width: int
         cost_ref,
         back_ref,
         segment * 2 * width,
-        segment * max(length, 2 * around) * width,
+        segment * max(length, 2 * around),
         width,
         interpret,
     )
