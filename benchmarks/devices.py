@@ -1,12 +1,16 @@
 """Time and peak memory of conversions and evaluations on one core and on two, pinned apart.
 
-    python benchmarks/devices.py --model MODEL --data TEXT
+    python benchmarks/devices.py --model MODEL --data TEXT --blocks 1
+
+MODEL is a folder with one file of weights; --blocks takes its first ones alone.
 
 A device is a core: XLA computes on one thread, and a process keeps to the cores that it is given.
 It runs on one device, on two of the same process, and in two processes with a device each. Each
-command runs once to compile, into a cache that all share, and once more to be measured, by the
-clock, from start to end; «tokens/s» is what `atd eval` says, without start and first batch. Peak is
-the resident memory that the system counts for the largest process.
+command runs once to compile, into a cache that all share, and once more to be measured: «seconds»
+are those of the whole command, start included; «work» is without start, the seconds of all units in
+report.json, or the tokens per second that `atd eval` says. Peak is the resident memory that the
+system counts for the largest process. --under starts what is measured by another command, such as
+"chrt -r 10" on a machine that has more to do.
 """
 
 import argparse
@@ -23,9 +27,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from atd.checkpoint.folder import read_manifest
+from atd.checkpoint.folder import read_manifest, read_report
 
-ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"
+# The same for all, since XLA's sums depend on them.
+FLAGS = "--xla_cpu_multi_thread_eigen=false --xla_force_host_platform_device_count=2"
 RECIPE = ("--recipe", "ternary2", "--set", "decompose.trellis=", "--set", "decompose.refits=0")
 # name -> (devices of a process, the cores of each process)
 PLACES = {
@@ -35,12 +40,25 @@ PLACES = {
 }
 
 
-def run(command: list[str], devices: int, cores: tuple[str, ...], cache: Path) -> tuple[float, int]:
+def first_blocks(model: Path, folder: Path, blocks: int | None) -> Path:
+    """Makes a folder with the model's files, whose config has the first blocks alone."""
+    folder.mkdir()
+    for file in model.iterdir():
+        (folder / file.name).symlink_to(file.absolute())
+    if blocks:
+        config = json.loads((model / "config.json").read_text())
+        (folder / "config.json").unlink()
+        (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": blocks}))
+    return folder
+
+
+def run(
+    command: list[str], devices: int, cores: tuple[str, ...], cache: Path, under: str = ""
+) -> tuple[float, int]:
     """Runs `atd` in a process for each set of cores; returns seconds, and the largest peak in
     bytes.
     """
-    flags = f"{ONE_THREAD} --xla_force_host_platform_device_count={devices}"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS}
     environment |= {"JAX_COMPILATION_CACHE_DIR": str(cache / "compiled"), "ATD_CACHE": str(cache)}
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -48,7 +66,9 @@ def run(command: list[str], devices: int, cores: tuple[str, ...], cache: Path) -
     for i, core in enumerate(cores):
         there = ["--coordinator", f"127.0.0.1:{port}", "--processes", str(len(cores))]
         there = [*there, "--process-id", str(i)] if len(cores) > 1 else []
-        arguments = ["taskset", "-c", core, sys.executable, "-m", "atd", *command, *there]
+        arguments = [*under.split(), "taskset", "-c", core, sys.executable, "-m", "atd"]
+        arguments += [*command, "--ignore-extra", "--quiet"]
+        arguments += ["--devices", str(devices), *there]
         processes.append(subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL))
     peak = 0
     for process in processes:
@@ -65,41 +85,44 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--calibration-tokens", type=int, default=16384)
     parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--blocks", type=int)
+    parser.add_argument("--under", default="")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        model = first_blocks(options.model, folder / "model", options.blocks)
         for place, (devices, cores) in PLACES.items():
             out = folder / f"{devices}-{len(cores)}"
             text = ["--calib", str(options.data)]
             text += ["--calibration-tokens", str(options.calibration_tokens)]
-            convert = ["convert", str(options.model), str(out), *RECIPE, *text, "--quiet"]
+            convert = ["convert", str(model), str(out), *RECIPE, *text]
             run(convert, devices, cores, folder / "cache")
             files = read_manifest(out)
             shutil.rmtree(out)
-            seconds, peak = run(convert, devices, cores, folder / "cache")
+            seconds, peak = run(convert, devices, cores, folder / "cache", options.under)
+            work = sum(row["seconds"] for row in read_report(out))
             same = not rows or files == rows[0]["files"]
             rows.append({"what": "convert", "place": place, "seconds": seconds, "peak": peak})
-            rows[-1] |= {"files": files, "same": same}
+            rows[-1] |= {"files": files, "same": same, "work": f"{work:.1f} s"}
         figures = folder / "figures.json"
         for place, (devices, cores) in PLACES.items():
-            evaluate = ["eval", str(folder / "1-1"), "--against", str(options.model), "--quiet"]
+            evaluate = ["eval", str(model), "--dtype", "float32"]
             evaluate += ["--data", str(options.data), "--tokens", str(options.tokens)]
             evaluate += ["--context", "256", "--json", str(figures)]
             run(evaluate, devices, cores, folder / "cache")
-            seconds, peak = run(evaluate, devices, cores, folder / "cache")
+            seconds, peak = run(evaluate, devices, cores, folder / "cache", options.under)
             found = json.loads(figures.read_text())
-            rate = found["tokens_per_second"]
-            kl, last = found["kl_mean"], [row for row in rows if row["what"] == "eval"]
-            row = {"what": "eval", "place": place, "seconds": seconds, "peak": peak, "rate": rate}
-            rows.append(row | {"kl": kl, "same": not last or last[0]["kl"] == kl})
-    table = Table("command", "on", "seconds", "tokens/s", "peak of a process", "result")
+            rate, figure = f"{found['tokens_per_second']:,.0f} tokens/s", found["perplexity"]
+            first = next((row["figure"] for row in rows if row["what"] == "eval"), figure)
+            row = {"what": "eval", "place": place, "seconds": seconds, "peak": peak, "work": rate}
+            rows.append(row | {"figure": figure, "same": figure == first})
+    table = Table("command", "on", "seconds", "work", "peak of a process", "result")
     for row in rows:
-        rate = f"{row['rate']:.0f}" if "rate" in row else ""
         result = "the same" if row["same"] else "another"
         peak = f"{row['peak'] / 1e9:.2f} GB"
-        table.add_row(row["what"], row["place"], f"{row['seconds']:.1f}", rate, peak, result)
+        table.add_row(row["what"], row["place"], f"{row['seconds']:.1f}", row["work"], peak, result)
     Console(width=100).print(table)
     if options.json:
         options.json.write_text(json.dumps([{**row, "files": None} for row in rows], indent=1))
