@@ -116,7 +116,8 @@ def convert(
         graph = frontend.open(source, ignore_extra=ignore_extra, digests=contents.digests)
         graph = finite(graph, recipe.nonfinite, say)
         if recipe.pipeline.calibrated:
-            windows = _calibration_windows(recipe, source, graph, store, say, progress)
+            with alone():
+                windows = _calibration_windows(recipe, source, graph, store, say, progress)
             recipe = replace(recipe, calibration_sha256=tokens_digest(windows))
         room = Room(bytes, result.parent / STREAMS)
         context = Context(recipe.seed, cache=store, say=say, progress=progress)

@@ -23,7 +23,7 @@ from atd.ir.rewrite import joined_parts
 from atd.models import frontend
 from atd.models.frontend import FORMAT_VERSION
 from atd.models.numerics import numerics
-from atd.parallel.hosts import agree, agreeing, from_first, hosts
+from atd.parallel.hosts import agree, agreeing, alone, from_first, hosts
 from atd.pipeline.base import Pass, identity
 from atd.pipeline.context import Context, Figures
 from atd.pipeline.output import write_metadata
@@ -84,7 +84,8 @@ def run_stage(
     """
     figures = Figures(known or {})
     context = replace(context, record=figures.record)
-    dense, rest = prepared(graph, passes, context)
+    with alone():  # one process may find in its cache what another computes
+        dense, rest = prepared(graph, passes, context)
     context = replace(context, dense=dense if context.dense is None else context.dense)
     pipeline = Pipeline(rest)
     rewritten = pipeline(dense, context)
