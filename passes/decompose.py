@@ -32,10 +32,10 @@ import numpy as np
 
 from atd.calibration.streams import Moments
 from atd.decomposition import error_feedback, quantize, trellis_codes
+from atd.decomposition.correction import asymmetric_target
 from atd.decomposition.greedy import greedy
 from atd.decomposition.options import decided_type, trellis_type
 from atd.decomposition.rmse import relative_error
-from atd.decomposition.second_moments import asymmetric_target
 from atd.errors import BadInput, about
 from atd.ir import Graph, Node, WeightRef
 from atd.ir.notes import DECISION, FISHER, MOMENTS, SecondMoments, without
@@ -244,8 +244,8 @@ class Decompose(Pass):
             moments = context.calibration.moments(name)
             hessian, factor = moments.hessian, _factor(moments, self.damping, self.order)
             if self.asymmetric:
-                corrected = asymmetric_target(weight, hessian, moments.cross, self.damping)
-                target = weight + self.asymmetric * (np.asarray(corrected) - weight)
+                corrected = asymmetric_target(weight, hessian, moments.cross, factor)
+                target = weight + self.asymmetric * (corrected - weight)
         visits = self.sweeps, self.refits
         made = quantize.calibrated(target, type, factor, hessian, *visits, importance)
         if factor.damping > self.damping:

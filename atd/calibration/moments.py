@@ -5,10 +5,10 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from atd.calibration.windows import windows_holding
+from atd.decomposition.second_moments import symmetric, upper_products
 from atd.ir import Block, Graph
 from atd.models.execute import Structure, dense_weights, run, structure_of
 from atd.models.ops import Weights
@@ -50,14 +50,19 @@ def dense_moments(
         weights, structure = dense_weights(unit.nodes), structure_of(unit)
         read = [node.inputs[0] for node in unit.nodes if unit.full_name(node) in readers]
         watched, last = tuple(dict.fromkeys(read)), unit is graph.epilogue
-        sums: dict[str, np.ndarray] = {}
+        sums: dict[str, list[np.ndarray]] = {}
         outputs = []
         for start in range(0, len(x), step):
             output, products = _run(structure, watched, not last, weights, x[start : start + step])
             outputs.append(output)
-            for value, product in products.items():
-                sums[value] = sums.get(value, 0.0) + np.asarray(product, np.float64)
-        moments = {value: (sum / windows.size).astype(np.float32) for value, sum in sums.items()}
+            for value, strips in products.items():
+                totals = sums.setdefault(value, [np.zeros(strip.shape) for strip in strips])
+                for total, strip in zip(totals, strips, strict=True):
+                    total += np.asarray(strip)
+        moments = {
+            value: symmetric([total / windows.size for total in totals])
+            for value, totals in sums.items()
+        }
         yield DenseUnit(unit, weights, x, moments)
         if not last:
             x = np.concatenate([np.asarray(output) for output in outputs])
@@ -65,11 +70,9 @@ def dense_moments(
 
 @partial(jax.jit, static_argnames=("structure", "watched", "complete"))
 def _run(structure: Structure, watched: tuple[str, ...], complete: bool, weights: Weights, x):
-    """(output if complete, X'X [in, in] of each watched value X [positions, in])."""
+    """(output if complete, X'X of each watched value X [positions, in], in strips)."""
     block = structure.block
     wanted = (*watched, block.output) if complete else watched
     values, _ = run(block, weights, {"x": x}, wanted)
     flat = {name: values[name].reshape(-1, values[name].shape[-1]) for name in watched}
-    highest = jax.lax.Precision.HIGHEST
-    products = {name: jnp.matmul(v.T, v, precision=highest) for name, v in flat.items()}
-    return values.get(block.output), products
+    return values.get(block.output), {name: upper_products(v) for name, v in flat.items()}

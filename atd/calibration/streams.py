@@ -13,15 +13,15 @@ just quantized, so a unit's linears are worked on in order of execution.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from itertools import batched, islice
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from atd.calibration.room import Batches, Room
 from atd.calibration.windows import tokens_digest
+from atd.decomposition.second_moments import matmul, symmetric, upper_products
 from atd.host import return_freed
 from atd.ir import Block
 from atd.models.execute import compiled_node, dense_weights, needed, run
@@ -192,10 +192,9 @@ def _loaded_once(block: Block) -> Block:
 
 @jax.jit
 def _products(dense, quantized):
-    """[B, T, in] twice -> X_q' X_q, X_d' X_q, both [in, in]."""
+    """[B, T, in] twice -> X_d' X_q [in, in], and X_q' X_q in strips (`upper_products`)."""
     dense, quantized = (x.reshape(-1, x.shape[-1]) for x in (dense, quantized))
-    product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-    return product(quantized.T, quantized), product(dense.T, quantized)
+    return matmul(dense.T, quantized), *upper_products(quantized)
 
 
 def _moments(dense: Iterator[np.ndarray], quantized: Iterator[np.ndarray], rounds: int) -> Moments:
@@ -204,22 +203,20 @@ def _moments(dense: Iterator[np.ndarray], quantized: Iterator[np.ndarray], round
     """
 
     def products(values: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, ...]:
-        hessian, cross = _products(*values)
         count = np.asarray(values[1][..., 0].size, np.int64)
-        return count, np.asarray(hessian), np.asarray(cross)
+        return count, *map(np.asarray, _products(*values))
 
     pairs = zip(dense, quantized, strict=True)
-    sums: np.ndarray | None = None
+    sums: list[np.ndarray] = []
     positions = 0
     for _ in range(rounds):
         for count, *found in together(products, [*islice(pairs, workers().count)]):
-            if sums is None:
-                sums = np.zeros((2, *found[0].shape))
+            sums = sums or [np.zeros(product.shape) for product in found]
             for total, product in zip(sums, found, strict=True):
                 total += product
             positions += int(count)
-    assert sums is not None
     assert next(pairs, None) is None  # the streams keep what they keep once they are at their end
-    sums /= positions
-    hessian, cross = sums.astype(np.float32)
-    return Moments(hessian, cross, positions)
+    for total in sums:
+        total /= positions
+    cross, *strips = sums
+    return Moments(symmetric(strips), cross.astype(np.float32), positions)

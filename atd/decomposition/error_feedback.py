@@ -79,9 +79,8 @@ class Factor(NamedTuple):
     order: jax.Array  # int32 [in]: the order in which inputs are visited
     # float32 [in, in], strictly lower triangular, inputs in that order: [j, i] = R_ij / R_jj
     feedback: jax.Array
-    damping: (
-        float  # of the diagonal, relative to its mean: what was given, or the first that was enough
-    )
+    pivots: jax.Array  # R_jj float32 [in], in that order
+    damping: float  # relative to the mean diagonal: what was given, or the first that was enough
 
 
 def factor(hessian, damping: float = DAMPING, order: bool = True) -> Factor:
@@ -102,8 +101,8 @@ def factor(hessian, damping: float = DAMPING, order: bool = True) -> Factor:
     hessian = checked_moment(hessian)
     diagonal = jnp.diagonal(hessian)
     visits = jnp.argsort(-diagonal) if order else jnp.arange(len(diagonal))  # a stable sort
-    feedback, damping = damp_until_finite(partial(_feedback, hessian, visits), damping)
-    return Factor(visits, feedback, damping)
+    (feedback, pivots), damping = damp_until_finite(partial(_feedback, hessian, visits), damping)
+    return Factor(visits, feedback, pivots, damping)
 
 
 def check_widths(inputs: int, factor: Factor, hessian) -> None:
@@ -202,14 +201,15 @@ def decompose(
 
 @jax.jit
 def _feedback(hessian, order, damping):
-    """Row j, column i: R_ij / R_jj for i < j, H = R R' in the order of visits.
+    """Row j, column i: R_ij / R_jj for i < j, H = R R' in the order of visits; and R_jj.
 
     Not finite where H is not positive definite.
     """
     ordered = damped(hessian, damping)[order][:, order]
     lower = jnp.linalg.cholesky(ordered[::-1, ::-1])  # read backwards it is upper: R
     upper = lower[::-1, ::-1]
-    return jnp.tril((upper / jnp.diagonal(upper)).T, -1)
+    pivots = jnp.diagonal(upper)
+    return jnp.tril((upper / pivots).T, -1), pivots
 
 
 @jax.jit

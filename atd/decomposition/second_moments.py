@@ -5,19 +5,73 @@ are estimates from a few thousand tokens, and often singular; *damping* adds a s
 diagonal to the diagonal.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from atd.errors import BadInput
 
 DAMPING = 0.01  # of the mean diagonal
 MOST_DAMPING = 10.0  # what needs more is no second moment
+STRIPS, LEAST_STRIP = 8, 256  # of a symmetric matrix of which one half is enough; their width
 
 matmul = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+
+
+def _strips(inputs: int) -> list[tuple[int, int]]:
+    """(start, stop) of the strips of a symmetric matrix."""
+    width = -(-inputs // max(1, min(STRIPS, inputs // LEAST_STRIP)))
+    return [(start, min(start + width, inputs)) for start in range(0, inputs, width)]
+
+
+def upper_products(x) -> list[jax.Array]:
+    """Returns X'X in strips of rows, each from its diagonal on: about half of the products.
+
+    Args:
+        x: X, float [n, in].
+
+    Returns:
+        float32 [width, in - start] each; `symmetric` puts them together.
+    """
+    return [matmul(x[:, start:stop].T, x[:, start:]) for start, stop in _strips(x.shape[1])]
+
+
+def symmetric(strips: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns the symmetric matrix float32 [in, in] of which these are the strips of rows, each
+    from its diagonal on.
+    """
+    inputs = strips[0].shape[1]
+    whole, start = np.empty((inputs, inputs), np.float32), 0
+    for strip in strips:
+        stop = start + len(strip)
+        whole[start:stop, start:] = strip
+        whole[stop:, start:stop] = whole[start:stop, stop:].T
+        start = stop
+    return whole
+
+
+def quadratic_forms(rows, hessian):
+    """Returns diag(V H V') of rows V, from the upper half of H: about half of the products.
+
+    Args:
+        rows: V, float [R, in].
+        hessian: H, float [in, in], symmetric.
+
+    Returns:
+        float32 [R].
+    """
+    total = jnp.zeros(len(rows), jnp.float32)
+    for start, stop in _strips(rows.shape[1]):
+        strip, columns = rows[:, start:stop], hessian[:, start:stop]
+        product = matmul(strip, columns[start:stop])
+        if start:  # what stands above counts for what stands on the left as well
+            product += 2 * matmul(rows[:, :start], columns[:start])
+        total += jnp.sum(product * strip, axis=1)
+    return total
 
 
 @jax.jit
@@ -32,45 +86,6 @@ def proxy_loss(error, hessian) -> jax.Array:
         float32 [out].
     """
     return jnp.sum(matmul(error, hessian) * error, axis=1)
-
-
-def asymmetric_target(weight, hessian, cross, damping: float = DAMPING) -> jax.Array:
-    """Corrects a weight for what the layers before it have changed in its inputs:
-
-        W* = W + W (C - H) (H + damping mean(diag H) I)^-1
-
-    are the weights whose outputs on the quantized model's inputs are closest to those of W on the
-    dense model's. With
-    dW = W* - Q, tr(dW H dW') is the cost of Q against the dense model's outputs, less a constant
-    (GPTAQ, 2504.02692).
-
-    Args:
-        weight: W, float [out, in].
-        hessian: H = Xq'Xq / n [in, in], of the inputs as the quantized model has them.
-        cross: C = X'Xq / n [in, in], X the dense model's inputs.
-        damping: relative to the mean diagonal; raised tenfold until the result is finite.
-
-    Returns:
-        float32 [out, in].
-
-    Raises:
-        BadInput: H or C is not finite, or H is no second moment.
-    """
-    hessian = checked_moment(hessian)
-    cross = jnp.asarray(cross, jnp.float32)
-    if not bool(jnp.isfinite(cross).all()):
-        raise BadInput(
-            "the cross moment of dense and quantized inputs has entries that are NaN or infinite"
-        )
-    solve = partial(_target, jnp.asarray(weight, jnp.float32), hessian, cross)
-    return damp_until_finite(solve, damping)[0]
-
-
-@jax.jit
-def _target(weight, hessian, cross, damping):
-    """W* as in `asymmetric_target`; not finite where the damped H is not positive definite."""
-    cholesky = jax.scipy.linalg.cho_factor(damped(hessian, damping))
-    return weight + jax.scipy.linalg.cho_solve(cholesky, matmul(weight, cross - hessian).T).T
 
 
 def checked_moment(hessian) -> jax.Array:
@@ -100,16 +115,17 @@ def damped(hessian, damping):
 
 
 def damp_until_finite(
-    solve: Callable[[float], jax.Array], damping: float
-) -> tuple[jax.Array, float]:
-    """Returns the first finite `solve(damping)`, damping raised in steps of ten, and that damping.
+    solve: Callable[[float], tuple[jax.Array, ...]], damping: float
+) -> tuple[tuple[jax.Array, ...], float]:
+    """Returns the first `solve(damping)` of finite arrays, damping raised in steps of ten, and that
+    damping.
 
     Raises:
         BadInput: no damping up to MOST_DAMPING is enough.
     """
     while damping <= MOST_DAMPING:
         result = solve(damping)
-        if bool(jnp.isfinite(result).all()):
+        if all(bool(jnp.isfinite(array).all()) for array in result):
             return result, damping
         damping = max(10 * damping, 1e-6)
     raise BadInput(

@@ -25,7 +25,7 @@ from atd.decomposition.error_feedback import (
     visit_order,
 )
 from atd.decomposition.levels import round_scales
-from atd.decomposition.second_moments import checked_moment, damped, matmul
+from atd.decomposition.second_moments import checked_moment, damped, matmul, quadratic_forms
 from atd.decomposition.sweeps import sweep_columns
 from atd.decomposition.trellis import Search, snap_column
 from atd.decomposition.trellis_kernel import fastest_search
@@ -90,10 +90,12 @@ def decompose(
         found = visit(target, None, matrix=factor.feedback, scale=scale)
         for _ in range(sweeps):
             found = visit(*found[:2], matrix=descent, scale=scale)
+        fit = {"hessian": hessian, "order": factor.order, "dtype": np.dtype(dtype)}
+        projected = _product(rows, hessian)
         for _ in range(refits):
-            quantized, scale = _refit(rows, found[0], scale, hessian, factor.order, np.dtype(dtype))
+            quantized, scale = _refit(projected, found[0], scale, **fit)
             found = visit(quantized, found[1], matrix=descent, scale=scale)
-        scale = _equal_energy(rows, found[0], scale, hessian, factor.order, np.dtype(dtype))
+        scale = _equal_energy(rows, projected, found[0], scale, **fit)
         return np.asarray(stored_order(found[2], factor.order)), np.asarray(scale)
 
     return _in_chunks(carry, weight, length, dtype)
@@ -165,14 +167,14 @@ def _in_chunks(
     dtype: DTypeLike,
 ) -> tuple[np.ndarray, np.ndarray]:
     """carry(chunk) -> (trits, scales [rows]) of all chunks, a core or device each, joined."""
-    parts = spread(carry, _chunks(len(weight), length))
+    parts = spread(carry, row_chunks(len(weight), length))
     trits, fitted = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     return trits, stored_scales(fitted, weight, dtype)[:, None, None]
 
 
-def _chunks(out: int, length: int) -> list[slice]:
-    """Rows that are worked on together: whole segments, as many in each chunk where that can be,
-    since each number of rows is compiled anew; on GPUs a chunk for each.
+def row_chunks(out: int, length: int) -> list[slice]:
+    """Returns the rows that are worked on together: whole segments, as many in each chunk where
+    that can be, since each number of rows is compiled anew; on GPUs a chunk for each.
     """
     segments = max(1, out // length)
     if jax.default_backend() == "cpu":
@@ -221,30 +223,32 @@ def sweep(
     return quantized, *kept
 
 
+_product = jax.jit(matmul)  # w H, [rows, in]
+
+
 @partial(jax.jit, static_argnames="dtype")
-def _refit(weight, quantized, scale, hessian, order, dtype):
+def _refit(projected, quantized, scale, *, hessian, order, dtype):
     """Scales in closed form: with v = q / s fixed, s = v H w' / v H v'. -> (quantized, scales).
 
     A row keeps its scale where the new one is not positive, or its cost would not fall once it is
-    rounded.
+    rounded. projected: w H, [rows, in].
     """
     values = _values(quantized, scale, order)
-    projected = matmul(values, hessian)
-    right, gram = (jnp.sum(projected * a, axis=1) for a in (weight, values))
-    kept = _better_scale(right, gram, scale, dtype)
+    right = jnp.sum(values * projected, axis=1)
+    kept = _better_scale(right, quadratic_forms(values, hessian), scale, dtype)
     return visit_order(values * kept[:, None], order), kept
 
 
 @partial(jax.jit, static_argnames="dtype")
-def _equal_energy(weight, quantized, scale, hessian, order, dtype):
+def _equal_energy(weight, projected, quantized, scale, *, hessian, order, dtype):
     """Scales [rows] for which s^2 v H v' = w H w', v = q / scale.
 
     The scale of least squares shrinks the outputs by the energy that is lost, row for row, and
     over the blocks of a model this adds up. Keeping the energy raises a row's relative error D by
     D^2 / 4 only, and lowers the divergence of the whole model.
     """
-    values = _values(quantized, scale, order)
-    energy, gram = (jnp.sum(matmul(a, hessian) * a, axis=1) for a in (weight, values))
+    energy = jnp.sum(weight * projected, axis=1)
+    gram = quadratic_forms(_values(quantized, scale, order), hessian)
     new = round_scales(jnp.sqrt(energy / jnp.where(gram > 0, gram, 1.0)), dtype)
     return jnp.where((gram > 0) & (new > 0), new, scale)
 

@@ -1,10 +1,16 @@
-"""Second moments: what errors cost, the corrected target, and moments that are refused."""
+"""Second moments: what errors cost, and moments that are refused."""
 
 import numpy as np
 import pytest
 
+from atd.decomposition.correction import asymmetric_target
 from atd.decomposition.error_feedback import factor
-from atd.decomposition.second_moments import asymmetric_target, proxy_loss
+from atd.decomposition.second_moments import (
+    proxy_loss,
+    quadratic_forms,
+    symmetric,
+    upper_products,
+)
 from atd.errors import BadInput
 from tests.decomposition.matrices import gaussian, moment
 
@@ -15,53 +21,28 @@ def test_proxy_loss_is_the_mean_square_error_of_the_outputs():
     np.testing.assert_allclose(proxy_loss(error, x.T @ x / 500), expected, rtol=1e-4)
 
 
-def test_asymmetric_target_answers_the_dense_outputs_on_quantized_inputs():
-    x = gaussian(500, 20)
-    x_quantized = x + 0.5 * gaussian(500, 20, seed=1)
-    weight = gaussian(7, 20, seed=2)
-    hessian, cross = x_quantized.T @ x_quantized / 500, x.T @ x_quantized / 500
-    best = np.linalg.lstsq(x_quantized, x @ weight.T, rcond=None)[0].T
-    np.testing.assert_allclose(
-        asymmetric_target(weight, hessian, cross, damping=0.0), best, atol=1e-4
-    )
-    np.testing.assert_allclose(asymmetric_target(weight, hessian, hessian), weight, atol=1e-6)
-
-    def error(target):
-        return np.square(x @ weight.T - x_quantized @ np.asarray(target).T).sum()
-
-    assert (
-        error(asymmetric_target(weight, hessian, cross)) < 1.01 * error(best) < 0.9 * error(weight)
-    )
+def test_products_of_half_of_the_pairs_make_a_whole_moment():
+    for inputs in (128, 700):  # one strip, and two
+        x = gaussian(40, inputs)
+        found = symmetric([np.asarray(strip) for strip in upper_products(x)])
+        np.testing.assert_allclose(found, x.T @ x, atol=1e-4)
+        np.testing.assert_array_equal(found, found.T)
 
 
-def test_a_damped_correction_holds_on_inputs_that_were_not_seen():
-    """From 100 tokens for 40 inputs the undamped one learns their noise: worse than none."""
-    rng, weight = np.random.default_rng(0), gaussian(30, 40, seed=2)
-    mix = gaussian(40, 40, seed=1) * np.exp(gaussian(40, seed=5))
-
-    def streams(tokens):
-        dense = rng.standard_normal((tokens, 40)) @ mix
-        return dense, dense + 0.6 * rng.standard_normal((tokens, 40)) @ mix
-
-    x, x_quantized = streams(100)
-    hessian, cross = x_quantized.T @ x_quantized / 100, x.T @ x_quantized / 100
-    undamped, damped = (
-        asymmetric_target(weight, hessian, cross, damping) for damping in (0.001, 0.3)
-    )
-    x, x_quantized = streams(4000)
-
-    def error(target):
-        return np.square(x @ weight.T - x_quantized @ np.asarray(target).T).sum()
-
-    assert error(damped) < 0.85 * error(weight) < 0.85 * error(undamped)
+def test_quadratic_forms():
+    for inputs in (128, 600, 700):  # one strip, two, and two of different widths
+        rows, hessian = gaussian(6, inputs), moment(inputs)
+        expected = np.einsum("ri,ij,rj->r", rows, hessian, rows)
+        np.testing.assert_allclose(quadratic_forms(rows, hessian), expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_moments_that_are_not_finite_are_refused(value):
     hessian = moment(40)
     hessian[3, 4] = hessian[4, 3] = value
-    for use in (factor, lambda h: asymmetric_target(gaussian(5, 40), h, moment(40))):
+    weight, sound = gaussian(5, 40), factor(moment(40))
+    for use in (factor, lambda h: asymmetric_target(weight, h, moment(40), sound)):
         with pytest.raises(BadInput, match=r"second moment.*NaN or infinite"):
             use(hessian)
     with pytest.raises(BadInput, match=r"cross moment.*NaN or infinite"):
-        asymmetric_target(gaussian(5, 40), moment(40), hessian)
+        asymmetric_target(weight, moment(40), hessian, sound)
