@@ -9,7 +9,6 @@ more than its limit. Weights are random, the text is random words in the frequen
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -17,14 +16,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import ml_dtypes
-import numpy as np
+from random_checkpoint import shapes, write_checkpoint, write_text, write_words
 from rich.console import Console
 from rich.table import Table
-from safetensors.numpy import save_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from atd.calibration.memory import memory
 from atd.decomposition.allocation import parse_bytes
@@ -37,43 +31,12 @@ CONTEXT = 512  # tokens of a window
 
 def random_model(folder: Path, hidden: int, mlp: int, layers: int) -> Path:
     """Writes a Llama with random weights and a tokenizer of words."""
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    shapes = {"self_attn.q_proj": (hidden, hidden), "self_attn.o_proj": (hidden, hidden)}
-    shapes |= dict.fromkeys(("self_attn.k_proj", "self_attn.v_proj"), (hidden // 4, hidden))
-    shapes |= dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), (mlp, hidden))
-    shapes |= {"mlp.down_proj": (hidden, mlp)}
-
-    def matrix(out: int, inputs: int) -> np.ndarray:
-        weights = rng.standard_normal((out, inputs), np.float32) / np.sqrt(inputs)
-        return weights.astype(ml_dtypes.bfloat16)
-
-    ones = np.ones(hidden, ml_dtypes.bfloat16)
-    tensors = {"model.embed_tokens.weight": matrix(VOCABULARY, hidden), "model.norm.weight": ones}
-    for i in range(layers):
-        block = f"model.layers.{i}"
-        tensors |= {f"{block}.{name}.weight": matrix(*shape) for name, shape in shapes.items()}
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"{block}.{norm}.weight"] = ones
-    save_file(tensors, folder / "model.safetensors")
-    config = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": VOCABULARY,
-        "hidden_size": hidden,
-        "intermediate_size": mlp,
-        "num_hidden_layers": layers,
-        "num_attention_heads": hidden // HEAD,
-        "num_key_value_heads": hidden // HEAD // 4,
-        "head_dim": HEAD,
-        "max_position_embeddings": CONTEXT,
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": True,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCABULARY)}, "w0"))
-    words.pre_tokenizer = WhitespaceSplit()
-    words.save(str(folder / "tokenizer.json"))
+    heads = hidden // HEAD
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": hidden, "intermediate_size": mlp}
+    sizes |= {"num_hidden_layers": layers, "num_attention_heads": heads}
+    sizes |= {"num_key_value_heads": heads // 4, "max_position_embeddings": CONTEXT}
+    write_checkpoint(folder, shapes("llama-3.2-1b", **sizes))
+    write_words(folder, VOCABULARY)
     return folder
 
 
@@ -102,10 +65,8 @@ def main() -> None:
     options = parser.parse_args()
     table = Table("blocks", "tokens", "limit", "predicted", "peak", "seconds")
     with tempfile.TemporaryDirectory() as temporary:
-        folder, rng = Path(temporary), np.random.default_rng(1)
-        odds = 1 / np.arange(1, VOCABULARY + 1)
-        ids = rng.choice(VOCABULARY, max(options.tokens), p=odds / odds.sum())
-        (folder / "text.txt").write_text(" ".join(f"w{i}" for i in ids))
+        folder = Path(temporary)
+        text = write_text(folder / "text.txt", VOCABULARY, max(options.tokens))
         for layers in options.layers:
             model = random_model(folder / f"{layers}", options.hidden, options.mlp, layers)
             for tokens in options.tokens:
@@ -114,7 +75,7 @@ def main() -> None:
                 for limit in ["", *options.limits]:
                     command = [sys.executable, "-m", "atd", "convert", str(model)]
                     command += [str(folder / "out"), "--overwrite", "--quiet"]
-                    command += ["--recipe", options.recipe, "--calib", str(folder / "text.txt")]
+                    command += ["--recipe", options.recipe, "--calib", str(text)]
                     command += ["--calibration-tokens", str(tokens)]
                     command += [part for one in options.overrides for part in ("--set", one)]
                     command += ["--memory", limit] if limit else []

@@ -1,6 +1,7 @@
-"""Speed and peak memory of `atd convert` on Llama-3-8B's shapes with few blocks.
+"""Speed and peak memory of `atd convert` on Llama 3's shapes with few blocks.
 
     python benchmarks/convert.py [--blocks 1 2 4] [--recipe datafree2]    3 minutes, 6 GB of disk
+    python benchmarks/convert.py --shapes llama3-70b --blocks 1 3         4 minutes, 14 GB of disk
     python benchmarks/convert.py --tiny                                   seconds, for CI
 
 Peak memory does not grow with depth. Weights are random normal numbers in bf16, one shard per unit,
@@ -10,7 +11,6 @@ memory is its resident set as the operating system sees it, pages of mapped file
 
 import argparse
 import json
-import math
 import os
 import shutil
 import sys
@@ -18,56 +18,14 @@ import tempfile
 import time
 from pathlib import Path
 
-import ml_dtypes
-import numpy as np
+from random_checkpoint import SHAPES, shapes, write_checkpoint
 from rich.console import Console
 from rich.table import Table
 
 from atd.checkpoint.files import write_json
-from atd.checkpoint.writer import write_shard
-from atd.ir import WeightRef
-from atd.models.config import parse_config
-from atd.models.llama import llama_graph
-from atd.models.random_model import SHAPES
-from atd.weights import Dense, DenseType
 
-LLAMA_3_8B = SHAPES["llama3-8b"] | {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu"}
-TINY = LLAMA_3_8B | {
-    "hidden_size": 128,
-    "intermediate_size": 384,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 512,
-}
-
-
-def write_checkpoint(folder: Path, config: dict, blocks: int) -> int:
-    """Writes a random checkpoint of these shapes; returns the number of weights of its blocks'
-    linears."""
-    rng, config = np.random.default_rng(0), config | {"num_hidden_layers": blocks}
-
-    def reference(tensor: str, *shape: int) -> WeightRef:
-        def load() -> Dense:
-            values = (
-                0.02 * rng.standard_normal(shape, np.float32) if len(shape) > 1 else np.ones(shape)
-            )
-            return Dense(values.astype(ml_dtypes.bfloat16))
-
-        return WeightRef(tensor, DenseType(shape, "bf16"), load)
-
-    graph = llama_graph(config, parse_config(config, folder), reference)
-    folder.mkdir(parents=True)
-    weight_map = {}
-    for i, unit in enumerate(graph.units):
-        shard = f"model-{i:05d}.safetensors"
-        refs = [ref for node in unit.nodes for ref in node.weights.values()]
-        weight_map |= dict.fromkeys(write_shard(folder / shard, refs), shard)
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": weight_map})
-    )
-    (folder / "config.json").write_text(json.dumps(config))
-    linears = [n for block in graph.blocks for n in block.nodes if n.op == "linear"]
-    return sum(math.prod(node.weights["weight"].type.shape) for node in linears)
+TINY = {"hidden_size": 128, "intermediate_size": 384, "vocab_size": 512}
+TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 def convert(model: Path, out: Path, recipe: str) -> tuple[float, float, float]:
@@ -92,6 +50,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--blocks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--shapes", choices=sorted(SHAPES), default="llama3-8b")
     parser.add_argument("--recipe", default="datafree2")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--json", type=Path)
@@ -100,7 +59,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     table = Table(
-        title=f"atd convert --recipe {arguments.recipe}, Llama-3-8B's shapes"
+        title=f"atd convert --recipe {arguments.recipe}, shapes of {arguments.shapes}"
         + (" made tiny" if arguments.tiny else "")
     )
     for column in (
@@ -115,9 +74,8 @@ def main() -> None:
     for blocks in arguments.blocks:
         folder = Path(tempfile.mkdtemp(dir=arguments.folder))
         try:
-            weights = write_checkpoint(
-                folder / "model", TINY if arguments.tiny else LLAMA_3_8B, blocks
-            )
+            sizes = (TINY if arguments.tiny else {}) | {"num_hidden_layers": blocks}
+            weights = write_checkpoint(folder / "model", shapes(arguments.shapes, **sizes))
             seconds, in_blocks, peak = convert(folder / "model", folder / "out", arguments.recipe)
         finally:
             shutil.rmtree(folder)
@@ -139,7 +97,7 @@ def main() -> None:
         )
     Console().print(table)
     if arguments.json:
-        made_of = {"recipe": arguments.recipe, "cores": os.cpu_count()}
+        made_of = {"recipe": arguments.recipe, "shapes": arguments.shapes, "cores": os.cpu_count()}
         write_json(arguments.json, made_of | {"rows": rows})
 
 

@@ -33,6 +33,7 @@ import numpy as np
 from atd.calibration.measured import measured_losses
 from atd.calibration.sensitivity import fisher_losses
 from atd.calibration.windows import tokens_digest, windows_holding
+from atd.calibration.work import Text, Work, forward_work, sensitivity_work, times
 from atd.checkpoint.cache import cache_key
 from atd.decomposition.allocation import parse_bytes
 from atd.decomposition.budget import Allocation, Problem
@@ -145,6 +146,13 @@ class Allocate(Pass):
             context.record(name, predicted_kl=loss)
         squares = _usable(notes.get(FISHER, {}), context.say)
         return _noted(graph, decided, {**notes, FISHER: squares})
+
+    def work(self, before: Graph, after: Graph, text: Text) -> Work:
+        seen = min(max(self.moment_tokens, text.context), text.tokens)
+        if self.sensitivity == "fisher":
+            return sensitivity_work(before, self.problem(before).candidates, seen, self.tokens)
+        problem = self.problem(before)
+        return times(forward_work(before, seen), sum(map(len, problem.candidates.values())))
 
     # --- what there is to decide ---
 

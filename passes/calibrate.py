@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from atd.calibration.block_by_block import train_block_by_block
 from atd.calibration.end_to_end import train_end_to_end
 from atd.calibration.training import HELD_OUT, Training, split_text
+from atd.calibration.work import Text, Work, training_work
 from atd.errors import BadInput
 from atd.ir import ROTATIONS, Graph
 from atd.pipeline import Context, Pass, checks
@@ -89,6 +90,12 @@ class Calibrate(Pass):
         text = split_text(windows, self.batch, context.seed)
         sinks = {"say": context.say, "progress": context.progress}
         return train(self.training(), graph, context.dense, text, **sinks)
+
+    def work(self, before: Graph, after: Graph, text: Text) -> Work:
+        held_out = text.tokens // HELD_OUT
+        return training_work(
+            before, self.steps, max(self.batch, text.context), self.checks * held_out
+        )
 
     def training(self) -> Training:
         """Returns what is trained, as the options have it."""

@@ -30,7 +30,9 @@ from functools import lru_cache
 
 import numpy as np
 
+from atd.calibration import work
 from atd.calibration.streams import Moments
+from atd.calibration.work import Text, Work
 from atd.decomposition import error_feedback, quantize, trellis_codes
 from atd.decomposition.correction import asymmetric_target
 from atd.decomposition.greedy import greedy
@@ -149,6 +151,32 @@ class Decompose(Pass):
                     f"nodes = {self.nodes!r} lets through"
                 )
         return None
+
+    def work(self, before: Graph, after: Graph, text: Text) -> Work:
+        found, kept = Work(), {name: node.weights.get("weight") for name, node in after.nodes()}
+        programs: set[tuple] = set()
+        for unit in before.units:
+            read: dict[str, int] = {}  # values whose moments are asked for -> their features
+            for node in unit.nodes:
+                name = unit.full_name(node)
+                ref, step = kept[name], self.for_node(name)
+                if not node.is_dense_matrix or ref is None or not isinstance(step, Decompose):
+                    continue
+                if not isinstance(ref.type, TernaryType | TrellisType):
+                    continue
+                asked = step.method == "hessian" and node.op == "linear"
+                found += work.matrix_work(ref.type)
+                programs |= work.programs(ref.type, asked)
+                if not asked:
+                    found += work.nearest_work(ref.type)
+                    continue
+                read[node.inputs[0]] = ref.type.shape[1]
+                found += work.visits_work(ref.type, step.sweeps, step.refits)
+                found += work.corrected_work(*ref.type.shape) if step.asymmetric else Work()
+            for inputs in read.values():
+                found += work.moments_work("moments", inputs, text.tokens, 1 + work.half(inputs))
+                found += work.factor_work(inputs)
+        return found + work.compiled_work(programs)
 
     def _beyond_greedy(self, graph: Graph) -> str | None:
         """Why greedy cannot do what `allocate` decided: it has no codes and no tied scales."""

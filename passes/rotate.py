@@ -49,11 +49,13 @@ here too, and the signs go into the gain of the norm; without a norm there are n
 Sources: QuaRot (2404.00456), SpinQuant (2405.16406).
 """
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from atd.calibration.work import Text, Work, rotation_work
 from atd.decomposition.rotations import Rotation, block_rotation, by_rows, random_rotation
 from atd.errors import BadInput
 from atd.ir import GATED, ROTATIONS, Block, Graph, Node, WeightRef
@@ -122,6 +124,16 @@ class Rotate(Pass):
         except BadInput as error:
             return str(error)
         return None
+
+    def work(self, before: Graph, after: Graph, text: Text) -> Work:
+        _, plan = self._plan(before, 0)
+        weights = sum(
+            math.prod(node.weights["weight"].type.shape)
+            * sum(side is not None for side in (plan[name].inputs, plan[name].outputs))
+            for name, node in before.nodes()
+            if name in plan
+        )
+        return rotation_work(weights, text)
 
     def rewrite(self, graph: Graph, context: Context) -> Graph | None:
         stream, plan = self._plan(graph, context.seed)

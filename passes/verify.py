@@ -8,6 +8,7 @@
 
 from dataclasses import dataclass
 
+from atd.calibration.work import Text, Work
 from atd.checkpoint.writer import digest
 from atd.errors import RunFailed
 from atd.ir import Graph
@@ -27,6 +28,10 @@ class Verify(Pass):
     @property
     def needs(self) -> frozenset[str]:
         return frozenset({"written"})
+
+    def work(self, before: Graph, after: Graph, text: Text) -> Work:
+        written = sum(ref.type.nbytes for _, ref in after.weights())
+        return Work({("verifying", "byte"): float(written)})
 
     def rewrite(self, graph: Graph, context: Context) -> Graph | None:
         for _, ref in graph.weights():

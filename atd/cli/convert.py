@@ -78,6 +78,7 @@ def convert(
     budget: Annotated[str | None, tyro.conf.arg(metavar="BYTES")] = None,
     seed: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None,
     memory: Annotated[str | None, tyro.conf.arg(metavar="BYTES")] = None,
+    plan: bool = False,
     device: Device = None,
     devices: Devices = None,
     coordinator: Coordinator = None,
@@ -114,13 +115,20 @@ def convert(
         memory: The memory that calibration keeps to, such as 16GB; by default three quarters of
             what is available. What finds no room is computed again or goes to files beside OUT, and
             the result is the same.
+        plan: Only say what would be done: passes, types, bytes, memory, and the predicted time by
+            part, on this machine. Headers are read, and nothing is written but the speeds that were
+            measured, into the cache.
     """
     from dataclasses import replace
     from shlex import quote
 
+    from atd.calibration.rates import rates
+    from atd.checkpoint.cache import Cache
     from atd.checkpoint.folder import read_report
     from atd.decomposition.allocation import parse_bytes
+    from atd.host import default_cache
     from atd.pipeline.convert import convert as run
+    from atd.pipeline.convert import plan as planned
     from atd.pipeline.recipe import under_budget
     from atd.reports.allocation import allocation_table
     from atd.reports.progress import shown
@@ -132,9 +140,15 @@ def convert(
     given = {"nonfinite": nonfinite, "calibration_tokens": calibration_tokens, "seed": seed}
     chosen = replace(chosen, **{name: value for name, value in given.items() if value is not None})
     limit = None if memory is None else parse_bytes(memory, "--memory")
+    options = {"calib": calib, "ignore_extra": ignore_extra, "limit": limit, "mesh": mesh}
+    if plan:
+        with shown(quiet=quiet or not first) as (say, _):
+            found = planned(model, chosen, **options, say=say)
+        if first:
+            print(found.shown(rates(Cache(default_cache()))))
+        return
     with shown(quiet=quiet or not first) as (say, progress):
-        options = {"calib": calib, "overwrite": overwrite, "ignore_extra": ignore_extra}
-        options |= {"limit": limit, "mesh": mesh}
+        options |= {"overwrite": overwrite}
         folder = run(model, out, chosen, **options, say=say, progress=progress)
     if not first:
         return

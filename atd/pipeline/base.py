@@ -16,6 +16,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
+from atd.calibration.work import Text, Work
 from atd.errors import BadInput
 from atd.ir import Block, Graph, InvalidGraph, Node, verify
 from atd.ir.rewrite import map_nodes
@@ -96,6 +97,15 @@ class Pass:
     def unfinished(self, graph: Graph) -> str | None:
         """Returns why no pipeline with this pass can end in the graph, or None."""
         return None
+
+    def work(self, before: Graph, after: Graph, text: Text) -> Work:
+        """Counts what the pass does, from shapes, for the time that `atd convert --plan` says.
+
+        Args:
+            before, after: the graphs in front of the pass and behind it.
+            text: calibration text.
+        """
+        return Work()
 
     # --- the contract ---
 

@@ -43,6 +43,7 @@ from atd.pipeline.driver import reopened, rewrite_written, run_stage
 from atd.pipeline.finite import finite
 from atd.pipeline.output import tokenizer_files, write_metadata, write_summary
 from atd.pipeline.pipeline import Pipeline, Stage
+from atd.pipeline.plan import Plan, planned
 from atd.pipeline.recipe import Recipe, read_recipe, suited, with_overrides
 from atd.progress import Progress, Report, Say, unheard
 
@@ -98,12 +99,11 @@ def convert(
         final = recipe.pipeline.preflight(opened)
         if hosts().first:
             check_target(target, local(source), overwrite)
-        bytes = float("inf")
-        if recipe.pipeline.calibrated:
-            _check_calibration(recipe, final)
-            bytes = _bytes_for_values(opened, recipe, limit, mesh, say)
+        bytes = _bytes_for_values(opened, recipe, limit, mesh, say)
         tokenizer = tokenizer_files(source, say)
         store = Cache(default_cache() if cache is None else cache)
+        if hosts().first:
+            say(planned(opened, recipe, bytes).time(store))
     stages, windows = recipe.pipeline.stages(), None
     agree(surroundings() | {"recipe": recipe.to_toml(), "OUT": target})
     with working(mesh), _opened_by_first(target) as result:
@@ -185,6 +185,29 @@ def _calibration_windows(
     )
 
 
+def plan(
+    model: str | Path,
+    recipe: str | Path | Recipe | Pipeline = "adaptive",
+    *,
+    overrides: Sequence[str] = (),
+    calib: str | Path | Sequence[str | Path] = (),
+    ignore_extra: bool = False,
+    limit: int | None = None,
+    mesh: Mesh | None = None,
+    say: Say = print,
+) -> Plan:
+    """Plans a conversion: reads headers, and neither weights nor calibration text; writes nothing.
+
+    Arguments and errors are those of `convert`. Its time is that of one device.
+    """
+    check_mesh(mesh)
+    recipe = _resolved(recipe, overrides, calib, say)
+    opened = frontend.open(Path(model), ignore_extra=ignore_extra)
+    recipe = suited(recipe, opened, say)
+    recipe.pipeline.preflight(opened)
+    return planned(opened, recipe, _bytes_for_values(opened, recipe, limit, mesh, say))
+
+
 def _check_calibration(recipe: Recipe, graph: Graph) -> None:
     """Raises BadInput, before the model is read, where a pass needs more windows than there will
     be, and for a file that is no text.
@@ -208,8 +231,11 @@ def _bytes_for_values(
 ) -> float:
     """How many bytes the values of calibration may take; says what is taken before any work.
 
-    Raises BadInput for a limit below what the work takes.
+    Raises BadInput for a limit below what the work takes, and for text that will not do.
     """
+    if not recipe.pipeline.calibrated:
+        return float("inf")
+    _check_calibration(recipe, graph)
     length = window_length(graph, recipe.calibration_context)
     count = window_count(recipe.calibration, recipe.calibration_tokens, length)
     devices = 1 if mesh is None else mesh.size
