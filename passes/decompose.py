@@ -21,7 +21,9 @@
    method is still this pass's. All notes are taken away.
 6. Rows that share the trits of a trellis code count by the squared gradients at their outputs,
    where `allocate` noted them (the attr `fisher`); `fisher = false` lets all count alike.
-7. `als` weights errors with `context.feature_weights[node]` where there are any.
+7. Second moments of `hessian` weigh tokens by how uncertain the dense model is of the next one
+   (`atd.calibration.uncertainty`); `uncertainty = false` lets all count alike.
+8. `als` weights errors with `context.feature_weights[node]` where there are any.
 """
 
 import re
@@ -82,6 +84,7 @@ class Decompose(Pass):
     damping: float = 0.3
     order: bool = True  # visit inputs by descending second moment (act-order)
     asymmetric: float = 1.0  # share of the correction toward the dense model's outputs; 0: none
+    uncertainty: bool = True  # tokens weigh how uncertain the dense model is of the next one
     fisher: bool = True  # rows that share trits weigh E[g^2] of their outputs, as allocate noted it
 
     def __post_init__(self):
@@ -123,8 +126,12 @@ class Decompose(Pass):
 
     @property
     def needs(self) -> frozenset[str]:
-        methods = {self.method, *(dict(rule.options).get("method") for rule in self.rules)}
-        return frozenset({"activations"}) if "hessian" in methods else frozenset()
+        own = self.method, self.uncertainty
+        rules = (dict(rule.options) for rule in self.rules)
+        ways = [own, *((r.get("method", own[0]), r.get("uncertainty", own[1])) for r in rules)]
+        counted = [uncertainty for method, uncertainty in ways if method == "hessian"]
+        asked = {"activations", "counts"} if any(counted) else {"activations"}
+        return frozenset(asked if counted else ())
 
     def requires(self, graph: Graph) -> str | None:
         dense = [name for name, node in graph.nodes() if node.is_dense_matrix]
@@ -176,6 +183,8 @@ class Decompose(Pass):
             for inputs in read.values():
                 found += work.moments_work("moments", inputs, text.tokens, 1 + work.half(inputs))
                 found += work.factor_work(inputs)
+        if text.tokens and "counts" in self.needs:
+            found += work.counts_work(before, text)
         return found + work.compiled_work(programs)
 
     def _beyond_greedy(self, graph: Graph) -> str | None:
@@ -269,7 +278,7 @@ class Decompose(Pass):
                 "decompose.method hessian needs calibration text: convert with --calib FILE"
             )
         else:
-            moments = context.calibration.moments(name)
+            moments = context.calibration.moments(name, self.uncertainty)
             hessian, factor = moments.hessian, _factor(moments, self.damping, self.order)
             if self.asymmetric:
                 corrected = asymmetric_target(weight, hessian, moments.cross, factor)

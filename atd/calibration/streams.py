@@ -40,7 +40,8 @@ class Moments:
     Products are float32, sums over batches float64.
     """
 
-    # H = X_q' X_q / n, float32 [in, in]: what error feedback weighs errors with
+    # H = X_q' X_q / n, float32 [in, in]: what error feedback weighs errors with; where tokens count
+    # differently, each has its products times its count
     hessian: np.ndarray
     cross: np.ndarray  # C = X_d' X_q / n, float32 [in, in]: what its target is corrected by
     positions: int  # n
@@ -49,20 +50,22 @@ class Moments:
 class Calibration:
     """The two streams of a run over calibration text."""
 
-    def __init__(self, tokens: np.ndarray, room: Room | None = None):
-        """tokens: int32 [windows, context]; room: for the values, without a limit by default."""
+    def __init__(
+        self, tokens: np.ndarray, room: Room | None = None, counts: np.ndarray | None = None
+    ):
+        """tokens: int32 [windows, context]; room: for the values, without a limit by default;
+        counts: how much each token counts, float32 as tokens, 1 on average; None: all alike.
+        """
         self.tokens = tokens
         self.digest = tokens_digest(tokens)
-        windows = max(1, BATCH // tokens.shape[1])
-        batches = [
-            np.asarray(tokens[i : i + windows], np.int32) for i in range(0, len(tokens), windows)
-        ]
         room, here = room or Room(), hosts()
-        mine = batches[here.process_id :: here.count]
+        mine = slice(here.process_id, None, here.count)
+        batches = batches_of(np.asarray(tokens, np.int32))
         self._rounds = -(-len(batches) // workers().of_all)
-        self._dense = _Stream("dense", mine, room)
-        self._quantized = _Stream("quantized", mine, room)
-        self._moments: dict[str, Moments] = {}
+        self._counts = None if counts is None else batches_of(counts)[mine]
+        self._dense = Stream("dense", batches[mine], room)
+        self._quantized = Stream("quantized", batches[mine], room)
+        self._moments: dict[tuple[str, bool], Moments] = {}
 
     def begin(self, dense: Block, quantized: Block) -> Block:
         """Goes to the next unit, as it was and as it becomes.
@@ -87,38 +90,51 @@ class Calibration:
         self._dense.leave()
         self._quantized.leave()
 
-    def moments(self, full_name: str) -> Moments:
+    def moments(self, full_name: str, counted: bool = False) -> Moments:
         """Returns the moments of what a linear of the unit reads.
 
         Linears that share an input share them.
 
         Args:
             full_name: the linear's.
+            counted: whether tokens count as much as was said of them, or alike.
         """
         unit = self._dense.block
         node = next(node for node in unit.nodes if unit.full_name(node) == full_name)
         (value,) = node.inputs
-        if value not in self._moments:
-            found = _moments(self._dense.each(value), self._quantized.each(value), self._rounds)
-            self._moments[value] = found
+        if (value, counted) not in self._moments:
+            streams = self._dense.each(value), self._quantized.each(value)
+            if counted and self._counts is not None:
+                streams = (_counted(values, self._counts) for values in streams)
+            found = _moments(*streams, self._rounds)
+            self._moments[value, counted] = found
             if found.hessian.nbytes > LARGE:
                 return_freed()
-        return self._moments[value]
+        return self._moments[value, counted]
 
 
-class _Stream:
+class Stream:
     """One model's values in all batches: its input, and those inside the unit that are kept."""
 
     def __init__(self, name: str, batches: list[np.ndarray], room: Room):
         self._name, self._room = name, room
         self._x = Batches(batches)
-        self._placed = False  # whether the stream has its room, or its files
+        self._placed, self._taken = False, 0  # whether it has its room or files; bytes of room
         self.block = Block("", ())
         self._values: dict[str, list[np.ndarray]] = {}
         self._run: set[str] = set()  # nodes that need not run again for others' sake
 
     def enter(self, block: Block) -> None:
         self.block, self._run = block, set()
+
+    def inputs(self) -> Iterator[np.ndarray]:
+        """Yields what enters the unit, in each batch."""
+        yield from self._x
+
+    def close(self) -> None:
+        """Gives back the room of the residual stream."""
+        self._room.give_back(self._taken)
+        self._x, self._taken = Batches([]), 0
 
     def leave(self) -> None:
         """Puts the unit's output in the place of its input."""
@@ -131,9 +147,12 @@ class _Stream:
 
     def _make_room(self, bytes: int) -> None:
         """Has the residual stream in memory where there is room for it, else in files."""
-        if not self._placed and not self._room.take(bytes):
-            assert self._room.folder is not None
-            self._x = Batches([*self._x], self._room.folder / self._name)
+        if not self._placed:
+            if self._room.take(bytes):
+                self._taken = bytes
+            else:
+                assert self._room.folder is not None
+                self._x = Batches([*self._x], self._room.folder / self._name)
         self._placed = True  # it stays as wide as it is
 
     def each(self, name: str) -> Iterator[np.ndarray]:
@@ -185,6 +204,12 @@ class _Stream:
             return_freed()
 
 
+def batches_of(array: np.ndarray) -> list[np.ndarray]:
+    """Cuts [windows, context] into the batches that run together, whole windows each."""
+    windows = max(1, BATCH // array.shape[1])
+    return [array[i : i + windows] for i in range(0, len(array), windows)]
+
+
 def _loaded_once(block: Block) -> Block:
     """The block with weights that are kept once loaded: shard and stream ask for the same ones."""
     return block.map_weights(lambda ref: replace(ref, load=cache(ref.load)))
@@ -195,6 +220,12 @@ def _products(dense, quantized):
     """[B, T, in] twice -> X_d' X_q [in, in], and X_q' X_q in strips (`upper_products`)."""
     dense, quantized = (x.reshape(-1, x.shape[-1]) for x in (dense, quantized))
     return matmul(dense.T, quantized), *upper_products(quantized)
+
+
+def _counted(values: Iterator[np.ndarray], counts: list[np.ndarray]) -> Iterator[np.ndarray]:
+    """Yields [B, T, in] times the roots of [B, T]: products of two such have the counts."""
+    for value, count in zip(values, counts, strict=True):
+        yield value * np.sqrt(count)[..., None]
 
 
 def _moments(dense: Iterator[np.ndarray], quantized: Iterator[np.ndarray], rounds: int) -> Moments:

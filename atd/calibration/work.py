@@ -230,6 +230,11 @@ def forward_work(graph: Graph, tokens: int) -> Work:
     return Work({("sensitivities", "product"): 4 * tokens * sum(_weights(graph))})
 
 
+def counts_work(graph: Graph, text: Text) -> Work:
+    """Counts `token_counts`: the dense model forward, logits included."""
+    return Work({("how much tokens count", "product"): 2 * text.tokens * sum(_weights(graph))})
+
+
 def sensitivity_work(
     graph: Graph, candidates: Mapping[str, Sequence[Candidate]], seen: int, tokens: int
 ) -> Work:

@@ -67,8 +67,9 @@ class Pass:
 
     @property
     def needs(self) -> frozenset[str]:
-        """Returns "activations" for a pass that reads `context.calibration`, "written" for a graph
-        pass whose input must have been written and read again."""
+        """Returns "activations" for a pass that reads `context.calibration`, "counts" where it also
+        asks how much each token counts, "written" for a graph pass whose input must have been
+        written and read again."""
         return frozenset()
 
     def suited(self, graph: Graph, given: Collection[str]) -> "tuple[Pass | None, str]":

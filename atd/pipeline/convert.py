@@ -4,9 +4,10 @@ Peak memory is one weight plus what its passes need, for a model of any size. A 
 at any point and started again skips the units that are finished and ends in the same bytes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from atd.calibration.memory import SHARE, available, memory
 from atd.calibration.room import Room
 from atd.calibration.streams import Calibration
 from atd.calibration.text import SELF, calibration_text, window_count, window_length
+from atd.calibration.uncertainty import token_counts
 from atd.calibration.windows import tokens_digest
 from atd.checkpoint.cache import Cache
 from atd.checkpoint.files import read_text
@@ -115,13 +117,18 @@ def convert(
         agree({"content of MODEL": sorted(contents.digests.values())})
         graph = frontend.open(source, ignore_extra=ignore_extra, digests=contents.digests)
         graph = finite(graph, recipe.nonfinite, say)
+        calibration = None
         if recipe.pipeline.calibrated:
             with alone():
                 windows = _calibration_windows(recipe, source, graph, store, say, progress)
             recipe = replace(recipe, calibration_sha256=tokens_digest(windows))
-        room = Room(bytes, result.parent / STREAMS)
+            room, counts = Room(bytes, result.parent / STREAMS / f"{hosts().process_id}"), None
+            if recipe.pipeline.counts_tokens:
+                with alone():
+                    counts = token_counts(graph, windows, room, store, progress)
+            calibration = partial(Calibration, windows, room, counts)
         context = Context(recipe.seed, cache=store, say=say, progress=progress)
-        entries = _run_stages(graph, stages, context, recipe, windows, room, tokenizer, result)
+        entries = _run_stages(graph, stages, context, recipe, calibration, tokenizer, result)
         with agreeing():
             check_unchanged(contents)
             if hosts().first:
@@ -255,13 +262,12 @@ def _run_stages(
     stages: Sequence[Stage],
     context: Context,
     recipe: Recipe,
-    windows: np.ndarray | None,
-    room: Room,
+    begin: Callable[[], Calibration] | None,
     tokenizer: dict[str, bytes],
     result: Path,
 ) -> tuple[JournalEntry, ...]:
     """Carries out all stages, the last of them into the folder `result`, the others beside it;
-    returns the entries of its units.
+    returns the entries of its units. `begin` begins a new calibration.
 
     What a stage hands on (`Written`) goes into the context and the report of the next one.
     """
@@ -271,8 +277,7 @@ def _run_stages(
         with agreeing():
             folder.mkdir(exist_ok=True)
         # The streams of a new calibration start in front of the model.
-        calibration = None if windows is None else Calibration(windows, room)
-        context = replace(context, calibration=calibration)
+        context = replace(context, calibration=begin and begin())
         done = run_stage(
             graph,
             passes,

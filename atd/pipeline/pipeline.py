@@ -38,6 +38,11 @@ class Pipeline:
         """Whether a pass asks for calibration activations."""
         return any("activations" in step.needs for step in self.passes)
 
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether a pass asks how much each token of the calibration text counts."""
+        return any("counts" in step.needs for step in self.passes)
+
     def __call__(self, graph: Graph, context: Context | None = None) -> Graph:
         """Returns the graph as all passes leave it, but for those that need written files, which
         `atd.convert` runs.
