@@ -41,7 +41,7 @@ VOCABULARY, CONTEXT = 4096, 512
 REST, COMPILING = "other", "compiling"
 # part -> "module:name" of what is timed as it; those of WITHIN run in threads of one matrix
 PARTS = {
-    "forward": ("atd.calibration.streams:_Stream.each",),
+    "forward": ("atd.calibration.streams:Stream.each",),
     "moments": ("atd.calibration.streams:_moments",),
     "sensitivities": ("atd.passes.allocate:fisher_losses",),
     "factorisation": ("atd.decomposition.error_feedback:factor",),

@@ -56,7 +56,7 @@ def main() -> None:
 
 def print_sweeps() -> None:
     """Prints launches and registers of each kind, and the modelled times of a model's matrices."""
-    print("| N = 2 | kernels before | after | registers | spills | µs of the walk |")
+    print("| N = 2 | kernels by column | by block | registers | spills | µs of the walk |")
     print("|---|---|---|---|---|---|")
     found = {}
     for kind in KINDS:
@@ -94,7 +94,7 @@ def print_codes() -> None:
 
 
 def row_of(name: str, size: str, times) -> str:
-    """Returns a row of the table, of seconds before and after."""
+    """Returns a row of the table, of seconds column by column and by block."""
     (products, _), *times = times
     cells = [f"{1e3 * before:.0f} → {1e3 * after:.0f}" for before, after in times]
     return f"| {' | '.join([name, size, f'{1e3 * products:.1f}', *cells])} |"

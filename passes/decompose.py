@@ -21,8 +21,8 @@
    method is still this pass's. All notes are taken away.
 6. Rows that share the trits of a trellis code count by the squared gradients at their outputs,
    where `allocate` noted them (the attr `fisher`); `fisher = false` lets all count alike.
-7. Second moments of `hessian` weigh tokens by how uncertain the dense model is of the next one
-   (`atd.calibration.uncertainty`); `uncertainty = false` lets all count alike.
+7. With `uncertainty`, second moments weigh tokens by how uncertain the dense model is of the next
+   one (`atd.calibration.uncertainty`); all count alike without.
 8. `als` weights errors with `context.feature_weights[node]` where there are any.
 """
 
@@ -84,7 +84,7 @@ class Decompose(Pass):
     damping: float = 0.3
     order: bool = True  # visit inputs by descending second moment (act-order)
     asymmetric: float = 1.0  # share of the correction toward the dense model's outputs; 0: none
-    uncertainty: bool = True  # tokens weigh how uncertain the dense model is of the next one
+    uncertainty: bool = False  # tokens count by how uncertain the dense model is of the next one
     fisher: bool = True  # rows that share trits weigh E[g^2] of their outputs, as allocate noted it
 
     def __post_init__(self):

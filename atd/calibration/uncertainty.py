@@ -64,8 +64,8 @@ def token_counts(
     counts = np.sqrt(_uncertainty(graph, windows, room or Room(), progress))
     if not np.isfinite(counts).all():
         raise RunFailed(
-            "the model's logits on the calibration text are not finite: set "
-            "decompose.uncertainty=false, so that tokens count alike, or look for what overflows"
+            "the model's logits on the calibration text are not finite, so that nothing says how "
+            "much tokens count: leave out decompose.uncertainty, or look for what overflows"
         )
     mean = counts.mean(dtype=np.float64)
     counts = (counts / mean if mean else np.ones_like(counts)).astype(np.float32)

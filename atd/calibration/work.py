@@ -38,10 +38,14 @@ KEPT = 32 << 20  # bytes of an array that glibc may keep for the next one
 # faults of matrices of 14336 x 4096.
 PAGES = {"weights made dense": 70, "error of each matrix": 28, "reading and writing": 25}
 LANES = 8  # segments that a vector of the processor holds
+# Products of matrices with few rows or columns take longer, by this over their number; decoding a
+# step multiplies few positions by all weights, and reads all keys and values. Fitted to stories15M
+# and SmolLM2-135M.
+NARROW, FEW_POSITIONS, CACHED = 200, 2, 9
 OPTIMIZER = 20  # passes over all weights in a step: deltas, their gradients, moments of those
 # Programs that are compiled: in any conversion, with each search of its own shapes, and of a search
 # those that find seams and keep them, in programs that keep them.
-ANY, SMALL, CALIBRATED, NEAREST = 40, 20, 3.0, 1.5
+ANY, SMALL, CALIBRATED, NEAREST = 40, 20, 4.5, 2.0
 
 
 class Work(dict[tuple[str, str], float]):
@@ -186,7 +190,8 @@ def run_work(unit: Block, width: int, text: Text, asked: Collection[str]) -> Wor
         if node.op in ("linear", "embed") and "weight" in node.weights:
             out, inputs = node.weights["weight"].type.shape
             widths[node.name] = out if node.op == "linear" else inputs
-            operations, kind = (2 * out * inputs, "product") if node.op == "linear" else (0, kind)
+            if node.op == "linear":
+                operations, kind = 2 * slowed(out, inputs), "product"
         elif node.op == "attention":
             seen = min(text.context, node.attrs["window"] or text.context) / 2
             operations, kind = 4 * node.attrs["heads"] * node.attrs["head_dim"] * seen, "score"
@@ -208,14 +213,23 @@ def stream_work(unit: Block, width: int, text: Text) -> Work:
 # --- a model --------------------------------------------------------------------------------------
 
 
-def self_text_work(graph: Graph, tokens: int) -> Work:
-    """Counts `self_text`: products of few rows, and a draw from all logits."""
+def slowed(out: int, inputs: int) -> float:
+    """Returns the weights of a matrix, more where it is narrow and products take longer."""
+    return out * inputs * (1 + NARROW / min(out, inputs))
+
+
+def self_text_work(graph: Graph, tokens: int, context: int) -> Work:
+    """Counts `self_text`: products of few positions, and a draw from all logits."""
     weights = sum(out * inputs for unit in graph.units for _, out, inputs in matrices(unit))
     if graph.is_tied:
         weights += prod(graph.prologue.nodes[0].weights["weight"].type.shape)
     part = "writing calibration text"
-    work = Work({(part, "panel"): 2 * tokens * weights})
+    work = Work({(part, "panel"): 2 * FEW_POSITIONS * tokens * weights})
     work[part, "element"] = 4 * tokens * graph.vocabulary
+    for node in (node for unit in graph.units for node in unit.nodes if node.op == "attention"):
+        seen = min(context, node.attrs["window"] or context) / 2
+        width = node.attrs["heads"] * node.attrs["head_dim"]
+        work[part, "score"] += CACHED * 4 * tokens * width * seen
     return work
 
 
@@ -263,10 +277,13 @@ def training_work(graph: Graph, steps: int, batch: int, held_out: int) -> Work:
     return work if steps else Work()
 
 
-def _weights(graph: Graph) -> tuple[int, int]:
-    """(weights of the linears in front of the epilogue, those of the head)."""
-    inner = sum(out * inputs for unit in graph.units[:-1] for _, out, inputs in matrices(unit))
-    return inner, graph.vocabulary * graph.prologue.nodes[0].weights["weight"].type.shape[1]
+def _weights(graph: Graph) -> tuple[float, float]:
+    """(weights of the linears in front of the epilogue, of the head), as `slowed` has them."""
+    inner = sum(
+        slowed(out, inputs) for unit in graph.units[:-1] for _, out, inputs in matrices(unit)
+    )
+    width = graph.prologue.nodes[0].weights["weight"].type.shape[1]
+    return inner, slowed(graph.vocabulary, width)
 
 
 # --- what happens to every weight -----------------------------------------------------------------

@@ -117,7 +117,7 @@ def _work(graph: Graph, passes: Sequence[Pass], text: Text) -> tuple[Work, Graph
     moved = 2 * _bytes(source) + 3 * _bytes(graph)
     work += Work({("reading and writing", "byte"): float(moved)})
     if text.written:
-        work += self_text_work(source, text.written)
+        work += self_text_work(source, text.written, text.context)
     if any(step.scope != "graph" and "activations" in step.needs for step in passes):
         width = source.prologue.nodes[0].weights["weight"].type.shape[1]
         for unit in source.units[:-1]:

@@ -193,7 +193,7 @@ def test_what_calibration_needs_is_said(stories260k, calib, tmp_path):
 
 def test_one_layer_calibrated_by_a_rule_needs_activations():
     rule = Rule(r".*down_proj", options=(("method", "hessian"),))
-    assert Decompose(rules=(rule,)).needs == {"activations", "counts"}
-    assert Decompose(rules=(rule,), uncertainty=False).needs == {"activations"}
+    assert Decompose(rules=(rule,)).needs == {"activations"}
+    assert Decompose(rules=(rule,), uncertainty=True).needs == {"activations", "counts"}
     assert Decompose().needs == frozenset()
     assert read_recipe("ternary2").calibration_tokens == 32768

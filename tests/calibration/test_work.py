@@ -13,6 +13,7 @@ from atd.calibration.work import (
     moments_work,
     paths,
     run_work,
+    slowed,
     stream_work,
     times,
     visits_work,
@@ -23,7 +24,8 @@ from atd.decomposition.trellis_codes import known_code
 from atd.weights import TernaryType
 from tests.models.tiny import tiny_graph
 
-LINEARS = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48  # of a block: q, o; k, v; gate, up, down
+ATTENDED = slowed(32, 32) + 2 * slowed(16, 32)  # q; k, v
+LINEARS = ATTENDED + slowed(32, 32) + 3 * slowed(32, 48)  # and o; gate, up, down
 
 
 def test_work_adds_up():
@@ -34,17 +36,17 @@ def test_work_adds_up():
 
 def test_a_stream_runs_each_node_once_where_values_are_kept():
     (block, *_) = tiny_graph().blocks
-    assert sum(out * inputs for _, out, inputs in matrices(block)) == LINEARS
+    assert sum(slowed(out, inputs) for _, out, inputs in matrices(block)) == LINEARS
+    assert slowed(100, 4096) == 3 * 100 * 4096  # narrow matrices take longer
     work = stream_work(block, 32, Text(100, 10))
-    assert work["forward", "product"] == 2 * 100 * LINEARS
+    assert work["forward", "product"] == pytest.approx(2 * 100 * LINEARS)
     assert work["forward", "score"] == 100 * 4 * 32 * 5  # half of a window of 10 is seen
     again = stream_work(block, 32, Text(100, 10, kept=False))
     # q, k, v once more for each of three values and the output, o for two, gate and up for one
-    attended = 32 * 32 + 2 * 16 * 32
-    more = 3 * attended + 2 * 32 * 32 + 2 * 32 * 48
-    assert again["forward", "product"] == 2 * 100 * (LINEARS + more)
+    more = 3 * ATTENDED + 2 * slowed(32, 32) + 2 * slowed(32, 48)
+    assert again["forward", "product"] == pytest.approx(2 * 100 * (LINEARS + more))
     only = run_work(block, 32, Text(100, 10), [matrices(block)[0][0].name])
-    assert only["forward", "product"] == 2 * 100 * 32 * 32
+    assert only["forward", "product"] == 2 * 100 * slowed(32, 32)
 
 
 def test_moments_and_what_is_made_of_them():

@@ -5,10 +5,10 @@ within.
 import numpy as np
 import pytest
 
-from atd.decomposition.budget import Allocation, Problem, stand_in_loss
+from atd.decomposition.budget import GAUSSIAN, Allocation, Problem, stand_in_loss
 from atd.decomposition.options import ternary_types, trellis_type
 from atd.decomposition.trellis_codes import known_code
-from atd.weights import DenseType, PackedType
+from atd.weights import DenseType, PackedType, TernaryType
 from atd.weights.layouts import DEFAULT_LAYOUT
 
 TYPES = tuple(ternary_types((32, 64), (1, 2, 3), ("row",), ("tied",), "f16"))
@@ -55,3 +55,20 @@ def test_stand_in_losses_fall_with_bases_and_are_none_for_dense():
     assert [loss.shape for loss in losses] == [(2, 3), (1, 3)]
     assert (np.diff(losses[0], axis=1) < 0).all()
     assert stand_in_loss(DenseType((32, 64), "f32")) == 0.0
+
+
+@pytest.mark.parametrize("bases", GAUSSIAN)
+def test_errors_on_gaussian_weights_are_those_of_equally_spaced_levels(bases):
+    x = np.linspace(-8, 8, 20001)
+    density, top = np.exp(-(x**2) / 2) / np.exp(-(x**2) / 2).sum(), (3**bases - 1) // 2
+
+    def error(step: float) -> float:
+        return np.square(x - np.clip(np.round(x / step), -top, top) * step) @ density
+
+    assert min(map(error, np.geomspace(0.05, 1.5, 400))) == pytest.approx(GAUSSIAN[bases], rel=0.01)
+
+
+def test_a_code_stands_in_for_less_than_a_scalar_type_of_its_bytes():
+    code = trellis_type((128, 64), known_code(2, "default"), "f16")
+    assert code is not None
+    assert stand_in_loss(code) < 0.6 * stand_in_loss(TernaryType((128, 64), 2, "row", True, "f16"))
