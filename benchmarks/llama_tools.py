@@ -83,7 +83,7 @@ def make(
         say: hears what is written.
     """
     # Here, so that the processes that measure a model do not hold them.
-    from convert import write_checkpoint
+    from random_checkpoint import write_checkpoint
 
     from atd.exports.gguf import export_gguf
 
@@ -92,7 +92,7 @@ def make(
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         model, dense = Path(scratch) / "model", Path(scratch) / "dense.gguf"
         if isinstance(source, dict):
-            write_checkpoint(model, source, source["num_hidden_layers"])
+            write_checkpoint(model, source)
         else:
             model = source
         export_gguf(model, dense, dtype="float16", say=say)

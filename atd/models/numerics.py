@@ -1,6 +1,7 @@
 """What decides on the bits of results, besides code, inputs and options."""
 
 import os
+from typing import Any
 
 import jax
 from jaxlib import version as jaxlib
@@ -31,7 +32,7 @@ def numerics() -> dict[str, str]:
     }
 
 
-def surroundings() -> dict[str, object]:
+def surroundings() -> dict[str, Any]:
     """Returns what has to be the same in all processes that compute one result."""
     here = jax.local_devices()
     devices = f"{len(here)} x {here[0].device_kind}"

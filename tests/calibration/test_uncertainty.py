@@ -55,8 +55,8 @@ def test_logits_that_are_not_finite_are_refused():
 def test_room_is_kept_to_and_given_back(tmp_path):
     tokens = np.random.default_rng(0).integers(0, 40, (11, 400)).astype(np.int32)  # two batches
     small, large = Room(0, tmp_path / "streams"), Room(1e9)
-    counts = [token_counts(tiny_graph(), tokens, room) for room in (small, large)]
-    np.testing.assert_array_equal(*counts)
+    in_files, in_memory = (token_counts(tiny_graph(), tokens, room) for room in (small, large))
+    np.testing.assert_array_equal(in_files, in_memory)
     assert (small.left, large.left) == (0, 1e9)
     assert len(list((tmp_path / "streams").rglob("*.npy"))) == 2
 
