@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from math import prod
 
@@ -27,6 +27,7 @@ from atd.decomposition.second_moments import matmul
 from atd.decomposition.sweeps import BLOCK, sweep_columns
 from atd.decomposition.trellis_codes import known_code
 from atd.decomposition.trellis_walks import fastest_walks
+from atd.errors import BadInput
 from atd.ir import Node
 from atd.models.execute import compiled_node
 from atd.models.numerics import numerics
@@ -41,7 +42,7 @@ PANELS = 8  # products in a row
 REPEATS = 3  # of which the fastest counts
 
 Rates = Mapping[str, float]  # kind of work -> seconds for one
-# Of two cores of an EPYC processor: good enough to tell short work from long work.
+# Of two cores of an EPYC processor.
 NOMINAL: Rates = {
     "product": 1e-11,
     "moment": 1.2e-11,
@@ -65,19 +66,33 @@ NOMINAL: Rates = {
 
 
 def rates(cache: Cache | None) -> Rates:
-    """Returns the seconds that one of each kind of work takes, from the cache where it has them.
+    """Returns the seconds that one of each kind of work takes here, measured where the cache does
+    not have them.
 
     Raises:
         BadInput: the cache folder cannot be written to.
     """
-    key = cache_key("rates", [VERSION, sorted(NOMINAL), numerics(), os.cpu_count(), _processor()])
-    kept = None if cache is None else cache.load(key)
-    if kept is not None:
-        return {kind: float(seconds) for kind, seconds in kept.items()}
+    if cache is not None and (kept := known_rates(cache)) is not None:
+        return kept
     found = measured()
     if cache is not None:
-        cache.save(key, {kind: np.array(seconds) for kind, seconds in found.items()})
+        cache.save(_key(), {kind: np.array(seconds) for kind, seconds in found.items()})
     return found
+
+
+def known_rates(cache: Cache) -> Rates | None:
+    """Returns what `rates` measured on this machine; None where it has not, or the cache cannot be
+    used.
+    """
+    kept = None
+    with suppress(BadInput):
+        kept = cache.load(_key())
+    return None if kept is None else {kind: float(seconds) for kind, seconds in kept.items()}
+
+
+def _key() -> str:
+    made_from = [VERSION, sorted(NOMINAL), numerics(), os.cpu_count(), _processor()]
+    return cache_key("rates", made_from)
 
 
 def _processor() -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from atd.calibration.memory import memory
-from atd.calibration.rates import NOMINAL, Rates, rates
+from atd.calibration.rates import NOMINAL, Rates, known_rates
 from atd.calibration.text import SELF, window_count, window_length
 from atd.calibration.work import Text, Work, self_text_work, stream_work
 from atd.checkpoint.cache import Cache
@@ -19,7 +19,6 @@ from atd.pipeline.recipe import Recipe
 COMPILING = "compiling"
 CODE = re.compile(r" segment=\d+ taps=\S+")  # what N does not say of a trellis code
 FEW = 0.01  # of the whole time: what takes less is not worth a line
-SHORT = 20.0  # seconds: for conversions that take less, the machine is not asked how fast it is
 
 
 @dataclass(frozen=True)
@@ -45,14 +44,14 @@ class Plan:
         return dict(sorted(parts.items(), key=lambda item: -item[1]))
 
     def time(self, cache: Cache) -> str:
-        """Returns a line for people: the time in all.
+        """Returns a line for people: the time in all, on this machine where its rates are known.
 
         Args:
             cache: where the rates of this machine are kept.
         """
-        if sum(self.seconds(NOMINAL).values()) < SHORT:
-            return f"time: less than {2 * SHORT:.0f} s on most machines"
-        return _time(self.seconds(rates(cache)))
+        if (known := known_rates(cache)) is not None:
+            return _time(self.seconds(known))
+        return f"{_time(self.seconds(NOMINAL))}, on two common cores (--plan measures this machine)"
 
     def shown(self, rates: Rates) -> str:
         """Returns all of it as lines for people.

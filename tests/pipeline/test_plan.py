@@ -5,7 +5,8 @@ from shutil import copytree
 
 import pytest
 
-from atd.calibration.rates import NOMINAL
+from atd.calibration.rates import NOMINAL, rates
+from atd.checkpoint.cache import Cache
 from atd.errors import BadInput
 from atd.pipeline.convert import convert, plan
 from atd.pipeline.plan import duration
@@ -72,10 +73,18 @@ def test_what_cannot_work_is_refused(stories260k):
         plan(stories260k, "adaptive", overrides=["allocate.bits=0.1"])
 
 
-def test_the_time_is_said_before_work_begins(stories260k, tmp_path):
+def test_the_time_is_said_before_work_begins(stories260k, tmp_path, monkeypatch):
     lines = []
-    convert(stories260k, tmp_path / "out", "datafree2", say=lines.append)
-    assert lines[0] == "time: less than 40 s on most machines"
+    cache = Cache(tmp_path / "cache")
+    convert(stories260k, tmp_path / "out", "datafree2", cache=cache.folder, say=lines.append)
+    assert lines[0].startswith("time: about")
+    assert lines[0].endswith("on two common cores (--plan measures this machine)")
+    found = plan(stories260k, "datafree2", say=lambda line: None)
+    monkeypatch.setattr("atd.calibration.rates.measured", lambda: dict(NOMINAL))
+    rates(cache)
+    assert found.time(cache) == lines[0].removesuffix(
+        ", on two common cores (--plan measures this machine)"
+    )
 
 
 def test_durations():
