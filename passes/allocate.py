@@ -151,8 +151,9 @@ class Allocate(Pass):
         seen = min(max(self.moment_tokens, text.context), text.tokens)
         if self.sensitivity == "fisher":
             return sensitivity_work(before, self.problem(before).candidates, seen, self.tokens)
-        problem = self.problem(before)
-        return times(forward_work(before, seen), sum(map(len, problem.candidates.values())))
+        measured = sum(map(len, self.problem(before).candidates.values()))
+        both = times(forward_work("sensitivities", before, seen), 2)  # the dense model's as well
+        return times(both, measured)
 
     # --- what there is to decide ---
 

@@ -184,7 +184,7 @@ class Decompose(Pass):
                 found += work.moments_work("moments", inputs, text.tokens, 1 + work.half(inputs))
                 found += work.factor_work(inputs)
         if text.tokens and "counts" in self.needs:
-            found += work.counts_work(before, text)
+            found += work.forward_work("how much tokens count", before, text.tokens)
         return found + work.compiled_work(programs)
 
     def _beyond_greedy(self, graph: Graph) -> str | None:

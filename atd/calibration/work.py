@@ -239,14 +239,9 @@ def gradient_work(part: str, graph: Graph, tokens: int, heads: int = 1) -> Work:
     return Work({(part, "product"): 2 * tokens * (4 * inner + 3 * heads * head)})
 
 
-def forward_work(graph: Graph, tokens: int) -> Work:
-    """Counts passes forward of a model and the dense one, logits included."""
-    return Work({("sensitivities", "product"): 4 * tokens * sum(_weights(graph))})
-
-
-def counts_work(graph: Graph, text: Text) -> Work:
-    """Counts `token_counts`: the dense model forward, logits included."""
-    return Work({("how much tokens count", "product"): 2 * text.tokens * sum(_weights(graph))})
+def forward_work(part: str, graph: Graph, tokens: int) -> Work:
+    """Counts a pass forward, logits included."""
+    return Work({(part, "product"): 2 * tokens * sum(_weights(graph))})
 
 
 def sensitivity_work(
