@@ -33,7 +33,7 @@ from functools import lru_cache
 import numpy as np
 
 from atd.calibration import work
-from atd.calibration.streams import Moments
+from atd.calibration.streams import Moments, added_to
 from atd.calibration.work import Text, Work
 from atd.decomposition import error_feedback, quantize, trellis_codes
 from atd.decomposition.correction import asymmetric_target
@@ -84,6 +84,7 @@ class Decompose(Pass):
     damping: float = 0.3
     order: bool = True  # visit inputs by descending second moment (act-order)
     asymmetric: float = 1.0  # share of the correction toward the dense model's outputs; 0: none
+    residual: bool = True  # o and down correct what the residual stream lacks by then as well
     uncertainty: bool = False  # tokens count by how uncertain the dense model is of the next one
     fisher: bool = True  # rows that share trits weigh E[g^2] of their outputs, as allocate noted it
 
@@ -133,6 +134,11 @@ class Decompose(Pass):
         asked = {"activations", "counts"} if any(counted) else {"activations"}
         return frozenset(asked if counted else ())
 
+    @property
+    def _adds(self) -> bool:
+        """Whether outputs make up for what the residual stream lacks."""
+        return self.residual and self.asymmetric > 0
+
     def requires(self, graph: Graph) -> str | None:
         dense = [name for name, node in graph.nodes() if node.is_dense_matrix]
         if not dense:
@@ -163,7 +169,8 @@ class Decompose(Pass):
         found, kept = Work(), {name: node.weights.get("weight") for name, node in after.nodes()}
         programs: set[tuple] = set()
         for unit in before.units:
-            read: dict[str, int] = {}  # values whose moments are asked for -> their features
+            # Values whose moments are asked for -> their features, and the products that they take
+            read: dict[str, tuple[int, float]] = {}
             for node in unit.nodes:
                 name = unit.full_name(node)
                 ref, step = kept[name], self.for_node(name)
@@ -177,11 +184,14 @@ class Decompose(Pass):
                 if not asked:
                     found += work.nearest_work(ref.type)
                     continue
-                read[node.inputs[0]] = ref.type.shape[1]
+                out, inputs = ref.type.shape
+                added = step._adds and added_to(unit, node)
+                products = 1 + work.half(inputs) + (out / inputs if added else 0)
+                read[node.inputs[0]] = inputs, products
                 found += work.visits_work(ref.type, step.sweeps, step.refits)
-                found += work.corrected_work(*ref.type.shape) if step.asymmetric else Work()
-            for inputs in read.values():
-                found += work.moments_work("moments", inputs, text.tokens, 1 + work.half(inputs))
+                found += work.corrected_work(out, inputs) if step.asymmetric else Work()
+            for inputs, products in read.values():
+                found += work.moments_work("moments", inputs, text.tokens, products)
                 found += work.factor_work(inputs)
         if text.tokens and "counts" in self.needs:
             found += work.forward_work("how much tokens count", before, text.tokens)
@@ -278,10 +288,11 @@ class Decompose(Pass):
                 "decompose.method hessian needs calibration text: convert with --calib FILE"
             )
         else:
-            moments = context.calibration.moments(name, self.uncertainty)
+            moments = context.calibration.moments(name, self.uncertainty, self._adds)
             hessian, factor = moments.hessian, _factor(moments, self.damping, self.order)
             if self.asymmetric:
-                corrected = asymmetric_target(weight, hessian, moments.cross, factor)
+                moved = moments.cross, factor, moments.residual
+                corrected = asymmetric_target(weight, hessian, *moved)
                 target = weight + self.asymmetric * (corrected - weight)
         visits = self.sweeps, self.refits
         made = quantize.calibrated(target, type, factor, hessian, *visits, importance)

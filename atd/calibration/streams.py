@@ -11,25 +11,27 @@ Inputs of a linear in the quantized stream are made by the unit's own earlier li
 just quantized, so a unit's linears are worked on in order of execution.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import batched, islice
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from atd.calibration.room import Batches, Room
 from atd.calibration.windows import tokens_digest
 from atd.decomposition.second_moments import matmul, symmetric, upper_products
 from atd.host import return_freed
-from atd.ir import Block
+from atd.ir import Block, Node
 from atd.models.execute import compiled_node, dense_weights, needed, run
 from atd.models.tokens import check_tokens
 from atd.parallel.hosts import hosts
 from atd.parallel.workers import on_each_device, spread_here, together, workers
 
 LARGE = 128 << 20  # bytes of a value, behind which freed memory is given back, which takes time
+Values = tuple[np.ndarray, ...]  # in one batch
 BATCH = 4096  # most positions that run together, unless one window has more
 
 
@@ -37,14 +39,16 @@ BATCH = 4096  # most positions that run together, unless one window has more
 class Moments:
     """Second moments of a linear's inputs, X_d in the dense stream and X_q in the quantized one.
 
-    Products are float32, sums over batches float64.
+    Products are float32, sums over batches float64. Where tokens count differently, each has its
+    products times its count.
     """
 
-    # H = X_q' X_q / n, float32 [in, in]: what error feedback weighs errors with; where tokens count
-    # differently, each has its products times its count
-    hessian: np.ndarray
+    hessian: np.ndarray  # H = X_q' X_q / n, float32 [in, in]: what feedback weighs errors with
     cross: np.ndarray  # C = X_d' X_q / n, float32 [in, in]: what its target is corrected by
     positions: int  # n
+    # R = (S_d - S_q)' X_q / n, float32 [out, in], where outputs are added to the residual stream S:
+    # what that lacks so far, which the outputs can make up for; else None
+    residual: np.ndarray | None = None
 
 
 class Calibration:
@@ -65,7 +69,7 @@ class Calibration:
         self._counts = None if counts is None else batches_of(counts)[mine]
         self._dense = Stream("dense", batches[mine], room)
         self._quantized = Stream("quantized", batches[mine], room)
-        self._moments: dict[tuple[str, bool], Moments] = {}
+        self._moments: dict[tuple[tuple[str, ...], bool], Moments] = {}
 
     def begin(self, dense: Block, quantized: Block) -> Block:
         """Goes to the next unit, as it was and as it becomes.
@@ -90,7 +94,7 @@ class Calibration:
         self._dense.leave()
         self._quantized.leave()
 
-    def moments(self, full_name: str, counted: bool = False) -> Moments:
+    def moments(self, full_name: str, counted: bool = False, residual: bool = False) -> Moments:
         """Returns the moments of what a linear of the unit reads.
 
         Linears that share an input share them.
@@ -98,19 +102,28 @@ class Calibration:
         Args:
             full_name: the linear's.
             counted: whether tokens count as much as was said of them, or alike.
+            residual: whether to find `Moments.residual`.
         """
         unit = self._dense.block
         node = next(node for node in unit.nodes if unit.full_name(node) == full_name)
-        (value,) = node.inputs
-        if (value, counted) not in self._moments:
-            streams = self._dense.each(value), self._quantized.each(value)
+        values = (*node.inputs, *(added_to(unit, node) if residual else ()))
+        if (values, counted) not in self._moments:
+            streams = self._dense.each(*values), self._quantized.each(*values)
             if counted and self._counts is not None:
                 streams = (_counted(values, self._counts) for values in streams)
             found = _moments(*streams, self._rounds)
-            self._moments[value, counted] = found
+            self._moments[values, counted] = found
             if found.hessian.nbytes > LARGE:
                 return_freed()
-        return self._moments[value, counted]
+        return self._moments[values, counted]
+
+
+def added_to(unit: Block, node: Node) -> Sequence[str]:
+    """Returns the value that a node's output is added to, if that is all that becomes of it."""
+    readers = unit.readers(node.name)
+    if [reader.op for reader in readers] != ["add"]:
+        return ()
+    return [value for value in readers[0].inputs if value != node.name]
 
 
 class Stream:
@@ -138,7 +151,7 @@ class Stream:
 
     def leave(self) -> None:
         """Puts the unit's output in the place of its input."""
-        for i, output in enumerate(self.each(self.block.output)):
+        for i, (output,) in enumerate(self.each(self.block.output)):
             if i == 0:
                 self._make_room(output.nbytes * len(self._x))
             self._x[i] = output
@@ -155,27 +168,25 @@ class Stream:
                 self._x = Batches([*self._x], self._room.folder / self._name)
         self._placed = True  # it stays as wide as it is
 
-    def each(self, name: str) -> Iterator[np.ndarray]:
-        """Yields the value of a node in each batch, [B, T, features].
+    def each(self, *names: str) -> Iterator[Values]:
+        """Yields values in each batch, [B, T, features] each: of nodes, or the unit's input "x".
 
-        It and what is computed on the way are kept, if others will read them and there is room.
+        They and what is computed on the way are kept, if others will read them and there is room.
         """
-        if name in self._values:
-            yield from self._values[name]
-            return
-        nodes = needed(self.block, {"x", *self._values}, [name])
+        nodes = needed(self.block, {"x", *self._values}, names)
         weights = on_each_device(dense_weights(nodes))
-        sources = {source for node in nodes for source in node.inputs}
+        sources = {*names, *(source for node in nodes for source in node.inputs)}
         known, self._run = sources & self._values.keys(), self._run | {node.name for node in nodes}
-        wanted = [node.name for node in nodes if node.name != name and self._is_read(node.name)]
-        asked = [*wanted, name] if self._is_read(name) else wanted
+        asked = [node.name for node in nodes if self._is_read(node.name)]
+        wanted = [node.name for node in nodes if node.name in {*asked, *names}]
 
         def values_of(i: int) -> dict[str, np.ndarray]:
             values = {source: self._values[source][i] for source in known}
             if "x" in sources:
                 values["x"] = self._x[i]
-            found, _ = run(self.block, weights(), values, [*wanted, name], run_node=compiled_node)
-            return {v: np.asarray(found[v]) for v in {*(asked if kept is None else kept), name}}
+            found, _ = run(self.block, weights(), values, wanted, run_node=compiled_node)
+            made = {v: found[v] for v in {*(asked if kept is None else kept), *names} if v in found}
+            return values | {v: np.asarray(value) for v, value in made.items()}
 
         kept: dict[str, list[np.ndarray]] | None = None
         for batches in batched(range(len(self._x)), workers().count):
@@ -185,9 +196,9 @@ class Stream:
                     kept = {value: [] for value, bytes in room.items() if self._room.take(bytes)}
                 for value, arrays in kept.items():
                     arrays.append(found[value])
-                yield found[name]
+                yield tuple(found[name] for name in names)
         self._values |= kept or {}
-        for source in known:
+        for source in known.difference(names):
             if not self._is_read(source):
                 self._drop(source)
 
@@ -217,24 +228,32 @@ def _loaded_once(block: Block) -> Block:
 
 @jax.jit
 def _products(dense, quantized):
-    """[B, T, in] twice -> X_d' X_q [in, in], and X_q' X_q in strips (`upper_products`)."""
-    dense, quantized = (x.reshape(-1, x.shape[-1]) for x in (dense, quantized))
-    return matmul(dense.T, quantized), *upper_products(quantized)
+    """What a linear reads in both streams [B, T, in], and what it is added to [B, T, out], if any
+    -> X_d' X_q [in, in], (S_d - S_q)' X_q [out, in], X_q' X_q in strips (`upper_products`).
+    """
+    dense, quantized = (
+        [value.reshape(-1, value.shape[-1]) for value in values] for values in (dense, quantized)
+    )
+    (x_dense, *stream_dense), (x, *stream) = dense, quantized
+    lack = jnp.zeros((0, x.shape[1]))
+    if stream:
+        lack = matmul((stream_dense[0] - stream[0]).T, x)
+    return matmul(x_dense.T, x), lack, *upper_products(x)
 
 
-def _counted(values: Iterator[np.ndarray], counts: list[np.ndarray]) -> Iterator[np.ndarray]:
-    """Yields [B, T, in] times the roots of [B, T]: products of two such have the counts."""
-    for value, count in zip(values, counts, strict=True):
-        yield value * np.sqrt(count)[..., None]
+def _counted(streams: Iterator[Values], counts: list[np.ndarray]) -> Iterator[Values]:
+    """Yields [B, T, features] times the roots of [B, T]: products of two such have the counts."""
+    for values, count in zip(streams, counts, strict=True):
+        yield tuple(value * np.sqrt(count)[..., None] for value in values)
 
 
-def _moments(dense: Iterator[np.ndarray], quantized: Iterator[np.ndarray], rounds: int) -> Moments:
+def _moments(dense: Iterator[Values], quantized: Iterator[Values], rounds: int) -> Moments:
     """The moments over the batches of all processes, of which each has some in every round, unless
     there are too few.
     """
 
-    def products(values: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, ...]:
-        count = np.asarray(values[1][..., 0].size, np.int64)
+    def products(values: tuple[Values, Values]) -> Values:
+        count = np.asarray(values[1][0][..., 0].size, np.int64)
         return count, *map(np.asarray, _products(*values))
 
     pairs = zip(dense, quantized, strict=True)
@@ -249,5 +268,6 @@ def _moments(dense: Iterator[np.ndarray], quantized: Iterator[np.ndarray], round
     assert next(pairs, None) is None  # the streams keep what they keep once they are at their end
     for total in sums:
         total /= positions
-    cross, *strips = sums
-    return Moments(symmetric(strips), cross.astype(np.float32), positions)
+    cross, lack, *strips = sums
+    residual = lack.astype(np.float32) if len(lack) else None
+    return Moments(symmetric(strips), cross.astype(np.float32), positions, residual)

@@ -160,7 +160,9 @@ def corrected_work(out: int, inputs: int) -> Work:
 
 
 def moments_work(part: str, inputs: int, tokens: int, products: float, batch: int = BATCH) -> Work:
-    """Counts moments of inputs, of which `products` are made for each batch: 1 + half, or half."""
+    """Counts moments of inputs; `products` with n features are made of them for each batch: half,
+    or 1 + half, and more where outputs are added to a stream.
+    """
     elements, batches = inputs * inputs * products, ceil(tokens / batch)
     work = Work({(part, "moment"): 2 * tokens * elements})
     work[part, "sum"] = (batches + 2) * elements  # and once to divide, once to round

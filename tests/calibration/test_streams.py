@@ -18,6 +18,7 @@ from atd.checkpoint.reader import open_tokenizer
 from atd.checkpoint.writer import write_shard
 from atd.errors import BadInput
 from atd.models import frontend
+from atd.models.execute import dense_weights, output, run
 from atd.models.model import load
 from atd.passes.decompose import Decompose
 from atd.pipeline import Pipeline, Rule, driver
@@ -85,6 +86,44 @@ def test_inputs_inside_a_unit_are_those_of_its_quantized_linears():
     assert np.abs(o.cross - o.hessian).max() > 1e-3
 
 
+def test_what_the_residual_stream_lacks_is_found_where_a_linear_adds_to_it():
+    """Behind the first block, o and down know what is lost in front of them; q, which adds to
+    nothing, does not, and shares its moments with k.
+    """
+    dense = tiny_graph()
+    rough = Pipeline([Decompose(bases=1, group="row"), "fuse", "pack"])(dense)
+    tokens = np.random.default_rng(0).integers(0, 40, (11, 16)).astype(np.int32)
+    calibration = Calibration(tokens)
+    for before, after in zip(dense.units[:2], rough.units[:2], strict=True):
+        calibration.begin(before, after)
+        calibration.finish()
+    block, made = dense.blocks[1], rough.blocks[1]
+    calibration.begin(block, made)
+
+    def found(name: str):
+        return calibration.moments(f"{block.name}.{name}", residual=True)
+
+    def value(graph, name: str) -> np.ndarray:
+        x = tokens
+        for unit in graph.units[:2]:
+            x = output(unit, dense_weights(unit.nodes), x)
+        unit = graph.units[2]
+        return flat(run(unit, dense_weights(unit.nodes), {"x": x}, [name])[0][name] if name else x)
+
+    def flat(x) -> np.ndarray:
+        return np.asarray(x, np.float64).reshape(-1, x.shape[-1])
+
+    assert found("self_attn.q_proj") is found("self_attn.k_proj")
+    assert found("self_attn.q_proj").residual is None
+    between = block.node("mlp.residual").inputs[0]
+    for name, stream in (("self_attn.o_proj", ""), ("mlp.down_proj", between)):
+        inputs, moments = block.node(name).inputs[0], found(name)
+        lack, x = value(dense, stream) - value(rough, stream), value(rough, inputs)
+        assert np.square(lack).mean() > 1e-4
+        np.testing.assert_allclose(moments.residual, lack.T @ x / len(x), atol=1e-4)
+        np.testing.assert_allclose(moments.hessian, x.T @ x / len(x), atol=1e-4)
+
+
 @pytest.mark.exact
 @pytest.mark.parametrize("bytes", [0, 11 * 16 * 32 * 4, 60_000, 1 << 30])
 def test_what_has_no_room_is_the_same(tmp_path, bytes):
@@ -100,7 +139,9 @@ def test_what_has_no_room_is_the_same(tmp_path, bytes):
         for node in before.nodes:
             if node.op == "linear":
                 name = before.full_name(node)
-                one, other = (calibration.moments(name) for calibration in (small, large))
+                one, other = (c.moments(name, residual=True) for c in (small, large))
+                if node.name in ("self_attn.o_proj", "mlp.down_proj"):
+                    np.testing.assert_array_equal(one.residual, other.residual)
                 np.testing.assert_array_equal(one.hessian, other.hessian)
                 np.testing.assert_array_equal(one.cross, other.cross)
         small.finish()

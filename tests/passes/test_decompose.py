@@ -117,7 +117,7 @@ def test_rows_of_a_code_weigh_the_squared_gradients_that_were_noted():
         ),
     )
     moments = Moments(np.eye(32, dtype=np.float32), np.eye(32, dtype=np.float32), 400)
-    context = Context(calibration=SimpleNamespace(moments=lambda name, counted: moments))  # type: ignore[arg-type]
+    context = Context(calibration=SimpleNamespace(moments=lambda *_: moments))  # type: ignore[arg-type]
     weight = node.weights["weight"].dense()
 
     def error(fisher: bool) -> np.ndarray:
@@ -137,7 +137,7 @@ def test_damping_holds_for_the_correction_as_well():
     x_quantized = x + 0.5 * rng.standard_normal((400, 32)) @ rng.standard_normal((32, 32))
     hessian, cross = ((a.T @ x_quantized / 400).astype(np.float32) for a in (x_quantized, x))
     moments = Moments(hessian, cross, 400)
-    context = Context(calibration=SimpleNamespace(moments=lambda name, counted: moments))  # type: ignore[arg-type]
+    context = Context(calibration=SimpleNamespace(moments=lambda *_: moments))  # type: ignore[arg-type]
     name = "model.layers.0.self_attn.q_proj"
 
     def found(damping: float, asymmetric: float) -> np.ndarray:
