@@ -30,6 +30,7 @@ time: about 36 s, 30 s of it to compile, where no earlier run has
   compiling                       30 s
   writing calibration text         3 s
   forward                          2 s
+  moments                          0 s
   sweeps                           0 s
 """
 
