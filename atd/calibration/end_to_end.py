@@ -75,32 +75,49 @@ class _Converted:
         if dense.is_tied:
             self._teacher_embedding = embedding_matrix(frozen(dense.prologue), {})
         # By the head's parameters, the hidden states, and where the head is the embedding by that.
-        by_embedding = self._tied and bool(self._prologue.parameters)
-        by = (0, 1, 2) if by_embedding else (0, 1)
+        self._by_embedding = self._tied and bool(self._prologue.parameters)
         self._measure = jax.jit(self._divergence)
-        self._differentiate = jax.jit(jax.grad(self._divergence, argnums=by))
+        self._differentiate = jax.jit(self._gradients)
 
-    def _divergence(
-        self, parameters, hidden, embedding, target, fixed, teacher_fixed, teacher_embedding
-    ):
-        """Mean over windows [B, T, D], some positions at a time, so that logits of no more exist.
+    def _divergence(self, *arguments):
+        """Mean over windows [B, T, D], some positions at a time: of no more there are logits."""
+        parameters, hidden, embedding, target, *_ = arguments
+        part, pairs = self._part(arguments), _parts(hidden, target)
+        return jnp.mean(
+            jax.lax.map(lambda pair: part(parameters, pair[0], embedding, pair[1]), pairs)
+        )
+
+    def _gradients(self, *arguments):
+        """Gradients of `_divergence`: each part goes forward and at once back."""
+        parameters, hidden, embedding, target, *_ = arguments
+        part, pairs = self._part(arguments), _parts(hidden, target)
+        by = (0, 1, 2) if self._by_embedding else (0, 1)
+
+        def add(sums, pair):
+            by_head, at_hidden, *rest = jax.grad(part, by)(parameters, pair[0], embedding, pair[1])
+            return jax.tree.map(jnp.add, sums, (by_head, *rest)), at_hidden
+
+        moved = (parameters, embedding) if self._by_embedding else (parameters,)
+        sums, at_hidden = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, moved), pairs)
+        by_head, *rest = jax.tree.map(lambda total: total / len(at_hidden), sums)
+        return by_head, at_hidden.reshape(hidden.shape) / len(at_hidden), *rest
+
+    def _part(self, arguments):
+        """The divergence of some positions, by the head's parameters, the hidden states [P, D] in
+        front of both heads, and the embedding.
 
         Weights are arguments, or they would be constants of the compiled program.
         """
+        fixed, teacher_fixed, teacher_embedding = arguments[4:]
         head = replace(self._head.unit, fixed=fixed)
         teacher = replace(self._teacher, fixed=teacher_fixed)
 
-        @jax.checkpoint
-        def part(pair):
-            hidden, target = pair
+        def part(parameters, hidden, embedding, target):
             return divergence(
                 head, parameters, hidden, teacher, target, embedding, teacher_embedding
             )
 
-        length = hidden.shape[1]
-        step = next((n for n in range(min(POSITIONS, length), 31, -1) if length % n == 0), length)
-        pairs = tuple(x.reshape(-1, step, x.shape[-1]) for x in (hidden, target))
-        return jnp.mean(jax.lax.map(part, pairs))  # pairs: [B T / step, step, D] each
+        return part
 
     def _arguments(self, hidden, target) -> tuple:
         """The arguments of `_divergence`."""
@@ -133,10 +150,17 @@ class _Converted:
         prologue = self._prologue
         if prologue.parameters:
             by_parameter, _ = backward(prologue.unit, prologue.parameters, inputs[0], gradient)
-            if by_embedding:
+            if self._by_embedding:
                 tied = embedding_backward(prologue.unit, prologue.parameters, by_embedding[0])
                 by_parameter = jax.tree.map(jnp.add, by_parameter, tied)
             prologue.step(by_parameter, share)
+
+
+def _parts(*values):
+    """[B, T, D] each -> [n, P, D], as few positions at a time as POSITIONS has it."""
+    length = values[0].shape[1]
+    step = next((n for n in range(min(POSITIONS, length), 31, -1) if length % n == 0), length)
+    return tuple(x.reshape(-1, step, x.shape[-1]) for x in values)
 
 
 def _hidden(graph: Graph, windows: np.ndarray, batch: int) -> np.ndarray:

@@ -42,30 +42,57 @@ def backward(
         The gradients of the parameters, and that at the input; token ids have none: None.
     """
     weights = weights_at(unit, parameters)
-    changed = {name: weights[name]["weight"] for name in parameters}
-    by_weight, at_input = _backward(unit.structure, changed, weights, x, gradient)
+    rows = tuple(name for name in parameters if _only_rows(unit, name, parameters[name]))
+    changed = {name: weights[name]["weight"] for name in parameters if name not in rows}
+    by_weight, by_row, at_input = _backward(unit.structure, changed, rows, weights, x, gradient)
     by_parameter = {
         name: _by_deltas(unit.fixed[name]["weight"], parameters[name], gradient.array)
         for name, gradient in by_weight.items()
     }
+    for name, slope in by_row.items():
+        by_parameter[name] = {"scales": slope.reshape(parameters[name]["scales"].shape)}
     return by_parameter, at_input
 
 
-@partial(jax.jit, static_argnames="structure")
-def _backward(structure: Structure, changed, weights, x, gradient):
-    """(gradients by the changed weights, by x), of dense weights.
+def _only_rows(unit: TrainableUnit, name: str, deltas: Deltas) -> bool:
+    """Whether all that moves of a node is one factor for each of a linear's outputs."""
+    scales = deltas.get("scales")
+    if scales is None or "codes" in deltas or unit.block.node(name).op != "linear":
+        return False
+    return scales.size == len(scales) == unit.block.node(name).weights["weight"].type.shape[0]
+
+
+@partial(jax.jit, static_argnames=("structure", "rows"))
+def _backward(structure: Structure, changed, rows: tuple[str, ...], weights, x, gradient):
+    """(gradients by the changed weights, by the logarithm of each output's scale, by x), of dense
+    weights.
+
+    With y = W x, an output's scale s has s dL/ds = sum_t g_t y_t, which takes no product; the
+    gradient by all of W would take one as large as that forward.
 
     Each kind of ternary weight has a small program of its own (`_by_deltas`), or every combination
     of them in a unit would be compiled.
     """
+    block = structure.block
+    has_input = not jnp.issubdtype(x.dtype, jnp.integer)  # token ids have no gradient
 
-    def output(changed, x):
-        merged = {name: weights[name] | {"weight": weight} for name, weight in changed.items()}
-        return execute.output(structure.block, weights | merged, x)
+    def output(changed, offsets, at):
+        merged = weights | {
+            name: weights[name] | {"weight": weight} for name, weight in changed.items()
+        }
+        known = {"x": at if has_input else x}
+        found, _ = execute.run(block, merged, known, [block.output, *rows], offsets=offsets)
+        return found[block.output], {name: found[name] for name in rows}
 
-    if jnp.issubdtype(x.dtype, jnp.integer):
-        return jax.vjp(lambda changed: output(changed, x), changed)[1](gradient)[0], None
-    return jax.vjp(output, changed, x)[1](gradient)
+    offsets = {name: jnp.zeros((*x.shape[:2], len(weights[name]["weight"].array))) for name in rows}
+    _, pull, outputs = jax.vjp(output, changed, offsets, x if has_input else (), has_aux=True)
+    by_weight, at_output, at_input = pull(gradient)
+    by_row = {}
+    for name, y in outputs.items():
+        bias = weights[name].get("bias")
+        y = y if bias is None else y - bias.array
+        by_row[name] = jnp.sum(at_output[name] * y, axis=(0, 1))
+    return by_weight, by_row, at_input if has_input else None
 
 
 @jax.jit

@@ -30,7 +30,7 @@ from atd.decomposition.trellis import SEAM_ROWS, phases
 from atd.decomposition.trellis_feedback import row_chunks
 from atd.ir import Block, Graph, Node
 from atd.models.execute import needed
-from atd.weights import Code, TernaryType, TrellisType
+from atd.weights import Code, TernaryType, TrellisType, ternary_of
 
 ITERATIONS = 8  # of `als`, from each start
 KEPT = 32 << 20  # bytes of an array that glibc may keep for the next one
@@ -235,10 +235,10 @@ def self_text_work(graph: Graph, tokens: int, context: int) -> Work:
     return work
 
 
-def gradient_work(part: str, graph: Graph, tokens: int, heads: int = 1) -> Work:
-    """Counts a pass forward and one back, units computed again, logits of `heads` models."""
+def gradient_work(part: str, graph: Graph, tokens: int) -> Work:
+    """Counts a pass forward and one back, units computed again."""
     inner, head = _weights(graph)
-    return Work({(part, "product"): 2 * tokens * (4 * inner + 3 * heads * head)})
+    return Work({(part, "product"): 2 * tokens * (4 * inner + 3 * head)})
 
 
 def forward_work(part: str, graph: Graph, tokens: int) -> Work:
@@ -268,7 +268,14 @@ def sensitivity_work(
 def training_work(graph: Graph, steps: int, batch: int, held_out: int) -> Work:
     """Counts `train_end_to_end`: steps of a batch of tokens, looks at `held_out` tokens in all."""
     part, (inner, head) = "following the gradient", _weights(graph)
-    work = gradient_work(part, graph, steps * batch, heads=2)
+    work = gradient_work(part, graph, steps * batch)
+    coded = sum(
+        slowed(out, inputs)
+        for unit in graph.units
+        for node, out, inputs in matrices(unit)
+        if isinstance(ternary_of(node.weights["weight"].type), TrellisType)
+    )
+    work[part, "product"] -= 2 * steps * batch * coded  # scales of rows: no gradient by the weight
     work[part, "product"] += 2 * (held_out + steps * batch) * (inner + 2 * head)
     work[part, "element"] = OPTIMIZER * steps * (inner + head)
     return work if steps else Work()

@@ -10,10 +10,11 @@ import pytest
 from atd.calibration import gradients
 from atd.calibration.gradients import divergence, forward
 from atd.calibration.trainable import merged, trainable
+from atd.ir import in_memory
 from atd.models import execute
 from atd.models.model import load
-from atd.weights import TernaryType
-from tests.calibration.converted import free_fused, moved, rough, tied_rotated
+from atd.weights import Dense, TernaryType
+from tests.calibration.converted import free_fused, moved, rough, tied_rotated, trellis_packed
 from tests.models.tiny import tiny_graph
 
 TOKENS = np.random.default_rng(0).integers(0, 40, (2, 16)).astype(np.int32)
@@ -85,6 +86,22 @@ def test_backward_is_the_gradient_of_forward():
     moves, none = gradients.backward(prologue, prologue.parameters, jnp.asarray(TOKENS), g)
     assert none is None
     assert np.abs(moves["embed_tokens"]["scales"]).max() > 0
+
+
+@pytest.mark.parametrize("make", [tied_rotated, trellis_packed])
+def test_gradients_by_the_scales_of_rows_are_those_of_the_whole_weight(make):
+    """One scale for each output takes no gradient by the weight; a bias is not scaled."""
+    block = make().blocks[0]
+    bias = in_memory("bias", Dense(random(32, seed=4)))
+    o = block.node("self_attn.o_proj")
+    unit = trainable(block.replace_node(replace(o, weights=o.weights | {"bias": bias})))
+    x, g, at = random(2, 16, 32), random(2, 16, 32, seed=2), moved(unit, 0.05)
+    whole = jax.grad(lambda moves: jnp.vdot(forward(unit, moves, x), g))(at)
+    found, _ = gradients.backward(unit, at, x, g)
+    assert found.keys() == whole.keys() >= {"self_attn.o_proj", "mlp.down_proj"}
+    for name, kinds in whole.items():
+        for kind, slope in kinds.items():
+            np.testing.assert_allclose(found[name][kind], slope, rtol=1e-3, atol=1e-4)
 
 
 def test_units_of_one_structure_share_their_programs(monkeypatch):
