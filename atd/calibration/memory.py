@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from atd.calibration.room import STREAM
 from atd.calibration.streams import BATCH
 from atd.errors import BadInput
 from atd.ir import Graph
 
 PROCESS = 0.5e9  # Python, jax and compiled programs
 WEIGHTS = 3  # float32 copies of a unit's weights: of the dense stream, the quantized one, to write
-SQUARES = 12  # matrices float32 [n, n] that exist at a time: 11.3 were measured at n = 4096
+SQUARES = 8  # matrices float32 [n, n] that exist at a time: 5 to 6 were measured
 COPIES = 3  # of these, those that each further device has: its factor, H and the descent's
 VALUES = 2  # times what linears put out: all values of a batch in a unit
 SHARE = 0.75  # of the memory that is available, where no limit is given
@@ -80,7 +81,8 @@ def memory(graph: Graph, tokens: int, context: int, devices: int = 1) -> Memory:
         work = max(work, WEIGHTS * weights + SQUARES * widest**2 + values + (devices - 1) * each)
         inner = max(inner, sum(widths.values()))
     width = graph.prologue.nodes[0].weights["weight"].type.shape[1]
-    return Memory(int(PROCESS + 4 * work), 2 * 4 * tokens * width, 2 * 4 * tokens * inner)
+    streams = 2 * STREAM.itemsize * tokens * width
+    return Memory(int(PROCESS + 4 * work), streams, 2 * 4 * tokens * inner)
 
 
 def available() -> float:

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atd.calibration.room import Batches, Room
+from atd.calibration.room import STREAM, Batches, Room
 from atd.calibration.windows import tokens_digest
 from atd.decomposition.second_moments import matmul, symmetric, upper_products
 from atd.host import return_freed
@@ -145,15 +145,16 @@ class Stream:
         yield from self._x
 
     def close(self) -> None:
-        """Gives back the room of the residual stream."""
+        """Gives back the room of the residual stream, or deletes its files."""
         self._room.give_back(self._taken)
-        self._x, self._taken = Batches([]), 0
+        self._x.remove()
+        self._taken = 0
 
     def leave(self) -> None:
         """Puts the unit's output in the place of its input."""
         for i, (output,) in enumerate(self.each(self.block.output)):
             if i == 0:
-                self._make_room(output.nbytes * len(self._x))
+                self._make_room(STREAM.itemsize * output.size * len(self._x))
             self._x[i] = output
         for name in [*self._values]:
             self._drop(name)

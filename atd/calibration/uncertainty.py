@@ -30,7 +30,7 @@ from atd.models.ops import Weights
 from atd.progress import Progress, Report, unheard
 from atd.weights import Dense, Weight
 
-VERSION = 1  # of what is computed: part of the cache's key
+VERSION = 2  # of what is computed: part of the cache's key
 
 
 def token_counts(

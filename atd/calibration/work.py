@@ -276,7 +276,8 @@ def training_work(graph: Graph, steps: int, batch: int, held_out: int) -> Work:
         if isinstance(ternary_of(node.weights["weight"].type), TrellisType)
     )
     work[part, "product"] -= 2 * steps * batch * coded  # scales of rows: no gradient by the weight
-    work[part, "product"] += 2 * (held_out + steps * batch) * (inner + 2 * head)
+    # The dense model's hidden states once, both models' logits at each look.
+    work[part, "product"] += 2 * (held_out * (inner + 2 * head) + steps * batch * inner)
     work[part, "element"] = OPTIMIZER * steps * (inner + head)
     return work if steps else Work()
 

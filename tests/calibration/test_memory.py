@@ -19,17 +19,17 @@ def test_what_is_taken_follows_the_shapes():
     one, other = (memory(tiny_graph(mlp=48), tokens, 16) for tokens in (1000, 3000))
     weights, outputs = 2 * 32 + 3 * 32 * 32 + 3 * 48 * 32, 4 * 32 + 2 * 48
     batch = 2 * outputs + 4 * 16  # floats of a token: values, and scores of attention
-    work = 3 * weights + 12 * 48 * 48
+    work = 3 * weights + 8 * 48 * 48
     assert one.work == PROCESS + 4 * (work + 1000 * batch)
     assert other.work == PROCESS + 4 * (work + 3000 * batch)
-    assert one.streams == 2 * 4 * 1000 * 32
+    assert one.streams == 2 * 2 * 1000 * 32
     assert one.inner == 2 * 4 * 1000 * (3 * 32 + 48)
     assert (other.streams, other.inner) == (3 * one.streams, 3 * one.inner)
 
 
 def test_lines_say_what_finds_no_room():
-    needed = memory(tiny_graph(), 10**8, 16)  # 25.6 GB, and 115.2 GB
-    assert "25.6 GB for the residual streams; 115.2 GB" in needed.under(200e9)
+    needed = memory(tiny_graph(), 10**8, 16)  # 12.8 GB, and 115.2 GB
+    assert "12.8 GB for the residual streams; 115.2 GB" in needed.under(200e9)
     assert "computed again where there is no room" in needed.under(100e9)
     assert "in files where there is no room" not in needed.under(100e9)
     assert "in files where there is no room" in needed.under(10e9)
@@ -52,12 +52,19 @@ def test_room_is_taken_and_given_back():
 
 
 def test_batches_in_files_are_what_was_put_there(tmp_path):
-    arrays = [np.full((2, 3), i, np.float32) for i in range(3)]
-    batches = Batches(arrays, tmp_path / "x")
-    batches[1] = np.ones((4, 1), np.float32)
-    assert [batch.shape for batch in batches] == [(2, 3), (4, 1), (2, 3)]
+    arrays = [np.full((2, 3), i, np.int32) for i in range(3)]
+    put = np.random.default_rng(0).standard_normal((4, 1)).astype(np.float32)
+    in_files, in_memory = Batches(arrays, tmp_path / "x"), Batches(arrays)
+    for batches in (in_files, in_memory):
+        batches[1] = put
+        assert [batch.shape for batch in batches] == [(2, 3), (4, 1), (2, 3)]
+        assert batches[1].dtype == np.float32
+        np.testing.assert_allclose(batches[1], put, rtol=2**-8)
+        np.testing.assert_array_equal(batches[2], arrays[2])
+    np.testing.assert_array_equal(in_files[1], in_memory[1])
     assert [path.name for path in (tmp_path / "x").iterdir()] == ["1.npy"]
-    np.testing.assert_array_equal(batches[1], np.ones((4, 1)))
+    in_files.remove()
+    assert not [*(tmp_path / "x").iterdir()]
 
 
 @pytest.mark.exact

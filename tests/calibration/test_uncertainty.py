@@ -31,6 +31,7 @@ def changed(graph: Graph, scale: float) -> Graph:
     return graph.with_units(tuple(unit.map_weights(larger) for unit in graph.units))
 
 
+@pytest.mark.usefixtures("exact_streams")
 @pytest.mark.parametrize("tied", [False, True])
 def test_counts_are_roots_of_the_spread_of_the_next_token(tied):
     graph = tiny_graph(tied=tied)
@@ -58,7 +59,8 @@ def test_room_is_kept_to_and_given_back(tmp_path):
     in_files, in_memory = (token_counts(tiny_graph(), tokens, room) for room in (small, large))
     np.testing.assert_array_equal(in_files, in_memory)
     assert (small.left, large.left) == (0, 1e9)
-    assert len(list((tmp_path / "streams").rglob("*.npy"))) == 2
+    assert (tmp_path / "streams").is_dir()
+    assert not list((tmp_path / "streams").rglob("*.npy"))
 
 
 def test_counts_are_found_once(tmp_path):
@@ -80,6 +82,7 @@ def test_counts_are_found_once(tmp_path):
         token_counts(unread, TOKENS + 1, cache=cache)
 
 
+@pytest.mark.usefixtures("exact_streams")
 def test_moments_weigh_products_of_tokens_by_their_counts():
     graph = tiny_graph()
     counts = np.random.default_rng(1).uniform(0.1, 2, TOKENS.shape).astype(np.float32)
