@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+import jax
+
 from atd.calibration.room import STREAM
 from atd.calibration.streams import BATCH
 from atd.errors import BadInput
@@ -30,6 +32,7 @@ class Memory:
     work: int  # however much text there is: weights, second moments, a batch of values
     streams: int  # the residual streams of both models; where there is no room they are in files
     inner: int  # what is read again inside a unit; where there is no room it is computed again
+    device: int  # of the work, what lies on a device that has memory of its own, at a time
 
     def left(self, limit: float) -> float:
         """Returns the bytes that are left for values under a limit.
@@ -44,10 +47,21 @@ class Memory:
             )
         return limit - self.work
 
+    def check_device(self) -> None:
+        """Raises BadInput where the work does not fit into a device's own memory."""
+        there = device_memory()
+        if there is not None and there < self.device:
+            raise BadInput(
+                f"the work on a unit takes {self.device / 1e9:.1f} GB of a device, and jax may "
+                f"have {there / 1e9:.1f} GB there: raise XLA_PYTHON_CLIENT_MEM_FRACTION, shorten "
+                "the windows (calibration_context), or set JAX_PLATFORMS=cpu"
+            )
+
     def under(self, limit: float) -> str:
         """Returns a line for people: what is taken, and what finds no room under the limit."""
         left = limit - self.work
-        parts = [f"{self.work / 1e9:.1f} GB for the work on a unit"]
+        own = "" if device_memory() is None else f", {self.device / 1e9:.1f} GB on each device"
+        parts = [f"{self.work / 1e9:.1f} GB for the work on a unit{own}"]
         for bytes, what, elsewhere in (
             (self.streams, "for the residual streams", "in files"),
             (self.inner, "for values inside a unit", "computed again"),
@@ -68,7 +82,7 @@ def memory(graph: Graph, tokens: int, context: int, devices: int = 1) -> Memory:
         devices: that batches and rows are spread over. Each beyond the first has a batch, weights
             and matrices of its own, as devices of a CPU have them in the same memory.
     """
-    work, inner, batch = 0, 0, min(tokens, max(BATCH, context))
+    work, device, inner, batch = 0, 0, 0, min(tokens, max(BATCH, context))
     for unit in graph.units:
         linears = [n for n in unit.nodes if n.op == "linear" and "weight" in n.weights]
         outputs = sum(node.weights["weight"].type.shape[0] for node in linears)
@@ -79,10 +93,19 @@ def memory(graph: Graph, tokens: int, context: int, devices: int = 1) -> Memory:
         values = batch * (VALUES * outputs + heads * context)  # with the scores of attention
         each = weights + COPIES * widest**2 + values
         work = max(work, WEIGHTS * weights + SQUARES * widest**2 + values + (devices - 1) * each)
+        device = max(device, each + weights)  # of both streams
         inner = max(inner, sum(widths.values()))
     width = graph.prologue.nodes[0].weights["weight"].type.shape[1]
     streams = 2 * STREAM.itemsize * tokens * width
-    return Memory(int(PROCESS + 4 * work), streams, 2 * 4 * tokens * inner)
+    return Memory(int(PROCESS + 4 * work), streams, 2 * 4 * tokens * inner, 4 * device)
+
+
+def device_memory() -> int | None:
+    """Returns the bytes that jax may take of a device of this process; None on a CPU, whose devices
+    are in the host's memory.
+    """
+    stats = jax.local_devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
+    return None if stats is None else stats.get("bytes_limit")
 
 
 def available() -> float:

@@ -249,6 +249,7 @@ def _bytes_for_values(
     needed = memory(graph, count * length, length, devices)
     most = limit or SHARE * available()
     say(needed.under(most))
+    needed.check_device()
     return needed.left(most) if limit else max(0, most - needed.work)
 
 

@@ -1,9 +1,12 @@
 """What a calibrated conversion takes is said before it begins, and a limit changes no byte."""
 
+from contextlib import nullcontext
+
+import jax
 import numpy as np
 import pytest
 
-from atd.calibration.memory import PROCESS, available, memory
+from atd.calibration.memory import PROCESS, available, device_memory, memory
 from atd.calibration.room import Batches, Room
 from atd.checkpoint.folder import read_manifest
 from atd.errors import BadInput
@@ -36,6 +39,24 @@ def test_lines_say_what_finds_no_room():
     assert needed.left(10e9) == 10e9 - needed.work
     with pytest.raises(BadInput, match=r"0\.1 GB of memory are too little.*take 0\.5 GB"):
         needed.left(0.1e9)
+
+
+def test_a_device_with_memory_of_its_own_is_counted_apart(monkeypatch):
+    needed = memory(tiny_graph(mlp=48), 1000, 16)
+    weights, outputs = 2 * 32 + 3 * 32 * 32 + 3 * 48 * 32, 4 * 32 + 2 * 48
+    batch = 2 * outputs + 4 * 16
+    assert needed.device == 4 * (2 * weights + 3 * 48 * 48 + 1000 * batch) < needed.work
+    assert device_memory() is None or jax.default_backend() != "cpu"
+    assert "on each device" not in needed.under(1e9)
+    for there in (needed.device, needed.device - 1):
+        monkeypatch.setattr("atd.calibration.memory.device_memory", lambda there=there: there)
+        assert "0.0 GB on each device; " in needed.under(1e9)
+        with (
+            nullcontext()
+            if there == needed.device
+            else pytest.raises(BadInput, match="XLA_PYTHON_CLIENT_MEM_FRACTION")
+        ):
+            needed.check_device()
 
 
 def test_there_is_memory():
