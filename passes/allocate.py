@@ -58,7 +58,7 @@ from atd.weights import DenseType, Group
 from atd.weights.layouts import DEFAULT_LAYOUT, LAYOUTS
 
 SENSITIVITIES = ("fisher", "measured")
-VERSION = 6  # of the sensitivities in the cache
+VERSION = 7  # of the sensitivities in the cache
 
 Notes = Mapping[str, Mapping[str, np.ndarray]]  # attr -> name of a node -> its second moments
 

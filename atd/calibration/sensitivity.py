@@ -181,12 +181,8 @@ def feedback_pivots(hessian: np.ndarray) -> np.ndarray:
         float64 [in], in the order of the inputs.
     """
     factor = error_feedback.factor(hessian)
-    order = np.asarray(factor.order)
-    mean = float(np.diagonal(hessian).mean()) or 1.0
-    damped = hessian.astype(np.float64) + factor.damping * mean * np.eye(len(hessian))
-    lower = np.linalg.cholesky(damped[order][:, order][::-1, ::-1])  # read backwards it is R
-    pivots = np.empty(len(order))
-    pivots[order] = np.diagonal(lower)[::-1] ** 2
+    pivots = np.empty(len(hessian))
+    pivots[np.asarray(factor.order)] = np.square(np.asarray(factor.pivots, np.float64))
     return pivots
 
 

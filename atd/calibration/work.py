@@ -257,7 +257,7 @@ def sensitivity_work(
         linears = matrices(unit)
         for inputs in {node.inputs[0]: inputs for node, _, inputs in linears}.values():
             work += moments_work(part, inputs, seen, half(inputs), batch=2048)
-            work[part, "cholesky"] += 3 * inputs**3 / 3  # once in float32, once in float64
+            work[part, "cholesky"] += inputs**3 / 3
         for node, out, inputs in linears:
             for type in candidates.get(unit.full_name(node), ()):
                 if isinstance(type, TernaryType):

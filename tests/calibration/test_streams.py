@@ -122,6 +122,7 @@ def test_what_the_residual_stream_lacks_is_found_where_a_linear_adds_to_it():
         inputs, moments = block.node(name).inputs[0], found(name)
         lack, x = value(dense, stream) - value(rough, stream), value(rough, inputs)
         assert np.square(lack).mean() > 1e-4
+        assert moments.residual is not None
         np.testing.assert_allclose(moments.residual, lack.T @ x / len(x), atol=1e-4)
         np.testing.assert_allclose(moments.hessian, x.T @ x / len(x), atol=1e-4)
 
