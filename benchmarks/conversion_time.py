@@ -1,7 +1,8 @@
 """Where the time of a conversion goes, part by part, beside what `atd convert --plan` predicts.
 
     python benchmarks/conversion_time.py MODEL --set calibrate.steps=0
-    python benchmarks/conversion_time.py --shapes llama3-8b --tokens 2048  ten minutes, 15 GB
+    python benchmarks/conversion_time.py --shapes llama3-8b --tokens 2048  ten minutes, 9 GB
+    python benchmarks/conversion_time.py --shapes llama3-8b --tokens 131072 --memory 16GB
     python benchmarks/conversion_time.py --hidden 256 --mlp 512 --tokens 1024  seconds, for CI
 
 Without MODEL weights are random, with a spectrum of inputs that falls like a power law and a few
@@ -16,6 +17,7 @@ matrix they work on in proportion to the time of their threads.
 import argparse
 import importlib
 import os
+import resource
 import tempfile
 import threading
 import time
@@ -34,6 +36,7 @@ from rich.table import Table
 from atd.calibration.rates import rates
 from atd.checkpoint.cache import Cache
 from atd.checkpoint.files import write_json
+from atd.decomposition.allocation import parse_bytes
 from atd.pipeline.convert import convert, plan
 from atd.pipeline.recipe import read_recipe
 
@@ -217,9 +220,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help="of calibration text; the recipe's by default")
     parser.add_argument("--recipe", default="ternary2")
     parser.add_argument("--set", dest="overrides", action="append", default=[])
+    parser.add_argument("--memory", help="limit of the conversion, like 16GB")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     recipe = read_recipe(options.recipe, options.overrides)
+    limit = parse_bytes(options.memory) if options.memory else None
     if options.tokens:
         recipe = replace(recipe, calibration_tokens=options.tokens)
     with tempfile.TemporaryDirectory() as temporary:
@@ -228,9 +233,11 @@ def main() -> None:
         if model is None:
             model, calib = random_model(options, folder)
         calib = () if calib is None else calib
-        predicted = plan(model, recipe, calib=calib, say=lambda line: None).seconds(speeds)
+        planned = plan(model, recipe, calib=calib, limit=limit, say=lambda line: None)
+        predicted = planned.seconds(speeds)
         timers = watched()
-        convert(model, folder / "out", recipe, calib=calib, cache=folder / "cache")
+        cache = folder / "cache"
+        convert(model, folder / "out", recipe, calib=calib, limit=limit, cache=cache)
         seconds = timers.parts()
     table = Table("part", "predicted", "measured", "share")
     whole = sum(seconds.values())
@@ -240,6 +247,8 @@ def main() -> None:
     said = sum(predicted.values())
     table.add_row("all", f"{said:.0f} s", f"{whole:.0f} s", f"{said / whole - 1:+.0%}")
     Console(width=100).print(table)
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(f"peak of resident memory: {peak / 1e9:.2f} GB")
     if options.json:
         write_json(options.json, {"predicted": predicted, "measured": seconds})
 
