@@ -36,7 +36,7 @@ def asymmetric_target(weight, hessian, cross, factor: Factor, residual=None) -> 
         float32 [out, in].
 
     Raises:
-        BadInput: H, C or R is not finite, or of another width.
+        BadInput: H, C or R is not finite, or H of another width.
     """
     weight, hessian = np.asarray(weight, np.float32), checked_moment(hessian)
     check_widths(weight.shape[1], factor, hessian)
