@@ -74,58 +74,48 @@ class _Converted:
         self._teacher_embedding = None
         if dense.is_tied:
             self._teacher_embedding = embedding_matrix(frozen(dense.prologue), {})
-        # By the head's parameters, the hidden states, and where the head is the embedding by that.
-        self._by_embedding = self._tied and bool(self._prologue.parameters)
         self._measure = jax.jit(self._divergence)
         self._differentiate = jax.jit(self._gradients)
 
-    def _divergence(self, *arguments):
+    def _divergence(self, moving, fixed, hidden, target):
         """Mean over windows [B, T, D], some positions at a time: of no more there are logits."""
-        parameters, hidden, embedding, target, *_ = arguments
-        part, pairs = self._part(arguments), _parts(hidden, target)
-        return jnp.mean(
-            jax.lax.map(lambda pair: part(parameters, pair[0], embedding, pair[1]), pairs)
-        )
+        pairs = _parts(hidden, target)
+        return jnp.mean(jax.lax.map(lambda pair: self._part(moving, fixed, *pair), pairs))
 
-    def _gradients(self, *arguments):
-        """Gradients of `_divergence`: each part goes forward and at once back."""
-        parameters, hidden, embedding, target, *_ = arguments
-        part, pairs = self._part(arguments), _parts(hidden, target)
-        by = (0, 1, 2) if self._by_embedding else (0, 1)
+    def _gradients(self, moving, fixed, hidden, target):
+        """Gradients of `_divergence` by what moves and by the hidden states: each part goes forward
+        and at once back.
+        """
 
         def add(sums, pair):
-            by_head, at_hidden, *rest = jax.grad(part, by)(parameters, pair[0], embedding, pair[1])
-            return jax.tree.map(jnp.add, sums, (by_head, *rest)), at_hidden
+            by_moving, at_hidden = jax.grad(self._part, (0, 2))(moving, fixed, *pair)
+            return jax.tree.map(jnp.add, sums, by_moving), at_hidden
 
-        moved = (parameters, embedding) if self._by_embedding else (parameters,)
-        sums, at_hidden = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, moved), pairs)
-        by_head, *rest = jax.tree.map(lambda total: total / len(at_hidden), sums)
-        return by_head, at_hidden.reshape(hidden.shape) / len(at_hidden), *rest
+        zeros = jax.tree.map(jnp.zeros_like, moving)
+        sums, at_hidden = jax.lax.scan(add, zeros, _parts(hidden, target))
+        by_moving = jax.tree.map(lambda total: total / len(at_hidden), sums)
+        return by_moving, at_hidden.reshape(hidden.shape) / len(at_hidden)
 
-    def _part(self, arguments):
-        """The divergence of some positions, by the head's parameters, the hidden states [P, D] in
-        front of both heads, and the embedding.
-
-        Weights are arguments, or they would be constants of the compiled program.
-        """
-        fixed, teacher_fixed, teacher_embedding = arguments[4:]
-        head = replace(self._head.unit, fixed=fixed)
+    def _part(self, moving, fixed, hidden, target):
+        """The divergence of some positions, hidden states [P, D] in front of both heads."""
+        parameters, embedding = moving
+        head_fixed, embedding_fixed, teacher_fixed, teacher_embedding = fixed
+        head = replace(self._head.unit, fixed=head_fixed)
         teacher = replace(self._teacher, fixed=teacher_fixed)
+        embedding = embedding_fixed if embedding is None else embedding
+        return divergence(head, parameters, hidden, teacher, target, embedding, teacher_embedding)
 
-        def part(parameters, hidden, embedding, target):
-            return divergence(
-                head, parameters, hidden, teacher, target, embedding, teacher_embedding
-            )
+    def _heads(self) -> tuple[tuple, tuple]:
+        """What moves and what stays of both heads: a tied embedding is in one of the two.
 
-        return part
-
-    def _arguments(self, hidden, target) -> tuple:
-        """The arguments of `_divergence`."""
-        embedding = None
+        Weights are arguments of `_divergence`, or they would be constants of the compiled program.
+        """
+        prologue, embedding = self._prologue, None
         if self._tied:
-            embedding = embedding_matrix(self._prologue.unit, self._prologue.parameters)
-        fixed = self._head.unit.fixed, self._teacher.fixed, self._teacher_embedding
-        return in_float32(self._head.parameters), hidden, embedding, target, *fixed
+            embedding = embedding_matrix(prologue.unit, prologue.parameters)
+        moves, stays = (embedding, None) if prologue.parameters else (None, embedding)
+        fixed = self._head.unit.fixed, stays, self._teacher.fixed, self._teacher_embedding
+        return (in_float32(self._head.parameters), moves), fixed
 
     def _run(self, tokens) -> tuple[list, jax.Array]:
         """Inputs of prologue and blocks, and the hidden states behind the last one."""
@@ -137,12 +127,12 @@ class _Converted:
 
     def loss(self, tokens, target) -> float:
         """KL(dense || converted), nats per position; target: the dense model's hidden states."""
-        return float(self._measure(*self._arguments(self._run(tokens)[1], target)))
+        return float(self._measure(*self._heads(), self._run(tokens)[1], target))
 
     def step(self, tokens, target, share: float) -> None:
         """Runs forward, then backward unit by unit, and updates each once its gradient is known."""
         inputs, hidden = self._run(tokens)
-        by_head, gradient, *by_embedding = self._differentiate(*self._arguments(hidden, target))
+        (by_head, by_embedding), gradient = self._differentiate(*self._heads(), hidden, target)
         self._head.step(by_head, share)
         for learner, x in zip(reversed(self._blocks), reversed(inputs[1:]), strict=True):
             by_parameter, gradient = backward(learner.unit, learner.parameters, x, gradient)
@@ -150,8 +140,8 @@ class _Converted:
         prologue = self._prologue
         if prologue.parameters:
             by_parameter, _ = backward(prologue.unit, prologue.parameters, inputs[0], gradient)
-            if self._by_embedding:
-                tied = embedding_backward(prologue.unit, prologue.parameters, by_embedding[0])
+            if by_embedding is not None:
+                tied = embedding_backward(prologue.unit, prologue.parameters, by_embedding)
                 by_parameter = jax.tree.map(jnp.add, by_parameter, tied)
             prologue.step(by_parameter, share)
 
