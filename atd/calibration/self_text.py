@@ -1,14 +1,17 @@
 """Lets the model write its own calibration text, where there is no text like its training data.
 
-A window is `context` tokens drawn from the model at temperature 1 from the full softmax, so that
-the windows follow the model's own distribution of text. Before each stands one token that is drawn
-uniformly from the vocabulary, special tokens excluded, and is no part of the window (LLM-QAT,
-2305.17888, draws the first token so, and keeps it). Against BOS in its place:
+A text is TEXT tokens drawn from the model at temperature 1 from the full softmax, so that texts
+follow the model's own distribution; windows hold several, one behind the other. Short texts are on
+more subjects, and a small model soon loses the thread of a long one. Before each stands one token
+that is drawn uniformly from the vocabulary, special tokens excluded, and is no part of the window
+(LLM-QAT, 2305.17888, draws the first token so, and keeps it). Against BOS in its place:
 
-1. Windows differ from their first token on; after BOS many begin alike.
-2. Windows begin in the middle of a text, as those do that are cut from a text file.
+1. Texts differ from their first token on; after BOS many begin alike.
+2. Texts begin in the middle, as windows do that are cut from a text file.
 3. An instruct model needs no prompt: it writes what it was pretrained on, articles, lists, code,
    conversations.
+
+After BOS, for families that expect it in front, a text is as long as the window.
 
 Special tokens are drawn like any others: a text that ends is followed by the model's own separator
 and another text, as in the packed documents of its training.
@@ -32,9 +35,10 @@ from atd.models.model import Model, load
 from atd.models.numerics import numerics
 from atd.progress import Progress, Report, unheard
 
-VERSION = 1  # of what is drawn for a seed: part of the cache's key
-BATCH = 64  # most windows that are drawn together: more gain nothing on a CPU
-CACHE_BYTES = 1 << 29  # most bytes of keys and values, unless one window takes more
+VERSION = 2  # of what is drawn for a seed: part of the cache's key
+TEXT = 128  # tokens of a text, or the window where that is shorter
+BATCH = 64  # most texts that are drawn together: more gain nothing on a CPU
+CACHE_BYTES = 1 << 29  # most bytes of keys and values, unless one text takes more
 CACHE_STEP = (
     128  # positions by which keys and values grow: a step of decoding reads all that is allocated
 )
@@ -53,18 +57,19 @@ def self_text(
     after_bos: bool = False,
     progress: Report = unheard,
 ) -> np.ndarray:
-    """Draws windows that the model writes, x_t ~ softmax(logits(x_<t)).
+    """Draws texts that the model writes, x_t ~ softmax(logits(x_<t)), and cuts windows from all of
+    them, one behind the other.
 
     Equal seeds give equal windows on the same machine; `batch` changes them by rounding alone.
 
     Args:
-        tokenizer: its special tokens, and ids it does not have, are not put before a window; None:
+        tokenizer: its special tokens, and ids it does not have, are not put before a text; None:
             any id may be.
         tokens: in all; a remainder that fills no window is left out.
         context: tokens per window.
-        batch: windows drawn together; None: as many as CACHE_BYTES hold keys and values of, at most
+        batch: texts drawn together; None: as many as CACHE_BYTES hold keys and values of, at most
             BATCH.
-        after_bos: BOS stands before all windows, in place of any token.
+        after_bos: BOS stands before all texts, in place of any token, and a text fills its window.
 
     Returns:
         int32 [tokens // context, context].
@@ -74,30 +79,32 @@ def self_text(
             model's logits are not finite.
     """
     windows = _window_count(model.max_context, tokens, context, seed, batch)
+    length = text_length(context, after_bos)
+    texts = -(-windows * context // length)
     starts = start_ids(model.vocabulary, tokenizer, after_bos)
-    first, uniforms = draws(starts, windows, context, seed)
+    first, uniforms = draws(starts, texts, length, seed)
     if batch is None:
         slots = jax.tree.leaves(model.new_cache(1, 1).blocks)
-        batch = min(BATCH, CACHE_BYTES // (context * sum(slot.nbytes for slot in slots)))
-    batch = max(1, min(batch, windows))
-    batch = -(-windows // -(-windows // batch))  # as few batches, and of nearly equal size
+        batch = min(BATCH, CACHE_BYTES // (length * sum(slot.nbytes for slot in slots)))
+    batch = max(1, min(batch, texts))
+    batch = -(-texts // -(-texts // batch))  # as few batches, and of nearly equal size
     drawn = []
-    for start in range(0, windows, batch):
+    for start in range(0, texts, batch):
         # The last batch is filled up, or it would be compiled anew.
-        rows = np.arange(start, start + batch) % windows
+        rows = np.arange(start, start + batch) % texts
 
         def report(position: int, start: int = start) -> None:
-            done = min(start * context + batch * position, windows * context)
+            done = min(start * length + batch * position, windows * context)
             progress(Progress(TASK, done, windows * context, "tokens"))
 
         drawn.append(_draw(model, first[rows], uniforms[rows], report))
-    text = np.concatenate(drawn)[:windows]
-    if (text < 0).any():
+    written = np.concatenate(drawn)[:texts]
+    if (written < 0).any():
         raise RunFailed(
             "the model's logits are not finite: it cannot write its own calibration text; give a "
             "text file"
         )
-    return text
+    return written.reshape(-1)[: windows * context].reshape(windows, context)
 
 
 def cached_self_text(
@@ -158,7 +165,7 @@ def special_ids(tokenizer: Tokenizer | None) -> frozenset[int]:
 
 
 def start_ids(vocabulary: int, tokenizer: Tokenizer | None, after_bos: bool = False) -> np.ndarray:
-    """Returns the ids that may stand before a window: any that stand for text, or BOS alone."""
+    """Returns the ids that may stand before a text: any that stand for text, or BOS alone."""
     if after_bos and tokenizer is not None and tokenizer.bos_id is not None:
         return np.array([tokenizer.bos_id])
     known = vocabulary if tokenizer is None else min(vocabulary, tokenizer.vocabulary_size)
@@ -166,18 +173,21 @@ def start_ids(vocabulary: int, tokenizer: Tokenizer | None, after_bos: bool = Fa
     return starts if len(starts) else np.arange(vocabulary)
 
 
-def draws(
-    starts: np.ndarray, windows: int, context: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
+def draws(starts: np.ndarray, texts: int, length: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Draws all that chance decides.
 
     Returns:
-        The tokens before the windows, int32 [windows], all different where there are enough, and
-        float32 [windows, context] uniform in [0, 1).
+        The tokens before the texts, int32 [texts], all different where there are enough, and
+        float32 [texts, length] uniform in [0, 1).
     """
     rng = np.random.default_rng(seed)
-    first = rng.choice(starts, windows, replace=windows > len(starts)).astype(np.int32)
-    return first, rng.random((windows, context), np.float32)
+    first = rng.choice(starts, texts, replace=texts > len(starts)).astype(np.int32)
+    return first, rng.random((texts, length), np.float32)
+
+
+def text_length(context: int, after_bos: bool = False) -> int:
+    """Returns how many tokens of a window are one text."""
+    return context if after_bos else min(TEXT, context)
 
 
 def _window_count(
@@ -205,9 +215,9 @@ def _window_count(
 def _draw(
     model: Model, first: np.ndarray, uniforms: np.ndarray, report: Callable[[int], None]
 ) -> np.ndarray:
-    """Tokens [B] before the windows, uniforms [B, T] -> the windows int32 [B, T].
+    """Tokens [B] before the texts, uniforms [B, T] -> the texts int32 [B, T].
 
-    A window's last token is drawn and never read, so T places do.
+    A text's last token is drawn and never read, so T places do.
     """
     batch, context = uniforms.shape
     cache = model.new_cache(batch, min(CACHE_STEP, context))

@@ -220,8 +220,10 @@ def slowed(out: int, inputs: int) -> float:
     return out * inputs * (1 + NARROW / min(out, inputs))
 
 
-def self_text_work(graph: Graph, tokens: int, context: int) -> Work:
-    """Counts `self_text`: products of few positions, and a draw from all logits."""
+def self_text_work(graph: Graph, tokens: int, length: int) -> Work:
+    """Counts `self_text` of `length` tokens a text: products of few positions, and a draw from all
+    logits.
+    """
     weights = sum(out * inputs for unit in graph.units for _, out, inputs in matrices(unit))
     if graph.is_tied:
         weights += prod(graph.prologue.nodes[0].weights["weight"].type.shape)
@@ -229,7 +231,7 @@ def self_text_work(graph: Graph, tokens: int, context: int) -> Work:
     work = Work({(part, "panel"): 2 * FEW_POSITIONS * tokens * weights})
     work[part, "element"] = 4 * tokens * graph.vocabulary
     for node in (node for unit in graph.units for node in unit.nodes if node.op == "attention"):
-        seen = min(context, node.attrs["window"] or context) / 2
+        seen = min(length, node.attrs["window"] or length) / 2
         width = node.attrs["heads"] * node.attrs["head_dim"]
         work[part, "score"] += CACHED * 4 * tokens * width * seen
     return work

@@ -10,6 +10,7 @@ import pytest
 
 from atd.calibration import self_text as module
 from atd.calibration.self_text import (
+    TEXT,
     cached_self_text,
     draws,
     pick,
@@ -91,6 +92,22 @@ def test_the_batch_and_the_growing_cache_change_nothing(model, monkeypatch):
     assert windows.dtype == np.int32
 
 
+def test_windows_hold_short_texts_one_behind_the_other(model, monkeypatch):
+    """Texts of 8 tokens fill windows of 20, and a window may begin inside of one."""
+    monkeypatch.setattr(module, "TEXT", 8)
+    windows = self_text(model, None, tokens=3 * 20, context=20, seed=4)
+    texts = self_text(model, None, tokens=8 * 8, context=8, seed=4)  # one to a window
+    np.testing.assert_array_equal(windows.reshape(-1), texts.reshape(-1)[:60])
+
+
+def test_behind_bos_a_text_fills_its_window(model, monkeypatch):
+    whole = self_text(model, None, tokens=3 * 20, context=20, seed=4, after_bos=True)
+    monkeypatch.setattr(module, "TEXT", 8)
+    np.testing.assert_array_equal(
+        self_text(model, None, tokens=3 * 20, context=20, seed=4, after_bos=True), whole
+    )
+
+
 @pytest.mark.exact
 def test_same_seed_same_windows(model):
     first = self_text(model, None, tokens=100, context=10, seed=5)
@@ -124,18 +141,19 @@ def test_no_special_token_is_put_in_front(stories260k):
 
 def test_a_real_model_writes_stories(small, stories260k):
     """Its own text is about as likely to it as held-out stories are (perplexities of 2.7 and 3.5),
-    windows begin in the middle of a story, and one story follows another."""
+    texts begin in the middle of a story, two to a window, and one story follows another."""
     low, high = {"packaged": (2.5, 3.3), "stories260K": (3.5, 5.5)}[small.name]
     words, model = open_tokenizer(stories260k), load(stories260k)
     windows = self_text(model, words, tokens=32 * 256, context=256, seed=0)
-    first, _ = draws(start_ids(512, words), 32, 256, 0)
-    written = np.concatenate([first[:, None], windows], axis=1)
+    texts = windows.reshape(64, TEXT)
+    first, _ = draws(start_ids(512, words), 64, TEXT, 0)
+    written = np.concatenate([first[:, None], texts], axis=1)
     assert low < np.exp(nll(model, written).mean()) < high
     assert 0.001 < (windows == words.bos_id).mean() < 0.01  # a story is about 200 tokens long
     assert words.decode(windows.reshape(-1)).count("Once upon a time") > 5
-    starts = [words.decode(window[:12]).strip() for window in windows]
-    assert sum(start.startswith("Once") for start in starts) < 8
-    assert len(set(starts)) == 32
+    starts = [words.decode(text[:12]).strip() for text in texts]
+    assert sum(start.startswith("Once") for start in starts) < 16
+    assert len(set(starts)) > 60
 
 
 def test_the_cache_is_written_once_and_read(stories260k, tmp_path, monkeypatch):

@@ -26,10 +26,10 @@ types:
     25 x packed trellis n=2 layout=aligned/1 f16: 98,080 bytes
 weights: 520,064 bytes are read, 166,696 are written
 calibration: 64 windows of 512 tokens, self
-time: about 36 s, 30 s of it to compile, where no earlier run has
+time: about 34 s, 30 s of it to compile, where no earlier run has
   compiling                       30 s
-  writing calibration text         3 s
   forward                          2 s
+  writing calibration text         1 s
   moments                          0 s
   sweeps                           0 s
 """
