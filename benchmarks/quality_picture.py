@@ -17,6 +17,7 @@ from atd.reports.plots import check_picture, new_figure, save_figure
 STYLES = {
     "llama.cpp, importance matrix": ("#000000", "s", "none"),
     "atd, without codes": ("#56B4E9", "o", "--"),
+    "atd, recipe as it is": ("#CC79A7", "D", "-"),
     "atd, fast codes": ("#009E73", "^", ":"),
     "atd, default codes": ("#0072B2", "o", "-"),
     "atd, best codes": ("#D55E00", "v", ":"),
