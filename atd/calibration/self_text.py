@@ -121,8 +121,9 @@ def cached_self_text(
     """Returns `self_text` of a checkpoint or graph, drawn once and kept in the cache.
 
     The key is the hash of all that the windows depend on: the graph, the content of its tensors,
-    the tokens that may stand in front, the settings of jax, tokens, context and seed. A graph whose
-    weights have no identity (see `frontend.open`) is not cached; cache None: neither.
+    the tokens that may stand in front, the settings of jax, tokens, context, the length of a text
+    and seed. A graph whose weights have no identity (see `frontend.open`) is not cached; cache
+    None: neither.
 
     Raises:
         BadInput: for tokens, context or seed that are out of range, or a cache folder that cannot
@@ -136,8 +137,8 @@ def cached_self_text(
     key = None
     if cache is not None and all(sources):
         starts = tokens_digest(start_ids(graph.vocabulary, tokenizer, after_bos))
-        made_from = [VERSION, numerics(), str(graph), sources, starts, windows, context, seed]
-        key = cache_key("self-text", made_from)
+        cut = windows, context, text_length(context, after_bos)
+        key = cache_key("self-text", [VERSION, numerics(), str(graph), sources, starts, *cut, seed])
         if (kept := cache.load(key)) is not None:
             return kept["windows"]
     model = load(graph, backend="xla-unpacked")
@@ -219,12 +220,12 @@ def _draw(
 
     A text's last token is drawn and never read, so T places do.
     """
-    batch, context = uniforms.shape
-    cache = model.new_cache(batch, min(CACHE_STEP, context))
+    batch, length = uniforms.shape
+    cache = model.new_cache(batch, min(CACHE_STEP, length))
     token, columns, drawn = jnp.asarray(first), jnp.asarray(uniforms.T), []
-    for position in range(context):
+    for position in range(length):
         if position == cache.length:
-            cache = cache.longer(min(position + CACHE_STEP, context))
+            cache = cache.longer(min(position + CACHE_STEP, length))
         logits, cache = model.decode(token, cache)
         token = pick(logits, columns, position)
         drawn.append(token)
@@ -232,7 +233,7 @@ def _draw(
         if position % 8 == 7:
             token.block_until_ready()
             report(position + 1)
-    report(context)
+    report(length)
     return np.stack([np.asarray(token) for token in drawn], axis=1)
 
 

@@ -12,7 +12,7 @@ from atd.checkpoint.files import read_text
 from atd.checkpoint.reader import open_tokenizer
 from atd.errors import BadInput, about
 from atd.ir import Graph
-from atd.models.config import AFTER_BOS
+from atd.models.config import expects_bos
 from atd.models.tokens import check_tokens
 from atd.progress import Report, Say, unheard
 
@@ -66,7 +66,7 @@ def calibration_text(
     count = tokens // len(texts)
     sizes = {"tokens": count, "context": context}
     tokenizer, parts = open_tokenizer(source), {}
-    after_bos = graph.config["model_type"] in AFTER_BOS and tokenizer.bos_id is not None
+    after_bos = expects_bos(graph.config) and tokenizer.bos_id is not None
     for text in sorted(texts, key=lambda text: text == SELF):  # files are refused before it writes
         if text == SELF:
             options = {"seed": seed, "cache": cache, "after_bos": after_bos, "progress": progress}

@@ -264,9 +264,9 @@ def say_assumed(words, quiet: bool) -> None:
 
 def say_expected_bos(graph, words, quiet: bool) -> None:
     """Says on stderr that a model is evaluated on texts that it does not expect."""
-    from atd.models.config import AFTER_BOS
+    from atd.models.config import expects_bos
 
-    family = graph.config["model_type"]
-    if family in AFTER_BOS and words.bos_id is not None and not quiet:
+    if expects_bos(graph.config) and words.bos_id is not None and not quiet:
+        family = graph.config["model_type"]
         note = f"models of type {family} expect BOS in front of a text: give --bos"
         print(f"note: {note}", file=sys.stderr)

@@ -72,6 +72,11 @@ _SOFTCAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 _MOST_LAYERS = 10_000  # more is a damaged file, and would be a graph that fills the memory
 
 
+def expects_bos(config: dict) -> bool:
+    """Returns whether a graph's model is of a family that expects BOS in front of a text."""
+    return config["model_type"] in AFTER_BOS
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """A model of the llama family, in the names of config.json where it has the same thing."""

@@ -13,7 +13,7 @@ from atd.calibration.text import SELF, window_count, window_length
 from atd.calibration.work import Text, Work, self_text_work, stream_work
 from atd.checkpoint.cache import Cache
 from atd.ir import Graph
-from atd.models.config import AFTER_BOS
+from atd.models.config import expects_bos
 from atd.pipeline.base import Pass, toml_value
 from atd.pipeline.context import Context
 from atd.pipeline.recipe import Recipe
@@ -118,8 +118,8 @@ def _work(graph: Graph, passes: Sequence[Pass], text: Text) -> tuple[Work, Graph
     moved = 2 * _bytes(source) + 3 * _bytes(graph)
     work += Work({("reading and writing", "byte"): float(moved)})
     if text.written:
-        after_bos = source.config["model_type"] in AFTER_BOS
-        work += self_text_work(source, text.written, text_length(text.context, after_bos))
+        length = text_length(text.context, expects_bos(source.config))
+        work += self_text_work(source, text.written, length)
     if any(step.scope != "graph" and "activations" in step.needs for step in passes):
         width = source.prologue.nodes[0].weights["weight"].type.shape[1]
         for unit in source.units[:-1]:

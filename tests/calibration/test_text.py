@@ -47,7 +47,7 @@ def test_windows_of_all_texts_take_turns(get, small, written):
 
 def test_windows_of_families_that_expect_bos_begin_with_it(get, small, monkeypatch):
     plain = [get(text) for text in ("self", str(small.calibration))]
-    monkeypatch.setattr(module, "AFTER_BOS", ("llama",))
+    monkeypatch.setattr("atd.models.config.AFTER_BOS", ("llama",))
     own, file = (get(text) for text in ("self", str(small.calibration)))
     assert (own[:, 0] == 1).all()
     assert (own != plain[0]).any()
