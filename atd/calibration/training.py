@@ -18,6 +18,7 @@ from atd.ir import Block
 
 HELD_OUT = 8  # one window in this many is held out
 WARM_UP = 4  # steps
+FIRST_CHECK = 8  # steps between two looks at the held-out loss, as long as nothing has improved
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,12 @@ class Training:
     checks: int  # how often the held-out loss is looked at
     patience: int  # checks in a row without improvement that end the training
 
-    def share(self, step: int) -> float:
-        """Returns the share of the rates in step 1, 2, ...: warm-up, then a cosine to zero."""
-        warm_up = min(WARM_UP, self.steps)
-        schedule = optax.warmup_cosine_decay_schedule(0.0, 1.0, warm_up, self.steps + 1)
-        return np.asarray(schedule(step)).item()
+    def share(self, step: int, fresh: int) -> float:
+        """Returns the share of the rates in step 1, 2, ...: a cosine to zero, times a warm-up: this
+        is the `fresh`-th step of an optimizer that knew nothing.
+        """
+        decay = optax.cosine_decay_schedule(1.0, self.steps)
+        return np.asarray(decay(step - 1)).item() * min(1.0, fresh / WARM_UP)
 
     def optimizer(self) -> "Optimizer":
         """Returns Adam, and Adafactor for codes, so that those of the largest gradients change and
@@ -137,14 +139,18 @@ class Watch:
     best: float
     state: list[Parameters]  # of each unit, at the best loss
     worse: int = 0  # checks in a row
-    risen: tuple[float, ...] = ()  # the loss at each check that was worse; rates halve after each
+    risen: tuple[float, ...] = ()  # the loss at each check that was worse
+    share: float = 1.0  # of the rates that is left
 
     def take(self, loss: float, state: list[Parameters]) -> bool:
-        """Returns whether this is the best state so far."""
+        """Returns whether this is the best state so far; where it is not, rates fall to a half, and
+        to a quarter as long as nothing has improved.
+        """
         if loss < self.best:
             self.best, self.state, self.worse = loss, state, 0
             return True
         self.worse, self.risen = self.worse + 1, (*self.risen, loss)
+        self.share /= 2 if self.improved else 4
         return False
 
     @property
@@ -162,7 +168,7 @@ class Watch:
         ended = "; stopped early" if self.gave_up else ""
         if self.risen:
             risen = ", ".join(f"{loss:.4f}" for loss in self.risen)
-            ended = f"; it rose to {risen}, rates halved each time{ended}"
+            ended = f"; it rose to {risen}, rates lowered each time{ended}"
         loss = f"{what} on held-out windows"
         if not self.improved:
             return f"calibrate improved nothing: {loss} stays {self.start:.4f}{ended}"
@@ -179,7 +185,8 @@ def train(
 ) -> Watch:
     """Trains by one batch after the other, and looks at the held-out loss now and then.
 
-    Where it got worse, the training goes back to the best state and on at half the rates.
+    As long as nothing has improved it looks often: rates may be far too high. Where the loss got
+    worse, the training goes back to the best state and on at lower rates.
 
     Args:
         learners: of all units that `step` changes.
@@ -191,15 +198,19 @@ def train(
         return [learner.parameters for learner in learners]
 
     start = held_out_loss()
-    every = max(1, round(training.steps / training.checks))
+    every, looked, restarted = max(1, round(training.steps / training.checks)), 0, 0
     watch = Watch(training.patience, start, start, state())
     for i, batch in enumerate(text.batches(training.steps), start=1):
-        step(batch, training.share(i) / 2 ** len(watch.risen))
+        step(batch, training.share(i, i - restarted) * watch.share)
         advance(i)
-        checked = i % every == 0 or i == training.steps
-        if checked and not watch.take(held_out_loss(), state()):
+        wait = every if watch.improved else min(every, FIRST_CHECK)
+        if i < min(looked + wait, training.steps):
+            continue
+        looked = i
+        if not watch.take(held_out_loss(), state()):
             if watch.gave_up:
                 break
+            restarted = i
             for learner, best in zip(learners, watch.state, strict=True):
                 learner.restart(best)
     return watch
