@@ -127,7 +127,7 @@ def test_what_cannot_improve_changes_nothing(context):
 
 @pytest.mark.parametrize(
     "rates",
-    [pytest.param({"codes_learning_rate": 8.0}, marks=pytest.mark.slow), {"learning_rate": 1e4}],
+    [pytest.param({"codes_learning_rate": 100.0}, marks=pytest.mark.slow), {"learning_rate": 1e4}],
     ids=["codes", "scales"],
 )
 def test_rates_that_diverge_are_lowered_and_the_best_state_kept(context, rates):
