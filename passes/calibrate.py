@@ -8,11 +8,12 @@
 3. What is trained (`atd.calibration.trainable`): `scales` by relative steps, `gains` of RMS norms,
    and `codes`, latent weights of linears, straight through. Adam for scales and gains, Adafactor
    for codes; a few warm-up steps, then a cosine to zero (`atd.calibration.training`).
-4. Every eighth calibration window is held out. Its loss is looked at after the first steps and then
-   `checks` times. Where it got worse, the run goes back to the best state and on at half the rates,
-   at a quarter as long as nothing has improved: how high rates may be depends on the depth of a
-   model. After `patience` such checks in a row it stops. A run that improved nothing says so and
-   leaves the model as it was.
+4. Every eighth calibration window is held out. Its loss is looked at every few steps until it has
+   improved, and then so often that all steps would make `checks` times. Where it got worse, the run
+   goes back to the best state and on at half the rates, at a quarter as long as nothing has
+   improved: how high rates may be depends on the depth of a model and on its error. After
+   `patience` such checks in a row it stops. A run that improved nothing says so and leaves the
+   model as it was.
 """
 
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ class Calibrate(Pass):
     batch: int = 512  # tokens per step, at least one window
     learning_rate: float = 4e-4  # of scales and gains, relative to their size
     codes_learning_rate: float = 0.02  # of latent weights, in levels
-    checks: int = 6  # of the held-out loss
+    checks: int = 6  # of the held-out loss, once it has improved
     patience: int = 3  # checks in a row without improvement that end the run
 
     def __post_init__(self):

@@ -22,11 +22,19 @@ class Point:
         return (self.parameters - 1) ** 2
 
 
-def run(rate: float, **options):
+def run(rate: float):
     """(point, watch, shares) after up to 64 steps of this size, toward 1 and beyond it."""
-    fields = {"scales": True, "gains": True, "codes": False, "codes_learning_rate": 1.0}
-    fields |= {"steps": 64, "learning_rate": rate, "checks": 4, "patience": 3}
-    training, point, shares = Training(**(fields | options)), Point(), []
+    training = Training(
+        scales=True,
+        gains=True,
+        codes=False,
+        steps=64,
+        learning_rate=rate,
+        codes_learning_rate=1.0,
+        checks=4,
+        patience=3,
+    )
+    point, shares = Point(), []
     text = Text(np.zeros((4, 8)), np.zeros((1, 8)), 1, np.random.default_rng(0))
 
     def step(batch, share):
