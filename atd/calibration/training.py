@@ -34,18 +34,16 @@ class Training:
     checks: int  # how often the held-out loss is looked at
     patience: int  # checks in a row without improvement that end the training
 
-    def share(self, step: int, fresh: int) -> float:
-        """Returns the share of the rates in step 1, 2, ...: a cosine to zero, times a warm-up: this
-        is the `fresh`-th step of an optimizer that knew nothing.
-        """
-        decay = optax.cosine_decay_schedule(1.0, self.steps)
-        return np.asarray(decay(step - 1)).item() * min(1.0, fresh / WARM_UP)
+    def share(self, step: int) -> float:
+        """Returns the share of the rates in step 1, 2, ...: a cosine to zero."""
+        return np.asarray(optax.cosine_decay_schedule(1.0, self.steps)(step - 1)).item()
 
     def optimizer(self) -> "Optimizer":
         """Returns Adam, and Adafactor for codes, so that those of the largest gradients change and
         not all alike.
 
-        Their momentum is in bfloat16.
+        The momentum of codes is in bfloat16. The first steps, of which moments know little, are
+        small ones.
         """
 
         def labels(parameters):
@@ -57,7 +55,9 @@ class Training:
             optax.scale_by_learning_rate(self.codes_learning_rate),
         )
         rest = optax.adam(self.learning_rate, b1=0.9, b2=0.95)
-        return Optimizer(optax.multi_transform({"codes": codes, "rest": rest}, labels))
+        by_kind = optax.multi_transform({"codes": codes, "rest": rest}, labels)
+        warm_up = optax.linear_schedule(1 / WARM_UP, 1.0, WARM_UP - 1)
+        return Optimizer(optax.chain(by_kind, optax.scale_by_schedule(warm_up)))
 
     def unit(self, block: Block) -> TrainableUnit:
         """Returns the block with what is trained of it."""
@@ -198,10 +198,10 @@ def train(
         return [learner.parameters for learner in learners]
 
     start = held_out_loss()
-    every, looked, restarted = max(1, round(training.steps / training.checks)), 0, 0
+    every, looked = max(1, round(training.steps / training.checks)), 0
     watch = Watch(training.patience, start, start, state())
     for i, batch in enumerate(text.batches(training.steps), start=1):
-        step(batch, training.share(i, i - restarted) * watch.share)
+        step(batch, training.share(i) * watch.share)
         advance(i)
         wait = every if watch.improved else min(every, FIRST_CHECK)
         if i < min(looked + wait, training.steps):
@@ -210,7 +210,6 @@ def train(
         if not watch.take(held_out_loss(), state()):
             if watch.gave_up:
                 break
-            restarted = i
             for learner, best in zip(learners, watch.state, strict=True):
                 learner.restart(best)
     return watch
